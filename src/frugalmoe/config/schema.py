@@ -1,0 +1,137 @@
+"""What a run is made of: frozen dataclasses, one per section, with every default in one place.
+
+A config file edits a ConfigDict made from these (`frugalmoe.config.default`), `frugalmoe.config.resolve` turns it back
+into them and checks it; past that border there is no ConfigDict and no `.get(name, default)`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+Frozen = dataclasses.dataclass(frozen=True, kw_only=True)
+
+
+class FrozenDict(dict):
+    """A mapping that is not written to after construction, so that a config can be hashed."""
+
+    def __hash__(self):
+        return hash(tuple(sorted(self.items())))
+
+
+@Frozen
+class MoE:
+    """A mixture-of-experts feed-forward layer."""
+
+    router: str = "topk_softmax"  # a file name in frugalmoe/routing/strategies; `frugalmoe routers` lists them
+    options: Any = FrozenDict()  # the strategy's own options; after `resolve`, an instance of its `Options`
+    num_experts: int = 8
+    num_experts_per_token: int = 2
+    expert_dim: int = 128  # hidden width of one routed expert
+    num_shared_experts: int = 0  # always active; computed as one feed-forward of width num_shared_experts * expert_dim
+    losses: Mapping[str, float] = FrozenDict(load_balance=0.01, z=0.001)  # coefficient of each loss the router returns
+    load_balance_scope: str = "sequence"  # over what the load is balanced: sequence | micro_batch | global
+    load_balance_group: int = 1  # sequences in one group of scope micro_batch
+    executor: str = "auto"  # auto | dense | grouped | capacity
+    capacity_factor: float = 1.25  # executor=capacity: slots per expert = factor * tokens * k / experts, per sequence
+    drop_order: str = "token"  # executor=capacity: who keeps a slot: token (causal) | choice | weight
+
+
+@Frozen
+class Model:
+    """A decoder-only transformer."""
+
+    vocab_size: int = 0  # 0: the tokenizer's, rounded up to a multiple of 64
+    dim: int = 256
+    num_layers: int = 4
+    num_dense_layers: int = 0  # the first n layers have a dense feed-forward
+    dense_dim: int = 0  # hidden width of a dense layer's feed-forward
+    num_heads: int = 8
+    num_kv_heads: int = 8
+    head_dim: int = 32
+    qk_norm: str = "none"  # none | head (per head, as Qwen3 and Ling 2.0) | full (over all heads, as OLMoE)
+    qkv_bias: bool = False
+    rope_theta: float = 10_000.0
+    rope_fraction: float = 1.0  # share of each head that is rotated
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    norm_head: bool = False  # Ling 1: head weights divided by their norm over the vocabulary
+    init_std: float = 0.02  # weights that write into the residual stream are further divided by sqrt(2 * num_layers)
+    compute_dtype: str = "float32"  # float32 | bfloat16; parameters are float32 always
+    remat: str = "none"  # none | dots (keep matrix products) | full (keep layer inputs and routing plans)
+    moe: MoE = MoE()
+
+
+@Frozen
+class Source:
+    """One named source of text."""
+
+    path: str = ""  # a file, directory or glob of .txt .md .jsonl(.gz .zst) .parquet, or hf:NAME[:SPLIT], or quickstart
+    weight: float = 0.0  # share of the mixture; 0 for all sources: in proportion to their tokens
+    text_field: str = "text"  # field of jsonl and parquet records that holds the text
+    domain: str = ""  # label of its documents; empty: the source's name, or the record's `domain` field where it has one
+
+
+@Frozen
+class Data:
+    path: str = "quickstart"  # as Source.path; ignored where `sources` is given. A prepared directory is also accepted
+    sources: Mapping[str, Source] = FrozenDict()
+    tokenizer: str = "bytes"  # bytes | bpe:SIZE (trained on the data) | the path of a tokenizer.json
+    sequence_length: int = 256
+    validation_fraction: float = 0.05  # of documents, by a hash of their text; at least one per domain
+    cache_dir: str = ""  # empty: $FRUGALMOE_CACHE, else ~/.cache/frugalmoe
+
+
+@Frozen
+class Optim:
+    learning_rate: float = 1e-3  # peak
+    schedule: str = "wsd"  # wsd (warmup, stable, decay) | cosine | constant
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2  # wsd: last share of the steps, linear to the final rate
+    final_fraction: float = 0.1  # final rate / peak rate
+    weight_decay: float = 0.1  # decoupled; on matrices only, not on norms, biases, routers' vectors
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0  # 0: no clipping
+    logit_z_loss: float = 0.0  # coefficient of mean(logsumexp(logits)^2)
+
+
+@Frozen
+class Train:
+    steps: int = 1000
+    batch_size: int = 16  # sequences in an optimizer step, over all devices and micro-batches
+    accumulate_steps: int = 1  # micro-batches in an optimizer step
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0  # 0: at the end only
+    eval_batches: int = 8  # per domain
+    loss_chunk: int = 1024  # tokens whose logits exist at one time
+
+
+@Frozen
+class Checkpoint:
+    every_steps: int = 0  # 0: at the end (and on SIGTERM) only
+    keep_last: int = 2
+    keep_every_steps: int = 0  # steps that are multiples of this are kept for ever; 0: none
+
+
+@Frozen
+class Mesh:
+    """Devices per axis; one axis may be -1 (all that remain)."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+    context: int = 1
+
+
+@Frozen
+class Config:
+    name: str = "run"  # the default workdir is runs/<name>
+    model: Model = Model()
+    data: Data = Data()
+    optim: Optim = Optim()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    mesh: Mesh = Mesh()

@@ -1,0 +1,154 @@
+"""The contract between a routing strategy, the MoE layer and the executors.
+
+Letters: B batch, T time, N tokens (B*T), D model, E experts, K choices, C slots per expert, R rows (token-expert pairs).
+
+A strategy is one file in `strategies/` that ends with `ROUTER = Router(...)`. Its `route` is a pure function
+
+    route(params, state, inputs, config) -> Routing(plan, losses, stats, carry)
+
+The layer executes the plan without knowing who made it. The meaning of a plan is its combine matrix `G[N, E]`
+(`combine_matrix`): y_n = sum_e G[n, e] * expert_e(x_n). Every executor is tested against that matrix.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from frugalmoe.config.schema import MoE
+
+Params = Mapping[str, Array]
+State = Mapping[str, Array]
+
+
+class Inputs(NamedTuple):
+    """Everything that a strategy may look at. Sequences stay apart (B, T), so that a pool of tokens is one sequence."""
+
+    x_BTD: Array  # activations, compute dtype
+    token_ids_BT: Array  # int32
+    segment_ids_BT: Array  # int32, 0 = padding; documents packed into one sequence have different ids
+    positions_BT: Array  # int32, position inside the document
+    keys_B: Array  # typed PRNG keys, one per sequence: noise does not depend on batching, accumulation or mesh
+    step: Array  # int32 []
+    layer: Array  # int32 [], index among the MoE layers
+    train: bool = False  # static; False: no exploration noise
+    carry: Any = None  # what the previous MoE layer's `Routing.carry` held
+
+    @property
+    def valid_BT(self) -> Array:
+        return self.segment_ids_BT > 0
+
+
+class TokenPlan(NamedTuple):
+    """Token-major: each token names K experts. Expert id E is the null expert (empty or dropped slot, weight 0)."""
+
+    expert_NK: Array  # int32
+    weight_NK: Array  # float32
+
+
+class ExpertPlan(NamedTuple):
+    """Expert-major: each expert names C tokens. Token id N is the null token (empty slot, weight 0)."""
+
+    token_EC: Array  # int32
+    weight_EC: Array  # float32
+
+
+Plan = TokenPlan | ExpertPlan
+
+
+class Loss(NamedTuple):
+    """An unscaled auxiliary loss of one layer as a sum; `losses.total` divides by the step's number of `per` units."""
+
+    sum: Array  # float32 []
+    per: Literal["token", "sequence", "group", "batch"]
+
+
+class Routing(NamedTuple):
+    plan: Plan
+    losses: Mapping[str, Loss]
+    stats: Mapping[str, Array]  # additive over micro-batches and shards; see `stats.py`
+    carry: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class About:
+    """What a strategy claims. The laws check each claim, the catalogue (`frugalmoe routers`) prints it."""
+
+    year: int
+    paper: str  # "Authors, title, arXiv id, equation or section"
+    score: str  # softmax | sigmoid | none | ...
+    selection: str  # one line
+    weights: str  # one line
+    balance: str  # one line
+    causal: Literal["safe", "batch", "leak"] = "safe"  # leak: a token's routing depends on later tokens of its sequence
+    form: Literal["token", "expert"] = "token"
+    # Sum of a valid token's weights: one number, "at_most_one", or "free". A function of (options, config) when it varies.
+    weight_sum: Any = "free"
+    learned: bool = True  # the language-model loss reaches the router's parameters
+    stateful: bool = False  # has state, updated once per optimizer step
+    random: bool = False  # uses keys
+    losses: tuple[str, ...] = ()  # names that `route` returns and `model.moe.losses` may weigh
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+    """A strategy without options."""
+
+
+def no_params(key: Array, dim: int, config: MoE) -> Params:
+    return {}
+
+
+def no_state(config: MoE) -> State:
+    return {}
+
+
+def keep_state(state: State, stats: Mapping[str, Array], config: MoE) -> State:
+    return state
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Router:
+    """A routing strategy. `config` is always the layer's `MoE` with `config.options` an instance of `options`."""
+
+    about: About
+    route: Callable[[Params, State, Inputs, MoE], Routing]
+    options: type = NoOptions  # frozen dataclass with defaults
+    init: Callable[[Array, int, MoE], Params] = no_params  # (key, dim, config) -> float32 parameters
+    init_state: Callable[[MoE], State] = no_state  # float32 arrays; no gradient, checkpointed
+    update: Callable[[State, Mapping[str, Array], MoE], State] = keep_state  # once per step, stats of the whole batch
+    check: Callable[[MoE], str | None] = lambda config: None  # the rule that a config breaks, or None
+    name: str = ""  # set by `strategies.get` to the file's name
+
+
+def combine_matrix(plan: Plan, num_tokens: int, num_experts: int) -> Array:
+    """The dense G[N, E] float32 that a plan means. Cost N*E; the oracle of the tests."""
+    if isinstance(plan, TokenPlan):
+        n_NK = jnp.broadcast_to(jnp.arange(num_tokens)[:, None], plan.expert_NK.shape)
+        e_NK, w_NK = plan.expert_NK, plan.weight_NK
+    else:
+        n_NK = plan.token_EC
+        e_NK, w_NK = jnp.broadcast_to(jnp.arange(num_experts)[:, None], n_NK.shape), plan.weight_EC
+    g_NE = jnp.zeros((num_tokens + 1, num_experts + 1), jnp.float32).at[n_NK, e_NK].add(w_NK)
+    return g_NE[:num_tokens, :num_experts]
+
+
+def selection_matrix(plan: Plan, num_tokens: int, num_experts: int) -> Array:
+    """Which expert got which token, bool [N, E], whatever the weights."""
+    ones = plan._replace(**{plan._fields[1]: jnp.ones(plan[0].shape, jnp.float32)})
+    return combine_matrix(ones, num_tokens, num_experts) > 0
+
+
+def linear_init(key: Array, dim: int, config: MoE) -> Params:
+    """A float32 linear gate, normal with std 1/sqrt(D): logits of about unit variance for RMS-normalised inputs."""
+    return {"kernel_DE": jax.random.normal(key, (dim, config.num_experts), jnp.float32) * dim**-0.5}
+
+
+def linear_logits(params: Params, x_BTD: Array) -> Array:
+    """Router logits [B, T, E] in float32 whatever the activation dtype (bf16 scores tie: Megatron PR 7081)."""
+    return jnp.einsum(
+        "btd,de->bte", x_BTD.astype(jnp.float32), params["kernel_DE"], precision=jax.lax.Precision.HIGHEST
+    )
