@@ -1,0 +1,32 @@
+"""Which experts does a small MoE language model use for plays, a novel, speeches and code?
+
+Command:  make run     (or: frugalmoe train --config=configs/quickstart.py)
+"""
+
+from ml_collections import ConfigDict
+
+from frugalmoe.config import default, with_mode
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    c = default()
+    c.name = "quickstart"
+    c.data.tokenizer = "bpe:4096"
+    c.data.sequence_length = 256
+    c.model.dim = 192
+    c.model.num_layers = 4
+    c.model.num_dense_layers = 1
+    c.model.dense_dim = 512
+    c.model.num_heads = 6
+    c.model.num_kv_heads = 2
+    c.model.qk_norm = "head"
+    c.model.moe.num_experts = 16
+    c.model.moe.num_experts_per_token = 2
+    c.model.moe.expert_dim = 192
+    c.model.moe.num_shared_experts = 1
+    c.optim.learning_rate = 3e-3
+    c.train.batch_size = 16
+    c.train.steps = 600
+    c.train.eval_every = 200
+    c.checkpoint.every_steps = 200
+    return with_mode(c, arg)

@@ -1,0 +1,241 @@
+"""`frugalmoe COMMAND ...`: flags only. Each command calls one function that a notebook can call too."""
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from frugalmoe.errors import UserError
+
+EXIT_USER_ERROR, EXIT_PREEMPTED = 2, 75
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; 0 done, 2 user error, 75 stopped by a signal after saving."""
+    flags, overrides = _take_overrides(list(sys.argv[1:] if argv is None else argv))
+    args = _parser().parse_args(flags)
+    args.overrides = overrides
+    try:
+        if overrides and not hasattr(args, "config"):
+            raise UserError(f"--config.{overrides[0]}: frugalmoe {args.command} takes no config")
+        return args.handler(args) or 0
+    except UserError as e:
+        print(f"frugalmoe: {e}", file=sys.stderr)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
+            raise
+        print(f"frugalmoe: {e.filename or 'write'}: {e.strerror}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def _take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Splits off `--config.a.b=value` (or `--config.a.b value`) -> (other flags, ["a.b=value", ...])."""
+    flags, overrides = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            flags.append(argument)
+        elif "=" in argument:
+            overrides.append(argument.removeprefix("--config."))
+        else:
+            value = next(arguments, None)
+            overrides.append(argument.removeprefix("--config.") + ("" if value is None else f"={value}"))
+    return flags, overrides
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="frugalmoe",
+        description="Train, ablate and cost mixture-of-experts language models on the hardware a team can afford.",
+        epilog="frugalmoe COMMAND --help shows a command's flags with examples.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_generate(commands)
+    _add_routers(commands)
+    from frugalmoe.analysis import report
+    from frugalmoe.data import cli as data_cli
+
+    report.add_parsers(commands)
+    data_cli.add_parsers(commands)
+    return parser
+
+
+def add_command(commands, name: str, handler, summary: str, examples: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def add_config_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:ARG]",
+        help="a Python file with get_config(ARG); override fields with --config.section.field=VALUE",
+    )
+
+
+def load_config(args: argparse.Namespace):
+    from frugalmoe.config import load
+
+    return load(args.config, args.overrides)
+
+
+def _add_train(commands) -> None:
+    parser = add_command(
+        commands,
+        "train",
+        _train,
+        "Train a config, or continue the run in its directory.",
+        "  frugalmoe train --config=configs/quickstart.py\n"
+        "  frugalmoe train --config=configs/quickstart.py:laptop --workdir=/tmp/run\n"
+        "  frugalmoe train --config=configs/quickstart.py --config.model.moe.router=hash --workdir=runs/hash\n"
+        "  frugalmoe train --config=configs/small.py --dry-run",
+    )
+    add_config_flag(parser)
+    parser.add_argument("--workdir", type=Path, help="run directory (default: runs/<config name>)")
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "force", "never"),
+        default="auto",
+        help="auto: continue a run of the same config; force: whatever its config; never: refuse an existing run",
+    )
+    parser.add_argument("--fresh", action="store_true", help="delete the run in the directory and start over")
+    parser.add_argument("--dry-run", action="store_true", help="check the config and print what it would train")
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = load_config(args)
+    workdir = args.workdir or Path("runs") / config.name
+    _use_compilation_cache(config)
+    from rich.console import Console
+
+    from frugalmoe.train.loop import train
+
+    if args.dry_run:
+        return _dry_run(config, workdir)
+    from frugalmoe.train import rundir
+
+    was_complete = rundir.is_complete(workdir) and not args.fresh
+    summary = train(config, workdir, resume=args.resume, fresh=args.fresh)
+    if summary["status"] == "stopped":
+        print(f"stopped at step {summary['step']} of {summary['steps']} after saving; the same command continues it")
+        return EXIT_PREEMPTED
+    if was_complete and args.resume != "force":
+        print(f"{workdir}: this run is complete ({summary['step']} steps); --fresh starts it over")
+    from frugalmoe.analysis import load_run, summary_table, write_report
+
+    console = Console(highlight=False)
+    console.print(summary_table(load_run(workdir)))
+    sample = summary["sample"]
+    console.print(f"sample: {sample['prompt']}{sample['text']}" if sample["text"] else sample["why"], markup=False)
+    console.print(f"report: {write_report(workdir)}", soft_wrap=True)
+    return 0
+
+
+def _dry_run(config, workdir: Path) -> int:
+    import jax
+
+    from frugalmoe.config import check_devices
+
+    axes = check_devices(config, jax.device_count())
+    model, train = config.model, config.train
+    per_step = train.batch_size * config.data.sequence_length
+    print(f"run directory  {workdir}")
+    print(f"devices        {jax.device_count()} x {jax.devices()[0].device_kind}, mesh {axes}")
+    print(f"tokens         {per_step:,} per step, {per_step * train.steps:,} in {train.steps:,} steps")
+    if model.vocab_size:
+        from frugalmoe.model.transformer import count_parameters
+
+        counts = count_parameters(model)
+        print(f"parameters     {counts['total']:,} total, {counts['active']:,} active")
+    else:
+        print("parameters     known with the tokenizer (model.vocab_size=0)")
+    return 0
+
+
+def _use_compilation_cache(config) -> None:
+    """Compiled programs outlive the process: a second start of the same run does not compile."""
+    import jax
+
+    from frugalmoe.data.cache import cache_root
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data) / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _add_generate(commands) -> None:
+    parser = add_command(
+        commands,
+        "generate",
+        _generate,
+        "Sample text from a trained run.",
+        '  frugalmoe generate runs/quickstart --prompt="To be, or not to be"\n'
+        '  frugalmoe generate runs/quickstart --prompt="def main" --temperature=0 --max-tokens=64\n'
+        '  frugalmoe generate runs/quickstart --prompt="My lord" --top-p=0.9 --seed=3 --stop="\\n\\n"',
+    )
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token (default: 0.8)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="nucleus probability (default: 0.95)")
+    parser.add_argument("--max-tokens", type=int, default=200, help="(default: 200)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")
+
+
+def _generate(args: argparse.Namespace) -> int:
+    import jax
+
+    from frugalmoe.generate import Sampling, load, stream
+
+    stop = tuple(s.encode().decode("unicode_escape") for s in args.stop)
+    sampling = Sampling(
+        temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed, stop=stop
+    )
+    sampling.check()
+    config, weights, tokenizer, mesh = load(args.run)
+    print(args.prompt, end="", flush=True)
+    with jax.set_mesh(mesh):
+        for piece in stream(config, weights, tokenizer, args.prompt, sampling):
+            print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _add_routers(commands) -> None:
+    parser = add_command(
+        commands,
+        "routers",
+        _routers,
+        "List the routing strategies and what each one claims.",
+        "  frugalmoe routers\n  frugalmoe routers --format=json",
+    )
+    parser.add_argument("--format", choices=("table", "json"), default="table")
+
+
+def _routers(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from frugalmoe.routing.catalogue import catalogue, format_table
+
+    rows = catalogue()
+    if args.format == "json":
+        print(json.dumps(rows, indent=1))
+    else:
+        Console(width=None if sys.stdout.isatty() else 200).print(format_table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Every rule that a resolved config must obey. One line per rule: the field, its value, the rule, the valid choices."""
+
+import math
+from collections.abc import Callable, Iterable
+
+from frugalmoe.config.schema import Config, MoE, Model
+from frugalmoe.errors import UserError, did_you_mean
+
+
+def check(config: Config) -> None:
+    """Raises `UserError` for the first rule that the config breaks."""
+    for rules in (_model, _moe, _data, _optim, _train):
+        rules(config)
+
+
+def _require(ok: bool, path: str, value: object, rule: str) -> None:
+    if not ok:
+        raise UserError(f"{path}={value!r}: {rule}")
+
+
+def _one_of(path: str, value: str, valid: Iterable[str]) -> None:
+    if value not in (valid := tuple(valid)):
+        raise UserError(f"{path}={value!r}: unknown; {did_you_mean(value, valid)}")
+
+
+def _each(prefix: str, section: object, names: str, ok: Callable[[float], bool], rule: str) -> None:
+    for name in names.split():
+        value = getattr(section, name)
+        _require(math.isfinite(value) and ok(value), f"{prefix}.{name}", value, rule)
+
+
+def _model(config: Config) -> None:
+    m: Model = config.model
+    positive = "dim num_layers num_heads num_kv_heads head_dim norm_eps init_std rope_theta"
+    _each("model", m, positive, lambda v: v > 0, "must be positive")
+    _each("model", m, "vocab_size num_dense_layers dense_dim", lambda v: v >= 0, "must not be negative")
+    _require(
+        m.num_heads % m.num_kv_heads == 0,
+        "model.num_heads",
+        m.num_heads,
+        f"must be a multiple of model.num_kv_heads={m.num_kv_heads}",
+    )
+    _require(0 < m.rope_fraction <= 1, "model.rope_fraction", m.rope_fraction, "must be in (0, 1]")
+    rotated = m.rope_fraction * m.head_dim
+    _require(
+        rotated == int(rotated) and int(rotated) % 2 == 0,
+        "model.rope_fraction",
+        m.rope_fraction,
+        f"times model.head_dim={m.head_dim} must be an even number of channels",
+    )
+    _require(
+        m.num_dense_layers <= m.num_layers,
+        "model.num_dense_layers",
+        m.num_dense_layers,
+        f"must be at most model.num_layers={m.num_layers}",
+    )
+    _require(m.num_dense_layers == 0 or m.dense_dim > 0, "model.dense_dim", m.dense_dim, "dense layers need a width")
+    _one_of("model.qk_norm", m.qk_norm, ("none", "head", "full"))
+    _one_of("model.compute_dtype", m.compute_dtype, ("float32", "bfloat16"))
+    _one_of("model.remat", m.remat, ("none", "dots", "full"))
+
+
+def _moe(config: Config) -> None:
+    from frugalmoe import experts
+    from frugalmoe.experts import capacity
+    from frugalmoe.routing import losses, strategies
+
+    moe: MoE = config.model.moe
+    router = strategies.get(moe.router)
+    _each("model.moe", moe, "num_experts num_experts_per_token expert_dim capacity_factor", lambda v: v > 0, "must be positive")
+    _each("model.moe", moe, "num_shared_experts", lambda v: v >= 0, "must not be negative")
+    _require(
+        moe.num_experts_per_token <= moe.num_experts,
+        "model.moe.num_experts_per_token",
+        moe.num_experts_per_token,
+        f"must be at most model.moe.num_experts={moe.num_experts}",
+    )
+    for name, coefficient in moe.losses.items():
+        path = f"model.moe.losses.{name}"
+        known = sorted({n for r in strategies.names() for n in strategies.get(r).about.losses})
+        if name not in known:
+            raise UserError(f"{path}: unknown loss; {did_you_mean(name, known)}")
+        _require(isinstance(coefficient, int | float), path, coefficient, "must be a number")
+        _require(coefficient >= 0, path, coefficient, "must not be negative")
+    _one_of("model.moe.executor", moe.executor, experts.EXECUTORS)
+    _one_of("model.moe.drop_order", moe.drop_order, capacity.ORDERS)
+    _one_of("model.moe.load_balance_scope", moe.load_balance_scope, ("sequence", "micro_batch", "global"))
+    if rule := router.check(moe):
+        raise UserError(f"model.moe.router={moe.router!r}: {rule}")
+    accumulate = config.train.accumulate_steps
+    if accumulate > 0 and (rule := losses.scope_error(moe, accumulate, config.train.batch_size // accumulate)):
+        raise UserError(f"model.moe.load_balance_scope={moe.load_balance_scope!r}: {rule}")
+
+
+def _data(config: Config) -> None:
+    d = config.data
+    _require(d.sequence_length > 1, "data.sequence_length", d.sequence_length, "must be at least 2")
+    _require(0 < d.validation_fraction < 1, "data.validation_fraction", d.validation_fraction, "must be in (0, 1)")
+    kind, _, size = d.tokenizer.partition(":")
+    _require(
+        d.tokenizer == "bytes" or d.tokenizer.endswith(".json") or (kind == "bpe" and size.isdigit() and int(size) > 256),
+        "data.tokenizer",
+        d.tokenizer,
+        "must be bytes, bpe:SIZE with SIZE > 256, or the path of a tokenizer.json",
+    )
+    weights = [s.weight for s in d.sources.values()]
+    _require(all(w >= 0 for w in weights), "data.sources", weights, "weights must not be negative")
+    _require(
+        all(w == 0 for w in weights) or all(w > 0 for w in weights),
+        "data.sources",
+        weights,
+        "either every source has a weight or none has",
+    )
+
+
+def _optim(config: Config) -> None:
+    o = config.optim
+    _each("optim", o, "learning_rate eps", lambda v: v > 0, "must be positive")
+    _each("optim", o, "weight_decay clip_norm warmup_steps logit_z_loss", lambda v: v >= 0, "must not be negative")
+    _each("optim", o, "b1 b2", lambda v: 0 <= v < 1, "must be in [0, 1)")
+    _each("optim", o, "decay_fraction final_fraction", lambda v: 0 <= v <= 1, "must be in [0, 1]")
+    _one_of("optim.schedule", o.schedule, ("wsd", "cosine", "constant"))
+    _require(
+        o.warmup_steps < config.train.steps,
+        "optim.warmup_steps",
+        o.warmup_steps,
+        f"must be less than train.steps={config.train.steps}",
+    )
+
+
+def _train(config: Config) -> None:
+    t, c = config.train, config.checkpoint
+    positive = "steps batch_size accumulate_steps log_every eval_batches loss_chunk"
+    _each("train", t, positive, lambda v: v > 0, "must be positive")
+    _each("train", t, "seed eval_every", lambda v: v >= 0, "must not be negative")
+    _each("checkpoint", c, "every_steps keep_every_steps", lambda v: v >= 0, "must not be negative")
+    _each("checkpoint", c, "keep_last", lambda v: v > 0, "must be positive")
+    _require(
+        t.batch_size % t.accumulate_steps == 0,
+        "train.batch_size",
+        t.batch_size,
+        f"must be a multiple of train.accumulate_steps={t.accumulate_steps}",
+    )
+
+
+def check_devices(config: Config, num_devices: int) -> dict[str, int]:
+    """Mesh axis sizes for this many devices; raises where they do not multiply up or do not divide the batch."""
+    axes = {name: getattr(config.mesh, name) for name in ("data", "fsdp", "expert", "tensor", "context")}
+    for name, size in axes.items():
+        _require(size == -1 or size > 0, f"mesh.{name}", size, "must be a positive size, or -1 for all that remain")
+        if name != "data":
+            _require(size == 1, f"mesh.{name}", size, "only mesh.data can be larger than 1 in this version")
+    if axes["data"] == -1:
+        axes["data"] = num_devices
+    _require(axes["data"] == num_devices, "mesh.data", axes["data"], f"must equal the number of devices, {num_devices}")
+    t = config.train
+    micro = t.batch_size // t.accumulate_steps
+    _require(
+        micro % axes["data"] == 0,
+        "train.batch_size",
+        t.batch_size,
+        f"divided by train.accumulate_steps={t.accumulate_steps} must be a multiple of the {axes['data']} data devices",
+    )
+    return axes

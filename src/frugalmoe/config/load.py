@@ -1,0 +1,172 @@
+"""From a config file and overrides to a checked `Config`. The only place where ConfigDicts live."""
+
+import ast
+import dataclasses
+import importlib.util
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from frugalmoe.config import schema
+from frugalmoe.config.checks import check
+from frugalmoe.errors import UserError, did_you_mean
+
+
+def default() -> ConfigDict:
+    """A locked ConfigDict with every field at its default; a config file edits it and returns it."""
+    config = ConfigDict(to_dict(schema.Config())).lock()
+    config.model.moe.options.unlock()
+    config.model.moe.losses.unlock()
+    config.data.sources.unlock()
+    return config
+
+
+def to_dict(config: Any) -> Any:
+    """Plain nested dicts, ready for JSON."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {k: to_dict(v) for k, v in config.items()}
+    return config
+
+
+def load(spec: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> schema.Config:
+    """`FILE[:ARG]` -> its `get_config(ARG)`, overridden, resolved and checked."""
+    file, _, arg = spec.partition(":")
+    path = Path(file)
+    if not path.is_file():
+        near = sorted(str(p) for p in Path("configs").glob("*.py"))
+        raise UserError(f"--config={spec}: no such file; {did_you_mean(file, near)}")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        config = module.get_config(arg or None)
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"--config={spec}: {type(e).__name__}: {_one_line(e)}") from e
+    return resolve(override(config, overrides))
+
+
+def _one_line(error: Exception) -> str:
+    """ConfigDict prints the whole section between what is wrong and its 'Did you mean'."""
+    lines = [line for line in str(error).strip("'\"").replace("\\n", "\n").splitlines() if line.strip()] or [""]
+    return lines[0].split(" Other fields")[0] + (f" {lines[-1]}" if "Did you mean" in lines[-1] else "")
+
+
+def override(config: ConfigDict, overrides: Mapping[str, Any] | Sequence[str]) -> ConfigDict:
+    """Sets dotted fields; `a.b=value` strings are read as Python literals, or as text where they are none.
+
+    Naming another `model.moe.router` drops the file's `model.moe.options`, which belong to its router.
+    """
+    if not isinstance(overrides, Mapping):
+        overrides = dict(_parse_assignment(o) for o in overrides)
+    config = config.copy_and_resolve_references()
+    router = config.model.moe.router
+    if overrides.get("model.moe.router", router) != router:
+        config.model.moe.options = ConfigDict()  # another strategy has other options
+    for name, value in overrides.items():
+        _set(config, name, value)
+    return config
+
+
+def _parse_assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--config.{text}: an override is written --config.{text}=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, {"true": True, "false": False}.get(value, value)
+
+
+def _set(config: ConfigDict, dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    node, open_keys = config, False
+    for i, parent in enumerate(parents):
+        if parent not in node:
+            if not open_keys:
+                _unknown(".".join(parents[: i + 1]), node)
+            node[parent] = ConfigDict()
+        node = node[parent]
+        if not isinstance(node, ConfigDict):
+            raise UserError(f"{dotted}: {'.'.join(parents[: i + 1])} is a value, not a section")
+        open_keys = open_keys or _is_open(parents[: i + 1])
+        node = node.unlock() if open_keys else node
+    if leaf not in node and not open_keys:
+        _unknown(dotted, node)
+    with node.ignore_type():
+        node[leaf] = value
+
+
+def _is_open(path: list[str]) -> bool:
+    """Mappings whose keys the user names; their contents are checked in `resolve`."""
+    return path in (["model", "moe", "options"], ["model", "moe", "losses"], ["data", "sources"])
+
+
+def _unknown(dotted: str, node: ConfigDict) -> None:
+    raise UserError(f"{dotted}: unknown config field; {did_you_mean(dotted.split('.')[-1], node.keys())}")
+
+
+def resolve(config: ConfigDict | Mapping[str, Any]) -> schema.Config:
+    """ConfigDict -> checked dataclasses. Raises `UserError` naming the field, the value and the rule."""
+    from frugalmoe.routing import strategies
+
+    resolved = _build(schema.Config, config, "")
+    moe = resolved.model.moe
+    options = _build(strategies.get(moe.router).options, moe.options, "model.moe.options")
+    sources = {
+        k: _build(schema.Source, v, f"data.sources.{k}") for k, v in resolved.data.sources.items()
+    }
+    resolved = dataclasses.replace(
+        resolved,
+        model=dataclasses.replace(resolved.model, moe=dataclasses.replace(moe, options=options)),
+        data=dataclasses.replace(resolved.data, sources=schema.FrozenDict(sources)),
+    )
+    check(resolved)
+    return resolved
+
+
+def _build(cls: type, values: Any, path: str) -> Any:
+    """An instance of dataclass `cls` from a mapping, with the types of its annotations enforced."""
+    if isinstance(values, cls):
+        return values
+    if not isinstance(values, Mapping | ConfigDict):
+        raise UserError(f"{path}={values!r}: expected a section with fields {', '.join(_fields(cls))}")
+    prefix = f"{path}." if path else ""
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            raise UserError(f"{prefix}{name}: unknown config field; {did_you_mean(name, _fields(cls))}")
+    return cls(**{k: _coerce(hints[k], values[k], prefix + k) for k in values})
+
+
+def _fields(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _coerce(kind: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, path)
+    origin = typing.get_origin(kind)
+    if kind is Any or origin is not None:
+        if isinstance(value, ConfigDict | Mapping):
+            element = typing.get_args(kind)[1] if origin not in (None, types.UnionType) else Any
+            plain = {
+                k: v if dataclasses.is_dataclass(element) else _coerce(element, v, f"{path}.{k}")
+                for k, v in dict(value).items()
+            }
+            return schema.FrozenDict(plain)
+        if origin is not None and origin is not types.UnionType and not isinstance(value, tuple):
+            raise UserError(f"{path}={value!r}: expected a mapping")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(f"{path}={value!r}: expected {kind.__name__}, got {type(value).__name__}")
+    return value

@@ -1,0 +1,28 @@
+"""The modes that every config has: none, or `laptop`."""
+
+from ml_collections import ConfigDict
+
+from frugalmoe.errors import UserError
+
+
+def with_mode(c: ConfigDict, arg: str | None) -> ConfigDict:
+    """`c` itself, or its laptop mode: the same recipe at a size that two cores train in a minute."""
+    if arg is None:
+        return c
+    if arg != "laptop":
+        raise UserError(f"--config=...:{arg}: unknown mode; valid: laptop")
+    m, moe = c.model, c.model.moe
+    c.name += "-laptop"
+    m.vocab_size = 0
+    m.dim, m.num_heads, m.num_kv_heads, m.head_dim = 64, 4, min(m.num_kv_heads, 2), 16
+    m.num_layers, m.num_dense_layers = 3, min(m.num_dense_layers, 1)
+    m.dense_dim = 128 if m.num_dense_layers else 0
+    m.init_std, m.compute_dtype, m.remat = 0.02, "float32", "none"
+    moe.num_experts, moe.expert_dim = min(moe.num_experts, 16), 32
+    moe.num_experts_per_token = min(moe.num_experts_per_token, 4)
+    c.data.tokenizer, c.data.sequence_length = "bytes", 128
+    c.optim.learning_rate, c.optim.warmup_steps = 3e-3, 20
+    c.train.steps, c.train.batch_size, c.train.accumulate_steps = 100, 16, 1
+    c.train.eval_every, c.train.eval_batches = 0, 4
+    c.checkpoint.every_steps = 0
+    return c

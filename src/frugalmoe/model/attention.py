@@ -1,0 +1,97 @@
+"""Grouped-query attention with rotary positions, optional QK-norm and QKV bias.
+
+Letters: B batch, T time, S cache slots, D model, H query heads, K key-value heads, d channels of a head.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from frugalmoe.config.schema import Model
+from frugalmoe.model.attention_ops import causal_attention
+from frugalmoe.model.layers import RMSNorm, normal, rotate
+from frugalmoe.sharding import local
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far, of one layer (or stacked over layers); token t of a sequence sits in slot t."""
+
+    k_BSKd: Array
+    v_BSKd: Array
+
+
+def empty_cache(config: Model, layers: int, batch: int, slots: int) -> Cache:
+    shape = (layers, batch, slots, config.num_kv_heads, config.head_dim)
+    return Cache(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
+
+
+class Attention(nnx.Module):
+    """softmax(q k^T / sqrt(d)) v over earlier tokens of the same document."""
+
+    def __init__(self, key: Array, config: Model, out_std: float):
+        self.config = config
+        d, heads, kv_heads = config.head_dim, config.num_heads, config.num_kv_heads
+        q_key, k_key, v_key, o_key = jax.random.split(key, 4)
+        self.query_DHd = normal(q_key, (config.dim, heads, d), config.init_std)
+        self.key_DKd = normal(k_key, (config.dim, kv_heads, d), config.init_std)
+        self.value_DKd = normal(v_key, (config.dim, kv_heads, d), config.init_std)
+        self.out_HdD = normal(o_key, (heads, d, config.dim), out_std)
+        if config.qkv_bias:
+            self.query_bias_Hd = nnx.Param(jnp.zeros((heads, d)))
+            self.key_bias_Kd = nnx.Param(jnp.zeros((kv_heads, d)))
+            self.value_bias_Kd = nnx.Param(jnp.zeros((kv_heads, d)))
+        if config.qk_norm != "none":
+            whole = config.qk_norm == "full"
+            self.query_norm = RMSNorm(heads * d if whole else d, config.norm_eps)
+            self.key_norm = RMSNorm(kv_heads * d if whole else d, config.norm_eps)
+
+    def __call__(
+        self, x_BTD: Array, positions_BT: Array, segment_ids_BT: Array, cache: Cache | None, start: Array | None
+    ) -> tuple[Array, Cache | None]:
+        """`cache` and `start` (first slot to write, int32 []) are given in generation only."""
+        q_BTHd, k_BTKd, v_BTKd = self._project(x_BTD)
+        theta, fraction = self.config.rope_theta, self.config.rope_fraction
+        q_BTHd = rotate(q_BTHd, positions_BT, theta, fraction)
+        k_BTKd = rotate(k_BTKd, positions_BT, theta, fraction)
+        if cache is None:
+            attend = local(causal_attention, ("BTHd", "BTHd", "BTHd", "BT"), "BTHd")
+            o_BTHd = attend(q_BTHd, k_BTKd, v_BTKd, segment_ids_BT)
+        else:
+            cache = Cache(*(_write(old, new, start) for old, new in zip(cache, (k_BTKd, v_BTKd))))
+            o_BTHd = _attend_to_cache(q_BTHd, cache, start)
+        return jnp.einsum("bthk,hkd->btd", o_BTHd, self.out_HdD.astype(x_BTD.dtype)), cache
+
+    def _project(self, x_BTD: Array) -> tuple[Array, Array, Array]:
+        dtype = x_BTD.dtype
+        q_BTHd, k_BTKd, v_BTKd = (
+            jnp.einsum("btd,dhk->bthk", x_BTD, w.astype(dtype)) for w in (self.query_DHd, self.key_DKd, self.value_DKd)
+        )
+        if self.config.qkv_bias:
+            biases = (self.query_bias_Hd, self.key_bias_Kd, self.value_bias_Kd)
+            q_BTHd, k_BTKd, v_BTKd = (a + b.astype(dtype) for a, b in zip((q_BTHd, k_BTKd, v_BTKd), biases))
+        if self.config.qk_norm == "head":
+            q_BTHd, k_BTKd = self.query_norm(q_BTHd), self.key_norm(k_BTKd)
+        elif self.config.qk_norm == "full":
+            q_BTHd, k_BTKd = (
+                norm(a.reshape(*a.shape[:2], -1)).reshape(a.shape)
+                for norm, a in ((self.query_norm, q_BTHd), (self.key_norm, k_BTKd))
+            )
+        return q_BTHd, k_BTKd, v_BTKd
+
+
+def _write(old_BSKd: Array, new_BTKd: Array, start: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(old_BSKd, new_BTKd.astype(old_BSKd.dtype), start, axis=1)
+
+
+def _attend_to_cache(q_BTHd: Array, cache: Cache, start: Array) -> Array:
+    """Query t sees slots 0 .. start + t. Cost T*S: for prompts and single tokens."""
+    B, T, H, d = q_BTHd.shape
+    S, K = cache.k_BSKd.shape[1:3]
+    q_BTKGd = q_BTHd.reshape(B, T, K, H // K, d)
+    score = jnp.einsum("btkgd,bskd->bkgts", q_BTKGd, cache.k_BSKd, preferred_element_type=jnp.float32) * d**-0.5
+    visible_TS = jnp.arange(S)[None, :] <= start + jnp.arange(T)[:, None]
+    p = jax.nn.softmax(jnp.where(visible_TS, score, -jnp.inf), axis=-1).astype(q_BTHd.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", p, cache.v_BSKd).reshape(B, T, H, d)

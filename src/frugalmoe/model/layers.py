@@ -1,0 +1,57 @@
+"""Normalisation, rotary positions and the dense feed-forward.
+
+Letters: B batch, T time, D model, F hidden, H heads, d channels of a head.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+
+def normal(key: Array, shape: tuple[int, ...], std: float) -> nnx.Param:
+    return nnx.Param(jax.random.normal(key, shape, jnp.float32) * std)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(size, jnp.float32))
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * self.scale[...]).astype(x.dtype)
+
+
+def rotate(x_BTHd: Array, positions_BT: Array, theta: float, fraction: float) -> Array:
+    """Rotary positions on the first `fraction` of the channels, halves rotated against each other (arXiv 2104.09864)."""
+    size = int(x_BTHd.shape[-1] * fraction)
+    frequency_d = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    angle_BTd = positions_BT[..., None].astype(jnp.float32) * frequency_d
+    sin, cos = jnp.sin(angle_BTd)[:, :, None], jnp.cos(angle_BTd)[:, :, None]
+    rotated, rest = x_BTHd[..., :size].astype(jnp.float32), x_BTHd[..., size:]
+    a, b = jnp.split(rotated, 2, axis=-1)
+    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return jnp.concatenate([rotated.astype(x_BTHd.dtype), rest], axis=-1)
+
+
+def swiglu(hidden_2F: Array) -> Array:
+    """silu(gate) * up for `hidden[..., 0, :]` = gate, `hidden[..., 1, :]` = up (Shazeer 2020, arXiv 2002.05202)."""
+    return jax.nn.silu(hidden_2F[..., 0, :]) * hidden_2F[..., 1, :]
+
+
+class FeedForward(nnx.Module):
+    """Dense SwiGLU feed-forward: gate_up (D, 2, F), down (F, D)."""
+
+    def __init__(self, key: Array, dim: int, hidden: int, std: float, out_std: float):
+        up_key, down_key = jax.random.split(key)
+        self.gate_up_D2F = normal(up_key, (dim, 2, hidden), std)
+        self.down_FD = normal(down_key, (hidden, dim), out_std)
+
+    def __call__(self, x_BTD: Array) -> Array:
+        gate_up, down = self.gate_up_D2F.astype(x_BTD.dtype), self.down_FD.astype(x_BTD.dtype)
+        hidden = jnp.einsum("btd,dgf->btgf", x_BTD, gate_up)
+        return swiglu(hidden) @ down

@@ -1,0 +1,102 @@
+"""The mixture-of-experts layer: it routes, executes the plan and adds shared experts. It does not know its router.
+
+Letters: B batch, T time, N tokens (B*T), D model, F expert hidden, E experts.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from frugalmoe import experts
+from frugalmoe.config.schema import Model
+from frugalmoe.model.layers import FeedForward, normal
+from frugalmoe.routing import strategies
+from frugalmoe.routing.contract import Inputs, Loss, selection_matrix
+from frugalmoe.sharding import BATCH_AXES, local
+
+
+class RouterState(nnx.Variable):
+    """State of a routing strategy: float32, checkpointed, never touched by a gradient."""
+
+
+class Context(NamedTuple):
+    """What every layer may look at beside the activations."""
+
+    token_ids_BT: Array
+    segment_ids_BT: Array  # 0 = padding
+    positions_BT: Array
+    keys_B: Array
+    step: Array
+    train: bool = False
+    trace: bool = False  # also return which expert got which token
+
+
+class Routed(NamedTuple):
+    """What a layer reports about its routing; stacked over layers by the scan."""
+
+    losses: Mapping[str, Loss]
+    stats: Mapping[str, Array]
+    selected_BTE: Array | None  # bool, with `trace`
+
+
+class MoELayer(nnx.Module):
+    """y = shared(x) + sum_e G[n, e] * expert_e(x_n), with G from the routing strategy."""
+
+    def __init__(self, key: Array, config: Model, out_std: float):
+        self.config = moe = config.moe
+        router = strategies.get(moe.router)
+        router_key, up_key, down_key, shared_key = jax.random.split(key, 4)
+        self.router = nnx.Dict({k: nnx.Param(v) for k, v in router.init(router_key, config.dim, moe).items()})
+        self.router_state = nnx.Dict({k: RouterState(v) for k, v in router.init_state(moe).items()})
+        self.gate_up_ED2F = normal(up_key, (moe.num_experts, config.dim, 2, moe.expert_dim), config.init_std)
+        self.down_EFD = normal(down_key, (moe.num_experts, moe.expert_dim, config.dim), out_std)
+        if moe.num_shared_experts:
+            hidden = moe.num_shared_experts * moe.expert_dim
+            self.shared = FeedForward(shared_key, config.dim, hidden, config.init_std, out_std)
+
+    def __call__(self, x_BTD: Array, context: Context, layer: Array, carry: object) -> tuple[Array, Routed, object]:
+        router = strategies.get(self.config.router)
+        moe = self.config
+
+        def route_and_execute(params, state, gate_up, down, layer, step, x, token_ids, segment_ids, positions, keys, carry):
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, layer)
+            inputs = Inputs(
+                x, token_ids, segment_ids, positions, keys, step, layer, context.train, carry, axis_names=BATCH_AXES
+            )
+            routing = router.route(params, jax.lax.stop_gradient(state), inputs, moe)
+            # A recomputed backward pass takes the saved plan, so that near-ties cannot be routed twice differently.
+            plan = jax.tree.map(lambda a: checkpoint_name(a, "routing_plan"), routing.plan)
+            x_ND = x.reshape(-1, x.shape[-1])
+            y_ND, dropped = experts.execute(plan, x_ND, gate_up, down, moe, x.shape[0])
+            losses, stats = jax.lax.psum((routing.losses, {**routing.stats, "dropped": dropped}), BATCH_AXES)
+            selected = None
+            if context.trace:
+                selected = selection_matrix(plan, x_ND.shape[0], moe.num_experts).reshape(*x.shape[:2], -1)
+            return y_ND.reshape(x.shape), losses, stats, selected, routing.carry
+
+        apply = local(
+            route_and_execute,
+            in_letters=("", "", "", "", "", "", "BTD", "BT", "BT", "BT", "B", "BT"),
+            out_letters=("BTD", "", "", "BTE", "BT"),
+        )
+        y_BTD, losses, stats, selected_BTE, carry = apply(
+            {k: v[...] for k, v in self.router.items()},
+            {k: v[...] for k, v in self.router_state.items()},
+            self.gate_up_ED2F.astype(x_BTD.dtype),
+            self.down_EFD.astype(x_BTD.dtype),
+            layer,
+            context.step,
+            x_BTD,
+            context.token_ids_BT,
+            context.segment_ids_BT,
+            context.positions_BT,
+            context.keys_B,
+            carry,
+        )
+        if moe.num_shared_experts:
+            y_BTD = y_BTD + self.shared(x_BTD)
+        return y_BTD, Routed(losses, stats, selected_BTE), carry

@@ -1,0 +1,161 @@
+"""The decoder-only transformer: embedding, dense blocks, mixture-of-experts blocks, norm, head.
+
+Layers of one kind are stacked along a leading axis L and scanned, so that compile time does not grow with depth.
+Letters: B batch, T time, D model, V vocabulary, L layers.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from frugalmoe import sharding
+from frugalmoe.config.schema import Model
+from frugalmoe.model.attention import Attention, Cache, empty_cache
+from frugalmoe.model.layers import FeedForward, RMSNorm, normal
+from frugalmoe.model.moe import Context, MoELayer, Routed, RouterState
+from frugalmoe.routing import strategies
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, key: Array, config: Model, moe: bool):
+        attention_key, ffn_key = jax.random.split(key)
+        out_std = config.init_std / (2 * config.num_layers) ** 0.5
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(attention_key, config, out_std)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        if moe:
+            self.moe = MoELayer(ffn_key, config, out_std)
+        else:
+            self.ffn = FeedForward(ffn_key, config.dim, config.dense_dim, config.init_std, out_std)
+
+    def __call__(
+        self, x_BTD: Array, context: Context, layer: Array, carry: object, cache: Cache | None, start: Array | None
+    ) -> tuple[Array, Routed | None, object, Cache | None]:
+        normed = self.attention_norm(x_BTD)
+        y_BTD, cache = self.attention(normed, context.positions_BT, context.segment_ids_BT, cache, start)
+        x_BTD = x_BTD + y_BTD
+        normed = self.ffn_norm(x_BTD)
+        if hasattr(self, "moe"):
+            y_BTD, routed, carry = self.moe(normed, context, layer, carry)
+            return x_BTD + y_BTD, routed, carry, cache
+        return x_BTD + self.ffn(normed), None, carry, cache
+
+
+class Output(NamedTuple):
+    hidden_BTD: Array  # after the last norm
+    routed: Routed | None  # every leaf with a leading axis L over the MoE layers
+    caches: tuple[Cache | None, Cache | None]  # of the dense and of the MoE layers
+
+
+class Transformer(nnx.Module):
+    def __init__(self, config: Model, key: Array):
+        self.config = config
+        embed_key, dense_key, moe_key, head_key = jax.random.split(key, 4)
+        num_moe = config.num_layers - config.num_dense_layers
+        self.embed_VD = normal(embed_key, (config.vocab_size, config.dim), config.init_std)
+        if config.num_dense_layers:
+            keys = jax.random.split(dense_key, config.num_dense_layers)
+            self.dense_blocks = jax.vmap(lambda k: Block(k, config, moe=False))(keys)
+        if num_moe:
+            self.moe_blocks = jax.vmap(lambda k: Block(k, config, moe=True))(jax.random.split(moe_key, num_moe))
+        self.final_norm = RMSNorm(config.dim, config.norm_eps)
+        if not config.tie_embeddings:
+            self.head_DV = normal(head_key, (config.dim, config.vocab_size), config.init_std)
+
+    def __call__(
+        self,
+        context: Context,
+        caches: tuple[Cache | None, Cache | None] = (None, None),
+        start: Array | None = None,
+    ) -> Output:
+        """Hidden states of every token; `caches` and `start` are given in generation only."""
+        config = self.config
+        batch, time = context.token_ids_BT.shape
+        x_BTD = self.embed_VD.astype(config.compute_dtype).at[context.token_ids_BT].get(
+            out_sharding=sharding.spec("BTD")
+        )
+        carry = strategies.get(config.moe.router).init_carry(config.moe, batch, time)
+        routed, new_caches = None, [None, None]
+        if config.num_dense_layers:
+            x_BTD, _, _, new_caches[0] = self._scan(self.dense_blocks, x_BTD, context, None, caches[0], start)
+        if config.num_dense_layers < config.num_layers:
+            x_BTD, routed, _, new_caches[1] = self._scan(self.moe_blocks, x_BTD, context, carry, caches[1], start)
+        return Output(self.final_norm(x_BTD), routed, tuple(new_caches))
+
+    def _scan(self, blocks, x_BTD, context, carry, cache, start):
+        def body(state, xs):
+            block, layer, cache = xs
+            x, routed, carry, cache = block(state[0], context, layer, state[1], cache, start)
+            return (x, carry), (routed, cache)
+
+        num_layers = blocks.attention_norm.scale.shape[0]
+        layers = jnp.arange(num_layers, dtype=jnp.int32)
+        (x_BTD, carry), (routed, cache) = jax.lax.scan(
+            _remat(body, self.config.remat), (x_BTD, carry), (blocks, layers, cache)
+        )
+        return x_BTD, routed, carry, cache
+
+    def head(self) -> Array:
+        """The matrix [D, V] in compute dtype that turns hidden states into logits.
+
+        NormHead (Ling, arXiv 2503.05139 section 3.2.3, released code): each hidden channel's weights are divided by their
+        L2 norm over the vocabulary, and the norm carries no gradient.
+        """
+        head_DV = self.embed_VD[...].T if self.config.tie_embeddings else self.head_DV[...]
+        if self.config.norm_head:
+            head_DV = head_DV / (jax.lax.stop_gradient(jnp.linalg.norm(head_DV, axis=1, keepdims=True)) + 1e-7)
+        return head_DV.astype(self.config.compute_dtype)
+
+    def logits(self, hidden: Array) -> Array:
+        """float32 logits [..., V]; for generation and tests, where the whole matrix may exist."""
+        return jnp.einsum("...d,dv->...v", hidden, self.head(), preferred_element_type=jnp.float32)
+
+    def empty_caches(self, batch: int, slots: int) -> tuple[Cache | None, Cache | None]:
+        dense = self.config.num_dense_layers
+        counts = (dense, self.config.num_layers - dense)
+        return tuple(empty_cache(self.config, n, batch, slots) if n else None for n in counts)
+
+
+def _remat(body: Callable, policy: str) -> Callable:
+    """`dots` keeps matrix products without a batch dimension; `full` keeps a layer's input and its routing plan."""
+    if policy == "none":
+        return body
+    keep = {
+        "dots": jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names("routing_plan"),
+        ),
+        "full": jax.checkpoint_policies.save_only_these_names("routing_plan"),
+    }[policy]
+    return jax.checkpoint(body, policy=keep, prevent_cse=False)
+
+
+def split(model: Transformer) -> tuple[nnx.GraphDef, dict, dict]:
+    """(static structure, parameters, router state); the last two are plain nested dicts of arrays."""
+    graphdef, params, router_state = nnx.split(model, nnx.Param, RouterState)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(router_state)
+
+
+def structure(config: Model) -> tuple[nnx.GraphDef, dict, dict]:
+    """As `split`, with shapes in place of arrays: nothing is allocated."""
+    return split(nnx.eval_shape(lambda: Transformer(config, jax.random.key(0))))
+
+
+def count_parameters(config: Model) -> dict[str, int]:
+    """Totals from shapes alone: `total`, `active` (used for one token), and the embedding and head among them."""
+    _, params, _ = structure(config)
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    routed = 0
+    if "moe_blocks" in params:
+        moe = params["moe_blocks"]["moe"]
+        routed = size([moe["gate_up_ED2F"], moe["down_EFD"]])
+    total, per_token = size(params), config.moe.num_experts_per_token
+    idle = routed - routed * per_token // config.moe.num_experts
+    embedding = params["embed_VD"].size
+    return {"total": total, "active": total - idle, "embedding": embedding, "head": 0 if config.tie_embeddings else embedding}

@@ -1,0 +1,80 @@
+"""Checkpoints: the only file that knows Orbax. Saves are asynchronous; a step becomes visible only when it is whole."""
+
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import checkpoint_managers as policies
+
+from frugalmoe.config.schema import Checkpoint
+from frugalmoe.errors import UserError
+from frugalmoe.train.step import State
+
+_ITEMS = ("params", "router_state", "opt_state", "step")
+
+
+def open_manager(workdir: Path, config: Checkpoint) -> ocp.CheckpointManager:
+    """Keeps the last `keep_last` steps and every multiple of `keep_every_steps`."""
+    keep = [policies.LatestN(config.keep_last)]
+    if config.keep_every_steps:
+        keep.append(policies.EveryNSteps(config.keep_every_steps))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
+    )
+    handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
+    return ocp.CheckpointManager(workdir.absolute() / "checkpoints", options=options, item_handlers=handlers)
+
+
+def save(manager: ocp.CheckpointManager, step: int, state: State) -> None:
+    """Starts an asynchronous save; errors of an earlier one surface here."""
+    if step in manager.all_steps():
+        return
+    items = {name: ocp.args.StandardSave(value) for name, value in _nonempty(state).items()}
+    manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+
+def restore(manager: ocp.CheckpointManager, step: int, abstract: State, items: tuple[str, ...] = _ITEMS) -> State:
+    """The saved state on the mesh in context, whatever mesh it was saved from. `abstract` gives shapes and dtypes.
+
+    Items that are not asked for come back as in `abstract`.
+    """
+    mesh = jax.sharding.get_mesh()
+    placed = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P())), abstract
+    )
+    wanted = {k: v for k, v in _nonempty(placed).items() if k in items}
+    _check_same_model(manager, step, wanted)
+    restored = manager.restore(
+        step, args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in wanted.items()})
+    )
+    values = {k: restored[k] for k in wanted}
+    return abstract._replace(**values | ({"step": values["step"]["step"]} if "step" in values else {}))
+
+
+def _nonempty(state: State) -> dict:
+    """The items to save; Orbax wants trees, not a bare scalar, and no empty ones."""
+    items = state._asdict() | {"step": {"step": state.step}}
+    return {k: v for k, v in items.items() if jax.tree.leaves(v)}
+
+
+def _check_same_model(manager: ocp.CheckpointManager, step: int, wanted: dict) -> None:
+    """One line for a checkpoint of another model, where Orbax would raise a page."""
+    saved = manager.item_metadata(step)
+    for item in ("params", "router_state"):
+        if item not in wanted:
+            continue
+        ours = _shapes(wanted[item])
+        theirs = _shapes(saved[item]) if saved[item] is not None else {}
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise UserError(
+                    f"{manager.directory}/{step}: checkpoint of another model: {item}{name} has shape "
+                    f"{theirs.get(name, 'none')} there and {ours.get(name, 'none')} in this config"
+                )
+
+
+def _shapes(tree: object) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}

@@ -1,0 +1,264 @@
+"""`train(config, workdir)`: the loop around the pure step. Order in a step: evaluate, save, step, log the step before.
+
+Metrics are read one step late, so that the device never waits for the host.
+"""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from frugalmoe import sharding
+from frugalmoe.config import Config, check_devices, to_dict
+from frugalmoe.data import Dataset, open_data
+from frugalmoe.data.batches import Batch
+from frugalmoe.errors import UserError
+from frugalmoe.generate import sample_text
+from frugalmoe.model.transformer import count_parameters
+from frugalmoe.routing import strategies
+from frugalmoe.train import checkpoint, rundir
+from frugalmoe.train.evaluate import Scores, evaluate, put_batch, write_probe
+from frugalmoe.train.progress import Progress
+from frugalmoe.train.step import State, init, make_eval_step, make_train_step
+
+
+def train(config: Config, workdir: Path, *, resume: str = "auto", fresh: bool = False) -> dict[str, Any]:
+    """Trains, or continues, the run in `workdir` and returns its summary. `status` is complete or stopped.
+
+    resume: auto continues a run of the same config; force continues it whatever its config; never refuses.
+    Raises UserError for input that cannot be run; nothing is written then.
+    """
+    axes = check_devices(config, jax.device_count())
+    if fresh:
+        rundir.start_over(workdir)
+    elif resume == "never" and (workdir / "config.json").is_file():
+        raise UserError(f"--workdir={workdir}: holds a run and --resume=never was given")
+    rundir.check_config(workdir, to_dict(config), force=resume == "force")
+    if rundir.is_complete(workdir) and resume != "force":
+        return rundir.read_json(workdir / "summary.json")
+    data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
+    model_config = with_vocabulary(config, data)
+    mesh = sharding.make_mesh(axes)
+    with rundir.locked(workdir), jax.set_mesh(mesh):
+        rundir.check_config(workdir, to_dict(config), force=resume == "force")
+        _describe(workdir, config, data)
+        return _Run(model_config, workdir, data, mesh).run()
+
+
+def with_vocabulary(config: Config, data: Dataset) -> Config:
+    """The config with `model.vocab_size` settled: the tokenizer's size rounded up to a multiple of 64 where it is 0."""
+    size = config.model.vocab_size
+    if size and size < data.tokenizer.size:
+        raise UserError(
+            f"model.vocab_size={size}: smaller than the {data.tokenizer.size} tokens of "
+            f"data.tokenizer={config.data.tokenizer!r}; give at least that, or 0"
+        )
+    size = size or -(-data.tokenizer.size // 64) * 64
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def _describe(workdir: Path, config: Config, data: Dataset) -> None:
+    """Everything that makes the run directory self-describing."""
+    described = {
+        "fingerprint": data.fingerprint,
+        "domains": list(data.domains),
+        "train_tokens": data.train_tokens,
+        "validation_tokens": data.validation_tokens,
+        "remainder": data.remainder,
+    }
+    path = workdir / "data.json"
+    if path.is_file() and (old := rundir.read_json(path)["fingerprint"]) != data.fingerprint:
+        raise UserError(f"--workdir={workdir}: the run's data changed (fingerprint {old} there, {data.fingerprint} now)")
+    (workdir / "tokenizer").mkdir(exist_ok=True)
+    data.tokenizer.save_into(workdir / "tokenizer")
+    rundir.write_json(workdir / "environment.json", rundir.environment())
+    rundir.write_json(path, described)
+    rundir.write_json(workdir / "config.json", to_dict(config))  # last: it marks the directory as a run
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT; a second one ends the process at once."""
+    received: list[int] = []
+
+    def handle(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _Run:
+    """What the loop holds on to: compiled steps, logs and clocks. All that a run *is* lives in `State` and on disk."""
+
+    def __init__(self, config: Config, workdir: Path, data: Dataset, mesh: jax.sharding.Mesh):
+        self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
+        model = config.model
+        self.layers = list(range(model.num_dense_layers, model.num_layers))
+        self.manager = checkpoint.open_manager(workdir, config.checkpoint)
+        self.state = init(config)
+        if (step := self.manager.latest_step()) is not None:
+            abstract = jax.eval_shape(lambda: self.state)
+            self.state = checkpoint.restore(self.manager, step, abstract)
+        self.start = self.step = int(self.state.step)
+        self.metrics_log = rundir.Log(workdir / "metrics.jsonl", self.start)
+        self.load_log = rundir.Log(workdir / "expert_load.jsonl", self.start)
+        self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=self.start + 1)
+        self.train_step = jax.jit(make_train_step(config), donate_argnums=0)
+        self.eval_step = jax.jit(make_eval_step(config, trace=False))
+        self.tokens_per_second: list[float] = []
+
+    def run(self) -> dict[str, Any]:
+        began = time.perf_counter()
+        with self.manager, _stop_signals() as stop, Progress(self.config, self.start) as self.progress:
+            self._train(stop)
+            stopped = bool(stop) and self.step < self.config.train.steps
+            if not stopped:
+                self.progress.say("evaluating on held-out documents")
+                scores = self._finish()
+            self._save()
+            self.manager.wait_until_finished()
+        summary = {"status": "stopped" if stopped else "complete", "step": self.step, "steps": self.config.train.steps}
+        if not stopped:
+            summary |= self._summary(scores, time.perf_counter() - began)
+            rundir.write_json(self.workdir / "summary.json", summary)
+        for log in (self.metrics_log, self.load_log, self.tensorboard):
+            log.close()
+        return summary
+
+    def _train(self, stop: list[int]) -> None:
+        config = self.config.train
+        save_every = self.config.checkpoint.every_steps
+        batches = self.data.train_batches(self.start)
+        pending, clock = None, _Clock()
+        while self.step < config.steps and not stop:
+            batch = self._put(next(batches))
+            with jax.transfer_guard("disallow"):
+                self.state, metrics = self.train_step(self.state, batch)
+            if pending:
+                self._log(*pending, clock)
+            self.step += 1
+            pending = (self.step, metrics)
+            if config.eval_every and self.step % config.eval_every == 0 and self.step < config.steps:
+                with clock.paused():
+                    self._log_scores(evaluate(self.eval_step, self.state, self.data, self.config, self.mesh))
+            if save_every and self.step % save_every == 0 and self.step < config.steps:
+                with clock.paused():
+                    self._save()
+        if pending:
+            self._log(*pending, clock)
+        if self.train_step._cache_size() > 1:
+            raise RuntimeError("the train step was compiled more than once: its argument types changed between steps")
+
+    def _put(self, batch: Batch) -> Batch:
+        """[B, T] on the host -> [A, B / A, T] on the mesh."""
+        a = self.config.train.accumulate_steps
+        split = Batch(*(x.reshape(a, x.shape[0] // a, *x.shape[1:]) for x in batch))
+        return put_batch(self.mesh, split, "ABT")
+
+    def _save(self) -> None:
+        checkpoint.save(self.manager, self.step, self.state)
+
+    def _log(self, step: int, metrics: Mapping[str, Any], clock: "_Clock") -> None:
+        values = jax.device_get(metrics)
+        if not np.isfinite(values["loss/total"]):
+            self.metrics_log.write({"step": step, "loss/total": float(values["loss/total"])})
+            raise UserError(
+                f"loss/total={values['loss/total']} at step {step}: not finite; the last checkpoint is "
+                f"{self.manager.latest_step()}; lower optim.learning_rate={self.config.optim.learning_rate}"
+            )
+        seconds, tokens_per_second = clock.tick(float(values.pop("count/tokens")))
+        counts_LE = values.pop("counts_LE", None)
+        self.progress.update(step, float(values["loss/ce"]), tokens_per_second)
+        if step % self.config.train.log_every and step != self.config.train.steps:
+            return
+        row = _flatten(values, self.layers)
+        if seconds:  # absent at the first step, which compiles
+            self.tokens_per_second.append(tokens_per_second)
+            row |= {"speed/tokens_per_second": tokens_per_second, "speed/step_seconds": seconds}
+        self._write(step, row)
+        if counts_LE is not None:
+            self.load_log.write({"step": step, "layers": self.layers, "counts": counts_LE.tolist()})
+
+    def _write(self, step: int, row: Mapping[str, float]) -> None:
+        self.metrics_log.write({"step": step, **row})
+        for name, value in row.items():
+            self.tensorboard.add_scalar(name, value, step)
+
+    def _log_scores(self, scores: Scores) -> None:
+        named = {"loss": scores.loss, "bits_per_byte": scores.bits_per_byte}
+        self._write(self.step, {f"eval/{k}/{d}": v for k, by_domain in named.items() for d, v in by_domain.items()})
+
+    def _finish(self) -> Scores:
+        trace: list | None = [] if self.layers else None
+        eval_step = jax.jit(make_eval_step(self.config, trace=True)) if self.layers else self.eval_step
+        scores = evaluate(eval_step, self.state, self.data, self.config, self.mesh, trace)
+        self._log_scores(scores)
+        if trace:
+            write_probe(self.workdir / "probe.npz", trace, self.layers, self.config.model.moe.num_experts)
+        return scores
+
+    def _summary(self, scores: Scores, seconds: float) -> dict[str, Any]:
+        moe = self.config.model.moe
+        router = strategies.get(moe.router)
+        layers = {}
+        if scores.counts_LE is not None:
+            for layer, counts_E in zip(self.layers, scores.counts_LE):
+                share_E = counts_E / counts_E.sum()
+                layers[f"layer_{layer:02d}"] = {
+                    "max_violation": float(share_E.max() * share_E.size - 1),
+                    "load_entropy": float(-(share_E[share_E > 0] * np.log(share_E[share_E > 0])).sum()),
+                }
+        speed = float(np.median(self.tokens_per_second)) if self.tokens_per_second else None
+        return {
+            "domains": list(self.data.domains),
+            "eval": {"loss": scores.loss, "bits_per_byte": scores.bits_per_byte},
+            "parameters": count_parameters(self.config.model),
+            "speed": {"tokens_per_second": speed, "train_seconds": seconds},
+            "router": {"name": router.name, "causal": router.about.causal, "layers": layers},
+            "sample": sample_text(self.config, self.state, self.data.tokenizer),
+        }
+
+
+class _Clock:
+    """Seconds between logged steps, pauses left out. The first step compiles: it has no time."""
+
+    def __init__(self):
+        self.last: float | None = None
+
+    def tick(self, tokens: float) -> tuple[float, float]:
+        now = time.perf_counter()
+        seconds = now - self.last if self.last is not None else 0.0
+        self.last = now
+        return seconds, tokens / seconds if seconds else 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if self.last is not None:
+            self.last += time.perf_counter() - began
+
+
+def _flatten(values: Mapping[str, Any], layers: list[int]) -> dict[str, float]:
+    """Scalars under flat names; the leading axis of a router metric becomes /layer_03."""
+    row = {}
+    for name, value in values.items():
+        if np.ndim(value):
+            row |= {f"{name}/layer_{layer:02d}": float(v) for layer, v in zip(layers, value)}
+        else:
+            row[name] = float(value)
+    return row

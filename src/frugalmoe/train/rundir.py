@@ -1,0 +1,139 @@
+"""The run directory: who owns it, what config it holds, and its append-only logs. Analysis needs nothing else."""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+
+from frugalmoe.errors import UserError
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(f"{path}: not valid JSON ({e})") from e
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def is_complete(workdir: Path) -> bool:
+    summary = workdir / "summary.json"
+    return summary.is_file() and read_json(summary).get("status") == "complete"
+
+
+def start_over(workdir: Path) -> None:
+    """Deletes a run; refuses a directory that is not one."""
+    if workdir.is_dir() and any(workdir.iterdir()):
+        if not (workdir / "config.json").is_file():
+            raise UserError(f"--workdir={workdir}: --fresh deletes runs only, and this directory holds no config.json")
+        shutil.rmtree(workdir)
+
+
+def check_config(workdir: Path, config: Mapping[str, Any], force: bool) -> None:
+    """Refuses to continue a run of another config or data, and names what differs."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        if workdir.is_dir() and any(p.name != ".lock" for p in workdir.iterdir()):
+            raise UserError(f"--workdir={workdir}: holds files but no config.json; give an empty or new directory")
+        return
+    differing = _differences(read_json(path), config, "")
+    if differing and not force:
+        shown = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
+        raise UserError(
+            f"--workdir={workdir}: holds a run with another config ({shown}); "
+            "give another --workdir, or --resume=force to continue it with this one"
+        )
+
+
+def _differences(old: Any, new: Any, path: str) -> list[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = sorted(old.keys() | new.keys())
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
+    return [] if old == new else [f"{path}: {old!r} there, {new!r} here"]
+
+
+@contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """One process per run directory: two would leave a mixture of both runs' checkpoints."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("a+")
+    except OSError as e:
+        raise UserError(f"--workdir={workdir}: cannot be written ({e.strerror})") from e
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise UserError(f"--workdir={workdir}: process {lock.read().strip()} is training here") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and devices, so that a result can be traced."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    devices = jax.devices()
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "versions": {"frugalmoe": version("frugalmoe"), **{p: version(p) for p in packages}},
+        "git_commit": _git_commit(),
+        "platform": devices[0].platform,
+        "devices": [d.device_kind for d in devices],
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _git_commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+class Log:
+    """A JSON-lines file. Opening it for a resumed run drops what is past the checkpoint, torn last line included."""
+
+    def __init__(self, path: Path, step: int):
+        if path.is_file():
+            rows = [row for line in path.read_text().splitlines() if (row := _row(line)) and row["step"] <= step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            temporary.replace(path)
+        self._file: TextIO = path.open("a")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _row(line: str) -> dict | None:
+    try:
+        return json.loads(line)
+    except ValueError:  # the write that a kill interrupted
+        return None

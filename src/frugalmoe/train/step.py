@@ -1,0 +1,187 @@
+"""`train_step(state, batch) -> (state, metrics)` and `eval_step`: pure functions, jitted once.
+
+Letters: A micro-batches of a step, B sequences, T time, D model, L MoE layers, E experts.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+from frugalmoe import sharding
+from frugalmoe.config.schema import Config
+from frugalmoe.data.batches import Batch
+from frugalmoe.model.cross_entropy import cross_entropy
+from frugalmoe.model.moe import Context
+from frugalmoe.model.transformer import Output, Transformer, split, structure
+from frugalmoe.routing import losses as aux_losses
+from frugalmoe.routing import stats as routing_stats
+from frugalmoe.routing import strategies
+from frugalmoe.train import optim
+
+
+class State(NamedTuple):
+    """Everything that a run carries from step to step; `step` is the only clock."""
+
+    step: Array  # int32 []
+    params: dict  # float32
+    router_state: dict  # float32
+    opt_state: optax.OptState
+
+
+def init(config: Config) -> State:
+    """The state before the first step, replicated on the mesh in context."""
+
+    def make() -> State:
+        key = jax.random.key(config.train.seed)
+        _, params, router_state = split(Transformer(config.model, key))
+        return State(jnp.int32(0), params, router_state, optim.optimizer(config).init(params))
+
+    return jax.jit(make)()
+
+
+def make_train_step(config: Config) -> Callable[[State, Batch], tuple[State, dict]]:
+    """The step for batches [A, B, T]; A micro-batches are accumulated before the one update."""
+    graphdef, _, _ = structure(config.model)
+    tx, rate = optim.optimizer(config), optim.schedule(config)
+
+    def train_step(state: State, batch: Batch) -> tuple[State, dict]:
+        denominators = _denominators(batch, config)
+        grad_fn = jax.value_and_grad(_micro_loss, has_aux=True)
+
+        def micro(index: Array, micro_batch: Batch):
+            (_, sums), grads = grad_fn(
+                state.params, state.router_state, graphdef, micro_batch, index, state.step, denominators, config
+            )
+            return grads, sums
+
+        if config.train.accumulate_steps == 1:
+            grads, sums = micro(jnp.int32(0), jax.tree.map(lambda a: a[0], batch))
+        else:
+            grads, sums = _accumulate(micro, config.train.accumulate_steps, batch)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        metrics = _metrics(sums, denominators, config)
+        metrics["optim/gradient_norm"] = optax.global_norm(grads)
+        metrics["optim/learning_rate"] = rate(state.step)
+        new_state = State(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            router_state=update_router_state(state.router_state, sums["stats"], config),
+            opt_state=opt_state,
+        )
+        return new_state, metrics
+
+    return train_step
+
+
+def _accumulate(micro: Callable, count: int, batch: Batch):
+    """Sums of gradients and statistics over micro-batches, one after the other."""
+    shapes = jax.eval_shape(micro, jnp.int32(0), jax.tree.map(lambda a: a[0], batch))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def body(total, xs):
+        return jax.tree.map(jnp.add, total, micro(*xs)), None
+
+    return jax.lax.scan(body, zeros, (jnp.arange(count, dtype=jnp.int32), batch))[0]
+
+
+def _denominators(batch: Batch, config: Config) -> dict[str, Array]:
+    """How many units of each kind the whole step has: sums over micro-batches and shards are divided by these."""
+    valid_ABT = batch.segment_ids_BT > 0
+    per_micro_batch = jax.vmap(lambda valid_BT: aux_losses.denominators(valid_BT, config.model.moe))(valid_ABT)
+    targets = jnp.maximum(jnp.sum(batch.loss_mask_BT, dtype=jnp.int32), 1)
+    return {"target": targets, **jax.tree.map(jnp.sum, per_micro_batch)}
+
+
+def _forward(
+    model: Transformer, batch: Batch, index: Array, step: Array, seed: int, train: bool, trace: bool = False
+) -> Output:
+    """`index` is the micro-batch: keys follow the sequence's place in the step, not the micro-batch or the device."""
+    rows_B = sharding.reshard(jnp.arange(batch.tokens_BT.shape[0], dtype=jnp.int32), "B")
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B + index * rows_B.shape[0])
+    context = Context(batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, keys_B, step, train, trace)
+    return model(context)
+
+
+def _losses(model: Transformer, hidden_BTD: Array, batch: Batch, config: Config) -> tuple[Array, Array, Array]:
+    """(sum over targets of ce + z-loss, ce of every token [B, T], sum of squared log-normalisers)."""
+    coefficient, chunk = config.optim.logit_z_loss, config.train.loss_chunk
+
+    def on_shard(hidden_BTD, head_DV, targets_BT, mask_BT):
+        hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+        weights_N = mask_BT.reshape(-1).astype(jnp.float32)
+        out = cross_entropy(
+            hidden_ND, head_DV, targets_BT.reshape(-1), weights_N, z_coefficient=coefficient, chunk=chunk
+        )
+        loss, lse_sq = jax.lax.psum((out.loss, out.lse_sq_sum), sharding.BATCH_AXES)
+        return loss, out.ce_N.reshape(mask_BT.shape), lse_sq
+
+    apply = sharding.local(on_shard, ("BTD", "DV", "BT", "BT"), ("", "BT", ""))
+    return apply(hidden_BTD, model.head(), batch.targets_BT, batch.loss_mask_BT)
+
+
+def _micro_loss(params, router_state, graphdef, batch: Batch, index, step, denominators, config: Config):
+    """A micro-batch's share of the step's loss, and the sums that the metrics are made of."""
+    model = nnx.merge(graphdef, params, router_state)
+    out = _forward(model, batch, index, step, config.train.seed, train=True)
+    loss, ce_BT, lse_sq = _losses(model, out.hidden_BTD, batch, config)
+    total = loss / denominators["target"]
+    routed = {"losses": {}, "stats": {}}
+    if out.routed is not None:
+        total += aux_losses.total(out.routed.losses, config.model.moe.losses, denominators).loss
+        routed = {"losses": out.routed.losses, "stats": out.routed.stats}
+    ce = jnp.sum(ce_BT * batch.loss_mask_BT)
+    return total, jax.lax.stop_gradient({"total": total, "ce": ce, "lse_sq": lse_sq, **routed})
+
+
+def update_router_state(router_state: dict, stats: Mapping[str, Array], config: Config) -> dict:
+    """The strategy's own update of every layer, from the statistics of the whole batch; once per optimizer step."""
+    if not router_state:
+        return router_state
+    moe = config.model.moe
+    update = jax.vmap(lambda state, stats: strategies.get(moe.router).update(state, stats, moe))
+    state = router_state["moe_blocks"]["moe"]["router_state"]
+    return {"moe_blocks": {"moe": {"router_state": update(state, stats)}}}
+
+
+def _metrics(sums: dict, denominators: dict, config: Config) -> dict[str, Array]:
+    """Device arrays under the names of metrics.jsonl; those of layers have a leading axis L."""
+    metrics = {
+        "loss/total": sums["total"],
+        "loss/ce": sums["ce"] / denominators["target"],
+        "loss/logit_z": sums["lse_sq"] / denominators["target"],
+        "count/tokens": denominators["token"],
+    }
+    if sums["stats"]:
+        auxiliary = aux_losses.total(sums["losses"], config.model.moe.losses, denominators)
+        metrics |= {f"loss/{name}": mean for name, mean in auxiliary.metrics.items()}
+        for name, value_L in jax.vmap(routing_stats.metrics)(sums["stats"]).items():
+            metrics[f"router/{name}"] = value_L
+        metrics["counts_LE"] = sums["stats"]["counts"]
+    return metrics
+
+
+class Evaluated(NamedTuple):
+    ce_BT: Array  # nats; 0 where there is no target
+    counts_LE: Array | None  # slots routed to each expert
+    selected_LBTE: Array | None  # bool, with `trace`
+
+
+def make_eval_step(config: Config, trace: bool = False) -> Callable[[dict, dict, Batch], Evaluated]:
+    """Losses and routing of held-out tokens [B, T]: no noise, no update of router state."""
+    graphdef, _, _ = structure(config.model)
+
+    def eval_step(params: dict, router_state: dict, batch: Batch) -> Evaluated:
+        model = nnx.merge(graphdef, params, router_state)
+        out = _forward(model, batch, jnp.int32(0), jnp.int32(0), config.train.seed, train=False, trace=trace)
+        _, ce_BT, _ = _losses(model, out.hidden_BTD, batch, config)
+        counts = out.routed.stats["counts"] if out.routed is not None else None
+        selected = out.routed.selected_BTE if out.routed is not None else None
+        return Evaluated(ce_BT * batch.loss_mask_BT, counts, selected)
+
+    return eval_step

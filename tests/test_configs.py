@@ -1,0 +1,115 @@
+"""Every config resolves, published shapes have the published sizes, and bad values give one clear line."""
+
+from pathlib import Path
+
+import pytest
+
+from frugalmoe.config import check_devices, default, load, override, resolve
+from frugalmoe.errors import UserError
+from frugalmoe.model.transformer import count_parameters
+
+CONFIGS = sorted(Path("configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("mode", ["", ":laptop"])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_resolves(path, mode):
+    config = load(f"{path}{mode}")
+    assert config.name == path.stem + ("-laptop" if mode else "")
+    assert resolve(override(default(), {})).model.dim == default().model.dim
+
+
+# Billions: total; activated without embedding and head, and with both. Arithmetic from the published configurations
+# (Ling 1: arXiv 2503.05139 and its config files; Ling 2.0: arXiv 2510.22115, table 1, without MTP), norm scales left
+# out, which are below 1e-4 of the whole. The reports round to 16.8/2.75, 290/28.8, 16.26/1.43, 103/6.1 and 1000/51.0.
+PUBLISHED = {
+    "ling_lite": (16.802, 2.235, 2.753),
+    "ling_plus": (290.60, 27.64, 29.00),
+    "ling_mini_2": (16.256, 0.789, 1.433),
+    "ling_flash_2": (102.89, 4.864, 6.152),
+    "ling_1t": (999.7, 48.48, 51.05),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameter_counts(name):
+    counts = count_parameters(load(f"configs/{name}.py").model)
+    inner = counts["active"] - counts["embedding"] - counts["head"]
+    ours = [count / 1e9 for count in (counts["total"], inner, counts["active"])]
+    assert ours == pytest.approx(PUBLISHED[name], rel=3e-4)
+
+
+BAD = [
+    ("model.moe.num_expert=4", "model.moe.num_expert", "did you mean 'num_experts'"),
+    ("modle.dim=4", "modle", "did you mean 'model'"),
+    ("model.dim=big", "model.dim='big'", "expected int"),
+    ("model.dim=1.5", "model.dim=1.5", "expected int"),
+    ("train.steps=True", "train.steps=True", "expected int"),
+    ("model.moe.num_experts_per_token=99", "model.moe.num_experts_per_token=99", "at most model.moe.num_experts=8"),
+    ("model.num_heads=6,model.num_kv_heads=4", "model.num_heads=6", "multiple of model.num_kv_heads=4"),
+    ("optim.learning_rate=-1.0", "optim.learning_rate=-1.0", "must be positive"),
+    ("optim.learning_rate=1e999", "optim.learning_rate=inf", "must be positive"),
+    ("model.rope_fraction=0.3", "model.rope_fraction=0.3", "even number of channels"),
+    ("train.batch_size=10,train.accumulate_steps=4", "train.batch_size=10", "multiple of train.accumulate_steps=4"),
+    ("model.moe.router=top_k", "model.moe.router", "valid: expert_choice, hash"),
+    ("model.moe.options.scael=2.0", "model.moe.options.scael", "did you mean 'scale'"),
+    ("model.moe.losses.zz=2.0", "model.moe.losses.zz", "unknown loss"),
+    ("model.moe.losses.z=-1.0", "model.moe.losses.z", "must not be negative"),
+    ("model.moe.executor=magic", "model.moe.executor='magic'", "valid: auto"),
+    ("model.moe.drop_order=luck", "model.moe.drop_order='luck'", "token"),
+    ("model.moe.router=sigmoid_bias,model.moe.options.num_groups=3", "options.num_groups=3", "num_experts=8"),
+    ("model.moe.num_experts_per_token=1,model.moe.options.renormalize=True", "num_experts_per_token=1", "no gradient"),
+    (
+        "train.accumulate_steps=2,model.moe.load_balance_scope=global",
+        "model.moe.load_balance_scope='global'",
+        "train.accumulate_steps=1",
+    ),
+    ("data.tokenizer=gpt2", "data.tokenizer='gpt2'", "bytes, bpe:SIZE"),
+    ("data.validation_fraction=1.0", "data.validation_fraction=1.0", "(0, 1)"),
+    ("optim.warmup_steps=5000", "optim.warmup_steps=5000", "train.steps=1000"),
+    ("model.num_dense_layers=1", "model.dense_dim=0", "width"),
+    ("model=3", "model=3", "section"),
+]
+
+
+@pytest.mark.parametrize("overrides, field, rule", BAD, ids=lambda v: v)
+def test_bad_values_name_field_value_and_rule(overrides, field, rule):
+    with pytest.raises(UserError) as error:
+        resolve(override(default(), overrides.split(",")))
+    message = str(error.value)
+    assert field in message and rule in message and "\n" not in message
+
+
+def test_naming_another_router_drops_the_options_of_the_old_one():
+    config = load("configs/ling_mini_2.py", {"model.moe.router": "hash"})
+    assert config.model.moe.options == type(config.model.moe.options)()
+
+
+@pytest.mark.parametrize(
+    "fields, devices, message",
+    [
+        ({"mesh.data": 3}, 8, "mesh.data=3: must equal the number of devices, 8"),
+        ({"train.batch_size": 12}, 8, "must be a multiple of the 8 data devices"),
+        ({"mesh.expert": 2}, 8, "mesh.expert=2"),
+        ({"mesh.data": 0}, 1, "mesh.data=0: must be a positive size"),
+    ],
+)
+def test_mesh_must_fit_devices_and_batch(fields, devices, message):
+    with pytest.raises(UserError, match=message.split(":")[0]):
+        check_devices(resolve(override(default(), fields)), devices)
+
+
+def test_a_missing_config_file_lists_the_ones_there_are():
+    with pytest.raises(UserError, match="did you mean 'configs/quickstart.py'"):
+        load("configs/quickstrat.py")
+
+
+@pytest.mark.parametrize("body, message", [("c.model.dimm = 3", "Did you mean"), ("1 / 0", "ZeroDivisionError")])
+def test_an_error_inside_a_config_file_is_one_line(tmp_path, body, message):
+    path = tmp_path / "broken.py"
+    path.write_text(
+        f"from frugalmoe.config import default\n\n\ndef get_config(arg=None):\n    c = default()\n    {body}\n    return c\n"
+    )
+    with pytest.raises(UserError) as error:
+        load(str(path))
+    assert message in str(error.value) and "\n" not in str(error.value)
