@@ -219,13 +219,18 @@ def test_same_logits_routing_and_gradients(family):
     params = by_our_names(lambda n: numpy(values[n]), model, family)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda s: s.shape, shapes)
     if router_state:
-        bias = [numpy(theirs.model.layers[i].mlp.gate.e_score_correction_bias) for i in range(model.num_dense_layers, L)]
+        bias = [
+            numpy(theirs.model.layers[i].mlp.gate.e_score_correction_bias) for i in range(model.num_dense_layers, L)
+        ]
         router_state = {"moe_blocks": {"moe": {"router_state": {"bias_E": np.stack(bias)}}}}
 
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "context": 1})
     with jax.set_mesh(mesh):
         tokens_BT = sharding.put(mesh, tokens, "BT")
-        ones_BT, positions_BT = jnp.ones_like(tokens_BT), sharding.put(mesh, np.tile(np.arange(T, dtype=np.int32), (B, 1)), "BT")
+        ones_BT, positions_BT = (
+            jnp.ones_like(tokens_BT),
+            sharding.put(mesh, np.tile(np.arange(T, dtype=np.int32), (B, 1)), "BT"),
+        )
         keys_B = sharding.put(mesh, jax.random.split(jax.random.key(0), B), "B")
 
         @jax.jit
@@ -255,5 +260,3 @@ def test_same_logits_routing_and_gradients(family):
     expected = by_our_names(lambda n: numpy(grads[n]), model, family)
     errors = jax.tree.map(relative_error, our_grads, expected)
     assert max(jax.tree.leaves(errors)) < 1e-5, errors
-
-

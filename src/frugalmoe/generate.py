@@ -112,9 +112,7 @@ def _sample(logits_V: Array, key: Array, temperature: Array, top_p: Array) -> Ar
     return token_V[jnp.where(temperature > 0, drawn, 0)]
 
 
-def stream(
-    config: Config, weights: Weights, tokenizer: Tokenizer, prompt: str, sampling: Sampling
-) -> Iterator[str]:
+def stream(config: Config, weights: Weights, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[str]:
     """Yields pieces of text as they become complete; ends at the end-of-document token, a stop text or the limit."""
     ids = np.concatenate([[tokenizer.eos], tokenizer.encode(prompt)]).astype(np.int32)
     produced: list[int] = []

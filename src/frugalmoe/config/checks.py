@@ -62,12 +62,17 @@ def _model(config: Config) -> None:
 
 def _moe(config: Config) -> None:
     from frugalmoe import experts
-    from frugalmoe.experts import capacity
     from frugalmoe.routing import losses, strategies
 
     moe: MoE = config.model.moe
     router = strategies.get(moe.router)
-    _each("model.moe", moe, "num_experts num_experts_per_token expert_dim capacity_factor", lambda v: v > 0, "must be positive")
+    _each(
+        "model.moe",
+        moe,
+        "num_experts num_experts_per_token expert_dim capacity_factor",
+        lambda v: v > 0,
+        "must be positive",
+    )
     _each("model.moe", moe, "num_shared_experts", lambda v: v >= 0, "must not be negative")
     _require(
         moe.num_experts_per_token <= moe.num_experts,
@@ -77,13 +82,13 @@ def _moe(config: Config) -> None:
     )
     for name, coefficient in moe.losses.items():
         path = f"model.moe.losses.{name}"
-        known = sorted({n for r in strategies.names() for n in strategies.get(r).about.losses})
+        known = strategies.loss_names()
         if name not in known:
             raise UserError(f"{path}: unknown loss; {did_you_mean(name, known)}")
         _require(isinstance(coefficient, int | float), path, coefficient, "must be a number")
         _require(coefficient >= 0, path, coefficient, "must not be negative")
     _one_of("model.moe.executor", moe.executor, experts.EXECUTORS)
-    _one_of("model.moe.drop_order", moe.drop_order, capacity.ORDERS)
+    _one_of("model.moe.drop_order", moe.drop_order, experts.ORDERS)
     _one_of("model.moe.load_balance_scope", moe.load_balance_scope, ("sequence", "micro_batch", "global"))
     if rule := router.check(moe):
         raise UserError(f"model.moe.router={moe.router!r}: {rule}")
@@ -98,7 +103,9 @@ def _data(config: Config) -> None:
     _require(0 < d.validation_fraction < 1, "data.validation_fraction", d.validation_fraction, "must be in (0, 1)")
     kind, _, size = d.tokenizer.partition(":")
     _require(
-        d.tokenizer == "bytes" or d.tokenizer.endswith(".json") or (kind == "bpe" and size.isdigit() and int(size) > 256),
+        d.tokenizer == "bytes"
+        or d.tokenizer.endswith(".json")
+        or (kind == "bpe" and size.isdigit() and int(size) > 256),
         "data.tokenizer",
         d.tokenizer,
         "must be bytes, bpe:SIZE with SIZE > 256, or the path of a tokenizer.json",

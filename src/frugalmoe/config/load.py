@@ -120,9 +120,7 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> schema.Config:
     resolved = _build(schema.Config, config, "")
     moe = resolved.model.moe
     options = _build(strategies.get(moe.router).options, moe.options, "model.moe.options")
-    sources = {
-        k: _build(schema.Source, v, f"data.sources.{k}") for k, v in resolved.data.sources.items()
-    }
+    sources = {k: _build(schema.Source, v, f"data.sources.{k}") for k, v in resolved.data.sources.items()}
     resolved = dataclasses.replace(
         resolved,
         model=dataclasses.replace(resolved.model, moe=dataclasses.replace(moe, options=options)),

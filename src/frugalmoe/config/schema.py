@@ -68,7 +68,9 @@ class Source:
     path: str = ""  # a file, directory or glob of .txt .md .jsonl(.gz .zst) .parquet, or hf:NAME[:SPLIT], or quickstart
     weight: float = 0.0  # share of the mixture; 0 for all sources: in proportion to their tokens
     text_field: str = "text"  # field of jsonl and parquet records that holds the text
-    domain: str = ""  # label of its documents; empty: the source's name, or the record's `domain` field where it has one
+    domain: str = (
+        ""  # label of its documents; empty: the source's name, or the record's `domain` field where it has one
+    )
 
 
 @Frozen

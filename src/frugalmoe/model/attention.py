@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from frugalmoe.config.schema import Model
-from frugalmoe.model.attention_ops import causal_attention
+from frugalmoe.model.attention_ops import cache_attention, causal_attention
 from frugalmoe.model.layers import RMSNorm, normal, rotate
 from frugalmoe.sharding import local
 
@@ -61,7 +61,7 @@ class Attention(nnx.Module):
             o_BTHd = attend(q_BTHd, k_BTKd, v_BTKd, segment_ids_BT)
         else:
             cache = Cache(*(_write(old, new, start) for old, new in zip(cache, (k_BTKd, v_BTKd))))
-            o_BTHd = _attend_to_cache(q_BTHd, cache, start)
+            o_BTHd = cache_attention(q_BTHd, *cache, start)
         return jnp.einsum("bthk,hkd->btd", o_BTHd, self.out_HdD.astype(x_BTD.dtype)), cache
 
     def _project(self, x_BTD: Array) -> tuple[Array, Array, Array]:
@@ -84,14 +84,3 @@ class Attention(nnx.Module):
 
 def _write(old_BSKd: Array, new_BTKd: Array, start: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(old_BSKd, new_BTKd.astype(old_BSKd.dtype), start, axis=1)
-
-
-def _attend_to_cache(q_BTHd: Array, cache: Cache, start: Array) -> Array:
-    """Query t sees slots 0 .. start + t. Cost T*S: for prompts and single tokens."""
-    B, T, H, d = q_BTHd.shape
-    S, K = cache.k_BSKd.shape[1:3]
-    q_BTKGd = q_BTHd.reshape(B, T, K, H // K, d)
-    score = jnp.einsum("btkgd,bskd->bkgts", q_BTKGd, cache.k_BSKd, preferred_element_type=jnp.float32) * d**-0.5
-    visible_TS = jnp.arange(S)[None, :] <= start + jnp.arange(T)[:, None]
-    p = jax.nn.softmax(jnp.where(visible_TS, score, -jnp.inf), axis=-1).astype(q_BTHd.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", p, cache.v_BSKd).reshape(B, T, H, d)

@@ -62,7 +62,9 @@ class MoELayer(nnx.Module):
         router = strategies.get(self.config.router)
         moe = self.config
 
-        def route_and_execute(params, state, gate_up, down, layer, step, x, token_ids, segment_ids, positions, keys, carry):
+        def route_and_execute(
+            params, state, gate_up, down, layer, step, x, token_ids, segment_ids, positions, keys, carry
+        ):
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys, layer)
             inputs = Inputs(
                 x, token_ids, segment_ids, positions, keys, step, layer, context.train, carry, axis_names=BATCH_AXES

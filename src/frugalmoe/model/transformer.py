@@ -77,8 +77,8 @@ class Transformer(nnx.Module):
         """Hidden states of every token; `caches` and `start` are given in generation only."""
         config = self.config
         batch, time = context.token_ids_BT.shape
-        x_BTD = self.embed_VD.astype(config.compute_dtype).at[context.token_ids_BT].get(
-            out_sharding=sharding.spec("BTD")
+        x_BTD = (
+            self.embed_VD.astype(config.compute_dtype).at[context.token_ids_BT].get(out_sharding=sharding.spec("BTD"))
         )
         carry = strategies.get(config.moe.router).init_carry(config.moe, batch, time)
         routed, new_caches = None, [None, None]
@@ -158,4 +158,9 @@ def count_parameters(config: Model) -> dict[str, int]:
     total, per_token = size(params), config.moe.num_experts_per_token
     idle = routed - routed * per_token // config.moe.num_experts
     embedding = params["embed_VD"].size
-    return {"total": total, "active": total - idle, "embedding": embedding, "head": 0 if config.tie_embeddings else embedding}
+    return {
+        "total": total,
+        "active": total - idle,
+        "embedding": embedding,
+        "head": 0 if config.tie_embeddings else embedding,
+    }

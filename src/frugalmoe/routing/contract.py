@@ -1,6 +1,7 @@
 """The contract between a routing strategy, the MoE layer and the executors.
 
-Letters: B batch, T time, N tokens (B*T), D model, E experts, K choices, C slots per expert, R rows (token-expert pairs).
+Letters: B batch, T time, N tokens (B*T), D model, E experts, K choices, C slots per expert, R rows (token-expert
+pairs).
 
 A strategy is one file in `strategies/` that ends with `ROUTER = Router(...)`. Its `route` is a pure function
 
@@ -31,11 +32,14 @@ class Inputs(NamedTuple):
     token_ids_BT: Array  # int32
     segment_ids_BT: Array  # int32, 0 = padding; documents packed into one sequence have different ids
     positions_BT: Array  # int32, position inside the document
-    keys_B: Array  # typed PRNG keys, one per sequence: noise does not depend on batching, accumulation or mesh
+    # Typed PRNG keys, one per sequence and new in each step: noise does not depend on batching, accumulation or mesh.
+    # A strategy takes its noise from `select.token_keys`, which folds in layer, segment and position.
+    keys_B: Array
     step: Array  # int32 []
     layer: Array  # int32 [], index among the MoE layers
     train: bool = False  # static; False: no exploration noise
     carry: Any = None  # what the previous MoE layer's `Routing.carry` held
+    axis_names: tuple[str, ...] = ()  # static; mesh axes that hold other sequences of the batch
 
     @property
     def valid_BT(self) -> Array:
@@ -59,11 +63,16 @@ class ExpertPlan(NamedTuple):
 Plan = TokenPlan | ExpertPlan
 
 
-class Loss(NamedTuple):
-    """An unscaled auxiliary loss of one layer as a sum; `losses.total` divides by the step's number of `per` units."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """An unscaled auxiliary loss of one layer as a sum; `losses.total` divides by the step's number of `per` units.
+
+    Sums are added over shards and micro-batches, so that a loss over the whole batch is this shard's share of it.
+    """
 
     sum: Array  # float32 []
-    per: Literal["token", "sequence", "group", "batch"]
+    per: Literal["token", "sequence", "group", "batch"] = dataclasses.field(metadata={"static": True})
 
 
 class Routing(NamedTuple):
@@ -75,7 +84,10 @@ class Routing(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class About:
-    """What a strategy claims. The laws check each claim, the catalogue (`frugalmoe routers`) prints it."""
+    """What a strategy claims. The laws check each claim, the catalogue (`frugalmoe routers`) prints it.
+
+    A claim that varies with the options is a function of the config; read claims through `Router.claim`.
+    """
 
     year: int
     paper: str  # "Authors, title, arXiv id, equation or section"
@@ -85,11 +97,10 @@ class About:
     balance: str  # one line
     causal: Literal["safe", "batch", "leak"] = "safe"  # leak: a token's routing depends on later tokens of its sequence
     form: Literal["token", "expert"] = "token"
-    # Sum of a valid token's weights: one number, "at_most_one", or "free". A function of (options, config) when it varies.
-    weight_sum: Any = "free"
-    learned: bool = True  # the language-model loss reaches the router's parameters
+    weight_sum: float | str | Callable[[MoE], float | str] = "free"  # of a valid token: a number, at_most_one, or free
+    learned: bool | Callable[[MoE], bool] = True  # the language-model loss reaches the router's parameters
     stateful: bool = False  # has state, updated once per optimizer step
-    random: bool = False  # uses keys
+    random: bool | Callable[[MoE], bool] = False  # uses keys
     losses: tuple[str, ...] = ()  # names that `route` returns and `model.moe.losses` may weigh
 
 
@@ -120,8 +131,14 @@ class Router:
     init: Callable[[Array, int, MoE], Params] = no_params  # (key, dim, config) -> float32 parameters
     init_state: Callable[[MoE], State] = no_state  # float32 arrays; no gradient, checkpointed
     update: Callable[[State, Mapping[str, Array], MoE], State] = keep_state  # once per step, stats of the whole batch
+    init_carry: Callable[[MoE, int, int], Any] = lambda config, batch, time: None  # [B, T, ...] before the first layer
     check: Callable[[MoE], str | None] = lambda config: None  # the rule that a config breaks, or None
     name: str = ""  # set by `strategies.get` to the file's name
+
+    def claim(self, field: str, config: MoE) -> Any:
+        """The value of a field of `about` under this config."""
+        value = getattr(self.about, field)
+        return value(config) if callable(value) else value
 
 
 def combine_matrix(plan: Plan, num_tokens: int, num_experts: int) -> Array:
@@ -147,8 +164,10 @@ def linear_init(key: Array, dim: int, config: MoE) -> Params:
     return {"kernel_DE": jax.random.normal(key, (dim, config.num_experts), jnp.float32) * dim**-0.5}
 
 
-def linear_logits(params: Params, x_BTD: Array) -> Array:
-    """Router logits [B, T, E] in float32 whatever the activation dtype (bf16 scores tie: Megatron PR 7081)."""
-    return jnp.einsum(
-        "btd,de->bte", x_BTD.astype(jnp.float32), params["kernel_DE"], precision=jax.lax.Precision.HIGHEST
-    )
+def linear_logits(params: Params, inputs: Inputs) -> Array:
+    """Router logits [B, T, E] in float32 whatever the activation dtype (bf16 scores tie: Megatron PR 7081).
+
+    Padding rows count as zeros, so that garbage in them reaches no gradient (MaxText PR 3699).
+    """
+    x_BTD = jnp.where(inputs.valid_BT[..., None], inputs.x_BTD, 0).astype(jnp.float32)
+    return jnp.einsum("btd,de->bte", x_BTD, params["kernel_DE"], precision=jax.lax.Precision.HIGHEST)

@@ -41,9 +41,7 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: State, items: t
     Items that are not asked for come back as in `abstract`.
     """
     mesh = jax.sharding.get_mesh()
-    placed = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P())), abstract
-    )
+    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P())), abstract)
     wanted = {k: v for k, v in _nonempty(placed).items() if k in items}
     _check_same_model(manager, step, wanted)
     restored = manager.restore(

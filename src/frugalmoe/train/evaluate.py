@@ -19,7 +19,7 @@ from frugalmoe.train.step import Evaluated, State
 class Scores(NamedTuple):
     loss: dict[str, float]  # nats per token, by domain, and their mean
     bits_per_byte: dict[str, float]
-    counts_LE: np.ndarray | None  # slots routed to each expert, all domains
+    stats: dict[str, np.ndarray]  # routing statistics [L, ...] summed over all domains
 
 
 def put_batch(mesh: jax.sharding.Mesh, batch: Batch, letters: str) -> Batch:
@@ -36,7 +36,7 @@ def evaluate(
     eval_step: Callable, state: State, data: Dataset, config, mesh: jax.sharding.Mesh, trace: list | None = None
 ) -> Scores:
     """Every domain's loss on its held-out documents. With `trace`, appends (batch, Evaluated) of every batch to it."""
-    loss, bits, counts = {}, {}, 0
+    loss, bits, stats = {}, {}, None
     token_bytes = data.tokenizer.token_bytes
     for domain in data.domains:
         nats = targets = size = 0.0
@@ -45,30 +45,29 @@ def evaluate(
             nats += float(out.ce_BT.sum(dtype=np.float64))
             targets += int(batch.loss_mask_BT.sum())
             size += int(token_bytes[batch.targets_BT[batch.loss_mask_BT]].sum())
-            counts = counts + out.counts_LE if out.counts_LE is not None else None
+            stats = out.stats if stats is None else jax.tree.map(np.add, stats, out.stats)
             if trace is not None:
                 trace.append((batch, out))
         loss[domain] = nats / max(targets, 1)
         bits[domain] = nats / np.log(2) / max(size, 1)
     loss["mean"] = float(np.mean(list(loss.values())))
     bits["mean"] = float(np.mean(list(bits.values())))
-    return Scores(loss, bits, counts)
+    return Scores(loss, bits, stats)
 
 
 def write_probe(path: Path, trace: list[tuple[Batch, Evaluated]], layers: list[int], num_experts: int) -> None:
     """Which expert got which held-out token, beside the token, its domain and its loss: see analysis.runs."""
     flat = lambda name: np.concatenate([getattr(batch, name).reshape(-1) for batch, _ in trace])
-    keep_N = flat("segment_ids_BT") > 0
     selected_LNE = np.concatenate([e.selected_LBTE.reshape(len(layers), -1, num_experts) for _, e in trace], axis=1)
     np.savez_compressed(
         path,
-        token_ids=flat("tokens_BT")[keep_N],
-        domain_ids=flat("domain_ids_BT")[keep_N],
-        segment_ids=flat("segment_ids_BT")[keep_N],
-        positions=flat("positions_BT")[keep_N],
-        loss=np.concatenate([e.ce_BT.reshape(-1) for _, e in trace])[keep_N].astype(np.float32),
-        has_target=flat("loss_mask_BT")[keep_N],
-        selected=np.packbits(selected_LNE[:, keep_N], axis=-1),
+        token_ids=flat("tokens_BT"),
+        domain_ids=flat("domain_ids_BT"),
+        segment_ids=flat("segment_ids_BT"),
+        positions=flat("positions_BT"),
+        loss=np.concatenate([e.ce_BT.reshape(-1) for _, e in trace]).astype(np.float32),
+        has_target=flat("loss_mask_BT"),
+        selected=np.packbits(selected_LNE, axis=-1),
         layers=np.array(layers),
         num_experts=num_experts,
         row_length=trace[0][0].tokens_BT.shape[1],

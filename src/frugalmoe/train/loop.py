@@ -22,6 +22,7 @@ from frugalmoe.data.batches import Batch
 from frugalmoe.errors import UserError
 from frugalmoe.generate import sample_text
 from frugalmoe.model.transformer import count_parameters
+from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
 from frugalmoe.train import checkpoint, rundir
 from frugalmoe.train.evaluate import Scores, evaluate, put_batch, write_probe
@@ -75,7 +76,9 @@ def _describe(workdir: Path, config: Config, data: Dataset) -> None:
     }
     path = workdir / "data.json"
     if path.is_file() and (old := rundir.read_json(path)["fingerprint"]) != data.fingerprint:
-        raise UserError(f"--workdir={workdir}: the run's data changed (fingerprint {old} there, {data.fingerprint} now)")
+        raise UserError(
+            f"--workdir={workdir}: the run's data changed (fingerprint {old} there, {data.fingerprint} now)"
+        )
     (workdir / "tokenizer").mkdir(exist_ok=True)
     data.tokenizer.save_into(workdir / "tokenizer")
     rundir.write_json(workdir / "environment.json", rundir.environment())
@@ -214,14 +217,12 @@ class _Run:
     def _summary(self, scores: Scores, seconds: float) -> dict[str, Any]:
         moe = self.config.model.moe
         router = strategies.get(moe.router)
-        layers = {}
-        if scores.counts_LE is not None:
-            for layer, counts_E in zip(self.layers, scores.counts_LE):
-                share_E = counts_E / counts_E.sum()
-                layers[f"layer_{layer:02d}"] = {
-                    "max_violation": float(share_E.max() * share_E.size - 1),
-                    "load_entropy": float(-(share_E[share_E > 0] * np.log(share_E[share_E > 0])).sum()),
-                }
+        layers = {f"layer_{layer:02d}": {} for layer in self.layers}
+        if scores.stats:
+            metrics = jax.vmap(routing_stats.metrics)(scores.stats)
+            for name, value in _flatten(jax.device_get(metrics), self.layers).items():
+                metric, _, layer = name.partition("/")
+                layers[layer][metric] = value
         speed = float(np.median(self.tokens_per_second)) if self.tokens_per_second else None
         return {
             "domains": list(self.data.domains),

@@ -41,7 +41,8 @@ def init(config: Config) -> State:
         _, params, router_state = split(Transformer(config.model, key))
         return State(jnp.int32(0), params, router_state, optim.optimizer(config).init(params))
 
-    return jax.jit(make)()
+    # It runs once: an optimized program would take longer to compile than it saves.
+    return jax.jit(make, compiler_options={"xla_backend_optimization_level": 0})()
 
 
 def make_train_step(config: Config) -> Callable[[State, Batch], tuple[State, dict]]:
@@ -65,7 +66,7 @@ def make_train_step(config: Config) -> Callable[[State, Batch], tuple[State, dic
             grads, sums = _accumulate(micro, config.train.accumulate_steps, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         metrics = _metrics(sums, denominators, config)
-        metrics["optim/gradient_norm"] = optax.global_norm(grads)
+        metrics["optim/gradient_norm"] = optax.tree.norm(grads)
         metrics["optim/learning_rate"] = rate(state.step)
         new_state = State(
             step=state.step + 1,
@@ -168,7 +169,7 @@ def _metrics(sums: dict, denominators: dict, config: Config) -> dict[str, Array]
 
 class Evaluated(NamedTuple):
     ce_BT: Array  # nats; 0 where there is no target
-    counts_LE: Array | None  # slots routed to each expert
+    stats: Mapping[str, Array]  # of each layer [L, ...]; additive over batches
     selected_LBTE: Array | None  # bool, with `trace`
 
 
@@ -180,8 +181,8 @@ def make_eval_step(config: Config, trace: bool = False) -> Callable[[dict, dict,
         model = nnx.merge(graphdef, params, router_state)
         out = _forward(model, batch, jnp.int32(0), jnp.int32(0), config.train.seed, train=False, trace=trace)
         _, ce_BT, _ = _losses(model, out.hidden_BTD, batch, config)
-        counts = out.routed.stats["counts"] if out.routed is not None else None
-        selected = out.routed.selected_BTE if out.routed is not None else None
-        return Evaluated(ce_BT * batch.loss_mask_BT, counts, selected)
+        routed = out.routed
+        stats, selected = (routed.stats, routed.selected_BTE) if routed is not None else ({}, None)
+        return Evaluated(ce_BT * batch.loss_mask_BT, stats, selected)
 
     return eval_step

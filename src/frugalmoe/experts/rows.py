@@ -1,0 +1,32 @@
+"""A plan as rows sorted by expert: what every grouped executor computes on.
+
+Letters: N tokens, E experts, K choices, C slots per expert, R rows (N*K or E*C, static).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from frugalmoe.routing.contract import Plan, TokenPlan
+
+
+class Rows(NamedTuple):
+    """Rows of expert 0, then of expert 1, ...; rows past `sum(group_sizes_E)` are null slots, not computed."""
+
+    token_R: Array  # int32; N is an empty slot inside a group: it reads zeros and writes nowhere
+    weight_R: Array  # float32
+    group_sizes_E: Array  # int32
+
+
+def sort_rows(plan: Plan, num_experts: int) -> Rows:
+    """One stable sort of the expert ids. An expert-major plan is sorted already."""
+    if not isinstance(plan, TokenPlan):
+        sizes_E = jnp.full((num_experts,), plan.token_EC.shape[1], jnp.int32)
+        return Rows(plan.token_EC.reshape(-1), plan.weight_EC.reshape(-1), sizes_E)
+    expert_R = plan.expert_NK.reshape(-1)
+    iota_R = jax.lax.iota(jnp.int32, expert_R.size)
+    _, order_R = jax.lax.sort((expert_R, iota_R), num_keys=1, is_stable=True)
+    sizes_E = jnp.zeros((num_experts,), jnp.int32).at[expert_R].add(1, mode="drop")  # the null id E falls outside
+    return Rows(order_R // plan.expert_NK.shape[1], plan.weight_NK.reshape(-1)[order_R], sizes_E)

@@ -1,0 +1,89 @@
+"""Softmax over experts, the K most probable experts per token: the gate of most open models.
+
+Shazeer et al. (1701.06538, eq. 3-5, without noise). With z the logits, S the K largest and p = softmax(z):
+
+| softmax | renormalize | weight of expert e in S | used by |
+|---|---|---|---|
+| before | False | scale * p_e | OLMoE (2409.02060), DeepSeekMoE (2401.06066) |
+| before | True | scale * p_e / sum_S p | Qwen3 (2505.09388), Ling 1 (2503.05139) |
+| after | True | scale * softmax(z over S)_e | Mixtral (2401.04088); equals the row above |
+
+Letters: B batch, T time, E experts, K choices.
+"""
+
+import dataclasses
+
+import jax
+
+from frugalmoe.config.schema import MoE
+from frugalmoe.routing import losses, rules, select, stats
+from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    softmax: str = "before"  # before | after the selection
+    renormalize: bool = True  # weights of the K experts sum to `scale`
+    scale: float = 1.0  # factor on all weights
+
+
+def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
+    options: Options = config.options
+    logits_BTE = linear_logits(params, inputs)
+    probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+    choice = select.top_k(logits_BTE, config.num_experts_per_token)
+    if options.softmax == "after":
+        weight_BTK = jax.nn.softmax(select.at(logits_BTE, choice.expert_BTK), axis=-1)
+    else:
+        weight_BTK = select.at(probs_BTE, choice.expert_BTK)
+        if options.renormalize:
+            weight_BTK = weight_BTK / weight_BTK.sum(-1, keepdims=True)
+    plan = select.token_plan(choice.expert_BTK, weight_BTK * options.scale, inputs, config.num_experts)
+    load_BE = stats.load(plan, inputs, config.num_experts)
+    return Routing(
+        plan,
+        losses.gate_losses(logits_BTE, probs_BTE, load_BE, inputs, config),
+        stats.of_layer(load_BE, inputs, logits_BTE=logits_BTE, probs_BTE=probs_BTE, tied_BT=choice.tied_BT),
+    )
+
+
+def weight_sum(config: MoE) -> float | str:
+    options: Options = config.options
+    if options.renormalize:
+        return options.scale
+    return "at_most_one" if options.scale <= 1 else "free"
+
+
+def check(config: MoE) -> str | None:
+    options: Options = config.options
+    contradiction = (
+        "options.renormalize=False: weights of softmax='after' sum to the scale always; use softmax='before'"
+    )
+    return rules.first(
+        rules.one_of("softmax", options.softmax, ("before", "after")),
+        rules.positive("scale", options.scale),
+        contradiction if options.softmax == "after" and not options.renormalize else None,
+        rules.gradient_at_one(
+            config,
+            options.renormalize,
+            "set options.softmax='before' and options.renormalize=False, or use switch_top1",
+        ),
+    )
+
+
+ROUTER = Router(
+    about=About(
+        year=2017,
+        paper="Shazeer et al., Outrageously Large Neural Networks, 1701.06538, eq. 3-5; Mixtral, 2401.04088",
+        score="softmax",
+        selection="K largest logits",
+        weights="softmax probabilities, renormalised over the K or as they are",
+        balance="auxiliary loss",
+        weight_sum=weight_sum,
+        losses=losses.GATE_LOSSES,
+    ),
+    route=route,
+    options=Options,
+    init=linear_init,
+    check=check,
+)

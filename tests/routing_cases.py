@@ -1,0 +1,178 @@
+"""The small routing problems that the laws run over: every strategy in the folder, at a few shapes and options.
+
+Letters: B batch, T time, N tokens (B*T), D model, E experts, K choices.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from frugalmoe.config.schema import MoE
+from frugalmoe.routing import strategies
+from frugalmoe.routing.contract import Inputs, Router, Routing, TokenPlan, combine_matrix
+
+B, T, D, VOCAB = 2, 8, 8, 16
+N = B * T
+SHAPES = ((8, 2), (8, 1))  # (E, K): a strategy runs at the first that its own check allows
+OPTIONS = {  # strategy -> (K, options) of 8 experts, beside its defaults
+    "topk_softmax": ((3, {"softmax": "after", "scale": 2.5}), (1, {"renormalize": False})),
+    "switch_top1": ((1, {"jitter": 0.5}),),
+    "sigmoid_bias": (
+        (2, {"num_groups": 4, "groups_per_token": 2, "scale": 2.5, "update": "zero_mean"}),
+        (1, {"normalize": False}),
+    ),
+    "expert_choice": ((1, {"capacity_factor": 1.3}),),
+    "hash": ((2, {"gate": "learned"}),),
+}
+
+
+class Case(NamedTuple):
+    """A router and its config; hashable, so that its compiled functions are shared by all laws."""
+
+    router: Router
+    config: MoE
+
+    def __str__(self) -> str:
+        changed = {k: v for k, v in vars(self.config.options).items() if v != getattr(type(self.config.options)(), k)}
+        name = f"{self.router.name}-{self.config.num_experts}x{self.config.num_experts_per_token}"
+        return name + "".join(f"-{k}={v}" for k, v in changed.items())
+
+
+def make_case(router: str | Router, num_experts: int = 8, k: int = 2, moe: dict | None = None, **options: Any) -> Case:
+    router = strategies.get(router)
+    config = MoE(num_experts=num_experts, num_experts_per_token=k, options=router.options(**options), **(moe or {}))
+    return Case(router, config)
+
+
+def all_cases() -> list[Case]:
+    cases = []
+    for name in strategies.names():
+        default = [make_case(name, *shape) for shape in SHAPES]
+        cases += [case for case in default if case.router.check(case.config) is None][:1]
+        cases += [make_case(name, 8, k, **options) for k, options in OPTIONS.get(name, ())]
+        assert cases and cases[-1].router.name == name, f"no shape suits {name}: add one to OPTIONS"
+    return cases
+
+
+def make_inputs(seed: int = 0, *, padded: bool = True, train: bool = True) -> Inputs:
+    """Random tokens. With `padded`, row 0 packs two documents and ends in padding."""
+    rng = np.random.default_rng(seed)
+    segment_ids, positions = np.ones((B, T), np.int32), np.tile(np.arange(T, dtype=np.int32), (B, 1))
+    if padded:
+        segment_ids[0], positions[0] = [1, 1, 1, 2, 2, 2, 0, 0], [0, 1, 2, 0, 1, 2, 0, 0]
+    return Inputs(
+        jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32),
+        jnp.asarray(rng.integers(0, VOCAB, (B, T)), jnp.int32),
+        jnp.asarray(segment_ids),
+        jnp.asarray(positions),
+        jax.random.split(jax.random.key(seed), B),
+        jnp.int32(0),
+        jnp.int32(0),
+        train,
+    )
+
+
+@functools.cache
+def make_params(case: Case, seed: int = 0) -> tuple[dict, dict]:
+    """Parameters, and a state that is not at its initial value."""
+    params = case.router.init(jax.random.key(seed), D, case.config)
+    noise = jax.random.normal(jax.random.key(seed + 1), (16,))
+    return params, jax.tree.map(lambda s: s + 0.1 * jnp.resize(noise, s.shape), case.router.init_state(case.config))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # not by case: routers that differ in claims alone share it
+def compiled_route(function: Callable, config: MoE, train: bool, params: dict, state: dict, *arrays: Any) -> Routing:
+    return function(params, state, Inputs(*arrays, train=train), config)
+
+
+def route(case: Case, inputs: Inputs, params: dict | None = None, state: dict | None = None) -> Routing:
+    """The compiled route, with the default parameters and state where none are given."""
+    default_params, default_state = make_params(case)
+    params, state = default_params if params is None else params, default_state if state is None else state
+    return compiled_route(case.router.route, case.config, inputs.train, params, state, *inputs[:7])
+
+
+def eager_route(case: Case, inputs: Inputs) -> Routing:
+    """The route, operation by operation."""
+    return case.router.route(*make_params(case), inputs, case.config)
+
+
+def combine(case: Case, routing: Routing, time: int = T) -> np.ndarray:
+    """G as [B, T, E]."""
+    return _dense(case, routing.plan, routing.plan[1], time)
+
+
+def selections(case: Case, routing: Routing, time: int = T) -> np.ndarray:
+    """How often each token names each expert [B, T, E], whatever the weights."""
+    return _dense(case, routing.plan, np.ones(routing.plan[1].shape), time).astype(int)
+
+
+def _dense(case: Case, plan: Any, weights: Any, time: int) -> np.ndarray:
+    """The combine matrix in numpy, so that the laws do not lean on the code under test."""
+    num_tokens, num_experts = B * time, case.config.num_experts
+    g_NE = np.zeros((num_tokens + 1, num_experts + 1), np.float32)
+    ids, weights = np.asarray(plan[0]), np.asarray(weights)
+    for (row, column), weight in np.ndenumerate(weights):
+        token, expert = (row, ids[row, column]) if isinstance(plan, TokenPlan) else (ids[row, column], row)
+        g_NE[token, expert] += weight
+    return g_NE[:num_tokens, :num_experts].reshape(B, time, num_experts)
+
+
+class Probe(NamedTuple):
+    """A layer's objective, its gradients, and the routing that made it."""
+
+    value: jax.Array
+    params: dict  # gradients
+    state: dict
+    x_BTD: jax.Array
+    routing: Routing
+
+
+def objective(
+    function: Callable,
+    config: MoE,
+    params: dict,
+    state: dict,
+    inputs: Inputs,
+    weight_BTD: jax.Array,
+    coefficients: dict,
+) -> tuple[jax.Array, Routing]:
+    """sum(weight * y) of a layer with linear experts, as a language-model loss sees it, plus auxiliary losses."""
+    num_tokens, num_experts = inputs.token_ids_BT.size, config.num_experts
+    expert_EDD = jax.random.normal(jax.random.key(7), (num_experts, D, D)) / D**0.5
+    routing = function(params, state, inputs, config)
+    g_NE = combine_matrix(routing.plan, num_tokens, num_experts)
+    x_ND = jnp.where(inputs.valid_BT[..., None], inputs.x_BTD, 0).reshape(num_tokens, D)
+    y_ND = jnp.einsum("ne,nd,edf->nf", g_NE, x_ND, expert_EDD)
+    extra = sum((coefficients.get(name, 0.0) * loss.sum for name, loss in routing.losses.items()), jnp.float32(0))
+    return jnp.sum(y_ND.reshape(weight_BTD.shape) * weight_BTD) + extra, routing
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _probe(function: Callable, config: MoE, weight: Any, coefficients: dict, params: dict, state: dict, *arrays: Any):
+    x, *rest = arrays
+
+    @jax.checkpoint  # so that every law about gradients is also one about recomputed layers
+    def value(params: dict, state: dict, x: jax.Array) -> tuple[jax.Array, Routing]:
+        return objective(function, config, params, state, Inputs(x, *rest, train=True), weight, coefficients)
+
+    (loss, routing), gradients = jax.value_and_grad(value, (0, 1, 2), has_aux=True)(params, state, x)
+    return Probe(loss, *gradients, routing)
+
+
+WEIGHT = np.random.default_rng(9).normal(size=(B, T, D)).astype(np.float32)
+
+
+def probe(
+    case: Case, inputs: Inputs, weight: Any = WEIGHT, *, params: dict | None = None, **coefficients: float
+) -> Probe:
+    """The objective and its gradients in training; losses that are not given a coefficient have 0."""
+    own_params, state = make_params(case)
+    coefficients = {name: jnp.float32(coefficients.get(name, 0)) for name in case.router.about.losses}
+    params = own_params if params is None else params
+    function, config = case.router.route, case.config
+    return _probe(function, config, jnp.asarray(weight), coefficients, params, state, *inputs[:7])

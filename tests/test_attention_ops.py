@@ -1,0 +1,189 @@
+"""Every attention implementation that this platform runs against one naive oracle, in value and gradient; causality."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from frugalmoe.model.attention_ops import cache_attention, causal_attention, choose_implementation
+
+# B, T, H, K, d and the lengths of a sequence's documents; what remains of T is padding.
+SHAPES = {
+    "one_token": (2, 1, 2, 1, 8, [1]),
+    "shorter_than_chunk": (2, 17, 4, 2, 8, [17]),
+    "multi_head": (2, 64, 4, 4, 16, [64]),
+    "multi_query": (1, 96, 4, 1, 8, [96]),
+    "odd_time": (3, 131, 6, 2, 8, [131]),
+    "documents": (2, 160, 4, 2, 8, [1, 70, 89]),
+    "padding": (2, 130, 4, 2, 8, [40, 60]),
+    "all_padding": (2, 66, 2, 1, 8, []),
+    "many_rows": (12, 256, 8, 4, 32, [100, 156]),
+    "large_chunk": (1, 640, 2, 1, 8, [300, 340]),
+}
+CASES = [*itertools.product(SHAPES, ("chunked", "xla")), ("documents", "auto")]
+CASES += [("splash", "splash")]  # interpreted where there is no TPU
+SHAPES["splash"] = (1, 128, 2, 1, 64, [50, 60])
+
+
+def segment_ids(shape) -> jax.Array:
+    batch, time, documents = shape[0], shape[1], shape[-1]
+    row = np.zeros(time, np.int32)
+    row[: sum(documents)] = np.repeat(np.arange(1, len(documents) + 1), documents)
+    return jnp.array(np.tile(row, (batch, 1)))
+
+
+def inputs(shape, dtype=jnp.float32) -> list[jax.Array]:
+    B, T, H, K, d, _ = shape
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [jax.random.normal(k, (B, T, n, d), dtype) for k, n in zip(keys, (H, K, K, H))]
+
+
+def oracle(q_BTHd, k_BTKd, v_BTKd, segment_ids_BT):
+    """The definition, with keys and values repeated for their groups and every document masked by equality of ids."""
+    T, group = q_BTHd.shape[1], q_BTHd.shape[2] // k_BTKd.shape[2]
+    k, v = (jnp.repeat(a, group, axis=2) for a in (k_BTKd, v_BTKd))
+    score = jnp.einsum("bthd,bshd->bhts", q_BTHd, k, precision="highest") / np.sqrt(q_BTHd.shape[-1])
+    same = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    score = jnp.where((same & jnp.tril(jnp.ones((T, T), bool)))[:, None], score, -jnp.inf)
+    o = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(score), v, precision="highest")
+    return jnp.where((segment_ids_BT > 0)[:, :, None, None], o, 0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(fn, q, k, v, do, segment_ids_BT):
+    o, pull = jax.vjp(lambda q, k, v: fn(q, k, v, segment_ids_BT), q, k, v)
+    return o, *pull(do.astype(o.dtype))
+
+
+@functools.cache
+def with_implementation(name):
+    return functools.partial(causal_attention, implementation=name)
+
+
+@pytest.mark.parametrize("shape,implementation", CASES)
+def test_values_and_gradients_equal_the_oracle(shape, implementation):
+    shape = SHAPES[shape]
+    arguments = (*inputs(shape), segment_ids(shape))
+    got = value_and_gradients(with_implementation(implementation), *arguments)
+    expected = value_and_gradients(oracle, *arguments)
+    for name, a, b in zip(("o", "dq", "dk", "dv"), got, expected):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "xla"])
+def test_padding_gives_zeros_and_takes_no_gradient(implementation):
+    shape = SHAPES["padding"]
+    got = value_and_gradients(with_implementation(implementation), *inputs(shape), segment_ids(shape))
+    for a in got:
+        assert np.all(np.asarray(a[:, 100:]) == 0)
+        assert np.any(np.asarray(a[:, 99]) != 0)
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "xla"])
+def test_a_query_depends_on_the_earlier_tokens_of_its_document_only(implementation):
+    """d o[t] / d v[s] is nonzero exactly where s <= t and both are in one document."""
+    shape = (1, 80, 1, 1, 4, [30, 50])
+    q, k, v, _ = inputs(shape)
+    segments = segment_ids(shape)
+    fn = with_implementation(implementation)
+    jacobian = jax.jacrev(lambda v: fn(q, k, v, segments)[0, :, 0].sum(-1))(v)[:, 0, :, 0]
+    depends = np.any(np.asarray(jacobian) != 0, axis=-1)
+    t, s = np.indices((80, 80))
+    np.testing.assert_array_equal(depends, (s <= t) & ((s >= 30) | (t < 30)))
+
+
+def test_gradients_of_keys_are_causal_too():
+    """Only the last query is asked: every key of its document has a gradient, no other has; keys get it by softmax."""
+    shape = (1, 70, 2, 1, 4, [20, 50])
+    q, k, v, _ = inputs(shape)
+    dk = jax.grad(lambda k: causal_attention(q, k, v, segment_ids(shape))[:, 40].sum())(k)
+    np.testing.assert_array_equal(
+        np.any(np.asarray(dk) != 0, axis=(0, 2, 3)), (np.arange(70) >= 20) & (np.arange(70) <= 40)
+    )
+
+
+def test_large_scores_stay_finite():
+    shape = SHAPES["documents"]
+    q, k, v, do = inputs(shape)
+    for a in value_and_gradients(causal_attention, 1e4 * q, k, v, do, segment_ids(shape)):
+        assert np.isfinite(np.asarray(a)).all()
+
+
+def test_bfloat16_is_as_near_to_the_oracle_as_rounding_allows():
+    """Inputs, probabilities and results are rounded to 8 bits (2^-8 each), sums are float32."""
+    shape = SHAPES["documents"]
+    low = inputs(shape, jnp.bfloat16)
+    got = value_and_gradients(with_implementation("chunked"), *low, segment_ids(shape))
+    expected = value_and_gradients(oracle, *(a.astype(jnp.float32) for a in low), segment_ids(shape))
+    for a, b in zip(got, expected):
+        assert a.dtype == jnp.bfloat16
+        error = np.linalg.norm(np.asarray(a, np.float32) - b) / np.linalg.norm(b)
+        assert error < 2 * 2**-8, error
+
+
+def test_result_is_the_same_under_checkpoint_vmap_and_shard_map():
+    shape = SHAPES["documents"]
+    q, k, v, do = inputs(shape)
+    segments = segment_ids(shape)
+    plain = value_and_gradients(causal_attention, q, k, v, do, segments)
+    remat = value_and_gradients(jax.checkpoint(causal_attention), q, k, v, do, segments)
+    rows = jax.vmap(lambda *a: [x[0] for x in value_and_gradients(causal_attention, *(x[None] for x in a))])(
+        q, k, v, do, segments
+    )
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        spec = P("data")
+        sharded_fn = jax.shard_map(causal_attention, in_specs=(spec,) * 4, out_specs=spec, check_vma=False)
+        placed = [jax.device_put(a, jax.NamedSharding(mesh, spec)) for a in (q, k, v, do, segments)]
+        sharded = value_and_gradients(sharded_fn, *placed)
+    for other in (remat, rows, sharded):
+        for a, b in zip(plain, other):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_memory_of_the_gradient_grows_with_time_not_with_its_square():
+    """One float32 [B, H, T, T] is 268 MB here, and the plain gradient holds several; the chunked one at most a quarter."""
+    shape = (2, 2048, 8, 4, 8, [2048])
+    arguments = (*inputs(shape), segment_ids(shape))
+    lowered = value_and_gradients.lower(with_implementation("chunked"), *arguments)
+    temporary = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 2 * 8 * 2048**2 * 4 / 4
+
+
+@pytest.mark.parametrize(
+    "platform,dtype,time,channels,expected",
+    [
+        ("cpu", jnp.float32, 256, 32, "chunked"),
+        ("cpu", jnp.bfloat16, 7, 32, "chunked"),
+        ("gpu", jnp.bfloat16, 256, 64, "cudnn"),
+        ("gpu", jnp.float32, 256, 64, "xla"),
+        ("gpu", jnp.bfloat16, 255, 64, "xla"),
+        ("gpu", jnp.bfloat16, 256, 60, "xla"),
+        ("gpu", jnp.bfloat16, 256, 256, "xla"),
+        ("tpu", jnp.bfloat16, 256, 128, "splash"),
+        ("tpu", jnp.bfloat16, 200, 128, "xla"),
+    ],
+)
+def test_the_choice_follows_platform_and_limits(platform, dtype, time, channels, expected):
+    assert choose_implementation((1, time, 8, channels), jnp.dtype(dtype), platform) == expected
+
+
+def test_attention_to_a_cache_equals_attention_to_the_whole_sequence():
+    """Row b is asked about its own position; slots beyond it hold rubbish."""
+    shape = (3, 40, 4, 2, 8, [40])
+    q, k, v, _ = inputs(shape)
+    whole = oracle(q, k, v, segment_ids(shape))
+    for start, new in ((jnp.array([5, 0, 36]), 1), (jnp.array([0, 7, 30]), 9), (jnp.int32(11), 4)):
+        start_B = jnp.broadcast_to(start, (3,))
+        place_BT = start_B[:, None] + jnp.arange(new)
+        filled_BS = (jnp.arange(40) < start_B[:, None] + new)[:, :, None, None]
+        query = jnp.take_along_axis(q, place_BT[:, :, None, None], axis=1)
+        got = cache_attention(query, jnp.where(filled_BS, k, 99.0), jnp.where(filled_BS, v, 99.0), start)
+        expected = jnp.take_along_axis(whole, place_BT[:, :, None, None], axis=1)
+        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)

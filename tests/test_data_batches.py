@@ -1,0 +1,253 @@
+"""Packing: a tokenizer whose words are all different makes every token name its document and place."""
+
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from frugalmoe.config.schema import Data, Source
+from frugalmoe.data import open_data
+from frugalmoe.errors import UserError
+
+T = 64
+NUM_WORDS = 70_000  # above 2^16: ids are stored as int32
+EOS = NUM_WORDS
+DOMAINS = ("east", "north", "west")
+
+
+@functools.cache
+def documents():
+    """(domain, first word, number of words): a word occurs once in the corpus; the longest exceed a stored piece."""
+    rng = np.random.default_rng(0)
+    found, word = [], 0
+    for n in range(150):
+        length = int(rng.integers(1, 200)) if n % 25 else int(rng.integers(2000, 4500))
+        found.append((DOMAINS[n % 3], word, length))
+        word += length
+    return found
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus")
+    vocabulary = {str(n): n for n in range(NUM_WORDS)} | {"</s>": EOS}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, "0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(root / "tokenizer.json"))
+    for domain in DOMAINS:
+        texts = [" ".join(str(w) for w in range(a, a + n)) for d, a, n in documents() if d == domain]
+        lines = [json.dumps({"text": text, "domain": domain}) + "\n" for text in texts]
+        (root / "all").mkdir(exist_ok=True)
+        (root / "all" / f"{domain}.jsonl").write_text("".join(lines))
+    return root
+
+
+def config(corpus: Path, **changes) -> Data:
+    base = {
+        "path": str(corpus / "all"),
+        "tokenizer": str(corpus / "tokenizer.json"),
+        "sequence_length": T,
+        "validation_fraction": 0.2,
+        "cache_dir": str(corpus / "cache"),
+    }
+    return Data(**(base | changes))
+
+
+def dataset(data: Data, batch_size: int = 4, seed: int = 0):
+    return open_data(data, batch_size=batch_size, seed=seed, progress=False)
+
+
+def rows_of(batches):
+    """Batches -> rows, without padding rows."""
+    rows = [type(batch)(*columns) for batch in batches for columns in zip(*batch, strict=True)]
+    return [row for row in rows if row.segment_ids_BT.any()]
+
+
+def epoch(data, number=0):
+    """All rows of one epoch."""
+    one = dataset(data, batch_size=1)
+    num_rows = one.train_tokens // T
+    return rows_of(one.batch(number * num_rows + n) for n in range(num_rows))
+
+
+@functools.cache
+def owner():
+    """word -> (document, domain id)."""
+    table = {}
+    for n, (domain, first, length) in enumerate(documents()):
+        table |= {word: (n, DOMAINS.index(domain)) for word in range(first, first + length)}
+    return table
+
+
+@functools.cache
+def last_words():
+    """The last word of each document."""
+    return {first + length - 1 for _, first, length in documents()}
+
+
+def check_row(row):
+    """The law of a row, from the words alone."""
+    tokens, targets, segments, positions, mask, domains = (column.tolist() for column in row)
+    valid = sum(segment > 0 for segment in segments)
+    assert segments[valid:] == [0] * (T - valid) and not any(mask[valid:])
+    for t in range(valid):
+        word = tokens[t]
+        begins = t == 0 or tokens[t - 1] == EOS
+        assert segments[t] == (1 if t == 0 else segments[t - 1] + begins)
+        assert positions[t] == (0 if begins else positions[t - 1] + 1)
+        assert mask[t] == (word != EOS)  # a document's end predicts nothing, everything else has a next token
+        if word == EOS:
+            assert targets[t] == 0 and (begins or tokens[t - 1] in last_words())
+        else:
+            assert targets[t] == (EOS if word in last_words() else word + 1)
+            assert domains[t] == owner()[word][1]
+            assert begins or word == tokens[t - 1] + 1
+    return tokens[:valid]
+
+
+def test_rows_obey_the_law(corpus):
+    for row in epoch(config(corpus)):
+        assert all(
+            column.dtype == (bool if name == "loss_mask_BT" else np.int32) for name, column in row._asdict().items()
+        )
+        check_row(row)
+
+
+def test_an_epoch_has_every_token_once_but_for_the_declared_remainder(corpus):
+    data = config(corpus)
+    opened = dataset(data)
+    tokens = [token for row in epoch(data) for token in row.tokens_BT.tolist()]
+    words = [token for token in tokens if token != EOS]
+    assert len(words) == len(set(words))
+    assert len(tokens) + opened.remainder == opened.train_tokens and 0 <= opened.remainder < T
+    train = {owner()[word][0] for word in words}
+    expected = sum(length + 1 for n, (_, _, length) in enumerate(documents()) if n in train)
+    assert abs(opened.train_tokens - expected) <= T  # a short document may lie in the remainder as a whole
+
+
+def test_epochs_have_the_same_rows_in_another_order(corpus):
+    first, second = ([row.tokens_BT.tobytes() for row in epoch(config(corpus), n)] for n in (0, 1))
+    assert sorted(first) == sorted(second) and first != second
+
+
+def test_validation_is_disjoint_and_whole_in_every_domain(corpus):
+    data = config(corpus)
+    opened = dataset(data)
+    train = {owner()[word][0] for row in epoch(data) for word in row.tokens_BT.tolist() if word != EOS}
+    for domain in opened.domains:
+        batches = list(opened.eval_batches(domain, batch_size=8))
+        assert all(batch.tokens_BT.shape == (8, T) for batch in batches)
+        tokens = [token for row in rows_of(batches) for token in check_row(row)]
+        words = [word for word in tokens if word != EOS]
+        found = {owner()[word][0] for word in words}
+        assert found and not found & train
+        assert all(documents()[n][0] == domain for n in found)
+        assert len(tokens) == opened.validation_tokens[domain] == sum(documents()[n][2] + 1 for n in found)
+        assert len(set(words)) == len(words)
+
+
+def test_validation_does_not_depend_on_the_seed_and_is_cut_by_max_batches(corpus):
+    data = config(corpus)
+    first, second = (list(dataset(data, seed=seed).eval_batches("east", 2, 3)) for seed in (0, 1))
+    assert len(first) == 3
+    np.testing.assert_equal(first, second)
+    np.testing.assert_equal(first, list(dataset(data).eval_batches("east", 2))[:3])
+
+
+def test_random_access_equals_iteration_from_anywhere(corpus):
+    opened = dataset(config(corpus))
+    for start in (0, 5, 1000):
+        batches = opened.train_batches(start)
+        for step in range(start, start + 6):
+            np.testing.assert_equal(next(batches), opened.batch(step))
+
+
+def test_the_seed_changes_the_order_and_nothing_else(corpus):
+    data = config(corpus)
+    same, again, other = (dataset(data, seed=seed).batch(3) for seed in (0, 0, 1))
+    np.testing.assert_equal(same, again)
+    assert not np.array_equal(same.tokens_BT, other.tokens_BT)
+    assert dataset(data, seed=0).fingerprint == dataset(data, seed=1).fingerprint
+
+
+@pytest.mark.parametrize("hash_seed", ["1", "2"])
+def test_another_process_makes_the_same_batch(corpus, hash_seed):
+    data = config(corpus)
+    code = (
+        "import hashlib, sys\nfrom frugalmoe.config.schema import Data\nfrom frugalmoe.data import open_data\n"
+        f"data = Data(path={data.path!r}, tokenizer={data.tokenizer!r}, sequence_length={T}, validation_fraction=0.2,"
+        f" cache_dir={str(corpus / ('cache' + hash_seed))!r})\n"
+        "batch = open_data(data, batch_size=4, seed=0, progress=False).batch(7)\n"
+        "print(hashlib.sha256(b''.join(x.tobytes() for x in batch)).hexdigest())\n"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    expected = hashlib.sha256(b"".join(column.tobytes() for column in dataset(data).batch(7))).hexdigest()
+    assert done.stdout.strip() == expected
+
+
+def test_files_and_their_order_do_not_matter(corpus, tmp_path):
+    """The same documents in one file, backwards."""
+    lines = [line for file in (corpus / "all").iterdir() for line in file.read_text().splitlines()]
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "one.jsonl").write_text("\n".join(reversed(lines)))
+    ours, theirs = dataset(config(corpus)), dataset(config(corpus, path=str(tmp_path / "all")))
+    assert ours.fingerprint == theirs.fingerprint
+    for step in (0, 9):
+        np.testing.assert_equal(ours.batch(step), theirs.batch(step))
+
+
+WEIGHTS = {"east": 0.6, "north": 0.3, "west": 0.1}
+
+
+def mixture(corpus, weights):
+    sources = {name: Source(path=str(corpus / "all" / f"{name}.jsonl"), weight=w) for name, w in weights.items()}
+    return config(corpus, sources=sources)
+
+
+def test_sources_are_drawn_by_their_weights(corpus):
+    opened = dataset(mixture(corpus, WEIGHTS), batch_size=8)
+    num_rows = 1200
+    drawn = np.concatenate([opened.batch(step).domain_ids_BT[:, 0] for step in range(num_rows // 8)])
+    for domain, weight in WEIGHTS.items():
+        share = np.mean(drawn == opened.domains.index(domain))
+        assert abs(share - weight) < 3 * np.sqrt(weight * (1 - weight) / num_rows), (domain, share)
+    for row in rows_of(opened.batch(step) for step in range(20)):
+        check_row(row)
+        assert len(set(row.domain_ids_BT.tolist())) == 1  # a stream per source
+
+
+def test_without_weights_sources_are_one_stream_of_all_tokens(corpus):
+    data = mixture(corpus, dict.fromkeys(WEIGHTS, 0.0))
+    words = [word for row in epoch(data) for word in row.tokens_BT.tolist() if word != EOS]
+    opened = dataset(data)
+    assert len(words) == len(set(words)) and opened.remainder == opened.train_tokens % T
+
+
+def test_the_fingerprint_tells_data_sets_apart(corpus, tmp_path):
+    fingerprints = {
+        dataset(data).fingerprint
+        for data in (
+            config(corpus),
+            config(corpus, sequence_length=32),
+            config(corpus, validation_fraction=0.3),
+            config(corpus, tokenizer="bytes"),
+            mixture(corpus, WEIGHTS),
+            mixture(corpus, WEIGHTS | {"west": 0.2}),
+        )
+    }
+    assert len(fingerprints) == 6
+
+
+def test_a_row_longer_than_the_data_is_refused(corpus):
+    with pytest.raises(UserError, match=r"^data\.sequence_length=1000000: must not be longer than the \d+ training"):
+        dataset(config(corpus, sequence_length=1_000_000))
+    with pytest.raises(UserError, match="valid: east, north, west"):
+        next(dataset(config(corpus)).eval_batches("south", 2))

@@ -1,0 +1,502 @@
+"""Laws that every routing strategy obeys, over every strategy in the folder; and routers that break them, caught.
+
+A law takes a case and asserts. What a strategy declares about itself decides which side of a law must hold.
+Letters: B batch, T time, N tokens (B*T), D model, E experts, K choices.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from routing_cases import (
+    VOCAB,
+    WEIGHT,
+    B,
+    Case,
+    D,
+    T,
+    all_cases,
+    combine,
+    compiled_route,
+    eager_route,
+    make_case,
+    make_inputs,
+    make_params,
+    objective,
+    probe,
+    route,
+    selections,
+)
+
+from frugalmoe import experts
+from frugalmoe.config.schema import MoE
+from frugalmoe.routing import losses, select, stats
+from frugalmoe.routing.contract import (
+    About,
+    ExpertPlan,
+    Inputs,
+    Router,
+    Routing,
+    TokenPlan,
+    combine_matrix,
+    linear_init,
+    linear_logits,
+)
+
+
+def assert_same(a: object, b: object, tolerance: float = 0.0) -> None:
+    """Two trees of arrays are equal: bit for bit, or to a relative and absolute tolerance."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+def law_weights(case: Case) -> None:
+    """The weights of a valid token add up to what is declared, and none is negative."""
+    claim = case.router.claim("weight_sum", case.config)
+    inputs = make_inputs()
+    g_BTE = combine(case, route(case, inputs))
+    total = g_BTE.sum(-1)[np.asarray(inputs.valid_BT)]
+    assert np.all(g_BTE >= 0)
+    if claim == "at_most_one":
+        assert np.all((total > 0) & (total <= 1 + 1e-6)) and np.any(total < 1 - 1e-3)
+    elif claim != "free":
+        np.testing.assert_allclose(total, claim, rtol=1e-6)
+
+
+def law_causal_by_perturbation(case: Case) -> None:
+    """Other later tokens change no earlier decision, bit for bit, if and only if the router declares itself safe."""
+    changes = 0
+    for seed in range(4):
+        for cut in (1, 4, 6):
+            here, there = make_inputs(seed, padded=False), make_inputs(seed + 100, padded=False)
+            later = jnp.arange(T) >= cut
+            moved = here._replace(
+                x_BTD=jnp.where(later[:, None], there.x_BTD, here.x_BTD),
+                token_ids_BT=jnp.where(later, there.token_ids_BT, here.token_ids_BT),
+            )
+            before, after = (combine(case, route(case, i))[:, :cut] for i in (here, moved))
+            changes += np.sum(before != after)
+    assert (changes > 0) == (case.router.about.causal == "leak")
+
+
+def law_causal_by_gradient(case: Case) -> None:
+    """No gradient flows from earlier outputs to later inputs of a safe router."""
+    if case.router.about.causal == "leak":
+        return
+    for cut in (2, 5):
+        earlier_BTD = jnp.broadcast_to((jnp.arange(T) < cut)[:, None], (B, T, D)).astype(jnp.float32)
+        grad_BTD = probe(case, make_inputs(padded=False), earlier_BTD).x_BTD
+        assert np.all(np.any(grad_BTD[:, :cut] != 0, axis=-1))
+        assert np.all(grad_BTD[:, cut:] == 0)
+
+
+def law_batch_independent(case: Case) -> None:
+    """A sequence is routed the same whatever the other sequences of its batch, unless declared."""
+    first, other = make_inputs(0), make_inputs(50)
+    mixed = first._replace(
+        x_BTD=first.x_BTD.at[1].set(other.x_BTD[1] * 5),
+        token_ids_BT=first.token_ids_BT.at[1].set(other.token_ids_BT[1]),
+    )
+    before, after = (combine(case, route(case, i))[0] for i in (first, mixed))
+    assert np.array_equal(before, after) == (case.router.about.causal != "batch")
+
+
+def law_decoding(case: Case) -> None:
+    """Routing token by token gives what routing the whole sequence gives, in evaluation."""
+    if case.router.about.causal != "safe":
+        return
+    inputs = make_inputs(padded=False, train=False)
+    whole = route(case, inputs)
+    for t in range(T):
+        step = route(case, Inputs(*(a[:, t : t + 1] for a in inputs[:4]), *inputs[4:]))
+        assert np.array_equal(selections(case, step, 1)[:, 0], selections(case, whole)[:, t])
+        np.testing.assert_allclose(combine(case, step, 1)[:, 0], combine(case, whole)[:, t], rtol=1e-5)
+
+
+def expert_axes(tree: dict, permutation: np.ndarray) -> dict:
+    """Every array whose name's shape letters hold E, permuted along that axis."""
+
+    def permute(name: str, array: jax.Array) -> jax.Array:
+        letters = name.rpartition("_")[2]
+        return jnp.take(array, permutation, axis=letters.index("E")) if "E" in letters else array
+
+    return {name: permute(name, array) for name, array in tree.items()}
+
+
+def law_expert_permutation(case: Case) -> None:
+    """Permuted experts are permuted in the plan, and that is all (groups of experts stay together)."""
+    params, state = make_params(case)
+    inputs, groups = make_inputs(), getattr(case.config.options, "num_groups", 1)
+    plain = route(case, inputs)
+    negated = route(case, inputs, jax.tree.map(jnp.negative, params))
+    if np.array_equal(selections(case, negated), selections(case, plain)):
+        assert case.router.about.score == "none"  # experts that no parameter selects have no order to permute
+        return
+    rng, size = np.random.default_rng(0), case.config.num_experts // groups
+    permutation = np.concatenate([g * size + rng.permutation(size) for g in rng.permutation(groups)])
+    assert not np.array_equal(permutation, np.arange(case.config.num_experts))
+    permuted = route(case, inputs, expert_axes(params, permutation), expert_axes(state, permutation))
+    assert np.array_equal(selections(case, permuted), selections(case, plain)[..., permutation])
+    np.testing.assert_allclose(combine(case, permuted), combine(case, plain)[..., permutation], rtol=1e-5)
+
+
+def law_token_permutation(case: Case) -> None:
+    """Permuted tokens of a sequence, with their ids, segments and positions, are permuted in the plan."""
+    inputs, order = make_inputs(), np.random.default_rng(0).permutation(T)
+    permuted = Inputs(*(a[:, order] for a in inputs[:4]), *inputs[4:])
+    before, after = combine(case, route(case, inputs)), combine(case, route(case, permuted))
+    np.testing.assert_allclose(after, before[:, order], rtol=1e-5)
+
+
+def law_counts(case: Case) -> None:
+    """The stats count exactly the plan's slots of valid tokens, and a null slot has no weight."""
+    inputs = make_inputs()
+    routing = route(case, inputs)
+    chosen_BTE = selections(case, routing)
+    assert np.array_equal(routing.stats["counts"], chosen_BTE.sum((0, 1)))
+    assert routing.stats["assigned"] == chosen_BTE.sum()
+    assert routing.stats["tokens"] == inputs.valid_BT.sum()
+    assert isinstance(routing.plan, TokenPlan) == (case.router.about.form == "token")
+    ids, weights = (np.asarray(a) for a in routing.plan)
+    null = case.config.num_experts if case.router.about.form == "token" else B * T
+    assert np.sum(ids != null) == routing.stats["assigned"]
+    assert np.all(weights[ids == null] == 0)
+
+
+def law_no_duplicates(case: Case) -> None:
+    """No token has the same expert twice."""
+    for seed in range(3):
+        assert selections(case, route(case, make_inputs(seed))).max() == 1
+
+
+def law_learned(case: Case) -> None:
+    """The layer's output gives every parameter a gradient, if and only if the router declares itself learned."""
+    norms = [float(jnp.linalg.norm(g)) for g in jax.tree.leaves(probe(case, make_inputs()).params)]
+    if case.router.claim("learned", case.config):
+        assert norms and min(norms) > 1e-3
+    else:
+        assert all(norm == 0 for norm in norms)
+
+
+def law_no_gradient_into_state(case: Case) -> None:
+    """There is state if and only if declared; neither the output nor a loss gives it a gradient."""
+    gradients = probe(case, make_inputs(), **dict.fromkeys(case.router.about.losses, 1.0)).state
+    assert bool(gradients) == case.router.about.stateful
+    assert all(np.all(gradient == 0) for gradient in jax.tree.leaves(gradients))
+
+
+def law_finite_differences(case: Case) -> None:
+    """The gradient of output and losses is the slope of their value, away from changes of the selection."""
+    if not case.router.claim("learned", case.config):
+        return
+    coefficients, step, checked = dict.fromkeys(case.router.about.losses, 0.1), 5e-4, 0
+    params, _ = make_params(case)
+    for seed in range(3):
+        inputs, direction = make_inputs(seed), linear_like(params, seed)
+        low, high = (jax.tree.map(lambda p, d, s=s: p + s * d, params, direction) for s in (-step, step))
+        low, middle, high = (probe(case, inputs, params=p, **coefficients) for p in (low, params, high))
+        if all(np.array_equal(end.routing.plan[0], middle.routing.plan[0]) for end in (low, high)):
+            exact = jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, middle.params, direction))
+            np.testing.assert_allclose((high.value - low.value) / (2 * step), exact, rtol=5e-3, atol=1e-2)
+            checked += 1
+    assert checked
+
+
+def linear_like(params: dict, seed: int) -> dict:
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noise = [jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, [n / jnp.linalg.norm(n) for n in noise])
+
+
+def law_declared_losses(case: Case) -> None:
+    """A router returns the losses that it declares, no others, each finite and not negative."""
+    routing = route(case, make_inputs())
+    assert set(routing.losses) == set(case.router.about.losses)
+    for loss in routing.losses.values():
+        assert loss.sum.shape == () and np.isfinite(loss.sum) and loss.sum >= 0
+
+
+def law_balance_direction(case: Case) -> None:
+    """One step down the load-balance loss lowers the probability of the most loaded expert."""
+    if "load_balance" not in case.router.about.losses:
+        return
+    inputs = make_inputs(padded=False)
+    inputs = inputs._replace(x_BTD=inputs.x_BTD[:1, :1] + 0.01 * inputs.x_BTD)  # tokens alike: one expert overloaded
+    before = probe(case, inputs, np.zeros_like(WEIGHT), load_balance=1.0)
+    params = jax.tree.map(lambda p, g: p - 1e-2 * g, make_params(case)[0], before.params)
+    after = route(case, inputs, params).stats["prob_sum"]
+    before = before.routing.stats
+    loaded = int(jnp.argmax(before["counts"] * 1e6 + before["prob_sum"]))
+    assert after[loaded] < before["prob_sum"][loaded] - 1e-6
+
+
+def law_state(case: Case) -> None:
+    """State is float32 and moves only if declared; the update is a function of the summed stats alone."""
+    state = case.router.init_state(case.config)
+    routing = route(case, make_inputs(), state=state)
+    moved = case.router.update(state, routing.stats, case.config)
+    assert jax.tree.structure(moved) == jax.tree.structure(state)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((state, moved)))
+    changed = any(np.any(a != b) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(moved), strict=True))
+    assert changed == case.router.about.stateful
+
+
+def law_noise(case: Case) -> None:
+    """Keys matter if and only if declared; a learned router has no noise in evaluation; equal keys, equal plans."""
+    for train in (True, False):
+        inputs = make_inputs(train=train)
+        rekeyed = inputs._replace(keys_B=jax.random.split(jax.random.key(99), B))
+        relayered = inputs._replace(layer=jnp.int32(1))
+        plain, again, other, deeper = (combine(case, route(case, i)) for i in (inputs, inputs, rekeyed, relayered))
+        noisy = case.router.claim("random", case.config) and (train or not case.router.claim("learned", case.config))
+        assert np.array_equal(plain, again)
+        assert np.array_equal(plain, other) == (not noisy)
+        assert not noisy or not np.array_equal(plain, deeper)
+
+
+def law_padding(case: Case) -> None:
+    """Padding gets no expert, counts nowhere, changes nothing, and garbage in it reaches no gradient."""
+    inputs = make_inputs()
+    valid_BT = np.asarray(inputs.valid_BT)
+    garbage = inputs._replace(
+        x_BTD=jnp.where(valid_BT[..., None], inputs.x_BTD, jnp.nan),
+        token_ids_BT=jnp.where(valid_BT, inputs.token_ids_BT, VOCAB - 1),
+    )
+    plain, dirty = route(case, inputs), route(case, garbage)
+    assert not np.any(selections(case, plain)[~valid_BT])
+    assert_same(plain, dirty)
+    gradients = probe(case, garbage, **dict.fromkeys(case.router.about.losses, 1.0))
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradients))
+    assert np.all(gradients.x_BTD[~valid_BT] == 0)
+
+    longer = Inputs(*(jnp.pad(a, ((0, 0), (0, 3)) + ((0, 0),) * (a.ndim - 2)) for a in inputs[:4]), *inputs[4:])
+    extended = route(case, longer)
+    np.testing.assert_allclose(combine(case, extended, T + 3)[:, :T], combine(case, plain), rtol=1e-5)
+    assert_same((extended.losses, extended.stats), (plain.losses, plain.stats), 1e-5)
+
+
+def law_precision(case: Case) -> None:
+    """bfloat16 activations change no dtype of the routing and lose nothing after the cast: scores are float32."""
+    inputs = make_inputs()
+    low = inputs._replace(x_BTD=inputs.x_BTD.astype(jnp.bfloat16))
+    routing = eager_route(case, low)
+    integers = {key for key in routing.stats if key in ("counts", "tokens", "assigned", "ties")}
+    assert routing.plan[0].dtype == jnp.int32 and routing.plan[1].dtype == jnp.float32
+    assert all(routing.stats[key].dtype == jnp.int32 for key in integers)
+    rest = {key: value for key, value in routing.stats.items() if key not in integers}
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((rest, routing.losses, make_params(case))))
+    assert_same(routing, eager_route(case, low._replace(x_BTD=low.x_BTD.astype(jnp.float32))))
+
+
+def law_ties(case: Case) -> None:
+    """Equal logits give no NaN and no duplicate, and every such tie is counted."""
+    inputs = make_inputs()._replace(x_BTD=jnp.zeros((B, T, D)))
+    routing = route(case, inputs, state=case.router.init_state(case.config))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((routing, probe(case, inputs))))
+    assert selections(case, routing).max() == 1
+    ranks_experts = case.router.about.form == "token" and case.router.about.score != "none"
+    assert ("ties" in routing.stats) == ranks_experts
+    if ranks_experts:
+        assert routing.stats["ties"] == routing.stats["tokens"]
+        assert route(case, make_inputs()).stats["ties"] == 0
+
+
+def law_pure(case: Case) -> None:
+    """Eager, compiled or recomputed in the backward pass, the routing is the same; new data compile nothing."""
+    inputs = make_inputs()
+    compiled = route(case, inputs)
+    assert_same(compiled, eager_route(case, inputs), 1e-5)
+    assert_same(compiled, probe(case, inputs).routing, 1e-5)
+    size = compiled_route._cache_size()
+    route(case, make_inputs(1))
+    assert compiled_route._cache_size() == size
+
+
+def law_shards(case: Case) -> None:
+    """One sequence per shard of the batch gives the value, counts and gradients of the whole batch."""
+    params, state = make_params(case)
+    inputs, coefficients = make_inputs(), dict.fromkeys(case.router.about.losses, 1.0)
+
+    def one_shard(params: dict, weight_TD: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        weight_BTD, *arrays = (a[None] for a in (weight_TD, *arrays))
+        shard = Inputs(*arrays, inputs.step, inputs.layer, train=True, axis_names=("data",))
+        value, routing = objective(case.router.route, case.config, params, state, shard, weight_BTD, coefficients)
+        return jax.lax.psum((value, routing.stats["counts"]), "data")
+
+    def all_shards(params: dict, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        in_axes = (None, *[0] * len(arrays))
+        return jax.tree.map(lambda a: a[0], jax.vmap(one_shard, in_axes, axis_name="data")(params, *arrays))
+
+    (value, counts), gradient = jax.jit(jax.value_and_grad(all_shards, has_aux=True))(params, WEIGHT, *inputs[:5])
+    whole = probe(case, inputs, **coefficients)
+    assert_same((value, counts, gradient), (whole.value, whole.routing.stats["counts"], whole.params), 1e-4)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def layer_output(executor: str | None, weight_ND: jax.Array, ids: jax.Array, *arrays: jax.Array) -> tuple:
+    """Value, output and gradients of sum(weight * y) of SwiGLU experts; no executor: y by its definition."""
+
+    def value(weights: jax.Array, x_ND: jax.Array, gate_up_ED2F: jax.Array, down_EFD: jax.Array) -> tuple:
+        num_experts = down_EFD.shape[0]
+        plan = (TokenPlan if ids.shape[0] == B * T else ExpertPlan)(ids, weights)
+        if executor is None:
+            g_NE = combine_matrix(plan, B * T, num_experts)
+            h_NE2F = jnp.einsum("nd,edgf->negf", x_ND, gate_up_ED2F)
+            y_ND = jnp.einsum("ne,nef,efd->nd", g_NE, jax.nn.silu(h_NE2F[:, :, 0]) * h_NE2F[:, :, 1], down_EFD)
+        else:
+            no_drop = float(num_experts)  # every expert has room for all tokens
+            moe = MoE(num_experts=num_experts, num_experts_per_token=1, executor=executor, capacity_factor=no_drop)
+            y_ND, dropped = experts.execute(plan, x_ND, gate_up_ED2F, down_EFD, moe, B)
+        return jnp.sum(y_ND * weight_ND), (y_ND, dropped if executor else 0)
+
+    return jax.value_and_grad(value, argnums=(0, 1, 2, 3), has_aux=True)(*arrays)
+
+
+def law_executors(case: Case) -> None:
+    """Every executor gives the output that the combine matrix defines, and its gradients, for this router's plans."""
+    inputs, rng = make_inputs(), np.random.default_rng(0)
+    gate_up_ED2F, down_EFD = (rng.normal(size=s).astype(np.float32) / 3 for s in ((8, D, 2, 4), (8, 4, D)))
+    ids, weights = route(case, inputs).plan
+    arguments = WEIGHT.reshape(-1, D), ids, weights, inputs.x_BTD.reshape(-1, D), gate_up_ED2F, down_EFD
+    oracle = layer_output(None, *arguments)
+    for executor in ("dense", "grouped", "capacity"):
+        assert_same(layer_output(executor, *arguments), oracle, 1e-4)
+
+
+LAWS = {name.removeprefix("law_"): law for name, law in list(globals().items()) if name.startswith("law_")}
+
+
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS.keys())
+@pytest.mark.parametrize("case", all_cases(), ids=str)
+def test_law(case: Case, law) -> None:
+    law(case)
+
+
+# Routers that break a law. Each claims to be a plain safe top-k router.
+
+
+def broken(route_fn, **claims) -> Case:
+    about = About(
+        year=0, paper="", score="softmax", selection="", weights="", balance="", losses=losses.GATE_LOSSES, **claims
+    )
+    router = Router(about=about, route=route_fn, init=linear_init, name=route_fn.__name__)
+    return make_case(router)
+
+
+def finish(logits_BTE, expert_BTK, weight_BTK, inputs, config, counted: Inputs | None = None) -> Routing:
+    probs_BTE = jax.nn.softmax(logits_BTE)
+    plan = select.token_plan(expert_BTK, weight_BTK, inputs, config.num_experts)
+    load_BE = stats.load(plan, inputs, config.num_experts)
+    tied_BT = select.top_k(logits_BTE, config.num_experts_per_token).tied_BT
+    return Routing(
+        plan,
+        losses.gate_losses(logits_BTE, probs_BTE, load_BE, inputs, config),
+        stats.of_layer(load_BE, counted or inputs, logits_BTE=logits_BTE, probs_BTE=probs_BTE, tied_BT=tied_BT),
+    )
+
+
+def top_k_by(logits_BTE, inputs, config, counted: Inputs | None = None) -> Routing:
+    expert_BTK = select.top_k(logits_BTE, config.num_experts_per_token).expert_BTK
+    weight_BTK = jax.nn.softmax(select.at(logits_BTE, expert_BTK))
+    return finish(logits_BTE, expert_BTK, weight_BTK, inputs, config, counted)
+
+
+def sequence_mean(params, state, inputs, config):
+    logits_BTE = linear_logits(params, inputs)
+    return top_k_by(logits_BTE - logits_BTE.mean(1, keepdims=True), inputs, config)
+
+
+def batch_mean(params, state, inputs, config):
+    logits_BTE = linear_logits(params, inputs)
+    return top_k_by(logits_BTE - logits_BTE.mean(0, keepdims=True), inputs, config)
+
+
+def with_replacement(params, state, inputs, config):
+    logits_BTE = linear_logits(params, inputs)
+    draws = jax.vmap(lambda key: jax.random.categorical(key, jnp.zeros((T, 2, config.num_experts))))(inputs.keys_B)
+    return finish(logits_BTE, draws, jnp.full(draws.shape, 0.5), inputs, config)
+
+
+def unnormalised(params, state, inputs, config):
+    logits_BTE = linear_logits(params, inputs)
+    expert_BTK = select.top_k(logits_BTE, config.num_experts_per_token).expert_BTK
+    return finish(logits_BTE, expert_BTK, select.at(jax.nn.softmax(logits_BTE), expert_BTK), inputs, config)
+
+
+def frozen(params, state, inputs, config):
+    return top_k_by(jax.lax.stop_gradient(linear_logits(params, inputs)), inputs, config)
+
+
+def noise_by_index(params, state, inputs, config):
+    shape = (*inputs.token_ids_BT.shape[1:], config.num_experts)
+    noise_BTE = jax.vmap(lambda key: jax.random.normal(key, shape))(inputs.keys_B)
+    return top_k_by(linear_logits(params, inputs) + noise_BTE, inputs, config)
+
+
+def unmasked_padding(params, state, inputs, config):
+    everything = inputs._replace(segment_ids_BT=jnp.ones_like(inputs.segment_ids_BT))
+    return top_k_by(linear_logits(params, everything), everything, config)
+
+
+def padding_in_stats(params, state, inputs, config):
+    everything = inputs._replace(segment_ids_BT=jnp.ones_like(inputs.segment_ids_BT))
+    return top_k_by(linear_logits(params, inputs), inputs, config, counted=everything)
+
+
+def low_precision(params, state, inputs, config):
+    low = inputs.x_BTD.astype(jnp.bfloat16) @ params["kernel_DE"].astype(jnp.bfloat16)
+    logits_BTE = jnp.where(inputs.x_BTD.dtype == jnp.bfloat16, low.astype(jnp.float32), linear_logits(params, inputs))
+    return top_k_by(logits_BTE, inputs, config)
+
+
+def favours_low_ids(params, state, inputs, config):
+    return top_k_by(linear_logits(params, inputs) - 0.3 * jnp.arange(config.num_experts), inputs, config)
+
+
+BROKEN = [
+    ("causal_by_perturbation", broken(sequence_mean)),
+    ("causal_by_gradient", broken(sequence_mean)),
+    ("decoding", broken(sequence_mean)),
+    ("batch_independent", broken(batch_mean)),
+    ("shards", broken(batch_mean)),
+    ("no_duplicates", broken(with_replacement, learned=False, random=True)),
+    ("weights", broken(unnormalised, weight_sum=1.0)),
+    ("weights", broken(frozen, weight_sum="at_most_one")),
+    ("learned", broken(frozen)),
+    ("learned", make_case("topk_softmax", 8, 1)),
+    ("finite_differences", broken(frozen)),
+    ("decoding", broken(noise_by_index, random=True)),
+    ("noise", broken(noise_by_index, random=True)),
+    ("token_permutation", broken(noise_by_index, random=True)),
+    ("padding", broken(unmasked_padding)),
+    ("counts", broken(padding_in_stats)),
+    ("precision", broken(low_precision)),
+    ("expert_permutation", broken(favours_low_ids)),
+    ("ties", broken(favours_low_ids)),
+    ("causal_by_perturbation", broken(unnormalised, causal="leak")),
+    ("batch_independent", broken(unnormalised, causal="batch")),
+    ("noise", broken(unnormalised, random=True)),
+    ("state", broken(unnormalised, stateful=True)),
+    ("no_gradient_into_state", broken(unnormalised, stateful=True)),
+    ("counts", broken(unnormalised, form="expert")),
+]
+
+
+@pytest.mark.parametrize(("law", "case"), BROKEN, ids=[f"{law}-{case}" for law, case in BROKEN])
+def test_law_catches(law: str, case: Case) -> None:
+    with pytest.raises(AssertionError):
+        LAWS[law](case)
+
+
+def test_a_correct_router_of_this_file_passes() -> None:
+    """The broken ones fail for what they break, not for how they are written."""
+
+    def correct(params, state, inputs, config):
+        return top_k_by(linear_logits(params, inputs), inputs, config)
+
+    for law in LAWS.values():
+        law(broken(correct, weight_sum=1.0))

@@ -1,0 +1,212 @@
+"""Laws of the train step: accumulation, remat, scan-free evaluation, devices, router state, one compilation.
+
+Letters: A micro-batches, B sequences, T tokens, L layers, E experts.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import TINY
+
+from frugalmoe import sharding
+from frugalmoe.config import default, override, resolve
+from frugalmoe.data import Batch
+from frugalmoe.routing import strategies
+from frugalmoe.train.evaluate import put_batch
+from frugalmoe.train.step import init, make_eval_step, make_train_step
+
+SMALL = TINY | {"model.vocab_size": 64, "train.steps": 8, "optim.warmup_steps": 2}
+STATEFUL = {
+    "model.moe.router": "sigmoid_bias",
+    "model.moe.options.num_groups": 4,
+    "model.moe.options.groups_per_token": 2,
+}
+
+
+def config_of(overrides=()):
+    return resolve(override(default(), SMALL | dict(overrides)))
+
+
+def batch(seed: int, B: int = 8, T: int = 32, V: int = 64) -> Batch:
+    """Rows of two documents, the last row with padding."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, V, (B, T + 1)).astype(np.int32)
+    cut = rng.integers(4, T - 4, B)
+    index = np.arange(T)
+    second = index[None] >= cut[:, None]
+    segments = np.where(second, 2, 1).astype(np.int32)
+    segments[-1, T // 2 :] = 0
+    positions = np.where(second, index - cut[:, None], index).astype(np.int32)
+    following = np.concatenate([segments[:, 1:], np.zeros((B, 1), np.int32)], axis=1)
+    mask = (segments > 0) & (segments == following)
+    return Batch(tokens[:, :-1], tokens[:, 1:], segments, positions, mask, np.zeros((B, T), np.int32))
+
+
+def mesh_of(devices: int = 1):
+    return sharding.make_mesh({"data": devices, "fsdp": 1, "expert": 1, "tensor": 1, "context": 1})
+
+
+def run(config, steps: int = 3):
+    """State after some steps and the metrics of each."""
+    mesh, a = mesh_of(), config.train.accumulate_steps
+    with jax.set_mesh(mesh):
+        state, step, metrics = init(config), jax.jit(make_train_step(config), donate_argnums=0), []
+        for i in range(steps):
+            split = Batch(*(x.reshape(a, -1, *x.shape[1:]) for x in batch(i)))
+            state, m = step(state, put_batch(mesh, split, "ABT"))
+            metrics.append(jax.device_get(m))
+        assert step._cache_size() == 1, "compiled once"
+    return jax.device_get(state), metrics
+
+
+def largest_difference(a, b) -> float:
+    """Largest absolute difference of any leaf, as a share of that leaf's largest value."""
+    relative = jax.tree.map(lambda x, y: np.abs(x - y).max() / max(np.abs(x).max(), 1e-6), a, b)
+    return float(max(jax.tree.leaves(relative)))
+
+
+ROUTERS = [{"model.moe.router": name} | ({"model.moe.num_experts_per_token": 1} if name == "switch_top1" else {})
+           for name in strategies.names()]  # fmt: skip
+SCOPES = [
+    {"model.moe.load_balance_scope": "sequence"},
+    {"model.moe.load_balance_scope": "micro_batch", "model.moe.load_balance_group": 2},
+]
+
+
+@pytest.mark.parametrize("router", ROUTERS + [STATEFUL], ids=lambda r: "-".join(map(str, r.values())))
+@pytest.mark.parametrize("scope", SCOPES, ids=lambda s: s["model.moe.load_balance_scope"])
+def test_micro_batches_equal_one_batch(router, scope):
+    """Loss, every metric, parameters, moments and router state, whatever the number of micro-batches."""
+    extra = router | scope | {"model.moe.losses.sequence_balance": 0.01, "optim.logit_z_loss": 1e-3}
+    whole, whole_metrics = run(config_of(extra))
+    parts, parts_metrics = run(config_of(extra | {"train.accumulate_steps": 4}))
+    assert largest_difference(whole_metrics, parts_metrics) < 2e-4
+    assert largest_difference(whole.router_state, parts.router_state) == 0
+    np.testing.assert_array_equal(whole_metrics[0]["counts_LE"], parts_metrics[0]["counts_LE"])
+    assert largest_difference(whole.params, parts.params) < 1e-4
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda r: r["model.moe.router"])
+def test_remat_changes_nothing(router, remat):
+    """Recomputed layers count no token twice and update no state twice."""
+    plain, plain_metrics = run(config_of(router), steps=2)
+    again, again_metrics = run(config_of(router | {"model.remat": remat}), steps=2)
+    np.testing.assert_array_equal(plain_metrics[1]["counts_LE"], again_metrics[1]["counts_LE"])
+    assert largest_difference(plain.params, again.params) < 1e-5
+    assert largest_difference(plain.router_state, again.router_state) == 0
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda r: r["model.moe.router"])
+def test_counts_are_of_the_real_tokens_of_the_step(router):
+    config = config_of(router)
+    _, metrics = run(config, steps=1)
+    valid = int((batch(0).segment_ids_BT > 0).sum())
+    assert metrics[0]["count/tokens"] == valid
+    if strategies.get(config.model.moe.router).about.form == "token":
+        k = config.model.moe.num_experts_per_token
+        np.testing.assert_array_equal(metrics[0]["counts_LE"].sum(axis=1), [valid * k] * 2)
+
+
+def test_evaluation_changes_no_state_and_is_not_touched_by_noise():
+    config = config_of(STATEFUL)
+    mesh = mesh_of()
+    with jax.set_mesh(mesh):
+        state = init(config)
+        before = jax.device_get(state)
+        evaluate = jax.jit(make_eval_step(config, trace=True))
+        first = jax.device_get(evaluate(state.params, state.router_state, put_batch(mesh, batch(0), "BT")))
+        again = jax.device_get(evaluate(state.params, state.router_state, put_batch(mesh, batch(0), "BT")))
+        assert largest_difference(before, jax.device_get(state)) == 0
+    assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
+    assert (first.ce_BT[~batch(0).loss_mask_BT] == 0).all()
+
+
+def test_router_state_moves_once_per_step_and_by_its_own_rule():
+    config = config_of(STATEFUL | {"model.moe.options.update_rate": 0.01})
+    state, metrics = run(config, steps=1)
+    bias_LE = state.router_state["moe_blocks"]["moe"]["router_state"]["bias_E"]
+    counts_LE = metrics[0]["counts_LE"]
+    np.testing.assert_allclose(bias_LE, 0.01 * np.sign(counts_LE.mean(1, keepdims=True) - counts_LE), rtol=1e-6)
+
+
+def test_a_global_scope_refuses_accumulation():
+    from frugalmoe.errors import UserError
+
+    with pytest.raises(UserError, match="accumulate_steps"):
+        config_of({"model.moe.load_balance_scope": "global", "train.accumulate_steps": 2})
+
+
+def test_documents_of_a_row_do_not_see_each_other():
+    """Changing the first document changes no loss in the second: not through attention, positions or routing."""
+    config = config_of()
+    mesh = mesh_of()
+    one = batch(0)
+    changed = one.tokens_BT.copy()
+    changed[one.segment_ids_BT == 1] = (changed[one.segment_ids_BT == 1] + 7) % 64
+    with jax.set_mesh(mesh):
+        state, evaluate = init(config), jax.jit(make_eval_step(config))
+        losses = [
+            np.asarray(evaluate(state.params, state.router_state, put_batch(mesh, b, "BT")).ce_BT)
+            for b in (one, one._replace(tokens_BT=changed))
+        ]
+    second = one.segment_ids_BT == 2
+    np.testing.assert_array_equal(losses[0][second], losses[1][second])
+    assert (losses[0][one.segment_ids_BT == 1] != losses[1][one.segment_ids_BT == 1]).any()
+
+
+EIGHT = """
+import json, sys
+import jax
+sys.path.insert(0, "tests")
+from test_train_step import batch, config_of, largest_difference, mesh_of
+from frugalmoe.data import Batch
+from frugalmoe.train.evaluate import put_batch
+from frugalmoe.train.step import init, make_train_step
+
+def run(devices, extra):
+    config = config_of(extra)
+    mesh, a = mesh_of(devices), config.train.accumulate_steps
+    with jax.set_mesh(mesh):
+        state, step = init(config), jax.jit(make_train_step(config))
+        for i in range(3):
+            split = Batch(*(x.reshape(a, -1, *x.shape[1:]) for x in batch(i, B=16)))
+            state, metrics = step(state, put_batch(mesh, split, "ABT"))
+    return jax.device_get((state, metrics))
+
+extra = json.loads(sys.argv[1])
+one, eight = run(1, extra), run(8, extra)
+print(json.dumps({
+    "params": largest_difference(one[0].params, eight[0].params),
+    "router_state": largest_difference(one[0].router_state, eight[0].router_state) if one[0].router_state else 0.0,
+    "metrics": largest_difference(one[1], eight[1]),
+}))
+"""
+
+
+def make_mesh_run(extra: dict) -> dict:
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    out = subprocess.run(
+        [sys.executable, "-c", EIGHT, json.dumps(extra)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert out.returncode == 0, out.stderr[-3000:]
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "extra",
+    [STATEFUL, {"model.moe.load_balance_scope": "global"}, {"train.accumulate_steps": 2, "model.moe.router": "random"}],
+    ids=["stateful", "global scope", "random, accumulated"],
+)
+def test_eight_devices_equal_one(extra):
+    """The same loss, gradients (through AdamW), statistics and router state with the batch spread over 8 devices."""
+    differences = make_mesh_run(extra)
+    assert differences["router_state"] == 0
+    assert differences["metrics"] < 2e-4 and differences["params"] < 1e-4, differences
