@@ -1,6 +1,7 @@
 """Ling-1T: 1000B parameters, 51B active.
 
-Command:  frugalmoe train --config=configs/ling_1t.py --config.data.path=TEXTS --config.data.tokenizer=tokenizer.json
+Command:  frugalmoe train --config=configs/ling_1t.py \\
+    --config.data.path=TEXTS --config.data.tokenizer=tokenizer.json
 Architecture and recipe: arXiv 2510.22115 table 1 and sections 2-3. Without its multi-token-prediction layer.
 """
 

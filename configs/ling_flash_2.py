@@ -1,6 +1,7 @@
 """Ling-flash-2.0: 103B parameters, 6.1B active.
 
-Command:  frugalmoe train --config=configs/ling_flash_2.py --config.data.path=TEXTS --config.data.tokenizer=tokenizer.json
+Command:  frugalmoe train --config=configs/ling_flash_2.py \\
+    --config.data.path=TEXTS --config.data.tokenizer=tokenizer.json
 Architecture and recipe: arXiv 2510.22115 table 1 and sections 2-3. Without its multi-token-prediction layer.
 """
 

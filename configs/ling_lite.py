@@ -1,8 +1,9 @@
 """Ling-Lite: 16.8B parameters, 2.75B active.
 
-Command:  frugalmoe train --config=configs/ling_lite.py --config.data.path=TEXTS --config.data.tokenizer=tokenizer.json
-Architecture and recipe: arXiv 2503.05139 sections 3.2-3.4 and the published configuration. The paper gives no learning rate and
-batch for this size: those below follow its scaling laws (figure 12) at 9T tokens.
+Command:  frugalmoe train --config=configs/ling_lite.py \\
+    --config.data.path=TEXTS --config.data.tokenizer=tokenizer.json
+Architecture and recipe: arXiv 2503.05139 sections 3.2-3.4 and the published configuration. The
+paper gives no learning rate and batch for this size: those below follow its scaling laws (figure 12) at 9T tokens.
 """
 
 from ml_collections import ConfigDict

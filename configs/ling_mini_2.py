@@ -1,6 +1,7 @@
 """Ling-mini-2.0: 16.3B parameters, 1.43B active.
 
-Command:  frugalmoe train --config=configs/ling_mini_2.py --config.data.path=TEXTS --config.data.tokenizer=tokenizer.json
+Command:  frugalmoe train --config=configs/ling_mini_2.py \\
+    --config.data.path=TEXTS --config.data.tokenizer=tokenizer.json
 Architecture and recipe: arXiv 2510.22115 table 1 and sections 2-3. Without its multi-token-prediction layer.
 """
 

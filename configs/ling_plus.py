@@ -1,6 +1,7 @@
 """Ling-Plus: 290B parameters, 28.8B active.
 
-Command:  frugalmoe train --config=configs/ling_plus.py --config.data.path=TEXTS --config.data.tokenizer=tokenizer.json
+Command:  frugalmoe train --config=configs/ling_plus.py \\
+    --config.data.path=TEXTS --config.data.tokenizer=tokenizer.json
 Architecture and recipe: arXiv 2503.05139 sections 3.2-3.4 and the published configuration.
 """
 

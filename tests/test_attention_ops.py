@@ -148,7 +148,7 @@ def test_result_is_the_same_under_checkpoint_vmap_and_shard_map():
 
 
 def test_memory_of_the_gradient_grows_with_time_not_with_its_square():
-    """One float32 [B, H, T, T] is 268 MB here, and the plain gradient holds several; the chunked one at most a quarter."""
+    """One float32 [B, H, T, T] is 268 MB here and the plain gradient holds several; ours at most a quarter."""
     shape = (2, 2048, 8, 4, 8, [2048])
     arguments = (*inputs(shape), segment_ids(shape))
     lowered = value_and_gradients.lower(with_implementation("chunked"), *arguments)

@@ -100,7 +100,7 @@ def test_mesh_must_fit_devices_and_batch(fields, devices, message):
 
 
 def test_a_missing_config_file_lists_the_ones_there_are():
-    with pytest.raises(UserError, match="did you mean 'configs/quickstart.py'"):
+    with pytest.raises(UserError, match=r"did you mean 'configs/quickstart\.py'"):
         load("configs/quickstrat.py")
 
 
@@ -108,7 +108,8 @@ def test_a_missing_config_file_lists_the_ones_there_are():
 def test_an_error_inside_a_config_file_is_one_line(tmp_path, body, message):
     path = tmp_path / "broken.py"
     path.write_text(
-        f"from frugalmoe.config import default\n\n\ndef get_config(arg=None):\n    c = default()\n    {body}\n    return c\n"
+        "from frugalmoe.config import default\n\n\n"
+        f"def get_config(arg=None):\n    c = default()\n    {body}\n    return c\n"
     )
     with pytest.raises(UserError) as error:
         load(str(path))

@@ -108,7 +108,7 @@ def test_large_logits_stay_finite_and_exact():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_gradient_never_holds_all_logits(dtype):
-    """Logits of all tokens would be N*V floats = 537 MB; one chunk of 256 rows is a sixteenth, and three may coexist."""
+    """Logits of all tokens would be N*V floats = 537 MB; a chunk of 256 rows is a sixteenth, and three may coexist."""
     N, D, V, chunk = 4096, 16, 32768, 256
     shapes = [((N, D), dtype), ((D, V), dtype), ((N,), jnp.int32), ((N,), jnp.float32)]
     fn = jax.grad(lambda *a: cross_entropy(*a, chunk=chunk).loss, (0, 1))

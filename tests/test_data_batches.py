@@ -177,6 +177,14 @@ def test_the_seed_changes_the_order_and_nothing_else(corpus):
     assert dataset(data, seed=0).fingerprint == dataset(data, seed=1).fingerprint
 
 
+def test_the_seed_changes_where_documents_are_cut(corpus):
+    rows = []
+    for seed in (0, 1):
+        one = dataset(config(corpus), batch_size=1, seed=seed)
+        rows.append({one.batch(n).tokens_BT.tobytes() for n in range(one.train_tokens // T)})
+    assert len(rows[0] & rows[1]) < len(rows[0]) / 2
+
+
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
 def test_another_process_makes_the_same_batch(corpus, hash_seed):
     data = config(corpus)

@@ -177,7 +177,7 @@ def test_blocks_under_checkpoint_scan_vmap_and_shard_map():
     expected = jax.jit(gradient)(*args)
 
     checkpointed = jax.jit(jax.grad(jax.checkpoint(blocks_loss), (0, 1, 2, 3)))(*args)
-    mesh = jax.make_mesh((1,), ("data",))
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = jax.jit(
         jax.shard_map(
             gradient,
@@ -262,5 +262,5 @@ def test_kernels_lower_for_their_platform_without_a_device(platform, module, dty
 
 def test_gpu_kernels_refuse_widths_that_tensor_cores_cannot_tile():
     plan = random_plan(0, 2, 1)
-    with pytest.raises(UserError, match="multiple of 16"):
+    with pytest.raises(UserError, match="multiples of 16"):
         run_kernels(gpu.kernels(interpret=True), plan, *weights(2, dim=24))

@@ -1,4 +1,4 @@
-"""The model is what the papers mean: tiny random `transformers` checkpoints give the same logits, routing and gradients.
+"""The model is what the papers mean: tiny random `transformers` models give the same logits, routing and gradients.
 
 GLM-4-MoE is Ling 2.0 after renaming; Granite-MoE-shared with unit multipliers is Ling 1 without NormHead.
 """
@@ -15,8 +15,7 @@ import transformers as hf
 from flax import nnx
 
 from frugalmoe import sharding
-from frugalmoe.config import load, override, resolve
-from frugalmoe.config.load import default
+from frugalmoe.config import default, override, resolve
 from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import structure
 
@@ -180,7 +179,7 @@ def by_our_names(get: Callable[[str], np.ndarray], model, family: Family) -> dic
 
 
 def randomized(family: Family) -> hf.PreTrainedModel:
-    """Weights of unit-like scale everywhere, so that no term is too small to be seen; norms and biases off their defaults."""
+    """Weights large enough that every term is seen; norms and biases off their defaults."""
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_config(
         family.config(), dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
@@ -235,11 +234,9 @@ def test_same_logits_routing_and_gradients(family):
 
         @jax.jit
         @jax.value_and_grad
-        def run(params, has_aux=False):
+        def run(params):
             net = nnx.merge(graphdef, params, router_state)
-            context = Context(tokens_BT, ones_BT, positions_BT, keys_B, jnp.int32(0), trace=True)
-            out = net(context)
-            logits = net.logits(out.hidden_BTD)
+            logits = net.logits(net(Context(tokens_BT, ones_BT, positions_BT, keys_B, jnp.int32(0))).hidden_BTD)
             logp = jax.nn.log_softmax(logits[:, :-1])
             return -jnp.mean(jnp.take_along_axis(logp, tokens_BT[:, 1:, None], axis=-1))
 

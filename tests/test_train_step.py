@@ -3,13 +3,13 @@
 Letters: A micro-batches, B sequences, T tokens, L layers, E experts.
 """
 
+import functools
 import json
 import os
 import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import TINY
@@ -17,6 +17,7 @@ from runs import TINY
 from frugalmoe import sharding
 from frugalmoe.config import default, override, resolve
 from frugalmoe.data import Batch
+from frugalmoe.errors import UserError
 from frugalmoe.routing import strategies
 from frugalmoe.train.evaluate import put_batch
 from frugalmoe.train.step import init, make_eval_step, make_train_step
@@ -52,8 +53,10 @@ def mesh_of(devices: int = 1):
     return sharding.make_mesh({"data": devices, "fsdp": 1, "expert": 1, "tensor": 1, "context": 1})
 
 
-def run(config, steps: int = 3):
-    """State after some steps and the metrics of each."""
+@functools.cache
+def run(steps: int, **overrides):
+    """State after some steps and the metrics of each; the same run is made once."""
+    config = config_of({name.replace("__", "."): value for name, value in overrides.items()})
     mesh, a = mesh_of(), config.train.accumulate_steps
     with jax.set_mesh(mesh):
         state, step, metrics = init(config), jax.jit(make_train_step(config), donate_argnums=0), []
@@ -65,52 +68,66 @@ def run(config, steps: int = 3):
     return jax.device_get(state), metrics
 
 
+def trained(overrides, steps: int = 2):
+    return run(steps, **{name.replace(".", "__"): value for name, value in overrides.items()})
+
+
 def largest_difference(a, b) -> float:
     """Largest absolute difference of any leaf, as a share of that leaf's largest value."""
     relative = jax.tree.map(lambda x, y: np.abs(x - y).max() / max(np.abs(x).max(), 1e-6), a, b)
     return float(max(jax.tree.leaves(relative)))
 
 
-ROUTERS = [{"model.moe.router": name} | ({"model.moe.num_experts_per_token": 1} if name == "switch_top1" else {})
-           for name in strategies.names()]  # fmt: skip
-SCOPES = [
-    {"model.moe.load_balance_scope": "sequence"},
-    {"model.moe.load_balance_scope": "micro_batch", "model.moe.load_balance_group": 2},
+def router(name: str) -> dict:
+    one = {"model.moe.num_experts_per_token": 1} if name == "switch_top1" else {}
+    return {"model.moe.router": name} | one | (STATEFUL if name == "sigmoid_bias" else {})
+
+
+# Each strategy once: the first in the fast tests, all of them in the whole suite.
+ROUTERS = [pytest.param(router("sigmoid_bias"), id="sigmoid_bias")] + [
+    pytest.param(router(n), id=n, marks=pytest.mark.slow) for n in strategies.names() if n != "sigmoid_bias"
 ]
+EVERY_LOSS = {"model.moe.losses.sequence_balance": 0.01, "optim.logit_z_loss": 1e-3}
 
 
-@pytest.mark.parametrize("router", ROUTERS + [STATEFUL], ids=lambda r: "-".join(map(str, r.values())))
-@pytest.mark.parametrize("scope", SCOPES, ids=lambda s: s["model.moe.load_balance_scope"])
-def test_micro_batches_equal_one_batch(router, scope):
-    """Loss, every metric, parameters, moments and router state, whatever the number of micro-batches."""
-    extra = router | scope | {"model.moe.losses.sequence_balance": 0.01, "optim.logit_z_loss": 1e-3}
-    whole, whole_metrics = run(config_of(extra))
-    parts, parts_metrics = run(config_of(extra | {"train.accumulate_steps": 4}))
-    assert largest_difference(whole_metrics, parts_metrics) < 2e-4
-    assert largest_difference(whole.router_state, parts.router_state) == 0
+@pytest.mark.parametrize("router", ROUTERS)
+def test_micro_batches_equal_one_batch(router):
+    """Loss, every metric, parameters and router state, whatever the number of micro-batches."""
+    whole, whole_metrics = trained(router | EVERY_LOSS)
+    parts, parts_metrics = trained(router | EVERY_LOSS | {"train.accumulate_steps": 4})
     np.testing.assert_array_equal(whole_metrics[0]["counts_LE"], parts_metrics[0]["counts_LE"])
+    assert largest_difference(whole_metrics, parts_metrics) < 2e-4
+    assert largest_difference(whole.params, parts.params) < 1e-4
+    assert not whole.router_state or largest_difference(whole.router_state, parts.router_state) == 0
+
+
+@pytest.mark.slow
+def test_micro_batches_equal_one_batch_for_balance_in_groups_of_sequences():
+    groups = {"model.moe.load_balance_scope": "micro_batch", "model.moe.load_balance_group": 2}
+    whole, whole_metrics = trained(groups)
+    parts, parts_metrics = trained(groups | {"train.accumulate_steps": 4})
+    assert largest_difference(whole_metrics, parts_metrics) < 2e-4
     assert largest_difference(whole.params, parts.params) < 1e-4
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-@pytest.mark.parametrize("router", ROUTERS, ids=lambda r: r["model.moe.router"])
+@pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
+@pytest.mark.parametrize("router", ROUTERS)
 def test_remat_changes_nothing(router, remat):
     """Recomputed layers count no token twice and update no state twice."""
-    plain, plain_metrics = run(config_of(router), steps=2)
-    again, again_metrics = run(config_of(router | {"model.remat": remat}), steps=2)
+    plain, plain_metrics = trained(router | EVERY_LOSS)
+    again, again_metrics = trained(router | EVERY_LOSS | {"model.remat": remat})
     np.testing.assert_array_equal(plain_metrics[1]["counts_LE"], again_metrics[1]["counts_LE"])
     assert largest_difference(plain.params, again.params) < 1e-5
-    assert largest_difference(plain.router_state, again.router_state) == 0
+    assert not plain.router_state or largest_difference(plain.router_state, again.router_state) == 0
 
 
-@pytest.mark.parametrize("router", ROUTERS, ids=lambda r: r["model.moe.router"])
+@pytest.mark.parametrize("router", ROUTERS)
 def test_counts_are_of_the_real_tokens_of_the_step(router):
-    config = config_of(router)
-    _, metrics = run(config, steps=1)
+    _, metrics = trained(router | EVERY_LOSS)
     valid = int((batch(0).segment_ids_BT > 0).sum())
     assert metrics[0]["count/tokens"] == valid
-    if strategies.get(config.model.moe.router).about.form == "token":
-        k = config.model.moe.num_experts_per_token
+    if strategies.get(router["model.moe.router"]).about.form == "token":
+        k = router.get("model.moe.num_experts_per_token", 2)
         np.testing.assert_array_equal(metrics[0]["counts_LE"].sum(axis=1), [valid * k] * 2)
 
 
@@ -129,16 +146,13 @@ def test_evaluation_changes_no_state_and_is_not_touched_by_noise():
 
 
 def test_router_state_moves_once_per_step_and_by_its_own_rule():
-    config = config_of(STATEFUL | {"model.moe.options.update_rate": 0.01})
-    state, metrics = run(config, steps=1)
+    state, metrics = trained(STATEFUL | {"model.moe.options.update_rate": 0.01}, steps=1)
     bias_LE = state.router_state["moe_blocks"]["moe"]["router_state"]["bias_E"]
     counts_LE = metrics[0]["counts_LE"]
     np.testing.assert_allclose(bias_LE, 0.01 * np.sign(counts_LE.mean(1, keepdims=True) - counts_LE), rtol=1e-6)
 
 
 def test_a_global_scope_refuses_accumulation():
-    from frugalmoe.errors import UserError
-
     with pytest.raises(UserError, match="accumulate_steps"):
         config_of({"model.moe.load_balance_scope": "global", "train.accumulate_steps": 2})
 
@@ -190,7 +204,7 @@ print(json.dumps({
 """
 
 
-def make_mesh_run(extra: dict) -> dict:
+def on_eight_devices(extra: dict) -> dict:
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     out = subprocess.run(
         [sys.executable, "-c", EIGHT, json.dumps(extra)], env=environment, capture_output=True, text=True, timeout=600
@@ -207,6 +221,6 @@ def make_mesh_run(extra: dict) -> dict:
 )
 def test_eight_devices_equal_one(extra):
     """The same loss, gradients (through AdamW), statistics and router state with the batch spread over 8 devices."""
-    differences = make_mesh_run(extra)
+    differences = on_eight_devices(extra)
     assert differences["router_state"] == 0
     assert differences["metrics"] < 2e-4 and differences["params"] < 1e-4, differences

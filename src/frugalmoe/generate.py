@@ -140,7 +140,7 @@ def load(run: Path) -> tuple[Config, Weights, Tokenizer, jax.sharding.Mesh]:
     from frugalmoe.config import resolve
     from frugalmoe.data.tokenizer import load_from
     from frugalmoe.train import checkpoint, rundir
-    from frugalmoe.train.step import init
+    from frugalmoe.train.step import abstract
 
     if not (run / "config.json").is_file():
         raise UserError(f"{run}: not a run directory (it holds no config.json)")
@@ -158,9 +158,7 @@ def load(run: Path) -> tuple[Config, Weights, Tokenizer, jax.sharding.Mesh]:
     with checkpoint.open_manager(run, config.checkpoint) as manager, jax.set_mesh(mesh):
         if manager.latest_step() is None:
             raise UserError(f"{run}: holds no checkpoint yet")
-        state = checkpoint.restore(
-            manager, manager.latest_step(), jax.eval_shape(lambda: init(config)), ("params", "router_state")
-        )
+        state = checkpoint.restore(manager, manager.latest_step(), abstract(config), ("params", "router_state"))
     return config, Weights(state.params, state.router_state), tokenizer, mesh
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 
-from frugalmoe.config.schema import Config, MoE, Model
+from frugalmoe.config.schema import Config, Model, MoE
 from frugalmoe.errors import UserError, did_you_mean
 
 

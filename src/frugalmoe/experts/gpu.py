@@ -26,10 +26,8 @@ def _tile(width: int) -> int:
     """The widest power of two that divides an axis. Tensor cores need 16."""
     tile = min(width & -width, COLUMNS)
     if tile < 16:
-        raise UserError(
-            f"model.moe.executor=gpu: model.dim or model.moe.expert_dim makes an axis {width}: must be a multiple of 16; "
-            "model.moe.executor=blocks has no such rule"
-        )
+        rule = "model.dim and model.moe.expert_dim must be multiples of 16"
+        raise UserError(f"model.moe.executor=gpu: axis of {width}: {rule}; model.moe.executor=blocks has no such rule")
     return tile
 
 

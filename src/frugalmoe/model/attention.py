@@ -17,7 +17,7 @@ from frugalmoe.sharding import local
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far, of one layer (or stacked over layers); token t of a sequence sits in slot t."""
+    """Keys and values of the tokens so far, of one layer or stacked over layers; token t sits in slot t."""
 
     k_BSKd: Array
     v_BSKd: Array

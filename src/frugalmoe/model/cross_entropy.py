@@ -1,9 +1,9 @@
-"""Cross-entropy of a linear head without the matrix of logits: one chunk of tokens at a time, gradients in the same pass.
+"""Cross-entropy of a linear head without the matrix of logits: a chunk of tokens at a time, gradients in the same pass.
 
 The cotangent of a loss is one number, so the forward pass can form the gradients up to that factor while a chunk's
 probabilities exist: three matrix products in all, where recomputing the logits would take four.
 
-Letters: N tokens, D model, V vocabulary, C tokens of one chunk.
+Letters: N tokens, M chunks, C tokens of one chunk, D model, V vocabulary.
 """
 
 import functools
@@ -33,10 +33,9 @@ def cross_entropy(
     N, D = h_ND.shape
     chunk = min(chunk, N)
     h_ND, targets_N, weights_N = (_pad(a, -N % chunk) for a in (h_ND, targets_N, weights_N.astype(jnp.float32)))
-    chunks = h_ND.reshape(-1, chunk, D), targets_N.reshape(-1, chunk), weights_N.reshape(-1, chunk)
-    out = _over_chunks(z_coefficient, chunks[0], head_DV, *chunks[1:])
-    loss, ce, lse_sq_sum = out
-    return CrossEntropy(loss, jax.lax.stop_gradient(ce.reshape(-1)[:N]), jax.lax.stop_gradient(lse_sq_sum))
+    targets_MC, weights_MC = targets_N.reshape(-1, chunk), weights_N.reshape(-1, chunk)
+    loss, ce_MC, lse_sq_sum = _over_chunks(z_coefficient, h_ND.reshape(-1, chunk, D), head_DV, targets_MC, weights_MC)
+    return CrossEntropy(loss, jax.lax.stop_gradient(ce_MC.reshape(-1)[:N]), jax.lax.stop_gradient(lse_sq_sum))
 
 
 def _pad(a: Array, rows: int) -> Array:

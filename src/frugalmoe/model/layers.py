@@ -27,7 +27,7 @@ class RMSNorm(nnx.Module):
 
 
 def rotate(x_BTHd: Array, positions_BT: Array, theta: float, fraction: float) -> Array:
-    """Rotary positions on the first `fraction` of the channels, halves rotated against each other (arXiv 2104.09864)."""
+    """Rotary positions on the first `fraction` of the channels, half against half (Su et al., arXiv 2104.09864)."""
     size = int(x_BTHd.shape[-1] * fraction)
     frequency_d = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
     angle_BTd = positions_BT[..., None].astype(jnp.float32) * frequency_d

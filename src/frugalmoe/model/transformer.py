@@ -104,8 +104,8 @@ class Transformer(nnx.Module):
     def head(self) -> Array:
         """The matrix [D, V] in compute dtype that turns hidden states into logits.
 
-        NormHead (Ling, arXiv 2503.05139 section 3.2.3, released code): each hidden channel's weights are divided by their
-        L2 norm over the vocabulary, and the norm carries no gradient.
+        NormHead (Ling, arXiv 2503.05139 section 3.2.3, axis as in its released code): each hidden channel's weights are
+        divided by their L2 norm over the vocabulary, and the norm carries no gradient.
         """
         head_DV = self.embed_VD[...].T if self.config.tie_embeddings else self.head_DV[...]
         if self.config.norm_head:

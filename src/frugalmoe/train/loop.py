@@ -27,7 +27,7 @@ from frugalmoe.routing import strategies
 from frugalmoe.train import checkpoint, rundir
 from frugalmoe.train.evaluate import Scores, evaluate, put_batch, write_probe
 from frugalmoe.train.progress import Progress
-from frugalmoe.train.step import State, init, make_eval_step, make_train_step
+from frugalmoe.train.step import abstract, init, make_eval_step, make_train_step
 
 
 def train(config: Config, workdir: Path, *, resume: str = "auto", fresh: bool = False) -> dict[str, Any]:
@@ -112,10 +112,8 @@ class _Run:
         model = config.model
         self.layers = list(range(model.num_dense_layers, model.num_layers))
         self.manager = checkpoint.open_manager(workdir, config.checkpoint)
-        self.state = init(config)
-        if (step := self.manager.latest_step()) is not None:
-            abstract = jax.eval_shape(lambda: self.state)
-            self.state = checkpoint.restore(self.manager, step, abstract)
+        saved = self.manager.latest_step()
+        self.state = init(config) if saved is None else checkpoint.restore(self.manager, saved, abstract(config))
         self.start = self.step = int(self.state.step)
         self.metrics_log = rundir.Log(workdir / "metrics.jsonl", self.start)
         self.load_log = rundir.Log(workdir / "expert_load.jsonl", self.start)

@@ -7,7 +7,7 @@ from frugalmoe.config.schema import Config
 
 
 def schedule(config: Config) -> optax.Schedule:
-    """Learning rate of update i = 0, 1, ...: linear warmup from rate/warmup_steps, then the shape that the config names.
+    """Learning rate of update i = 0, 1, ...: linear warmup, then the shape that the config names.
 
     wsd: constant, then linear to the final rate over the last `decay_fraction` of the steps (Hu et al. 2024,
     arXiv 2404.06395); cosine: half a cosine to the final rate (Loshchilov & Hutter 2017, arXiv 1608.03983).

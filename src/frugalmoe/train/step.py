@@ -35,14 +35,18 @@ class State(NamedTuple):
 
 def init(config: Config) -> State:
     """The state before the first step, replicated on the mesh in context."""
-
-    def make() -> State:
-        key = jax.random.key(config.train.seed)
-        _, params, router_state = split(Transformer(config.model, key))
-        return State(jnp.int32(0), params, router_state, optim.optimizer(config).init(params))
-
     # It runs once: an optimized program would take longer to compile than it saves.
-    return jax.jit(make, compiler_options={"xla_backend_optimization_level": 0})()
+    return jax.jit(lambda: _fresh(config), compiler_options={"xla_backend_optimization_level": 0})()
+
+
+def abstract(config: Config) -> State:
+    """Shapes and dtypes of the state; nothing is allocated."""
+    return jax.eval_shape(lambda: _fresh(config))
+
+
+def _fresh(config: Config) -> State:
+    _, params, router_state = split(Transformer(config.model, jax.random.key(config.train.seed)))
+    return State(jnp.int32(0), params, router_state, optim.optimizer(config).init(params))
 
 
 def make_train_step(config: Config) -> Callable[[State, Batch], tuple[State, dict]]:
