@@ -29,9 +29,8 @@ def moe_case(executor: str, shape: tuple[int, int, int], skew: float, forward: b
     """(jitted function, its arguments) of one executor; `skew` 0 is near-even load, 1 a heavy-tailed one."""
     num_experts, k, hidden = shape
     keys = jax.random.split(jax.random.key(0), 4)
-    logits = jax.random.normal(keys[0], (TOKENS, num_experts)) - skew * jnp.log(
-        1 + jnp.arange(num_experts) * 8 / num_experts
-    )
+    popularity_E = -skew * jnp.log(1 + jnp.arange(num_experts) * 8 / num_experts)
+    logits = jax.random.normal(keys[0], (TOKENS, num_experts)) + popularity_E
     weight_NK, expert_NK = jax.lax.top_k(jax.nn.softmax(logits), k)
     x_ND = jax.random.normal(keys[1], (TOKENS, DIM)).astype(dtype)
     gate_up = (jax.random.normal(keys[2], (num_experts, DIM, 2, hidden)) * DIM**-0.5).astype(dtype)
@@ -86,9 +85,8 @@ def main() -> None:
     parser.add_argument("--forward", action="store_true", help="leave the backward pass out")
     args = parser.parse_args()
     common = (args.forward, jnp.dtype(args.dtype))
-    cases = {
-        "dense feed-forward": dense_case(SHAPES[0][1] * SHAPES[0][2], *common)
-    }  # all shapes have these active FLOPs
+    active = SHAPES[0][1] * SHAPES[0][2]  # hidden width that one token activates, the same in all shapes
+    cases = {"dense feed-forward": dense_case(active, *common)}
     for executor in args.executors:
         for skew in (0.0, 1.0):
             for shape in SHAPES:
@@ -97,10 +95,8 @@ def main() -> None:
     results = measure(cases, args.rounds)
     dense_cpu, dense_wall = results["dense feed-forward"]
     first = next(name for name in results if name != "dense feed-forward")
-    print(
-        f"{jax.devices()[0].device_kind}, {args.dtype}, {'forward' if args.forward else 'forward + backward'}, ", end=""
-    )
-    print(f"{TOKENS} tokens x {DIM}, {args.rounds} rounds")
+    passes = "forward" if args.forward else "forward + backward"
+    print(f"{jax.devices()[0].device_kind}, {args.dtype}, {passes}, {TOKENS} tokens x {DIM}, {args.rounds} rounds")
     print(f"{'case':34s} {'CPU ms':>8s} {'wall ms':>8s} {'efficiency CPU / wall':>22s} {'growth CPU / wall':>18s}")
     for name, (cpu, wall) in results.items():
         growth = f"{cpu / results[first][0]:.2f} / {wall / results[first][1]:.2f}"

@@ -14,7 +14,7 @@ NULL = 2  # the null expert of two experts
 # One sequence of four tokens, two experts, two choices. capacity_factor 0.5: C = ceil(0.5 * 4 * 2 / 2) = 2 slots.
 EXPERT = [[0, 1], [0, 1], [1, 0], [0, NULL]]
 WEIGHT = [[0.3, 0.1], [0.9, 0.8], [0.5, 0.4], [0.7, 0.0]]
-# Queue of expert 0 in token order: t0, t1, t2, t3; by choice: t0, t1, t3 (first choices), t2; by weight: t1, t3, t2, t0.
+# Queue of expert 0 in token order: t0, t1, t2, t3; by choice: t0, t1, t3, then t2; by weight: t1, t3, t2, t0.
 # Queue of expert 1 in token order: t0, t1, t2;     by choice: t2 (first choice), t0, t1;     by weight: t1, t2, t0.
 KEPT = {
     "token": [[0, 1], [0, 1], [NULL, NULL], [NULL, NULL]],

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from frugalmoe.commands import add_command, add_config_flag, load_config
 from frugalmoe.errors import UserError
 
 EXIT_USER_ERROR, EXIT_PREEMPTED = 2, 75
@@ -62,33 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     report.add_parsers(commands)
     data_cli.add_parsers(commands)
     return parser
-
-
-def add_command(commands, name: str, handler, summary: str, examples: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary,
-        epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(handler=handler)
-    return parser
-
-
-def add_config_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE[:ARG]",
-        help="a Python file with get_config(ARG); override fields with --config.section.field=VALUE",
-    )
-
-
-def load_config(args: argparse.Namespace):
-    from frugalmoe.config import load
-
-    return load(args.config, args.overrides)
 
 
 def _add_train(commands) -> None:

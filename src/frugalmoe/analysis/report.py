@@ -27,6 +27,7 @@ from frugalmoe.analysis.page import (
 )
 from frugalmoe.analysis.runs import Probe, Run, load_run
 from frugalmoe.analysis.table import balance_rows, headline_rows, loss_rows
+from frugalmoe.commands import add_command
 from frugalmoe.data.tokenizer import Tokenizer
 
 TYPICAL_EXPERTS = 6  # how many experts the table of typical tokens shows
@@ -44,9 +45,9 @@ class Section(NamedTuple):
 
 def add_parsers(subparsers: _SubParsersAction) -> None:
     """`frugalmoe report RUN`."""
-    parser = subparsers.add_parser("report", help="write RUN/report/index.html: what a run shows, with pictures")
+    summary = "Write RUN/report/index.html: what a run shows, with pictures."
+    parser = add_command(subparsers, "report", _command, summary, "  frugalmoe report runs/quickstart")
     parser.add_argument("run", metavar="RUN", help="a run directory, finished or not")
-    parser.set_defaults(handler=_command)
 
 
 def _command(args: Namespace) -> int:

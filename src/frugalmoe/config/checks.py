@@ -61,8 +61,9 @@ def _model(config: Config) -> None:
 
 
 def _moe(config: Config) -> None:
+    # Imported here: strategies and executors import the config's schema.
     from frugalmoe import experts
-    from frugalmoe.routing import losses, strategies
+    from frugalmoe.routing import strategies
 
     moe: MoE = config.model.moe
     router = strategies.get(moe.router)
@@ -92,8 +93,16 @@ def _moe(config: Config) -> None:
     _one_of("model.moe.load_balance_scope", moe.load_balance_scope, ("sequence", "micro_batch", "global"))
     if rule := router.check(moe):
         raise UserError(f"model.moe.router={moe.router!r}: {rule}")
-    accumulate = config.train.accumulate_steps
-    if accumulate > 0 and (rule := losses.scope_error(moe, accumulate, config.train.batch_size // accumulate)):
+    if config.train.accumulate_steps > 0:
+        _check_scope(config, devices=1)
+
+
+def _check_scope(config: Config, devices: int) -> None:
+    """The groups of sequences over which the load is balanced lie inside one device's part of a micro-batch."""
+    from frugalmoe.routing import losses
+
+    moe, t = config.model.moe, config.train
+    if rule := losses.scope_error(moe, t.accumulate_steps, t.batch_size // t.accumulate_steps // devices):
         raise UserError(f"model.moe.load_balance_scope={moe.load_balance_scope!r}: {rule}")
 
 
@@ -168,4 +177,5 @@ def check_devices(config: Config, num_devices: int) -> dict[str, int]:
         t.batch_size,
         f"divided by train.accumulate_steps={t.accumulate_steps} must be a multiple of the {axes['data']} data devices",
     )
+    _check_scope(config, devices=axes["data"])
     return axes

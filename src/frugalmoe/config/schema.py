@@ -31,7 +31,7 @@ class MoE:
     losses: Mapping[str, float] = FrozenDict(load_balance=0.01, z=0.001)  # coefficient of each loss the router returns
     load_balance_scope: str = "sequence"  # over what the load is balanced: sequence | micro_batch | global
     load_balance_group: int = 1  # sequences in one group of scope micro_batch
-    executor: str = "auto"  # auto | dense | grouped | capacity
+    executor: str = "auto"  # auto | dense | grouped (blocks | tpu | gpu, by platform) | capacity
     capacity_factor: float = 1.25  # executor=capacity: slots per expert = factor * tokens * k / experts, per sequence
     drop_order: str = "token"  # executor=capacity: who keeps a slot: token (causal) | choice | weight
 
@@ -65,7 +65,8 @@ class Model:
 class Source:
     """One named source of text."""
 
-    path: str = ""  # a file, directory or glob of .txt .md .jsonl(.gz .zst) .parquet, or hf:NAME[:SPLIT], or quickstart
+    # A file, directory or glob of .txt .md .jsonl(.gz .zst) .parquet; hf:NAME[:SPLIT]; or quickstart[:DOMAIN].
+    path: str = ""
     weight: float = 0.0  # share of the mixture; 0 for all sources: in proportion to their tokens
     text_field: str = "text"  # field of jsonl and parquet records that holds the text
     domain: str = (

@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from frugalmoe.config import load
-from frugalmoe.config.schema import Config
+from frugalmoe.commands import add_command, add_config_flag, load_config
 from frugalmoe.data.batches import Batch, Dataset, open_data
 from frugalmoe.data.prepare import prepare
 from frugalmoe.data.shards import read_manifest
@@ -20,39 +18,34 @@ from frugalmoe.errors import UserError
 
 COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red")  # of segments in turn
 
-EXAMPLES = """examples:
-  frugalmoe data prepare --config=configs/quickstart.py --output prepared/quickstart
-  frugalmoe data prepare --config=configs/quickstart.py --config.data.tokenizer=bpe:4096 --workers 8
-  frugalmoe data show --config=configs/quickstart.py --split validation --count 4
-"""
+EXAMPLES = """  frugalmoe data prepare --config=configs/quickstart.py --output=prepared/quickstart
+  frugalmoe data prepare --config=configs/quickstart.py --config.data.path=texts/ --config.data.tokenizer=bytes
+  frugalmoe data show --config=configs/quickstart.py --split=validation --count=4"""
 
 
-def add_parsers(subparsers: argparse._SubParsersAction) -> None:
-    """Adds `data prepare` and `data show`; the chosen one's handler, `handler(args, config) -> int`, is in the args."""
-    data = subparsers.add_parser(
-        "data",
-        help="tokenise a data set, look at its rows",
-        description="Both take --config=FILE[:ARG] and --config.FIELD=VALUE.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = data.add_subparsers(dest="data_command", required=True, metavar="prepare|show")
-    parser = commands.add_parser("prepare", help="read, split and tokenise; an interrupted one goes on where it was")
+def add_parsers(commands: argparse._SubParsersAction) -> None:
+    """Adds `data prepare` and `data show`."""
+    data = add_command(commands, "data", None, "Tokenise a data set, look at its rows.", EXAMPLES)
+    actions = data.add_subparsers(dest="action", required=True, metavar="prepare|show")
+    summary = "Read, split and tokenise; an interrupted one goes on where it was."
+    parser = add_command(actions, "prepare", run_prepare, summary, EXAMPLES)
+    add_config_flag(parser)
     parser.add_argument("--output", type=Path, help="a new directory for data.path (default: the cache)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads (default: %(default)s, the cores)")
-    parser.set_defaults(handler=run_prepare)
-    parser = commands.add_parser("show", help="print rows as the model sees them, a colour per document")
+    summary = "Print rows as the model sees them, a colour per document."
+    parser = add_command(actions, "show", run_show, summary, EXAMPLES)
+    add_config_flag(parser)
     parser.add_argument("--split", choices=("train", "validation"), default="train")
     parser.add_argument(
         "--count", type=int, default=4, help="rows, of each domain for validation (default: %(default)s)"
     )
-    parser.set_defaults(handler=run_show)
 
 
-def run_prepare(args: argparse.Namespace, config: Config) -> int:
+def run_prepare(args: argparse.Namespace) -> int:
     """Prepares and prints where the data is and how much there is of each domain."""
     if args.workers < 1:
         raise UserError(f"--workers={args.workers}: must be at least 1")
+    config = load_config(args)
     directory = prepare(config.data, args.output, args.workers)
     manifest = read_manifest(directory)
     table = Table("domain", "split", "documents", "tokens", "bytes", "bytes/token")
@@ -66,10 +59,11 @@ def run_prepare(args: argparse.Namespace, config: Config) -> int:
     return 0
 
 
-def run_show(args: argparse.Namespace, config: Config) -> int:
+def run_show(args: argparse.Namespace) -> int:
     """Prints `count` rows of the first training batches, or of each domain's validation rows."""
     if args.count < 1:
         raise UserError(f"--count={args.count}: must be at least 1")
+    config = load_config(args)
     dataset = open_data(config.data, batch_size=1, seed=config.train.seed)
     console = Console()
     console.print(f"domains {', '.join(dataset.domains)}; {dataset.train_tokens:,} training tokens", highlight=False)
@@ -94,16 +88,3 @@ def _render(dataset: Dataset, batch: Batch) -> Text:
         text.append(f"[{segment} {domain}, {len(at)} tokens] ", style="bold reverse")
         text.append(dataset.tokenizer.decode(row.tokens_BT[at]) + "\n", style=COLOURS[segment % len(COLOURS)])
     return text
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`python -m frugalmoe.data.cli data prepare --config=FILE ...`, the same as under `frugalmoe`."""
-    parser = argparse.ArgumentParser(prog="frugalmoe", allow_abbrev=False)
-    parser.add_argument("--config", required=True, metavar="FILE[:ARG]")
-    add_parsers(parser.add_subparsers(required=True))
-    argv = sys.argv[1:] if argv is None else argv
-    overrides = [arg.removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
-    config_first = [arg for arg in argv if arg.startswith("--config=")]
-    rest = [arg for arg in argv if not arg.startswith(("--config=", "--config."))]
-    args = parser.parse_args([*config_first, *rest])
-    return args.handler(args, load(args.config, overrides))

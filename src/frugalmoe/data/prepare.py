@@ -42,7 +42,8 @@ def prepare(data: Data, output: Path | None = None, workers: int = 0, progress: 
             return final
         partial = final.with_name(final.name + ".partial")
         partial.mkdir(exist_ok=True)
-        with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:
+        console = Console(stderr=True)
+        with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as bar:
             _prepare_into(partial, data, inputs, key, workers or os.cpu_count() or 1, bar)
         partial.rename(final)
     return final

@@ -152,7 +152,7 @@ def _backward(sizes, args, dy_ND):
 
 
 def _add_at(total_Eab: Array, e: Array, value_ab: Array) -> Array:
-    """In place: slice, add, update fuse into one pass over one expert's matrix."""
+    """In place inside the loop: only one expert's matrix is read and written."""
     old_ab = lax.dynamic_index_in_dim(total_Eab, e, 0, keepdims=False)
     return lax.dynamic_update_index_in_dim(total_Eab, old_ab + value_ab, e, 0)
 

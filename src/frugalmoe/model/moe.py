@@ -65,7 +65,6 @@ class MoELayer(nnx.Module):
         def route_and_execute(
             params, state, gate_up, down, layer, step, x, token_ids, segment_ids, positions, keys, carry
         ):
-            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, layer)
             inputs = Inputs(
                 x, token_ids, segment_ids, positions, keys, step, layer, context.train, carry, axis_names=BATCH_AXES
             )

@@ -47,7 +47,9 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: State, items: t
     restored = manager.restore(
         step, args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in wanted.items()})
     )
-    values = {k: restored[k] for k in wanted}
+    # Through a jitted function, so that the arrays' types are written as those of a step's results are (P(None, None)
+    # and P() mean the same but compare unequal): else the first step and the others would each be compiled.
+    values = jax.jit(lambda tree: tree, donate_argnums=0)({k: restored[k] for k in wanted})
     return abstract._replace(**values | ({"step": values["step"]["step"]} if "step" in values else {}))
 
 

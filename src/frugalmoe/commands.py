@@ -1,0 +1,36 @@
+"""How a command of `frugalmoe` is declared: a summary, examples in its help, and the config flag."""
+
+import argparse
+from collections.abc import Callable
+
+from frugalmoe.config import Config, load
+
+
+def add_command(
+    commands: argparse._SubParsersAction, name: str, handler: Callable | None, summary: str, examples: str
+) -> argparse.ArgumentParser:
+    """A subcommand whose `handler(args)` returns an exit code."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if handler:
+        parser.set_defaults(handler=handler)
+    return parser
+
+
+def add_config_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:ARG]",
+        help="a Python file with get_config(ARG); override fields with --config.section.field=VALUE",
+    )
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    return load(args.config, args.overrides)
