@@ -6,7 +6,6 @@ Random weights, fused AdamW, clipping by the global norm. The models' auxiliary 
 import os
 import warnings
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin while another worker is measured
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import sizes

@@ -209,15 +209,15 @@ def test_two_processes_do_not_share_a_run_directory(place):
         process.communicate()
 
 
-MOUNT = "mount -t tmpfs -o {options} tmpfs {target} && exec {command}"
+MOUNT = "mount -t tmpfs -o {options} tmpfs {target} && cd {root} && {command}; code=$?; {then}; exit $code"
 
 
-def in_a_mount(place, options: str) -> subprocess.CompletedProcess:
+def in_a_mount(place, options: str, then: str = "true") -> subprocess.CompletedProcess:
     """Trains into a file system of its own, in a mount namespace of its own."""
     target = place[0] / "mount"
     target.mkdir(exist_ok=True)
     inner = " ".join(command("train", f"--config={place[1]}", f"--workdir={target}/run"))
-    script = MOUNT.format(options=options, target=target, command=inner)
+    script = MOUNT.format(options=options, target=target, command=inner, root=place[0], then=then)
     return subprocess.run(
         ["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, env=os.environ | NORMAL, timeout=300
     )
@@ -228,7 +228,16 @@ def test_a_read_only_disk_is_named(place, undisturbed):
 
 
 def test_a_full_disk_is_named(place, undisturbed):
-    refused(in_a_mount(place, "size=160k"), "No space left on device")
+    refused(in_a_mount(place, "size=160k"), "No space left on device", "a checkpoint takes")
+
+
+def test_a_disk_that_fills_up_is_named_and_the_last_checkpoint_kept(place, undisturbed):
+    size = sum(p.stat().st_size for p in (undisturbed[0] / "checkpoints" / "16").rglob("*") if p.is_file())
+    out = in_a_mount(place, f"size={int(2.5 * size)}", then="ls mount/run/checkpoints >&2")
+    assert out.returncode == 2, out.stderr
+    message, *steps = out.stderr.strip().splitlines()
+    assert "No space left on device" in message and steps, out.stderr
+    assert all(step.isdigit() for step in steps), ("no half-written checkpoint stays", out.stderr)
 
 
 def test_generate_samples_reproducibly_and_stops(undisturbed):

@@ -29,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if e.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
             raise
         print(f"frugalmoe: {e.filename or 'write'}: {e.strerror}", file=sys.stderr)
+    except ValueError as e:  # how TensorStore reports a write that failed
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        print("frugalmoe: checkpoint: No space left on device; the last whole one is kept", file=sys.stderr)
     return EXIT_USER_ERROR
 
 

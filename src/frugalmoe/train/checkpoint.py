@@ -1,5 +1,6 @@
 """Checkpoints: the only file that knows Orbax. Saves are asynchronous; a step becomes visible only when it is whole."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -31,8 +32,21 @@ def save(manager: ocp.CheckpointManager, step: int, state: State) -> None:
     """Starts an asynchronous save; errors of an earlier one surface here."""
     if step in manager.all_steps():
         return
+    manager.wait_until_finished()  # what the save before this one still has to write is not free space
+    check_space(Path(manager.directory), state)
     items = {name: ocp.args.StandardSave(value) for name, value in _nonempty(state).items()}
     manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+
+def check_space(directory: Path, state: State) -> None:
+    """Refuses before a byte is written what a full disk would end in the middle of a write."""
+    arrays = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    needed = 1.1 * arrays + 2**18  # with Orbax's own files
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise UserError(
+            f"{directory}: No space left on device: a checkpoint takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+        )
 
 
 def restore(manager: ocp.CheckpointManager, step: int, abstract: State, items: tuple[str, ...] = _ITEMS) -> State:

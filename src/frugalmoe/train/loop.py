@@ -49,6 +49,7 @@ def train(config: Config, workdir: Path, *, resume: str = "auto", fresh: bool = 
     mesh = sharding.make_mesh(axes)
     with rundir.locked(workdir), jax.set_mesh(mesh):
         rundir.check_config(workdir, to_dict(config), force=resume == "force")
+        checkpoint.check_space(workdir, abstract(model_config))
         _describe(workdir, config, data)
         return _Run(model_config, workdir, data, mesh).run()
 
