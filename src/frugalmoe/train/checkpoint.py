@@ -45,7 +45,8 @@ def check_space(directory: Path, state: State) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise UserError(
-            f"{directory}: No space left on device: a checkpoint takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+            f"{directory}: No space left on device: "
+            f"a checkpoint takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
         )
 
 
