@@ -10,10 +10,10 @@ run: .venv/run.stamp
 
 test: .venv/dev.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-fast: .venv/dev.stamp
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -26,7 +26,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.model.moe.num_shared_experts = 1
     c.optim.learning_rate = 3e-3
     c.train.batch_size = 16
-    c.train.steps = 600
-    c.train.eval_every = 200
-    c.checkpoint.every_steps = 200
+    c.train.steps = 300
+    c.train.eval_every = 100
+    c.checkpoint.every_steps = 100
     return with_mode(c, arg)

@@ -14,6 +14,8 @@ from frugalmoe.config.schema import Data, Source
 from frugalmoe.data import open_data, quickstart
 from frugalmoe.errors import UserError
 
+pytestmark = pytest.mark.slow  # fetches packages
+
 LEAST_BYTES = {"literature": 4_500_000, "code": 4_000_000, "speeches": 9_000_000, "novel": 1_000_000}
 LICENCES = {"literature": "CC-BY-2.5", "code": "PSF-2.0", "speeches": "CC0-1.0", "novel": "CC0-1.0"}
 

@@ -154,12 +154,17 @@ class _Run:
                 self._log(*pending, clock)
             self.step += 1
             pending = (self.step, metrics)
-            if config.eval_every and self.step % config.eval_every == 0 and self.step < config.steps:
+            last = self.step == config.steps
+            eval_due = config.eval_every and self.step % config.eval_every == 0 and not last
+            save_due = save_every and self.step % save_every == 0 and not last
+            if eval_due or save_due:
+                self._log(*pending, clock)  # waits for the step, so that its time does not count as the pause's
+                pending = None
                 with clock.paused():
-                    self._log_scores(evaluate(self.eval_step, self.state, self.data, self.config, self.mesh))
-            if save_every and self.step % save_every == 0 and self.step < config.steps:
-                with clock.paused():
-                    self._save()
+                    if eval_due:
+                        self._log_scores(evaluate(self.eval_step, self.state, self.data, self.config, self.mesh))
+                    if save_due:
+                        self._save()
         if pending:
             self._log(*pending, clock)
         if self.train_step._cache_size() > 1:

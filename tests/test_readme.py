@@ -1,0 +1,71 @@
+"""Every command and the router of the README, run in a copy of the repository as a newcomer would.
+
+What is changed: configs run in laptop mode, `make test` lists instead of running, and `make bench` takes small models.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+LIST_TESTS = "--collect-only -q tests/test_configs.py"
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory) -> Path:
+    """A copy whose environments are this one's, so that nothing is installed again."""
+    copy = tmp_path_factory.mktemp("clone") / "frugalmoe"
+    shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "prepared", "*_cache"))
+    environment = Path(sys.prefix)
+    for name in (".venv", ".venv-bench"):
+        (copy / name).mkdir()
+        for part in environment.iterdir():
+            if not part.name.endswith("stamp"):
+                (copy / name / part.name).symlink_to(part)
+    for stamp in (".venv/run.stamp", ".venv/dev.stamp", ".venv-bench/stamp"):
+        (copy / stamp).touch()
+    code = re.findall(r"Save this as `(.*?)`.*?```python\n(.*?)```", README, re.S)
+    (path, text), *_ = code
+    (copy / path).write_text(text)
+    return copy
+
+
+def small(command: str) -> str:
+    command = re.sub(r"(--config=configs/\w+\.py)\b(?!:)", r"\1:laptop", command).replace(
+        "runs/quickstart", "runs/quickstart-laptop"
+    )
+    arguments = {"make test": LIST_TESTS, "make test-fast": LIST_TESTS, "make bench": "--quick"}.get(command)
+    return f'{command} ARGS="{arguments}"' if arguments else command
+
+
+def test_there_are_commands():
+    assert {"make run", "make test", "make bench"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", list(dict.fromkeys(COMMANDS)))
+def test_command(command, house):
+    environment = os.environ | {
+        "PATH": f"{house / '.venv/bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": str(house / "src"),
+        "CONFIG": "configs/quickstart.py:laptop",
+        "XLA_FLAGS": "",
+    }
+    done = subprocess.run(
+        ["bash", "-c", small(command)], cwd=house, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, f"{small(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_links_and_pictures_exist():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (REPOSITORY / target).exists(), target
