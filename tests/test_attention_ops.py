@@ -127,6 +127,7 @@ def test_bfloat16_is_as_near_to_the_oracle_as_rounding_allows():
         assert error < 2 * 2**-8, error
 
 
+@pytest.mark.slow
 def test_result_is_the_same_under_checkpoint_vmap_and_shard_map():
     shape = SHAPES["documents"]
     q, k, v, do = inputs(shape)

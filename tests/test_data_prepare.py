@@ -101,6 +101,7 @@ def shards(directory: Path) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in directory.glob("shard-*.npz")}
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_goes_on_and_ends_the_same(tmp_path):
     data = write_corpus(tmp_path, 2500)
     process = start_preparing(data)

@@ -170,6 +170,7 @@ def blocks_loss(weight, x, gate_up, down, expert):
     return jnp.sum(jnp.sin(run_blocks(TokenPlan(expert, weight), x, gate_up, down)))
 
 
+@pytest.mark.slow
 def test_blocks_under_checkpoint_scan_vmap_and_shard_map():
     num_experts, plan = PLANS["null slots"]
     args = (plan.weight_NK, *weights(num_experts), plan.expert_NK)

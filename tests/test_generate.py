@@ -56,6 +56,7 @@ def test_cached_tokens_equal_recomputed_ones(name):
     assert len(set(produced)) > 3, "a constant output would pass for the wrong reason"
 
 
+@pytest.mark.slow
 def test_seeds_differ_and_repeat_and_top_p_zero_limit_is_greedy():
     config = config_of(BYTES)
     prompt = np.arange(4, dtype=np.int32)

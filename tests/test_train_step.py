@@ -22,7 +22,9 @@ from frugalmoe.routing import strategies
 from frugalmoe.train.evaluate import put_batch
 from frugalmoe.train.step import init, make_eval_step, make_train_step
 
-SMALL = TINY | {"model.vocab_size": 64, "train.steps": 8, "optim.warmup_steps": 2}
+# Adam with a small eps forgets the gradient's size and blows rounding up where a gradient is near zero. With eps near a
+# typical gradient the new parameters show both a wrong scale and nothing else.
+SMALL = TINY | {"model.vocab_size": 64, "train.steps": 8, "optim.warmup_steps": 2, "optim.eps": 1e-2}
 STATEFUL = {
     "model.moe.router": "sigmoid_bias",
     "model.moe.options.num_groups": 4,
@@ -131,6 +133,7 @@ def test_counts_are_of_the_real_tokens_of_the_step(router):
         np.testing.assert_array_equal(metrics[0]["counts_LE"].sum(axis=1), [valid * k] * 2)
 
 
+@pytest.mark.slow
 def test_evaluation_changes_no_state_and_is_not_touched_by_noise():
     config = config_of(STATEFUL)
     mesh = mesh_of()
