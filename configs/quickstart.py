@@ -3,7 +3,7 @@
 Command:   make run     (or: frugalmoe train --config=configs/quickstart.py)
 Cost:      1.2 M tokens, about four minutes of two CPU cores.
 Expected:  2.07 bits per byte on held-out documents (code 1.94, literature 2.34, novel 2.29, speeches 1.71), every
-           expert in use, max violation below 0.4, and routing that knows code from English.
+           expert in use, max violation below 0.4 there, and routing that knows code from English.
 """
 
 from ml_collections import ConfigDict

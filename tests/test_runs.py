@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -42,7 +43,7 @@ def leaves(workdir: Path) -> dict[str, np.ndarray]:
     found = {}
     for item in ("params", "router_state", "opt_state", "step"):
         tree = ocp.StandardCheckpointer().restore((workdir / "checkpoints" / str(step) / item).absolute())
-        for path, leaf in __import__("jax").tree_util.tree_leaves_with_path(tree):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             found[f"{item}{path}"] = np.asarray(leaf)
     return found
 

@@ -101,7 +101,7 @@ def _sections(run: Run) -> list[Section]:
 
 
 HOW_LOSS = (
-    "Mean cross-entropy of predicting the next token; lower is better. Grey: training batches, with a running mean. "
+    "Mean cross-entropy of predicting the next token; lower is better. Grey: training batches, smoothed if many. "
     "Dots: whole held-out documents of each domain."
 )
 HOW_LOAD = (
