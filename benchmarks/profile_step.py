@@ -7,13 +7,13 @@ the profiler, follow. "in a loop" is work inside a second loop: blocks of expert
 """
 
 import collections
-import glob
 import gzip
 import json
 import re
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -33,8 +33,8 @@ def operations(training: Training, batch) -> collections.Counter:
         with jax.profiler.trace(directory):
             for _ in range(STEPS):
                 training.step(batch)
-        (path,) = glob.glob(f"{directory}/**/*.trace.json.gz", recursive=True)
-        for event in json.load(gzip.open(path))["traceEvents"]:
+        (path,) = Path(directory).rglob("*.trace.json.gz")
+        for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]:
             name = event.get("args", {}).get("hlo_op", "while")
             if not name.startswith(CONTAINERS):
                 milliseconds[name] += event["dur"] / 1e3 / STEPS
