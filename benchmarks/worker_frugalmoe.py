@@ -15,6 +15,7 @@ from serve import Action, serve
 from frugalmoe import config, sharding
 from frugalmoe.data.batches import Batch
 from frugalmoe.train import optim
+from frugalmoe.train.allocator import keep_freed_memory
 from frugalmoe.train.evaluate import put_batch
 from frugalmoe.train.step import init, make_train_step
 
@@ -90,6 +91,7 @@ class Training:
 
 def main() -> None:
     size, model = sizes.from_arguments()
+    keep_freed_memory()
     mesh = sharding.make_mesh(config.check_devices(training_config(size, model == "dense"), jax.device_count()))
     with jax.set_mesh(mesh):
         training = Training(size, model == "dense", mesh)

@@ -98,7 +98,10 @@ def _train(args: argparse.Namespace) -> int:
     _use_compilation_cache(config)
     from rich.console import Console
 
+    from frugalmoe.train.allocator import keep_freed_memory
     from frugalmoe.train.loop import train
+
+    keep_freed_memory()
 
     if args.dry_run:
         return _dry_run(config, workdir)

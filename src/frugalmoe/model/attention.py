@@ -12,7 +12,7 @@ from jax import Array
 
 from frugalmoe.config.schema import Model
 from frugalmoe.model.attention_ops import cache_attention, causal_attention
-from frugalmoe.model.layers import RMSNorm, normal, rotate
+from frugalmoe.model.layers import RMSNorm, Rotary, normal, rotate
 from frugalmoe.sharding import local
 
 
@@ -49,13 +49,11 @@ class Attention(nnx.Module):
             self.key_norm = RMSNorm(kv_heads * d if whole else d, config.norm_eps)
 
     def __call__(
-        self, x_BTD: Array, positions_BT: Array, segment_ids_BT: Array, cache: Cache | None, start: Array | None
+        self, x_BTD: Array, angles: Rotary, segment_ids_BT: Array, cache: Cache | None, start: Array | None
     ) -> tuple[Array, Cache | None]:
         """`cache` and `start` (first slot to write, int32 []) are given in generation only."""
         q_BTHd, k_BTKd, v_BTKd = self._project(x_BTD)
-        theta, fraction = self.config.rope_theta, self.config.rope_fraction
-        q_BTHd = rotate(q_BTHd, positions_BT, theta, fraction)
-        k_BTKd = rotate(k_BTKd, positions_BT, theta, fraction)
+        q_BTHd, k_BTKd = rotate(q_BTHd, angles), rotate(k_BTKd, angles)
         if cache is None:
             attend = local(causal_attention, ("BTHd", "BTHd", "BTHd", "BT"), "BTHd")
             o_BTHd = attend(q_BTHd, k_BTKd, v_BTKd, segment_ids_BT)

@@ -3,6 +3,8 @@
 Letters: B batch, T time, D model, F hidden, H heads, d channels of a head.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -26,21 +28,49 @@ class RMSNorm(nnx.Module):
         return (x32 * self.scale[...]).astype(x.dtype)
 
 
-def rotate(x_BTHd: Array, positions_BT: Array, theta: float, fraction: float) -> Array:
-    """Rotary positions on the first `fraction` of the channels, half against half (Su et al., arXiv 2104.09864)."""
-    size = int(x_BTHd.shape[-1] * fraction)
+class Rotary(NamedTuple):
+    """Sine and cosine of the rotary angles of every token, float32, over half of the rotated channels."""
+
+    sin_BTd: Array
+    cos_BTd: Array
+
+
+def rotary(positions_BT: Array, channels: int, theta: float, fraction: float) -> Rotary:
+    """Angle position * theta^(-2i/size) of channel pair i < size/2, where size = fraction * channels of a head."""
+    size = int(channels * fraction)
     frequency_d = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
     angle_BTd = positions_BT[..., None].astype(jnp.float32) * frequency_d
-    sin, cos = jnp.sin(angle_BTd)[:, :, None], jnp.cos(angle_BTd)[:, :, None]
+    return Rotary(jnp.sin(angle_BTd), jnp.cos(angle_BTd))
+
+
+def rotate(x_BTHd: Array, angles: Rotary) -> Array:
+    """Rotary positions on the first channels of a head, half against half (Su et al., arXiv 2104.09864)."""
+    sin, cos = (a_BTd[:, :, None] for a_BTd in angles)
+    size = 2 * sin.shape[-1]
     rotated, rest = x_BTHd[..., :size].astype(jnp.float32), x_BTHd[..., size:]
     a, b = jnp.split(rotated, 2, axis=-1)
     rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return jnp.concatenate([rotated.astype(x_BTHd.dtype), rest], axis=-1)
 
 
+@jax.custom_vjp
 def swiglu(hidden_2F: Array) -> Array:
-    """silu(gate) * up for `hidden[..., 0, :]` = gate, `hidden[..., 1, :]` = up (Shazeer 2020, arXiv 2002.05202)."""
+    """silu(gate) * up for `hidden[..., 0, :]` = gate, `hidden[..., 1, :]` = up (Shazeer 2020, arXiv 2002.05202).
+
+    Its gradient keeps only the input: what autodiff would keep beside it costs more to write than to compute again.
+    """
     return jax.nn.silu(hidden_2F[..., 0, :]) * hidden_2F[..., 1, :]
+
+
+def _swiglu_backward(hidden_2F: Array, dy_F: Array) -> tuple[Array]:
+    gate_F, up_F = hidden_2F[..., 0, :], hidden_2F[..., 1, :]
+    sigmoid_F = jax.nn.sigmoid(gate_F)
+    silu_F = gate_F * sigmoid_F
+    dgate_F = dy_F * up_F * (sigmoid_F + silu_F * (1 - sigmoid_F))
+    return (jnp.stack([dgate_F, dy_F * silu_F], axis=-2),)
+
+
+swiglu.defvjp(lambda hidden_2F: (swiglu(hidden_2F), hidden_2F), _swiglu_backward)
 
 
 class FeedForward(nnx.Module):

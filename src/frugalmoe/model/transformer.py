@@ -15,7 +15,7 @@ from jax import Array
 from frugalmoe import sharding
 from frugalmoe.config.schema import Model
 from frugalmoe.model.attention import Attention, Cache, empty_cache
-from frugalmoe.model.layers import FeedForward, RMSNorm, normal
+from frugalmoe.model.layers import FeedForward, RMSNorm, Rotary, normal, rotary
 from frugalmoe.model.moe import Context, MoELayer, Routed, RouterState
 from frugalmoe.routing import strategies
 
@@ -35,10 +35,17 @@ class Block(nnx.Module):
             self.ffn = FeedForward(ffn_key, config.dim, config.dense_dim, config.init_std, out_std)
 
     def __call__(
-        self, x_BTD: Array, context: Context, layer: Array, carry: object, cache: Cache | None, start: Array | None
+        self,
+        x_BTD: Array,
+        context: Context,
+        angles: Rotary,
+        layer: Array,
+        carry: object,
+        cache: Cache | None,
+        start: Array | None,
     ) -> tuple[Array, Routed | None, object, Cache | None]:
         normed = self.attention_norm(x_BTD)
-        y_BTD, cache = self.attention(normed, context.positions_BT, context.segment_ids_BT, cache, start)
+        y_BTD, cache = self.attention(normed, angles, context.segment_ids_BT, cache, start)
         x_BTD = x_BTD + y_BTD
         normed = self.ffn_norm(x_BTD)
         if hasattr(self, "moe"):
@@ -89,15 +96,18 @@ class Transformer(nnx.Module):
         return Output(self.final_norm(x_BTD), routed, tuple(new_caches))
 
     def _scan(self, blocks, x_BTD, context, carry, cache, start):
+        config = self.config
+        angles = rotary(context.positions_BT, config.head_dim, config.rope_theta, config.rope_fraction)
+
         def body(state, xs):
             block, layer, cache = xs
-            x, routed, carry, cache = block(state[0], context, layer, state[1], cache, start)
+            x, routed, carry, cache = block(state[0], context, angles, layer, state[1], cache, start)
             return (x, carry), (routed, cache)
 
         num_layers = blocks.attention_norm.scale.shape[0]
         layers = jnp.arange(num_layers, dtype=jnp.int32)
         (x_BTD, carry), (routed, cache) = jax.lax.scan(
-            _remat(body, self.config.remat), (x_BTD, carry), (blocks, layers, cache)
+            _remat(body, config.remat), (x_BTD, carry), (blocks, layers, cache)
         )
         return x_BTD, routed, carry, cache
 
