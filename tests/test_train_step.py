@@ -16,6 +16,7 @@ from runs import TINY
 
 from frugalmoe import sharding
 from frugalmoe.config import default, override, resolve
+from frugalmoe.config.schema import MoE
 from frugalmoe.data import Batch
 from frugalmoe.errors import UserError
 from frugalmoe.routing import strategies
@@ -81,7 +82,9 @@ def largest_difference(a, b) -> float:
 
 
 def router(name: str) -> dict:
-    one = {"model.moe.num_experts_per_token": 1} if name == "switch_top1" else {}
+    """The strategy with two experts per token, or with one where it allows no more."""
+    of_two = MoE(num_experts_per_token=2, options=strategies.get(name).options())
+    one = {"model.moe.num_experts_per_token": 1} if strategies.get(name).check(of_two) else {}
     return {"model.moe.router": name} | one | (STATEFUL if name == "sigmoid_bias" else {})
 
 
