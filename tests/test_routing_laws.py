@@ -85,14 +85,15 @@ def law_causal_by_perturbation(case: Case) -> None:
 
 
 def law_causal_by_gradient(case: Case) -> None:
-    """No gradient flows from earlier outputs to later inputs of a safe router."""
+    """Gradient flows from earlier outputs to each token that has a part in them, and to no later input if safe."""
     if case.router.about.causal == "leak":
         return
     for cut in (2, 5):
         earlier_BTD = jnp.broadcast_to((jnp.arange(T) < cut)[:, None], (B, T, D)).astype(jnp.float32)
-        grad_BTD = probe(case, make_inputs(padded=False), earlier_BTD).x_BTD
-        assert np.all(np.any(grad_BTD[:, :cut] != 0, axis=-1))
-        assert np.all(grad_BTD[:, cut:] == 0)
+        probed = probe(case, make_inputs(padded=False), earlier_BTD)
+        served_BT = np.any(effects(case, probed.routing._replace(carry=None)) != 0, axis=-1)
+        assert np.array_equal(np.any(probed.x_BTD[:, :cut] != 0, axis=-1), served_BT[:, :cut]) and served_BT.any()
+        assert np.all(probed.x_BTD[:, cut:] == 0)
 
 
 def law_batch_independent(case: Case) -> None:
