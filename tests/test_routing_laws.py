@@ -135,7 +135,8 @@ def expert_axes(tree: dict, permutation: np.ndarray) -> dict:
 def law_expert_permutation(case: Case) -> None:
     """Permuted experts are permuted in the plan, and that is all (groups of experts stay together)."""
     params, state = make_params(case)
-    inputs, groups = make_inputs(), getattr(case.config.options, "num_groups", 1)
+    quiet = case.router.claim("random", case.config)  # noise belongs to an expert's index: not to be permuted
+    inputs, groups = make_inputs(train=not quiet), getattr(case.config.options, "num_groups", 1)
     plain = route(case, inputs)
     negated = route(case, inputs, jax.tree.map(jnp.negative, params))
     if np.array_equal(selections(case, negated), selections(case, plain)):
@@ -199,20 +200,20 @@ def law_no_gradient_into_state(case: Case) -> None:
 
 
 def law_finite_differences(case: Case) -> None:
-    """The gradient of output and losses is the slope of their value, away from changes of the selection."""
+    """The gradient of output and losses is the slope of their value where no selection changes, unless declared."""
     if not case.router.claim("learned", case.config):
         return
-    coefficients, step, checked = dict.fromkeys(case.router.about.losses, 0.1), 5e-4, 0
+    coefficients, step, slopes, gradients = dict.fromkeys(case.router.about.losses, 0.1), 5e-4, [], []
     params, _ = make_params(case)
     for seed in range(3):
         inputs, direction = make_inputs(seed), linear_like(params, seed)
         low, high = (jax.tree.map(lambda p, d, s=s: p + s * d, params, direction) for s in (-step, step))
         low, middle, high = (probe(case, inputs, params=p, **coefficients) for p in (low, params, high))
         if all(np.array_equal(end.routing.plan[0], middle.routing.plan[0]) for end in (low, high)):
-            exact = jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, middle.params, direction))
-            np.testing.assert_allclose((high.value - low.value) / (2 * step), exact, rtol=5e-3, atol=1e-2)
-            checked += 1
-    assert checked
+            slopes.append((high.value - low.value) / (2 * step))
+            gradients.append(jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, middle.params, direction)))
+    assert slopes
+    assert np.allclose(slopes, gradients, rtol=5e-3, atol=1e-2) != case.router.about.straight_through
 
 
 def linear_like(params: dict, seed: int) -> dict:
@@ -312,7 +313,7 @@ def law_precision(case: Case) -> None:
 
 def law_ties(case: Case) -> None:
     """Equal logits give no NaN and no duplicate, and every such tie is counted."""
-    inputs = make_inputs()._replace(x_BTD=jnp.zeros((B, T, D)))
+    inputs = make_inputs(train=not case.router.claim("random", case.config))._replace(x_BTD=jnp.zeros((B, T, D)))
     routing = route(case, inputs, state=case.router.init_state(D, case.config))
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((routing, probe(case, inputs))))
     assert selections(case, routing).max() == 1
@@ -493,6 +494,7 @@ BROKEN = [
     ("learned", broken(frozen)),
     ("learned", make_case("topk_softmax", 8, 1)),
     ("finite_differences", broken(frozen)),
+    ("finite_differences", broken(unnormalised, straight_through=True)),
     ("decoding", broken(noise_by_index, random=True)),
     ("noise", broken(noise_by_index, random=True)),
     ("token_permutation", broken(noise_by_index, random=True)),
