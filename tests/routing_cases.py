@@ -1,6 +1,6 @@
 """The small routing problems that the laws run over: every strategy in the folder, at a few shapes and options.
 
-Letters: B batch, T time, N tokens (B*T), D model, E experts, K choices.
+Letters: B batch, T time, N tokens (B*T), D model, E experts, K choices, R rows of any origin.
 """
 
 import functools
@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from frugalmoe.config.schema import MoE
+from frugalmoe.config.schema import FrozenDict, MoE
 from frugalmoe.routing import strategies
-from frugalmoe.routing.contract import Inputs, Router, Routing, TokenPlan, combine_matrix
+from frugalmoe.routing.contract import ExpertPlan, Inputs, Router, Routing, TokenPlan, combine_matrix
 
 B, T, D, VOCAB = 2, 8, 8, 16
 N = B * T
@@ -27,6 +27,16 @@ OPTIONS = {  # strategy -> (K, options) of 8 experts, beside its defaults
     ),
     "expert_choice": ((1, {"capacity_factor": 1.3}),),
     "hash": ((2, {"gate": "learned"}),),
+    "adamoe": ((4, {"num_null": 3}),),
+    "moe_plus_plus": ((3, {"num_zero": 2, "num_constant": 0}),),
+    "longcat": ((3, {"num_identity": 6, "mean_experts": 1.5, "scale": 2.0}),),
+    "default_moe": ((1, {"samples": 3}),),
+    "dense_gradient": ((1, {}),),
+    "stochastic_warmup": (
+        (2, {"base": "sigmoid_bias", "base_options": FrozenDict(scale=2.5), "steps": 1500}),
+        (2, {"base": "default_moe", "steps": 1500}),
+    ),
+    "recurrent": ((2, {"hidden": 8}),),
 }
 
 
@@ -70,40 +80,80 @@ def make_inputs(seed: int = 0, *, padded: bool = True, train: bool = True) -> In
         jnp.asarray(segment_ids),
         jnp.asarray(positions),
         jax.random.split(jax.random.key(seed), B),
-        jnp.int32(0),
+        jnp.int32(1000),  # in the middle of schedules that have a default length
         jnp.int32(0),
         train,
     )
 
 
+def carry_into(case: Case, inputs: Inputs) -> dict | None:
+    """What an earlier layer could have handed on: some function of each token, zeros at padding."""
+    if inputs.carry is not None:
+        return inputs.carry
+    clean_BTD = np.where(np.asarray(inputs.valid_BT)[..., None], inputs.x_BTD, 0).astype(np.float32)
+
+    def fill(zeros: jax.Array) -> jax.Array:
+        mix = np.random.default_rng(3).normal(size=(D, *zeros.shape[2:])) / D**0.5
+        return jnp.asarray(np.tanh(np.tensordot(clean_BTD, mix, 1)), zeros.dtype)
+
+    return jax.tree.map(fill, case.router.init_carry(case.config, *inputs.token_ids_BT.shape))
+
+
+def run_linear_experts(num_experts: int, plan: Any, x_RD: jax.Array) -> jax.Array:
+    """y[R, D] = sum_e G[r, e] * x_r @ M_e, with fixed matrices M."""
+    expert_EDD = jax.random.normal(jax.random.key(7), (num_experts, D, D)) / D**0.5
+    return jnp.einsum("re,rd,edf->rf", combine_matrix(plan, x_RD.shape[0], num_experts), x_RD, expert_EDD)
+
+
+def with_experts(inputs: Inputs, config: MoE) -> Inputs:
+    def run_experts(plan: ExpertPlan, x_RD: jax.Array) -> jax.Array:
+        return run_linear_experts(config.num_experts, plan, x_RD)
+
+    return inputs._replace(run_experts=run_experts)
+
+
 @functools.cache
 def make_params(case: Case, seed: int = 0) -> tuple[dict, dict]:
-    """Parameters, and a state that is not at its initial value."""
-    params = case.router.init(jax.random.key(seed), D, case.config)
+    """Parameters, the layer's own and the shared ones, and a state that is not at its initial value."""
+    own = case.router.init(jax.random.key(seed), D, case.config)
+    shared = case.router.init_shared(jax.random.key(seed + 2), D, case.config)
+    assert not own.keys() & shared.keys()
     noise = jax.random.normal(jax.random.key(seed + 1), (16,))
-    return params, jax.tree.map(lambda s: s + 0.1 * jnp.resize(noise, s.shape), case.router.init_state(case.config))
+    state = jax.tree.map(lambda s: s + 0.1 * jnp.resize(noise, s.shape), case.router.init_state(D, case.config))
+    return {**own, **shared}, state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # not by case: routers that differ in claims alone share it
-def compiled_route(function: Callable, config: MoE, train: bool, params: dict, state: dict, *arrays: Any) -> Routing:
-    return function(params, state, Inputs(*arrays, train=train), config)
+def compiled_route(
+    function: Callable, config: MoE, train: bool, params: dict, state: dict, carry: Any, *arrays: Any
+) -> Routing:
+    return function(params, state, with_experts(Inputs(*arrays, train=train, carry=carry), config), config)
 
 
 def route(case: Case, inputs: Inputs, params: dict | None = None, state: dict | None = None) -> Routing:
     """The compiled route, with the default parameters and state where none are given."""
     default_params, default_state = make_params(case)
     params, state = default_params if params is None else params, default_state if state is None else state
-    return compiled_route(case.router.route, case.config, inputs.train, params, state, *inputs[:7])
+    carry = carry_into(case, inputs)
+    return compiled_route(case.router.route, case.config, inputs.train, params, state, carry, *inputs[:7])
 
 
 def eager_route(case: Case, inputs: Inputs) -> Routing:
     """The route, operation by operation."""
+    inputs = with_experts(inputs._replace(carry=carry_into(case, inputs)), case.config)
     return case.router.route(*make_params(case), inputs, case.config)
 
 
 def combine(case: Case, routing: Routing, time: int = T) -> np.ndarray:
     """G as [B, T, E]."""
     return _dense(case, routing.plan, routing.plan[1], time)
+
+
+def effects(case: Case, routing: Routing, time: int = T) -> np.ndarray:
+    """All that a token gets and hands on, [B, T, ...]: its row of G, what is added, its scale, its carry."""
+    others = (routing.added_BTD, routing.input_scale_BT, routing.carry)
+    flat = [np.asarray(leaf).reshape(B, time, -1) for leaf in jax.tree.leaves(others)]
+    return np.concatenate([combine(case, routing, time), *flat], axis=-1)
 
 
 def selections(case: Case, routing: Routing, time: int = T) -> np.ndarray:
@@ -142,23 +192,34 @@ def objective(
     coefficients: dict,
 ) -> tuple[jax.Array, Routing]:
     """sum(weight * y) of a layer with linear experts, as a language-model loss sees it, plus auxiliary losses."""
-    num_tokens, num_experts = inputs.token_ids_BT.size, config.num_experts
-    expert_EDD = jax.random.normal(jax.random.key(7), (num_experts, D, D)) / D**0.5
-    routing = function(params, state, inputs, config)
-    g_NE = combine_matrix(routing.plan, num_tokens, num_experts)
-    x_ND = jnp.where(inputs.valid_BT[..., None], inputs.x_BTD, 0).reshape(num_tokens, D)
-    y_ND = jnp.einsum("ne,nd,edf->nf", g_NE, x_ND, expert_EDD)
+    routing = function(params, state, with_experts(inputs, config), config)
+    x_BTD = jnp.where(inputs.valid_BT[..., None], inputs.x_BTD, 0)
+    if routing.input_scale_BT is not None:
+        x_BTD = x_BTD * routing.input_scale_BT[..., None]
+    y_BTD = run_linear_experts(config.num_experts, routing.plan, x_BTD.reshape(-1, D)).reshape(x_BTD.shape)
+    if routing.added_BTD is not None:
+        y_BTD = y_BTD + routing.added_BTD
     extra = sum((coefficients.get(name, 0.0) * loss.sum for name, loss in routing.losses.items()), jnp.float32(0))
-    return jnp.sum(y_ND.reshape(weight_BTD.shape) * weight_BTD) + extra, routing
+    return jnp.sum(y_BTD * weight_BTD) + extra, routing
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _probe(function: Callable, config: MoE, weight: Any, coefficients: dict, params: dict, state: dict, *arrays: Any):
+def _probe(
+    function: Callable,
+    config: MoE,
+    weight: Any,
+    coefficients: dict,
+    params: dict,
+    state: dict,
+    carry: Any,
+    *arrays: Any,
+):
     x, *rest = arrays
 
     @jax.checkpoint  # so that every law about gradients is also one about recomputed layers
     def value(params: dict, state: dict, x: jax.Array) -> tuple[jax.Array, Routing]:
-        return objective(function, config, params, state, Inputs(x, *rest, train=True), weight, coefficients)
+        inputs = Inputs(x, *rest, train=True, carry=carry)
+        return objective(function, config, params, state, inputs, weight, coefficients)
 
     (loss, routing), gradients = jax.value_and_grad(value, (0, 1, 2), has_aux=True)(params, state, x)
     return Probe(loss, *gradients, routing)
@@ -175,4 +236,5 @@ def probe(
     coefficients = {name: jnp.float32(coefficients.get(name, 0)) for name in case.router.about.losses}
     params = own_params if params is None else params
     function, config = case.router.route, case.config
-    return _probe(function, config, jnp.asarray(weight), coefficients, params, state, *inputs[:7])
+    carry = carry_into(case, inputs)
+    return _probe(function, config, jnp.asarray(weight), coefficients, params, state, carry, *inputs[:7])

@@ -234,7 +234,7 @@ def test_the_update_moves_a_skewed_load_to_uniform(update: str) -> None:
         counts = case.router.route({"kernel_DE": jnp.eye(8)}, state, inputs, case.config).stats["counts"]
         return case.router.update(state, {"counts": counts}, case.config), counts.max() / counts.mean() - 1
 
-    state, violations = case.router.init_state(case.config), []
+    state, violations = case.router.init_state(D, case.config), []
     for _ in range(100):
         state, violation = step(state)
         violations.append(float(violation))

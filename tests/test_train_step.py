@@ -16,6 +16,7 @@ from runs import TINY
 
 from frugalmoe import sharding
 from frugalmoe.config import default, override, resolve
+from frugalmoe.config.schema import MoE
 from frugalmoe.data import Batch
 from frugalmoe.errors import UserError
 from frugalmoe.routing import strategies
@@ -81,7 +82,9 @@ def largest_difference(a, b) -> float:
 
 
 def router(name: str) -> dict:
-    one = {"model.moe.num_experts_per_token": 1} if name == "switch_top1" else {}
+    """The strategy with two experts per token, or with one where it allows no more."""
+    of_two = MoE(num_experts_per_token=2, options=strategies.get(name).options())
+    one = {"model.moe.num_experts_per_token": 1} if strategies.get(name).check(of_two) else {}
     return {"model.moe.router": name} | one | (STATEFUL if name == "sigmoid_bias" else {})
 
 
@@ -89,7 +92,13 @@ def router(name: str) -> dict:
 ROUTERS = [pytest.param(router("sigmoid_bias"), id="sigmoid_bias")] + [
     pytest.param(router(n), id=n, marks=pytest.mark.slow) for n in strategies.names() if n != "sigmoid_bias"
 ]
+FEWER = ("adamoe", "longcat", "moe_plus_plus")  # strategies that leave some of a token's K slots without an expert
 EVERY_LOSS = {"model.moe.losses.sequence_balance": 0.01, "optim.logit_z_loss": 1e-3}
+
+
+def assert_same_state(a, b) -> None:
+    """One token counted twice moves a state by more than 1e-3 of its size; float32 sums round by 1e-7."""
+    assert not a.router_state or largest_difference(a.router_state, b.router_state) < 1e-5
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -100,7 +109,7 @@ def test_micro_batches_equal_one_batch(router):
     np.testing.assert_array_equal(whole_metrics[0]["counts_LE"], parts_metrics[0]["counts_LE"])
     assert largest_difference(whole_metrics, parts_metrics) < 2e-4
     assert largest_difference(whole.params, parts.params) < 1e-4
-    assert not whole.router_state or largest_difference(whole.router_state, parts.router_state) == 0
+    assert_same_state(whole, parts)
 
 
 @pytest.mark.slow
@@ -120,7 +129,7 @@ def test_remat_changes_nothing(router, remat):
     again, again_metrics = trained(router | EVERY_LOSS | {"model.remat": remat})
     np.testing.assert_array_equal(plain_metrics[1]["counts_LE"], again_metrics[1]["counts_LE"])
     assert largest_difference(plain.params, again.params) < 1e-5
-    assert not plain.router_state or largest_difference(plain.router_state, again.router_state) == 0
+    assert_same_state(plain, again)
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -130,7 +139,11 @@ def test_counts_are_of_the_real_tokens_of_the_step(router):
     assert metrics[0]["count/tokens"] == valid
     if strategies.get(router["model.moe.router"]).about.form == "token":
         k = router.get("model.moe.num_experts_per_token", 2)
-        np.testing.assert_array_equal(metrics[0]["counts_LE"].sum(axis=1), [valid * k] * 2)
+        slots_L = metrics[0]["counts_LE"].sum(axis=1)
+        if router["model.moe.router"] in FEWER:
+            assert np.all((slots_L > 0) & (slots_L < valid * k))
+        else:
+            np.testing.assert_array_equal(slots_L, [valid * k] * 2)
 
 
 @pytest.mark.slow

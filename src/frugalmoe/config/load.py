@@ -117,10 +117,10 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> schema.Config:
     """ConfigDict -> checked dataclasses. Raises `UserError` naming the field, the value and the rule."""
     from frugalmoe.routing import strategies
 
-    resolved = _build(schema.Config, config, "")
+    resolved = build(schema.Config, config, "")
     moe = resolved.model.moe
-    options = _build(strategies.get(moe.router).options, moe.options, "model.moe.options")
-    sources = {k: _build(schema.Source, v, f"data.sources.{k}") for k, v in resolved.data.sources.items()}
+    options = build(strategies.get(moe.router).options, moe.options, "model.moe.options")
+    sources = {k: build(schema.Source, v, f"data.sources.{k}") for k, v in resolved.data.sources.items()}
     resolved = dataclasses.replace(
         resolved,
         model=dataclasses.replace(resolved.model, moe=dataclasses.replace(moe, options=options)),
@@ -130,7 +130,7 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> schema.Config:
     return resolved
 
 
-def _build(cls: type, values: Any, path: str) -> Any:
+def build(cls: type, values: Any, path: str) -> Any:
     """An instance of dataclass `cls` from a mapping, with the types of its annotations enforced."""
     if isinstance(values, cls):
         return values
@@ -150,7 +150,7 @@ def _fields(cls: type) -> list[str]:
 
 def _coerce(kind: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
-        return _build(kind, value, path)
+        return build(kind, value, path)
     origin = typing.get_origin(kind)
     if kind is Any or origin is not None:
         if isinstance(value, ConfigDict | Mapping):

@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from frugalmoe import experts
-from frugalmoe.config.schema import Model
+from frugalmoe.config.schema import FrozenDict, Model, MoE
 from frugalmoe.model.layers import FeedForward, normal
 from frugalmoe.routing import strategies
-from frugalmoe.routing.contract import Inputs, Loss, selection_matrix
+from frugalmoe.routing.contract import ExpertPlan, Inputs, Loss, Routing, selection_matrix
 from frugalmoe.sharding import BATCH_AXES, local
 
 
@@ -33,6 +34,7 @@ class Context(NamedTuple):
     step: Array
     train: bool = False
     trace: bool = False  # also return which expert got which token
+    shared_router: Mapping[str, Array] = FrozenDict()  # the router's parameters that all layers share
 
 
 class Routed(NamedTuple):
@@ -43,15 +45,29 @@ class Routed(NamedTuple):
     selected_BTE: Array | None  # bool, with `trace`
 
 
+def execute(
+    routing: Routing, x_BTD: Array, valid_BT: Array, gate_up_ED2F: Array, down_EFD: Array, config: MoE
+) -> tuple[Array, Array]:
+    """-> (y_n = sum_e G[n, e] * expert_e(s_n * x_n) + a_n in x's dtype, int32 [] rows that a capacity dropped)."""
+    scaled_BTD = x_BTD
+    if routing.input_scale_BT is not None:
+        scale_BT1 = routing.input_scale_BT[..., None].astype(x_BTD.dtype)
+        scaled_BTD = jnp.where(valid_BT[..., None], x_BTD, 0) * scale_BT1
+    x_ND = scaled_BTD.reshape(-1, x_BTD.shape[-1])
+    y_ND, dropped = experts.execute(routing.plan, x_ND, gate_up_ED2F, down_EFD, config, x_BTD.shape[0])
+    y_BTD = y_ND.reshape(x_BTD.shape)
+    return y_BTD if routing.added_BTD is None else y_BTD + routing.added_BTD.astype(y_BTD.dtype), dropped
+
+
 class MoELayer(nnx.Module):
-    """y = shared(x) + sum_e G[n, e] * expert_e(x_n), with G from the routing strategy."""
+    """y = shared(x) + what `execute` makes of the routing strategy's decisions."""
 
     def __init__(self, key: Array, config: Model, out_std: float):
         self.config = moe = config.moe
         router = strategies.get(moe.router)
         router_key, up_key, down_key, shared_key = jax.random.split(key, 4)
         self.router = nnx.Dict({k: nnx.Param(v) for k, v in router.init(router_key, config.dim, moe).items()})
-        self.router_state = nnx.Dict({k: RouterState(v) for k, v in router.init_state(moe).items()})
+        self.router_state = nnx.Dict({k: RouterState(v) for k, v in router.init_state(config.dim, moe).items()})
         self.gate_up_ED2F = normal(up_key, (moe.num_experts, config.dim, 2, moe.expert_dim), config.init_std)
         self.down_EFD = normal(down_key, (moe.num_experts, moe.expert_dim, config.dim), out_std)
         if moe.num_shared_experts:
@@ -65,19 +81,22 @@ class MoELayer(nnx.Module):
         def route_and_execute(
             params, state, gate_up, down, layer, step, x, token_ids, segment_ids, positions, keys, carry
         ):
+            def run_experts(plan: ExpertPlan, x_RD: Array) -> Array:
+                detached = jax.lax.stop_gradient((gate_up, down))
+                return experts.execute(plan, x_RD.astype(x.dtype), *detached, moe, 1)[0]
+
             inputs = Inputs(
-                x, token_ids, segment_ids, positions, keys, step, layer, context.train, carry, axis_names=BATCH_AXES
+                x, token_ids, segment_ids, positions, keys, step, layer, context.train, carry, BATCH_AXES, run_experts
             )
             routing = router.route(params, jax.lax.stop_gradient(state), inputs, moe)
             # A recomputed backward pass takes the saved plan, so that near-ties cannot be routed twice differently.
-            plan = jax.tree.map(lambda a: checkpoint_name(a, "routing_plan"), routing.plan)
-            x_ND = x.reshape(-1, x.shape[-1])
-            y_ND, dropped = experts.execute(plan, x_ND, gate_up, down, moe, x.shape[0])
+            routing = routing._replace(plan=jax.tree.map(lambda a: checkpoint_name(a, "routing_plan"), routing.plan))
+            y, dropped = execute(routing, x, inputs.valid_BT, gate_up, down, moe)
             losses, stats = jax.lax.psum((routing.losses, {**routing.stats, "dropped": dropped}), BATCH_AXES)
             selected = None
             if context.trace:
-                selected = selection_matrix(plan, x_ND.shape[0], moe.num_experts).reshape(*x.shape[:2], -1)
-            return y_ND.reshape(x.shape), losses, stats, selected, routing.carry
+                selected = selection_matrix(routing.plan, token_ids.size, moe.num_experts).reshape(*x.shape[:2], -1)
+            return y, losses, stats, selected, routing.carry
 
         apply = local(
             route_and_execute,
@@ -85,7 +104,7 @@ class MoELayer(nnx.Module):
             out_letters=("BTD", "", "", "BTE", "BT"),
         )
         y_BTD, losses, stats, selected_BTE, carry = apply(
-            {k: v[...] for k, v in self.router.items()},
+            {k: v[...] for k, v in self.router.items()} | dict(context.shared_router),
             {k: v[...] for k, v in self.router_state.items()},
             self.gate_up_ED2F.astype(x_BTD.dtype),
             self.down_EFD.astype(x_BTD.dtype),

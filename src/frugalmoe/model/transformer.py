@@ -71,6 +71,9 @@ class Transformer(nnx.Module):
             self.dense_blocks = jax.vmap(lambda k: Block(k, config, moe=False))(keys)
         if num_moe:
             self.moe_blocks = jax.vmap(lambda k: Block(k, config, moe=True))(jax.random.split(moe_key, num_moe))
+            shared_key = jax.random.fold_in(moe_key, num_moe)
+            shared = strategies.get(config.moe.router).init_shared(shared_key, config.dim, config.moe)
+            self.shared_router = nnx.Dict({k: nnx.Param(v) for k, v in shared.items()})
         self.final_norm = RMSNorm(config.dim, config.norm_eps)
         if not config.tie_embeddings:
             self.head_DV = normal(head_key, (config.dim, config.vocab_size), config.init_std)
@@ -87,11 +90,13 @@ class Transformer(nnx.Module):
         x_BTD = (
             self.embed_VD.astype(config.compute_dtype).at[context.token_ids_BT].get(out_sharding=sharding.spec("BTD"))
         )
-        carry = strategies.get(config.moe.router).init_carry(config.moe, batch, time)
         routed, new_caches = None, [None, None]
         if config.num_dense_layers:
             x_BTD, _, _, new_caches[0] = self._scan(self.dense_blocks, x_BTD, context, None, caches[0], start)
         if config.num_dense_layers < config.num_layers:
+            carry = strategies.get(config.moe.router).init_carry(config.moe, batch, time)
+            carry = jax.tree.map(lambda a: sharding.reshard(a, "BT" + "." * (a.ndim - 2)), carry)
+            context = context._replace(shared_router={k: v[...] for k, v in self.shared_router.items()})
             x_BTD, routed, _, new_caches[1] = self._scan(self.moe_blocks, x_BTD, context, carry, caches[1], start)
         return Output(self.final_norm(x_BTD), routed, tuple(new_caches))
 

@@ -1,14 +1,15 @@
 """The contract between a routing strategy, the MoE layer and the executors.
 
-Letters: B batch, T time, N tokens (B*T), D model, E experts, K choices, C slots per expert, R rows (token-expert
-pairs).
+Letters: B batch, T time, N tokens (B*T), D model, E experts, X choices (the E experts, then what is no expert),
+K choices of a token, C slots per expert, R rows of any origin.
 
 A strategy is one file in `strategies/` that ends with `ROUTER = Router(...)`. Its `route` is a pure function
 
-    route(params, state, inputs, config) -> Routing(plan, losses, stats, carry)
+    route(params, state, inputs, config) -> Routing(plan, losses, stats, carry, added, input_scale)
 
 The layer executes the plan without knowing who made it. The meaning of a plan is its combine matrix `G[N, E]`
-(`combine_matrix`): y_n = sum_e G[n, e] * expert_e(x_n). Every executor is tested against that matrix.
+(`combine_matrix`): y_n = sum_e G[n, e] * expert_e(s_n * x_n) + a_n, where most strategies have s = 1 and a = 0. Every
+executor is tested against that matrix.
 """
 
 import dataclasses
@@ -23,27 +24,7 @@ from frugalmoe.config.schema import MoE
 
 Params = Mapping[str, Array]
 State = Mapping[str, Array]
-
-
-class Inputs(NamedTuple):
-    """Everything that a strategy may look at. Sequences stay apart (B, T), so that a pool of tokens is one sequence."""
-
-    x_BTD: Array  # activations, compute dtype
-    token_ids_BT: Array  # int32
-    segment_ids_BT: Array  # int32, 0 = padding; documents packed into one sequence have different ids
-    positions_BT: Array  # int32, position inside the document
-    # Typed PRNG keys, one per sequence and new in each step: noise does not depend on batching, accumulation or mesh.
-    # A strategy takes its noise from `select.token_keys`, which folds in layer, segment and position.
-    keys_B: Array
-    step: Array  # int32 []
-    layer: Array  # int32 [], index among the MoE layers
-    train: bool = False  # static; False: no exploration noise
-    carry: Any = None  # what the previous MoE layer's `Routing.carry` held
-    axis_names: tuple[str, ...] = ()  # static; mesh axes that hold other sequences of the batch
-
-    @property
-    def valid_BT(self) -> Array:
-        return self.segment_ids_BT > 0
+Carry = Mapping[str, Array] | None  # arrays [B, T, ...], each named with its letters
 
 
 class TokenPlan(NamedTuple):
@@ -63,6 +44,31 @@ class ExpertPlan(NamedTuple):
 Plan = TokenPlan | ExpertPlan
 
 
+class Inputs(NamedTuple):
+    """Everything that a strategy may look at. Sequences stay apart (B, T), so that a pool of tokens is one sequence."""
+
+    x_BTD: Array  # activations, compute dtype
+    token_ids_BT: Array  # int32
+    segment_ids_BT: Array  # int32, 0 = padding; documents packed into one sequence have different ids
+    positions_BT: Array  # int32, position inside the document
+    # Typed PRNG keys, one per sequence and new in each step: noise does not depend on batching, accumulation or mesh.
+    # A strategy takes its noise from `select.token_keys`, which folds in layer, segment and position.
+    keys_B: Array
+    step: Array  # int32 []
+    layer: Array  # int32 [], index among the MoE layers
+    train: bool = False  # static; False: no exploration noise
+    carry: Carry = None  # what the previous MoE layer's `Routing.carry` held: it crosses layers, never time
+    axis_names: tuple[str, ...] = ()  # static; mesh axes that hold other sequences of the batch
+    # The layer's experts on rows of the strategy's choice: (plan over R rows, rows[R, D]) -> y[R, D], at the cost that
+    # the plan's rows have in the layer. No row is dropped. Gradients reach the plan's weights and the rows alone.
+    run_experts: Callable[[ExpertPlan, Array], Array] | None = None
+    logit_map: Callable[[Array], Array] | None = None  # how a wrapper changes the gate's logits; see `linear_logits`
+
+    @property
+    def valid_BT(self) -> Array:
+        return self.segment_ids_BT > 0
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Loss:
@@ -79,7 +85,9 @@ class Routing(NamedTuple):
     plan: Plan
     losses: Mapping[str, Loss]
     stats: Mapping[str, Array]  # additive over micro-batches and shards; see `stats.py`
-    carry: Any = None
+    carry: Carry = None
+    added_BTD: Array | None = None  # float32; what the strategy itself adds to the output, 0 at padding; gradients pass
+    input_scale_BT: Array | None = None  # float32; the experts see x * scale (Llama 4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +107,7 @@ class About:
     form: Literal["token", "expert"] = "token"
     weight_sum: float | str | Callable[[MoE], float | str] = "free"  # of a valid token: a number, at_most_one, or free
     learned: bool | Callable[[MoE], bool] = True  # the language-model loss reaches the router's parameters
+    straight_through: bool = False  # that gradient is an estimate by design, not the slope of the output
     stateful: bool = False  # has state, updated once per optimizer step
     random: bool | Callable[[MoE], bool] = False  # uses keys
     losses: tuple[str, ...] = ()  # names that `route` returns and `model.moe.losses` may weigh
@@ -113,7 +122,7 @@ def no_params(key: Array, dim: int, config: MoE) -> Params:
     return {}
 
 
-def no_state(config: MoE) -> State:
+def no_state(dim: int, config: MoE) -> State:
     return {}
 
 
@@ -128,10 +137,13 @@ class Router:
     about: About
     route: Callable[[Params, State, Inputs, MoE], Routing]
     options: type = NoOptions  # frozen dataclass with defaults
-    init: Callable[[Array, int, MoE], Params] = no_params  # (key, dim, config) -> float32 parameters
-    init_state: Callable[[MoE], State] = no_state  # float32 arrays; no gradient, checkpointed
+    init: Callable[[Array, int, MoE], Params] = no_params  # (key, dim, config) -> a layer's float32 parameters
+    init_shared: Callable[[Array, int, MoE], Params] = (
+        no_params  # one set for all layers; `route` gets both in `params`
+    )
+    init_state: Callable[[int, MoE], State] = no_state  # (dim, config); float32, no gradient, checkpointed
     update: Callable[[State, Mapping[str, Array], MoE], State] = keep_state  # once per step, stats of the whole batch
-    init_carry: Callable[[MoE, int, int], Any] = lambda config, batch, time: None  # [B, T, ...] before the first layer
+    init_carry: Callable[[MoE, int, int], Carry] = lambda config, batch, time: None  # before the first MoE layer
     check: Callable[[MoE], str | None] = lambda config: None  # the rule that a config breaks, or None
     name: str = ""  # set by `strategies.get` to the file's name
 
@@ -164,10 +176,20 @@ def linear_init(key: Array, dim: int, config: MoE) -> Params:
     return {"kernel_DE": jax.random.normal(key, (dim, config.num_experts), jnp.float32) * dim**-0.5}
 
 
+def clean(inputs: Inputs) -> Array:
+    """x[B, T, D] in float32, zeros at padding, so that garbage there reaches no gradient (MaxText PR 3699)."""
+    return jnp.where(inputs.valid_BT[..., None], inputs.x_BTD, 0).astype(jnp.float32)
+
+
+def project(x_BTI: Array, kernel_IJ: Array) -> Array:
+    """x @ kernel in full float32, whatever a device's default precision."""
+    return jnp.einsum("bti,ij->btj", x_BTI, kernel_IJ, precision=jax.lax.Precision.HIGHEST)
+
+
 def linear_logits(params: Params, inputs: Inputs) -> Array:
     """Router logits [B, T, E] in float32 whatever the activation dtype (bf16 scores tie: Megatron PR 7081).
 
-    Padding rows count as zeros, so that garbage in them reaches no gradient (MaxText PR 3699).
+    A wrapper's `inputs.logit_map` applies here: a strategy that calls this once can be wrapped.
     """
-    x_BTD = jnp.where(inputs.valid_BT[..., None], inputs.x_BTD, 0).astype(jnp.float32)
-    return jnp.einsum("btd,de->bte", x_BTD, params["kernel_DE"], precision=jax.lax.Precision.HIGHEST)
+    logits_BTE = project(clean(inputs), params["kernel_DE"])
+    return logits_BTE if inputs.logit_map is None else inputs.logit_map(logits_BTE)

@@ -62,7 +62,7 @@ def choose(score_BTE: Array, k: int, options: Options) -> select.Choice:
     return choice._replace(tied_BT=choice.tied_BT | group.tied_BT)
 
 
-def init_state(config: MoE) -> State:
+def init_state(dim: int, config: MoE) -> State:
     return {"bias_E": jnp.zeros(config.num_experts, jnp.float32)}
 
 

@@ -1,0 +1,107 @@
+"""A gate that remembers earlier layers: a GRU runs over the layers of each token, and its state makes the logits.
+
+RMoE (Qiu et al., 2408.06793, eq. 4-6): x' = P_l x, h_l = GRU(x', h_{l-1}), z = W_l h_l, then softmax and top K with
+renormalised weights. The projection P_l and the gate W_l are the layer's own, the GRU is shared by all layers, h_0 = 0.
+The recurrence crosses layers, never tokens, so that decoding needs no memory. The GRU (Cho et al., 1406.1078, with the
+reset gate after the product, as in the released code), with x' and h of H channels:
+
+    r = sigmoid(A_r x' + B_r h + b_r),  u = sigmoid(A_u x' + B_u h + b_u),  n = tanh(A_n x' + b_n + r * (B_n h + c_n))
+    h_l = (1 - u) * n + u * h
+
+Letters: B batch, T time, D model, H channels of the GRU, G = 3H (reset, update, new), E experts.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from frugalmoe.config.schema import MoE
+from frugalmoe.routing import losses, rules, select, stats
+from frugalmoe.routing.contract import About, Carry, Inputs, Params, Router, Routing, State, clean, project
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    hidden: int = 128  # channels of the GRU
+
+
+def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
+    hidden_BTH = gru(params, project(clean(inputs), params["proj_DH"]), inputs.carry["hidden_BTH"])
+    logits_BTE = project(hidden_BTH, params["kernel_HE"])
+    probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+    choice = select.top_k(logits_BTE, config.num_experts_per_token)
+    weight_BTK = jax.nn.softmax(select.at(logits_BTE, choice.expert_BTK), axis=-1)
+    plan = select.token_plan(choice.expert_BTK, weight_BTK, inputs, config.num_experts)
+    load_BE = stats.load(plan, inputs, config.num_experts)
+    return Routing(
+        plan,
+        losses.gate_losses(logits_BTE, probs_BTE, load_BE, inputs, config),
+        stats.of_layer(load_BE, inputs, logits_BTE=logits_BTE, probs_BTE=probs_BTE, tied_BT=choice.tied_BT),
+        carry={"hidden_BTH": hidden_BTH},
+    )
+
+
+def gru(params: Params, x_BTH: Array, h_BTH: Array) -> Array:
+    """The next state [B, T, H] of every token."""
+    xr, xu, xn = jnp.split(project(x_BTH, params["input_HG"]) + params["input_bias_G"], 3, axis=-1)
+    hr, hu, hn = jnp.split(project(h_BTH, params["state_HG"]), 3, axis=-1)
+    update_BTH = jax.nn.sigmoid(xu + hu)
+    new_BTH = jnp.tanh(xn + jax.nn.sigmoid(xr + hr) * (hn + params["new_bias_H"]))
+    return (1 - update_BTH) * new_BTH + update_BTH * h_BTH
+
+
+def init(key: Array, dim: int, config: MoE) -> Params:
+    proj_key, gate_key = jax.random.split(key)
+    hidden = config.options.hidden
+    return {
+        "proj_DH": _normal(proj_key, (dim, hidden)),
+        "kernel_HE": _normal(gate_key, (hidden, config.num_experts)),
+    }
+
+
+def init_shared(key: Array, dim: int, config: MoE) -> Params:
+    input_key, state_key = jax.random.split(key)
+    hidden = config.options.hidden
+    return {
+        "input_HG": _normal(input_key, (hidden, 3 * hidden)),
+        "state_HG": _normal(state_key, (hidden, 3 * hidden)),
+        "input_bias_G": jnp.zeros(3 * hidden, jnp.float32),
+        "new_bias_H": jnp.zeros(hidden, jnp.float32),
+    }
+
+
+def _normal(key: Array, shape: tuple[int, int]) -> Array:
+    return jax.random.normal(key, shape, jnp.float32) * shape[0] ** -0.5
+
+
+def init_carry(config: MoE, batch: int, time: int) -> Carry:
+    return {"hidden_BTH": jnp.zeros((batch, time, config.options.hidden), jnp.float32)}
+
+
+def check(config: MoE) -> str | None:
+    return rules.first(
+        rules.at_least("hidden", config.options.hidden, 1),
+        rules.gradient_at_one(config, True, "use more, or switch_top1"),
+    )
+
+
+ROUTER = Router(
+    about=About(
+        year=2024,
+        paper="Qiu et al., Layerwise Recurrent Router for Mixture-of-Experts, 2408.06793, eq. 4-6",
+        score="softmax",
+        selection="K largest logits of a GRU over the layers",
+        weights="softmax over the K",
+        balance="auxiliary loss",
+        weight_sum=1.0,
+        losses=losses.GATE_LOSSES,
+    ),
+    route=route,
+    options=Options,
+    init=init,
+    init_shared=init_shared,
+    init_carry=init_carry,
+    check=check,
+)

@@ -1,0 +1,432 @@
+"""Strategies that use more of the contract than a plan: input scale, added parts, carry, shared parameters, experts.
+
+Letters: B batch, T time, D model, F expert hidden, E experts, L layers, H channels of a GRU.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from routing_cases import (
+    WEIGHT,
+    B,
+    D,
+    T,
+    combine,
+    make_case,
+    make_inputs,
+    make_params,
+    probe,
+    route,
+    run_linear_experts,
+    selections,
+)
+from test_strategies import logits_of, softmax
+from test_train_step import batch, config_of, mesh_of, router, trained
+
+from frugalmoe import sharding
+from frugalmoe.config.schema import FrozenDict, MoE
+from frugalmoe.errors import UserError
+from frugalmoe.model.moe import Context, execute
+from frugalmoe.model.transformer import count_parameters, structure
+from frugalmoe.routing.contract import Inputs, Routing, TokenPlan
+from frugalmoe.routing.strategies import recurrent, stochastic_warmup
+from frugalmoe.train.optim import decay_mask
+from frugalmoe.train.step import init
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def refusal(name: str, k: int, options: dict) -> str | None:
+    case = make_case(name, 8, k, **options)
+    return case.router.check(case.config)
+
+
+# The layer
+
+
+def test_the_input_scale_is_inside_the_expert_and_what_is_added_is_outside() -> None:
+    """One expert with gate = up = down = 1, D = F = 1: f(x) = silu(x) * x, so f(2) = 2 * sigmoid(2) * 2 = 3.5232.
+
+    y = G * f(s * x) + a = 0.5 * f(2 * 1) + 10 = 11.7616, where G * s * f(1) + a would be 10.7311. The padding's a is 0.
+    """
+    valid_BT = jnp.asarray([[True, False]])
+    routing = Routing(
+        TokenPlan(jnp.asarray([[0], [1]], jnp.int32), jnp.asarray([[0.5], [0.0]])),
+        {},
+        {},
+        added_BTD=jnp.asarray([[[10.0], [0.0]]]),
+        input_scale_BT=jnp.asarray([[2.0, 7.0]]),
+    )
+    x_BTD = jnp.asarray([[[1.0], [jnp.nan]]])
+    config = MoE(num_experts=1, num_experts_per_token=1, executor="blocks")
+    y_BTD, dropped = execute(routing, x_BTD, valid_BT, jnp.ones((1, 1, 2, 1)), jnp.ones((1, 1, 1)), config)
+    np.testing.assert_allclose(y_BTD[0, :, 0], [11.7616, 0.0], rtol=1e-5)
+    assert dropped == 0
+
+
+# llama4
+
+
+def test_llama4_scales_the_input_by_the_sigmoid_of_the_largest_logit() -> None:
+    case, inputs = make_case("llama4", 8, 1), make_inputs(padded=False)
+    routing, z_BTE = route(case, inputs), logits_of(case, inputs)
+    np.testing.assert_allclose(routing.input_scale_BT, sigmoid(z_BTE.max(-1)), rtol=1e-5)
+    np.testing.assert_array_equal(combine(case, routing), np.eye(8)[z_BTE.argmax(-1)])
+
+
+# Parameters that all layers share: shared_router and recurrent
+
+
+def test_shared_parameters_exist_once_and_count_once() -> None:
+    """`shared_router` has one matrix of 32 x 8 where `topk_softmax` has one in each of two layers."""
+    own, shared = config_of(), config_of(router("shared_router"))
+    _, params, _ = structure(shared.model)
+    assert params["shared_router"]["kernel_DE"].shape == (32, 8)
+    assert "router" not in params["moe_blocks"]["moe"]
+    for kind in ("total", "active"):
+        assert count_parameters(own.model)[kind] - count_parameters(shared.model)[kind] == 32 * 8
+    assert decay_mask(params)["shared_router"]["kernel_DE"]
+    vectors = decay_mask(structure(config_of(router("recurrent")).model)[1])["shared_router"]
+    assert vectors == {"input_HG": True, "state_HG": True, "input_bias_G": False, "new_bias_H": False}
+
+
+def model_loss(config, params: dict) -> tuple[jax.Array, dict]:
+    """Some function of the hidden states of fixed tokens, and its gradients."""
+    graphdef, _, _ = structure(config.model)
+    one = batch(0)
+    weight_BTD = np.sin(np.arange(8 * 32 * 32)).reshape(8, 32, 32)
+    keys_B = jax.random.split(jax.random.key(0), 8)
+
+    @jax.jit
+    def value(params: dict, *arrays: jax.Array) -> jax.Array:
+        arrays = (sharding.reshard(a, letters) for a, letters in zip(arrays, ("BT", "BT", "BT", "B"), strict=True))
+        hidden_BTD = nnx.merge(graphdef, params, {})(Context(*arrays, jnp.int32(0))).hidden_BTD
+        return jnp.sum(sharding.reshard(hidden_BTD, "...") * weight_BTD)
+
+    return jax.value_and_grad(value)(params, one.tokens_BT, one.segment_ids_BT, one.positions_BT, keys_B)
+
+
+@pytest.mark.slow
+def test_the_gradient_of_a_shared_matrix_is_the_sum_over_the_layers() -> None:
+    """Against a model of the same weights in which every layer has its own copy of the matrix."""
+    shared, own = config_of(router("shared_router")), config_of()
+    with jax.set_mesh(mesh_of()):
+        state = init(shared)
+        kernel_DE = state.params["shared_router"]["kernel_DE"]
+        params = {k: v for k, v in state.params.items() if k != "shared_router"}
+        moe = params["moe_blocks"]["moe"] | {"router": {"kernel_DE": jnp.stack([kernel_DE] * 2)}}
+        params["moe_blocks"] = params["moe_blocks"] | {"moe": moe}
+        value, gradient = model_loss(shared, state.params)
+        copied_value, copied = model_loss(own, params)
+    np.testing.assert_allclose(value, copied_value, rtol=1e-6)
+    total_DE = copied["moe_blocks"]["moe"]["router"]["kernel_DE"].sum(0)
+    np.testing.assert_allclose(gradient["shared_router"]["kernel_DE"], total_DE, rtol=1e-4, atol=1e-5)
+    assert np.abs(total_DE).max() > 1e-2
+
+
+def test_the_gru_by_hand() -> None:
+    """H = 1, x' = 1, h = 2; all input weights 1, all state weights 0.5, no bias.
+
+    r = u = sigmoid(1 + 0.5 * 2) = sigmoid(2) = 0.8808; n = tanh(1 + r * 0.5 * 2) = tanh(1.8808) = 0.9545;
+    h' = (1 - u) * n + u * 2 = 0.1192 * 0.9545 + 1.7616 = 1.8754.
+    """
+    params = {
+        "input_HG": jnp.ones((1, 3)),
+        "state_HG": jnp.full((1, 3), 0.5),
+        "input_bias_G": jnp.zeros(3),
+        "new_bias_H": jnp.zeros(1),
+    }
+    h_BTH = recurrent.gru(params, jnp.ones((1, 1, 1)), jnp.full((1, 1, 1), 2.0))
+    np.testing.assert_allclose(h_BTH, [[[1.8754]]], rtol=1e-4)
+
+
+def test_the_recurrence_crosses_layers_and_starts_at_zero() -> None:
+    """The second layer's routing depends on the first layer's state; with a state of 0 it is the first layer's."""
+    case, inputs = make_case("recurrent", hidden=8), make_inputs(padded=False)
+    zeros = case.router.init_carry(case.config, B, T)
+    first = route(case, inputs._replace(carry=zeros))
+    second = route(case, inputs._replace(carry=first.carry))
+    assert np.any(combine(case, first) != combine(case, second))
+    np.testing.assert_array_equal(combine(case, first), combine(case, route(case, inputs._replace(carry=zeros))))
+    params, _ = make_params(case)
+    h_BTH = recurrent.gru(params, inputs.x_BTD @ params["proj_DH"], jnp.zeros((B, T, 8)))
+    np.testing.assert_allclose(first.carry["hidden_BTH"], h_BTH, rtol=1e-4, atol=1e-6)
+
+
+# Choices that are no experts: adamoe, moe_plus_plus, longcat
+
+
+def steered(name: str, k: int, logits: list[list[float]], **options):
+    """The routing of one sequence with these logits over two experts and what follows; x are the logits."""
+    case = make_case(name, 2, k, **options)
+    x_BTD = jnp.asarray([logits], jnp.float32)
+    size, ones = x_BTD.shape[-1], jnp.ones(x_BTD.shape[:2], jnp.int32)
+    params = dict(case.router.init(jax.random.key(0), size, case.config)) | {"kernel_DX": jnp.eye(size)}
+    carry = case.router.init_carry(case.config, *x_BTD.shape[:2])
+    inputs = Inputs(x_BTD, ones, ones, ones, None, jnp.int32(0), jnp.int32(0), carry=carry)
+    return (
+        case,
+        params,
+        inputs,
+        case.router.route(params, case.router.init_state(size, case.config), inputs, case.config),
+    )
+
+
+def test_adamoe_renormalises_over_experts_and_a_token_of_nulls_gets_nothing() -> None:
+    """Experts 0 and 1, nulls 2 and 3, K = 2. Logits ln 3, 0: both experts, 3/4 and 1/4. One expert and a null: 1."""
+    rows = [[np.log(3), 0.0, -5, -5], [4.0, 0.0, 3.0, -5], [0.0, 0.0, 3.0, 2.0]]
+    _, _, _, routing = steered("adamoe", 2, rows, num_null=2)
+    np.testing.assert_array_equal(routing.plan.expert_NK, [[0, 1], [0, 2], [2, 2]])
+    np.testing.assert_allclose(routing.plan.weight_NK, [[0.75, 0.25], [1.0, 0.0], [0.0, 0.0]], rtol=1e-6)
+    assert routing.stats["assigned"] == 3 and routing.added_BTD is None
+
+
+def test_adamoe_counts_its_nulls_at_their_mean_load() -> None:
+    """The loss is 4 * sum_x f_x P_x with f = (2, 1, 1.5, 1.5) / 6: nulls were picked 3 and 0 times."""
+    rows = [[np.log(3), 0.0, 0.5, -9], [4.0, 0.0, 3.0, -5], [0.0, 1.0, 3.0, 0.5]]
+    _, _, _, routing = steered("adamoe", 2, rows, num_null=2)
+    np.testing.assert_array_equal(routing.stats["counts"], [2, 1])
+    expected = 4 * np.sum(np.asarray([2, 1, 1.5, 1.5]) / 6 * softmax(np.asarray(rows)).mean(0))
+    np.testing.assert_allclose(routing.losses["load_balance"].sum, expected, rtol=1e-5)
+
+
+def test_moe_plus_plus_zero_copy_and_constant_by_hand() -> None:
+    """Choices: experts 0 and 1, zero 2, copy 3, constant 4; K = 2, D = 5.
+
+    Token 0 picks expert 0 and zero: weight 1, nothing added. Token 1 picks copy and expert 1 with p in the ratio
+    3 : 1: adds 0.75 x. Token 2 picks constant and zero: adds a_1 x + a_2 v, and with M = 0, a = (1/2, 1/2).
+    """
+    rows = [[4.0, 0, 3, 0, 0], [0, 2.0, -1, 2 + np.log(3), 0], [0, 0, 2.0, 0, 3.0]]
+    case, params, inputs, _ = steered("moe_plus_plus", 2, rows, num_constant=1)
+    params |= {"mix_CDM": jnp.zeros((1, 5, 2)), "constant_CD": jnp.full((1, 5), 8.0)}
+    routing = route(case, inputs, params)
+    np.testing.assert_array_equal(routing.plan.expert_NK, [[0, 2], [2, 1], [2, 2]])
+    np.testing.assert_allclose(routing.plan.weight_NK, [[1, 0], [0, 0.25], [0, 0]], rtol=1e-5)
+    x_TD = np.asarray(rows)
+    expected = [0 * x_TD[0], 0.75 * x_TD[1], 0.5 * x_TD[2] + 0.5 * 8]
+    np.testing.assert_allclose(routing.added_BTD[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_moe_plus_plus_counts_zero_cost_choices_tau_times() -> None:
+    """One token picks expert 0 and copy: 4 * (1/2 * p_0 + tau * 1/2 * p_copy)."""
+    row = [3.0, 0.0, 0.0, 2.0]
+    _, _, _, routing = steered("moe_plus_plus", 2, [row], num_constant=0, tau=0.5)
+    p = softmax(np.asarray(row))
+    np.testing.assert_allclose(routing.losses["load_balance"].sum, 4 * (p[0] / 2 + 0.5 * p[3] / 2), rtol=1e-5)
+
+
+def test_the_gating_residual_adds_the_previous_logits() -> None:
+    """z = x W + z_before R: without R the gate sees its own logits alone, with R = 1 the sum of both."""
+    rows = [[1.0, 2.0, 0.0, -1.0]]
+    case, params, inputs, plain = steered("moe_plus_plus", 2, rows, num_constant=0)
+    np.testing.assert_allclose(plain.carry["logits_BTX"], [rows], rtol=1e-6)
+    before = jnp.asarray([[[0.0, -3.0, 0.0, 5.0]]])
+    params["residual_XX"] = jnp.eye(4)
+    summed = route(case, inputs._replace(carry={"logits_BTX": before}), params)
+    np.testing.assert_allclose(summed.carry["logits_BTX"], [[[1.0, -1.0, 0.0, 4.0]]], rtol=1e-6)
+    np.testing.assert_array_equal(summed.plan.expert_NK, [[2, 0]])  # copy, then expert 0
+
+
+def test_longcat_identity_adds_its_probability_times_x_and_weights_are_not_renormalised() -> None:
+    rows = [[3.0, 0.0, 2.0], [0.0, 3.0, 1.0]]
+    _, _, _, routing = steered("longcat", 2, rows, num_identity=1, scale=2.0)
+    p_TX = softmax(np.asarray(rows))
+    np.testing.assert_allclose(routing.added_BTD[0], 2 * p_TX[:, 2:] * np.asarray(rows), rtol=1e-5)
+    np.testing.assert_allclose(routing.plan.weight_NK, [[2 * p_TX[0, 0], 0], [2 * p_TX[1, 1], 0]], rtol=1e-5)
+
+
+def test_longcat_bias_moves_in_proportion_to_the_error_of_each_share() -> None:
+    """E = 2, K = 2, K_e = 1, 10 tokens: wanted 1 / (2 * 2) = 0.25; shares 8 / 20 and 3 / 20, so errors -0.15, +0.1."""
+    case = make_case("longcat", 2, 2, num_identity=2, update_rate=0.5)
+    stats = {"counts": jnp.asarray([8, 3]), "tokens": jnp.int32(10)}
+    moved = case.router.update({"bias_E": jnp.asarray([0.0, 1.0])}, stats, case.config)["bias_E"]
+    np.testing.assert_allclose(moved, [-0.075, 1.05], rtol=1e-5)
+
+
+def test_longcat_settles_at_the_wanted_number_of_experts_per_token() -> None:
+    """8 experts, 4 identities, K = 3, from logits that prefer experts: 1.2 of them per token within 5 %."""
+    case = make_case("longcat", 8, 3, mean_experts=1.2, update_rate=0.05)
+    x_BTD = np.random.default_rng(0).normal(size=(2, 128, 12)) + np.repeat([1.0, 0.0], [8, 4])
+    ones = jnp.ones((2, 128), jnp.int32)
+    inputs = Inputs(jnp.asarray(x_BTD, jnp.float32), ones, ones, ones, None, None, None)
+
+    @jax.jit
+    def step(state: dict) -> tuple[dict, jax.Array]:
+        stats = case.router.route({"kernel_DX": jnp.eye(12)}, state, inputs, case.config).stats
+        return case.router.update(state, stats, case.config), stats["assigned"] / stats["tokens"]
+
+    state, active = case.router.init_state(12, case.config), []
+    for _ in range(200):
+        state, mean = step(state)
+        active.append(float(mean))
+    assert active[0] > 2 and np.mean(active[-20:]) == pytest.approx(1.2, rel=0.05)
+
+
+# stochastic_warmup
+
+
+@pytest.mark.parametrize("base", stochastic_warmup.bases())
+def test_a_warmup_starts_from_noise_alone_and_ends_as_its_base(base: str) -> None:
+    """At step 0 nothing of the selection depends on x; from step `steps` on, and in evaluation, it is the base's."""
+    k = 1 if refusal(base, 2, {}) else 2
+    plain, wrapped = make_case(base, 8, k), make_case("stochastic_warmup", 8, k, base=base, steps=500)
+    assert wrapped.router.check(wrapped.config) is None
+    params, state = make_params(wrapped)
+    own_state = {name: state[name] for name in plain.router.init_state(D, plain.config)}
+    inputs = make_inputs()
+    first = inputs._replace(step=jnp.int32(0))
+    chosen = [selections(wrapped, route(wrapped, i)) for i in (first, first._replace(x_BTD=make_inputs(1).x_BTD))]
+    np.testing.assert_array_equal(*chosen)
+    for i in (inputs._replace(step=jnp.int32(500)), first._replace(train=False)):
+        expected = combine(plain, route(plain, i, params, own_state))
+        np.testing.assert_array_equal(combine(wrapped, route(wrapped, i)), expected)
+        assert np.any(selections(wrapped, route(wrapped, i)) != chosen[0])
+
+
+def test_warmup_noise_has_the_running_mean_and_deviation() -> None:
+    """A mean of 3 and a mean square of 13 give a deviation of sqrt(13 - 9) = 2; 8,192 numbers know it to 1 %.
+
+    With K = E the weights are softmax(noise), and their logarithms differ as the noise does.
+    """
+    case, time = make_case("stochastic_warmup", 8, 8), 1024
+    ones, positions = jnp.ones((1, time), jnp.int32), jnp.arange(time, dtype=jnp.int32)[None]
+    keys_B = jax.random.split(jax.random.key(0), 1)
+    inputs = Inputs(jnp.ones((1, time, D)), ones, ones, positions, keys_B, jnp.int32(0), jnp.int32(0), True)
+    routing = route(case, inputs, state={"logit_mean": jnp.float32(3), "logit_square": jnp.float32(13)})
+    variance_N = np.log(routing.plan.weight_NK).var(axis=1, ddof=1)
+    assert np.sqrt(variance_N.mean()) == pytest.approx(2, rel=0.05)
+    lse = routing.stats["lse_sum"] / time  # log of a sum of E lognormals: between mu + ln E and mu + ln E + sigma^2 / 2
+    assert 3 + np.log(8) < lse < 3 + np.log(8) + 2
+
+
+def test_running_averages_by_hand() -> None:
+    """4 experts, 3 tokens: 12 logits of sum 6 and square sum 24, so mean 0.5 and mean square 2; decay 0.75."""
+    case = make_case("stochastic_warmup", 4, 2, decay=0.75)
+    stats = {"tokens": jnp.int32(3), "logit_sum": jnp.float32(6), "logit_square_sum": jnp.float32(24)}
+    moved = case.router.update({"logit_mean": jnp.float32(0), "logit_square": jnp.float32(1)}, stats, case.config)
+    assert {name: float(value) for name, value in moved.items()} == {"logit_mean": 0.125, "logit_square": 1.25}
+
+
+def test_options_of_the_base_are_set_and_checked_as_its_own() -> None:
+    warm = {"model.moe.router": "stochastic_warmup", "model.moe.options.base": "sigmoid_bias"}
+    moe = config_of(warm | {"model.moe.options.base_options.scale": 2.5}).model.moe
+    assert make_case("stochastic_warmup").router.claim("weight_sum", moe) == 2.5
+    for field, value, message in (
+        ("base", "sigmoid_bia", "did you mean 'sigmoid_bias'"),
+        ("base", "hash", "options.base='hash'"),
+        ("base", "stochastic_warmup", "options.base='stochastic_warmup'"),
+        ("base_options.scal", 2.5, "options.base_options.scal: unknown config field; did you mean 'scale'"),
+        ("base_options.scale", "big", "options.base_options.scale='big': expected float"),
+        ("base_options.scale", -1.0, "options.scale=-1.0"),
+        ("steps", 0, "options.steps=0"),
+        ("decay", 1.0, "options.decay=1.0"),
+    ):
+        with pytest.raises(UserError) as error:
+            config_of(warm | {f"model.moe.options.{field}": value})
+        assert message in str(error.value) and "\n" not in str(error.value)
+    jitter = FrozenDict(jitter=0.1)
+    assert "noise of its own" in refusal("stochastic_warmup", 1, {"base": "switch_top1", "base_options": jitter})
+
+
+# default_moe
+
+
+def test_default_moe_adds_the_average_outputs_of_the_other_experts() -> None:
+    case, inputs = make_case("default_moe"), make_inputs()
+    _, state = make_params(case)
+    routing, p_BTE = route(case, inputs), softmax(logits_of(case, inputs))
+    others_BTE = np.where(selections(case, routing) > 0, 0, p_BTE) * np.asarray(inputs.valid_BT)[..., None]
+    np.testing.assert_allclose(routing.added_BTD, others_BTE @ np.asarray(state["output_ED"]), rtol=1e-4, atol=1e-6)
+    unrenormalised = make_case("topk_softmax", renormalize=False)
+    np.testing.assert_array_equal(combine(case, routing), combine(unrenormalised, route(unrenormalised, inputs)))
+    assert not np.any(route(case, inputs, state={"output_ED": jnp.zeros((8, D))}).added_BTD)
+
+
+def test_default_moe_samples_are_outputs_of_tokens_that_picked_the_expert() -> None:
+    """All of them where `samples` allows; else as many, each among them; and none in evaluation."""
+    inputs = make_inputs()
+    every, one = make_case("default_moe", samples=T), make_case("default_moe", samples=1)
+    routing = route(every, inputs)
+    chosen_NE = selections(every, routing).reshape(B * T, 8).astype(np.float32)
+    x_ND = np.asarray(inputs.x_BTD).reshape(B * T, D)
+    alone = lambda e: TokenPlan(jnp.full((B * T, 1), e, jnp.int32), jnp.ones((B * T, 1)))
+    y_END = np.stack([run_linear_experts(8, alone(e), x_ND) for e in range(8)])
+    expected = np.einsum("ne,end->ed", chosen_NE, y_END)
+    np.testing.assert_allclose(routing.stats["output_sum"], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(routing.stats["output_rows"], chosen_NE.sum(0))
+
+    first_row = inputs._replace(segment_ids_BT=inputs.segment_ids_BT.at[1].set(0))
+    sampled = route(one, first_row)
+    chosen_BTE = selections(one, sampled)
+    for e in range(8):
+        picked = [y_END[e, n] for n in range(T) if chosen_BTE[0, n, e]]
+        assert sampled.stats["output_rows"][e] == min(len(picked), 1)
+        assert not picked or min(np.abs(y - sampled.stats["output_sum"][e]).max() for y in picked) < 1e-4
+    assert "output_sum" not in route(one, inputs._replace(train=False)).stats
+
+
+def test_default_moe_averages_move_by_hand_and_stay_without_a_sample() -> None:
+    """decay 0.75, mean of the first expert's outputs (4, 8) / 2 = (2, 4): from (0, 4) to (0.5, 4)."""
+    case = make_case("default_moe", 2, 1, decay=0.75)
+    stats = {"output_sum": jnp.asarray([[4.0, 8.0], [0.0, 0.0]]), "output_rows": jnp.asarray([2.0, 0.0])}
+    moved = case.router.update({"output_ED": jnp.asarray([[0.0, 4.0], [1.0, 1.0]])}, stats, case.config)
+    np.testing.assert_allclose(moved["output_ED"], [[0.5, 4.0], [1.0, 1.0]])
+
+
+# dense_gradient
+
+
+def test_dense_gradient_is_top_k_forwards_and_the_dense_mixture_backwards() -> None:
+    case, inputs = make_case("dense_gradient"), make_inputs()
+    plain = make_case("topk_softmax", renormalize=False)
+    routing = route(case, inputs)
+    np.testing.assert_array_equal(combine(case, routing), combine(plain, route(plain, inputs)))
+    assert not np.any(routing.added_BTD) and route(case, inputs._replace(train=False)).added_BTD is None
+
+    def dense(params: dict) -> jax.Array:
+        x_BTD = jnp.where(inputs.valid_BT[..., None], inputs.x_BTD, 0)
+        p_NE = jax.nn.softmax(x_BTD @ params["kernel_DE"]).reshape(B * T, 8)
+        ids_NE = jnp.broadcast_to(jnp.arange(8), p_NE.shape)
+        return jnp.sum(run_linear_experts(8, TokenPlan(ids_NE, p_NE), x_BTD.reshape(-1, D)) * WEIGHT.reshape(-1, D))
+
+    expected = jax.grad(dense)(make_params(case)[0])["kernel_DE"]
+    np.testing.assert_allclose(probe(case, inputs).params["kernel_DE"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_hook_gives_experts_no_gradient() -> None:
+    """After one step the last layer's experts are those of plain top k, while its router is not."""
+    unclipped = {"optim.clip_norm": 0.0}
+    dense, _ = trained(router("dense_gradient") | unclipped, steps=1)
+    plain, _ = trained(router("topk_softmax") | unclipped | {"model.moe.options.renormalize": False}, steps=1)
+    last = [state.params["moe_blocks"]["moe"] for state in (dense, plain)]
+    for name in ("gate_up_ED2F", "down_EFD"):
+        np.testing.assert_allclose(*(moe[name][-1] for moe in last), rtol=1e-5, atol=1e-8)
+    assert np.any(np.abs(last[0]["router"]["kernel_DE"][-1] - last[1]["router"]["kernel_DE"][-1]) > 1e-6)
+
+
+REFUSED = [
+    ("default_moe", 2, {"decay": 1.0}, "decay=1.0"),
+    ("default_moe", 2, {"samples": 0}, "samples=0"),
+    ("llama4", 2, {}, "num_experts_per_token=2"),
+    ("recurrent", 2, {"hidden": 0}, "hidden=0"),
+    ("recurrent", 1, {}, "no gradient"),
+    ("shared_router", 1, {}, "no gradient"),
+    ("adamoe", 2, {"num_null": 0}, "num_null=0"),
+    ("adamoe", 1, {}, "no gradient"),
+    ("moe_plus_plus", 2, {"tau": 0.0}, "tau=0.0"),
+    ("moe_plus_plus", 2, {"num_copy": -1}, "num_copy=-1"),
+    ("moe_plus_plus", 2, {"num_zero": 0, "num_copy": 0, "num_constant": 0}, "one of them must be positive"),
+    ("longcat", 2, {"mean_experts": 3.0}, "mean_experts=3.0"),
+    ("longcat", 2, {"num_identity": 0}, "num_identity=0"),
+]
+
+
+@pytest.mark.parametrize(("name", "k", "options", "message"), REFUSED)
+def test_a_bad_option_is_refused_in_one_line(name: str, k: int, options: dict, message: str) -> None:
+    rule = refusal(name, k, options)
+    assert message in rule and "\n" not in rule
