@@ -25,7 +25,7 @@ OPTIONS = {  # strategy -> (K, options) of 8 experts, beside its defaults
         (2, {"num_groups": 4, "groups_per_token": 2, "scale": 2.5, "update": "zero_mean"}),
         (1, {"normalize": False}),
     ),
-    "expert_choice": ((1, {"capacity_factor": 1.3}),),
+    "expert_choice": ((1, {"capacity_factor": 1.3, "evaluate": "choice"}), (2, {"pool": "batch"})),
     "hash": ((2, {"gate": "learned"}),),
 }
 

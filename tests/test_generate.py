@@ -80,7 +80,7 @@ def test_streamed_pieces_join_to_the_text_and_stop_texts_end_it():
 
 
 def test_a_router_that_sees_the_future_cannot_be_sampled():
-    config = config_of(router("expert_choice") | BYTES)
+    config = config_of(router("expert_choice") | {"model.moe.options.evaluate": "choice"} | BYTES)
     with jax.set_mesh(mesh_of()):
         state = init(config)
         with pytest.raises(UserError, match=r"expert_choice.*causal=leak"):

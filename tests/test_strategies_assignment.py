@@ -1,0 +1,134 @@
+"""What is particular to strategies that choose by thresholds, by assignment over a pool, or by no router at all.
+
+Letters: B batch, T time, D model, E experts, K choices, P pools, n tokens of a pool.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from routing_cases import B, T, combine, make_case, make_inputs, make_params, route, selections
+
+from frugalmoe.routing import threshold
+from frugalmoe.routing.contract import linear_logits
+
+
+def logits_of(case, inputs) -> np.ndarray:
+    return np.asarray(linear_logits(make_params(case)[0], inputs))
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+REFUSED = [
+    ("expert_choice", 2, {"pool": "sequences"}, "did you mean 'sequence'"),
+    ("expert_choice", 2, {"evaluate": "chioce"}, "did you mean 'choice'"),
+    ("expert_choice", 2, {"decay": 1.0}, "decay=1.0"),
+]
+
+
+@pytest.mark.parametrize(("name", "k", "options", "message"), REFUSED)
+def test_a_bad_option_is_refused_in_one_line(name: str, k: int, options: dict, message: str) -> None:
+    case = make_case(name, 8, k, **options)
+    rule = case.router.check(case.config)
+    assert message in rule and "\n" not in rule
+
+
+# Thresholds
+
+
+def test_a_pool_is_ranked_and_cut_by_hand() -> None:
+    """Share 0.5: two of four tokens, one of two valid ones, none of none; cuts 0.7*4 + 0.3*2 and 0.2*4 + 0.6*2."""
+    score_PEn = [[[0.9, 0.1, 0.7, 0.2], [0.1, 0.2, 0.1, 0.8]], [[0.1, 0.3, 0.9, 0.9], [0.6, 0.5, 0.9, 0.9]]]
+    score_PnE = np.swapaxes([*score_PEn, np.ones((2, 4))], 1, 2).astype(np.float32)
+    valid_Pn = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], bool)
+    ranked = threshold.rank(jnp.asarray(score_PnE), jnp.asarray(valid_Pn), 0.5)
+    full_PEC = np.broadcast_to(np.array([[1, 1], [1, 0], [0, 0]], bool)[:, None], (3, 2, 2))
+    np.testing.assert_array_equal(ranked.full_PEC, full_PEC)
+    np.testing.assert_array_equal(np.where(full_PEC, ranked.token_PEC, -1)[:2], [[[0, 2], [3, 1]], [[1, -1], [0, -1]]])
+    np.testing.assert_allclose(ranked.cut_E, [3.4, 2.0], rtol=1e-6)
+
+
+def test_experts_are_active_from_their_threshold_up_to_the_slots_by_margin() -> None:
+    """Margins 0.1, -0.1, 0, 0.5 and, for the other sequence, 1, 1, 1, 1: three and four reach, two slots."""
+    inputs = make_inputs(padded=False)
+    inputs = inputs._replace(**{name: getattr(inputs, name)[:, :1] for name in inputs._fields[:4]})
+    score_BTE = jnp.asarray([[[0.6, 0.4, 0.25, 1.0]], [[1.5, 1.5, 1.25, 1.5]]])
+    active = threshold.activate(score_BTE, 10 * score_BTE, jnp.asarray([0.5, 0.5, 0.25, 0.5]), 2, inputs)
+    np.testing.assert_array_equal(active.plan.expert_NK, [[3, 0], [0, 1]])
+    np.testing.assert_allclose(active.plan.weight_NK, [[10, 6], [15, 15]])
+    assert active.overflow == 1 + 2 and active.tied_BT.tolist() == [[False], [True]]
+    few = threshold.activate(score_BTE - 0.3, score_BTE, jnp.asarray([0.5, 0.5, 0.25, 0.5]), 2, inputs)
+    np.testing.assert_array_equal(few.plan.expert_NK[0], [3, 4])  # 4: no expert
+    assert few.plan.weight_NK[0, 1] == 0
+
+
+def test_a_threshold_is_the_mean_of_the_cuts_until_the_decay_forgets() -> None:
+    """Cuts 0.2, 0.4, 0.9 at decay 0.5: 0.2, then (0.2 + 0.4) / 2, then (0.3 + 0.9) / 2 where the mean has thirds."""
+    state = threshold.initial(9.0, 1)
+    for cut, expected in ((0.2, 0.2), (0.4, 0.3), (0.9, 0.6)):
+        state = threshold.follow(state, {"cut_sum": jnp.asarray([cut * 5]), "tokens": jnp.int32(5)}, 0.5)
+        np.testing.assert_allclose(state["threshold_E"], [expected], rtol=1e-6)
+
+
+# expert_choice
+
+
+def test_a_pool_of_the_whole_batch_is_ranked_as_one() -> None:
+    """C = B * T * K / E = 4 of 16 tokens, wherever they are."""
+    case, inputs = make_case("expert_choice", pool="batch"), make_inputs(padded=False)
+    p_NE = softmax(logits_of(case, inputs)).reshape(B * T, -1)
+    expected = np.where(p_NE >= np.sort(p_NE, axis=0)[-4], p_NE, 0).reshape(B, T, -1)
+    np.testing.assert_allclose(combine(case, route(case, inputs)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_evaluation_by_the_cuts_of_the_same_pool_is_the_choice(padded: bool) -> None:
+    """With one pool the first update's threshold is its C-th probability: the ranking's own cut."""
+    case, inputs = make_case("expert_choice", pool="batch"), make_inputs(padded=padded)
+    trained = route(case, inputs)
+    state = case.router.update(case.router.init_state(case.config), trained.stats, case.config)
+    state = state | {"threshold_E": state["threshold_E"] * (1 - 1e-6)}  # rounding of the mean
+    evaluated = route(case, inputs._replace(train=False), state=state)
+    np.testing.assert_allclose(combine(case, evaluated), combine(case, trained), rtol=1e-5)
+    assert evaluated.stats["overflow"] == 0
+
+
+def test_evaluation_has_four_slots_for_each_of_k() -> None:
+    """K = 1, thresholds below every probability: 8 experts reach each of the 14 tokens, 4 of them stay."""
+    case, inputs = make_case("expert_choice", 8, 1), make_inputs(train=False)
+    routing = route(case, inputs, state=threshold.initial(-1.0, 8))
+    assert routing.stats["overflow"] == 14 * 4 and routing.stats["assigned"] == 14 * 4
+
+
+def test_a_study_can_evaluate_by_the_training_rule() -> None:
+    case, inputs = make_case("expert_choice", evaluate="choice"), make_inputs()
+    same = combine(case, route(case, inputs)), combine(case, route(case, inputs._replace(train=False)))
+    np.testing.assert_array_equal(*same)
+
+
+# Controls
+
+
+def test_a_frozen_router_is_its_seeds_and_layers_and_passes_a_gradient_to_the_token() -> None:
+    case, inputs = make_case("frozen_random"), make_inputs(padded=False)
+    assert make_params(case)[0] == {}
+    chosen = selections(case, route(case, inputs))
+    reseeded = make_case("frozen_random", seed=1)
+    assert not np.array_equal(chosen, selections(reseeded, route(reseeded, inputs)))
+    assert not np.array_equal(chosen, selections(case, route(case, inputs._replace(layer=jnp.int32(1)))))
+    value = lambda x: jnp.sum(case.router.route({}, {}, inputs._replace(x_BTD=x), case.config).plan.weight_NK[:, 0])
+    assert float(jnp.linalg.norm(jax.jit(jax.grad(value))(inputs.x_BTD))) > 0.1
+
+
+def test_round_robin_loads_every_expert_alike_in_document_order() -> None:
+    """Positions 0..7, K = 2, E = 8: tokens 0 and 4 get experts 0 and 1, and every expert is named twice."""
+    case, inputs = make_case("round_robin"), make_inputs(padded=False)
+    chosen_BTE = selections(case, route(case, inputs))
+    assert np.all(chosen_BTE.sum(1) == 2)
+    np.testing.assert_array_equal(np.flatnonzero(chosen_BTE[0, 4]), [0, 1])
+    np.testing.assert_array_equal(np.flatnonzero(chosen_BTE[0, 7]), [6, 7])
+    packed = selections(case, route(case, make_inputs()))[0]  # documents of three tokens
+    np.testing.assert_array_equal(packed[:3], packed[3:6])
