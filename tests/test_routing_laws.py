@@ -309,7 +309,7 @@ def law_ties(case: Case) -> None:
     inputs = make_inputs()._replace(x_BTD=jnp.zeros((B, T, D)))
     routing = route(case, inputs, state=case.router.init_state(case.config))
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((routing, probe(case, inputs))))
-    assert selections(case, routing).max() == 1
+    assert selections(case, routing).max() <= 1
     ranks_experts = case.router.about.form == "token" and case.router.about.score != "none"
     assert ("ties" in routing.stats) == ranks_experts
     if ranks_experts:

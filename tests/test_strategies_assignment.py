@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from routing_cases import B, T, combine, make_case, make_inputs, make_params, route, selections
 
-from frugalmoe.routing import threshold
-from frugalmoe.routing.contract import linear_logits
+from frugalmoe.routing import stats, threshold
+from frugalmoe.routing.contract import Inputs, linear_logits
 
 
 def logits_of(case, inputs) -> np.ndarray:
@@ -26,6 +26,11 @@ REFUSED = [
     ("expert_choice", 2, {"pool": "sequences"}, "did you mean 'sequence'"),
     ("expert_choice", 2, {"evaluate": "chioce"}, "did you mean 'choice'"),
     ("expert_choice", 2, {"decay": 1.0}, "decay=1.0"),
+    ("expert_threshold", 2, {"max_experts": 1}, "max_experts=1"),
+    ("expert_threshold", 2, {"max_experts": 9}, "max_experts=9"),
+    ("expert_threshold", 8, {}, "num_experts_per_token=8"),
+    ("expert_threshold", 2, {"update": "signs"}, "did you mean 'sign'"),
+    ("expert_threshold", 2, {"rate": -1.0}, "rate=-1.0"),
 ]
 
 
@@ -101,12 +106,71 @@ def test_evaluation_has_four_slots_for_each_of_k() -> None:
     case, inputs = make_case("expert_choice", 8, 1), make_inputs(train=False)
     routing = route(case, inputs, state=threshold.initial(-1.0, 8))
     assert routing.stats["overflow"] == 14 * 4 and routing.stats["assigned"] == 14 * 4
+    assert stats.metrics(routing.stats)["overflow"] == 4
 
 
 def test_a_study_can_evaluate_by_the_training_rule() -> None:
     case, inputs = make_case("expert_choice", evaluate="choice"), make_inputs()
     same = combine(case, route(case, inputs)), combine(case, route(case, inputs._replace(train=False)))
     np.testing.assert_array_equal(*same)
+
+
+# expert_threshold
+
+
+def test_thresholds_at_the_cuts_of_a_sequence_are_expert_choice() -> None:
+    """K = 1: the best token of every sequence for every expert. One sequence: the cut is its own, not a mean."""
+    case, inputs = make_case("expert_threshold", 8, 1, max_experts=8), make_inputs(padded=False)
+    inputs = inputs._replace(**{name: getattr(inputs, name)[:1] for name in (*inputs._fields[:4], "keys_B")})
+    first = route(case, inputs)
+    state = case.router.update(case.router.init_state(case.config), first.stats, case.config)
+    z_TE = logits_of(case, inputs)[0]
+    np.testing.assert_allclose(state["threshold_E"], z_TE.max(0), rtol=1e-6)
+    state = state | {"threshold_E": state["threshold_E"] - 1e-5}  # rounding of the mean
+    plan = route(case, inputs, state=state).plan
+    g_TE = np.zeros((T, 9), np.float32)
+    np.put_along_axis(g_TE, np.asarray(plan.expert_NK), np.asarray(plan.weight_NK), axis=1)
+    sigmoid_TE = 1 / (1 + np.exp(-z_TE))
+    np.testing.assert_allclose(g_TE[:, :8], np.where(z_TE == z_TE.max(0), sigmoid_TE, 0), rtol=1e-5)
+
+
+def test_the_initial_thresholds_give_k_experts_on_standard_normal_logits() -> None:
+    """2 of 8: the share above is 1/4, within five standard deviations over 8 * 4096 logits."""
+    case = make_case("expert_threshold")
+    (value,) = set(np.asarray(case.router.init_state(case.config)["threshold_E"]).tolist())
+    above = np.random.default_rng(0).normal(size=8 * 4096) > value
+    assert abs(above.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / above.size)
+
+
+def test_the_sign_update_by_hand() -> None:
+    """Loads 4, 10, 6, 0 of 8 tokens, K = 2: signs -1, 1, 1, -1 of mean 0, and 20 of 16 wanted: +1 for all."""
+    case = make_case("expert_threshold", 4, 2, update="sign", rate=0.5)
+    sums = {"counts": jnp.asarray([4, 10, 6, 0]), "tokens": jnp.int32(8)}
+    moved = case.router.update(threshold.initial(1.0, 4), sums, case.config)
+    np.testing.assert_allclose(moved["threshold_E"], [1, 2, 2, 1])
+    few = case.router.update(threshold.initial(1.0, 4), sums | {"tokens": jnp.int32(12)}, case.config)
+    np.testing.assert_allclose(few["threshold_E"], [0, 1, 1, 0])
+
+
+@pytest.mark.parametrize(("update", "steps"), [("quantile", 3), ("sign", 150)])
+def test_the_update_brings_a_skewed_load_to_k_experts_per_token(update: str, steps: int) -> None:
+    """Logits with a different mean per expert: each expert ends at a quarter of 512 tokens, within a tenth of them."""
+    case = make_case("expert_threshold", 8, 2, max_experts=8, update=update, rate=2e-2)
+    x_BTD = np.random.default_rng(0).normal(size=(4, 128, 8)) + np.linspace(-1, 1, 8)
+    ones = jnp.ones((4, 128), jnp.int32)
+    inputs = Inputs(jnp.asarray(x_BTD, jnp.float32), ones, ones, ones, None, None, None)
+
+    @jax.jit
+    def run(state: dict) -> tuple[jax.Array, jax.Array]:
+        def step(state: dict, _) -> tuple[dict, jax.Array]:
+            sums = case.router.route({"kernel_DE": jnp.eye(8)}, state, inputs, case.config).stats
+            return case.router.update(state, sums, case.config), sums["counts"] / 512
+
+        return jax.lax.scan(step, state, None, steps)[1]
+
+    share_SE = np.asarray(run(case.router.init_state(case.config)))
+    assert np.ptp(share_SE[0]) > 0.4
+    np.testing.assert_allclose(share_SE[-1], 0.25, atol=0.025)
 
 
 # Controls
