@@ -3,14 +3,18 @@
 Letters: B batch, T time, D model, E experts, K choices, P pools, n tokens of a pool.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from routing_cases import B, T, combine, make_case, make_inputs, make_params, route, selections
+from scipy.optimize import linear_sum_assignment
 
 from frugalmoe.routing import stats, threshold
 from frugalmoe.routing.contract import Inputs, linear_logits
+from frugalmoe.routing.strategies import base, sinkhorn
 
 
 def logits_of(case, inputs) -> np.ndarray:
@@ -26,6 +30,10 @@ REFUSED = [
     ("expert_choice", 2, {"pool": "sequences"}, "did you mean 'sequence'"),
     ("expert_choice", 2, {"evaluate": "chioce"}, "did you mean 'choice'"),
     ("expert_choice", 2, {"decay": 1.0}, "decay=1.0"),
+    ("sinkhorn", 2, {"iterations": 0}, "iterations=0"),
+    ("base", 2, {}, "num_experts_per_token=2"),
+    ("base", 1, {"tolerance": 0.0}, "tolerance=0.0"),
+    ("base", 1, {"rounds": 0}, "rounds=0"),
     ("expert_threshold", 2, {"max_experts": 1}, "max_experts=1"),
     ("expert_threshold", 2, {"max_experts": 9}, "max_experts=9"),
     ("expert_threshold", 8, {}, "num_experts_per_token=8"),
@@ -171,6 +179,80 @@ def test_the_update_brings_a_skewed_load_to_k_experts_per_token(update: str, ste
     share_SE = np.asarray(run(case.router.init_state(case.config)))
     assert np.ptp(share_SE[0]) > 0.4
     np.testing.assert_allclose(share_SE[-1], 0.25, atol=0.025)
+
+
+# sinkhorn and base: in training an assignment over the sequence, in evaluation the token's own best
+
+
+def test_sinkhorn_scaling_gives_tokens_one_and_experts_their_share() -> None:
+    """Six valid tokens of row 0 and eight of row 1 over 8 experts: column sums 6/8 and 1; what is scaled is exp(z)."""
+    case, inputs = make_case("sinkhorn"), make_inputs()
+    z_BTE, valid_BT1 = logits_of(case, inputs), np.asarray(inputs.valid_BT)[..., None]
+    log_BTE = np.asarray(jax.jit(sinkhorn.scaled)(jnp.asarray(z_BTE), inputs.valid_BT, 50))
+    pi_BTE = np.where(valid_BT1, np.exp(log_BTE), 0)
+    np.testing.assert_allclose(pi_BTE.sum(-1)[valid_BT1[..., 0]], 1, rtol=1e-5)
+    np.testing.assert_allclose(pi_BTE.sum(1), [[6 / 8] * 8, [1] * 8], rtol=1e-3)
+    ratio_TE = np.where(valid_BT1[0], log_BTE[0] - z_BTE[0], 0)[:6]  # u_t + v_e: differences of rows are constant
+    np.testing.assert_allclose(np.diff(ratio_TE - ratio_TE[:1], axis=1), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_sinkhorn_weights_know_nothing_of_the_scaling(k: int) -> None:
+    case, inputs = make_case("sinkhorn", 8, k), make_inputs(padded=False)
+    z_BTE = logits_of(case, inputs)
+    weight_BTE = 1 / (1 + np.exp(-z_BTE)) if k == 1 else softmax(z_BTE)
+    for train in (True, False):
+        routing = route(case, inputs._replace(train=train))
+        chosen_BTE = selections(case, routing)
+        np.testing.assert_allclose(combine(case, routing), chosen_BTE * weight_BTE, rtol=1e-5)
+        plain_BTE = z_BTE >= np.sort(z_BTE, axis=-1)[..., -k:][..., :1]
+        assert np.array_equal(chosen_BTE, plain_BTE) == (not train)
+
+
+def test_sinkhorn_balances_a_skewed_load() -> None:
+    """Three quarters of 64 tokens prefer expert 0 of 4; after scaling none has more than a half above its share."""
+    rng = np.random.default_rng(0)
+    z_BTE = rng.normal(size=(1, 64, 4)) + np.asarray([2.0, 0, 0, 0])
+    counts = lambda score: np.bincount(np.asarray(score)[0].argmax(-1), minlength=4)
+    assert counts(z_BTE).max() >= 48
+    assert counts(jax.jit(sinkhorn.scaled)(jnp.asarray(z_BTE), jnp.ones((1, 64), bool), 8)).max() <= 24
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_experts", "tolerance"), [(8, 8, 1e-3), (12, 4, 1e-3), (10, 4, 1e-3), (64, 8, 0.03)]
+)
+def test_base_assignment_is_the_best_balanced_one(tokens: int, num_experts: int, tolerance: float) -> None:
+    """Against the Hungarian method with ceil(n/E) copies of every expert: 1, 3, 3 and 8."""
+    solve = jax.jit(functools.partial(base.assign, tolerance=tolerance, rounds=1000))
+    slots = -(-tokens // num_experts)
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        score_TE = (rng.normal(size=(tokens, num_experts)) + rng.normal(size=num_experts)).astype(np.float32)
+        expert_T = np.asarray(solve(jnp.asarray(score_TE), jnp.ones(tokens, bool)))
+        assert np.bincount(expert_T, minlength=num_experts).max() <= slots
+        rows, columns = linear_sum_assignment(-np.repeat(score_TE, slots, axis=1))
+        best = score_TE[rows, columns // slots].sum()
+        total = np.take_along_axis(score_TE, expert_T[:, None], axis=1).sum()
+        assert best - tokens * tolerance - 1e-4 <= total <= best + 1e-4
+
+
+def test_base_is_balanced_after_too_few_rounds_too() -> None:
+    """All 13 valid tokens of 16 want expert 0 of 4 at one price: ceil(13/4) = 4 get it, the others what is left."""
+    score_TE = jnp.asarray(np.tile([5.0, 0, 0, 0], (16, 1)), jnp.float32)
+    valid_T = jnp.arange(16) < 13
+    expert_T = np.asarray(base.assign(score_TE, valid_T, tolerance=0.1, rounds=1))[:13]
+    np.testing.assert_array_equal(np.bincount(expert_T, minlength=4), [4, 4, 4, 1])
+
+
+def test_base_trains_on_the_assignment_and_evaluates_by_the_largest_logit() -> None:
+    """Eight tokens on eight experts: one each; weights are sigmoid(logit) in both."""
+    case, inputs = make_case("base", 8, 1), make_inputs(padded=False)
+    z_BTE = logits_of(case, inputs)
+    trained, evaluated = (selections(case, route(case, inputs._replace(train=train))) for train in (True, False))
+    assert np.all(trained.sum(1) == 1) and np.all(trained.sum(2) == 1)
+    np.testing.assert_array_equal(evaluated, z_BTE == z_BTE.max(-1, keepdims=True))
+    sigmoid_BTE = 1 / (1 + np.exp(-z_BTE))
+    np.testing.assert_allclose(combine(case, route(case, inputs)), trained * sigmoid_BTE, rtol=1e-5)
 
 
 # Controls
