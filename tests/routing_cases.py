@@ -27,6 +27,7 @@ OPTIONS = {  # strategy -> (K, options) of 8 experts, beside its defaults
     ),
     "expert_choice": ((1, {"capacity_factor": 1.3, "evaluate": "choice"}), (2, {"pool": "batch"})),
     "expert_threshold": ((1, {"max_experts": 4, "update": "sign"}),),
+    "recycle": ((1, {"capacity_factor": 1.3}),),
     "sinkhorn": ((1, {"iterations": 2}),),
     "hash": ((2, {"gate": "learned"}),),
 }

@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 
 from frugalmoe.routing import stats, threshold
 from frugalmoe.routing.contract import Inputs, linear_logits
-from frugalmoe.routing.strategies import base, sinkhorn
+from frugalmoe.routing.strategies import base, recycle, sinkhorn
 
 
 def logits_of(case, inputs) -> np.ndarray:
@@ -30,6 +30,7 @@ REFUSED = [
     ("expert_choice", 2, {"pool": "sequences"}, "did you mean 'sequence'"),
     ("expert_choice", 2, {"evaluate": "chioce"}, "did you mean 'choice'"),
     ("expert_choice", 2, {"decay": 1.0}, "decay=1.0"),
+    ("recycle", 2, {"capacity_factor": 0.9}, "capacity_factor=0.9"),
     ("sinkhorn", 2, {"iterations": 0}, "iterations=0"),
     ("base", 2, {}, "num_experts_per_token=2"),
     ("base", 1, {"tolerance": 0.0}, "tolerance=0.0"),
@@ -253,6 +254,51 @@ def test_base_trains_on_the_assignment_and_evaluates_by_the_largest_logit() -> N
     np.testing.assert_array_equal(evaluated, z_BTE == z_BTE.max(-1, keepdims=True))
     sigmoid_BTE = 1 / (1 + np.exp(-z_BTE))
     np.testing.assert_allclose(combine(case, route(case, inputs)), trained * sigmoid_BTE, rtol=1e-5)
+
+
+# recycle
+
+
+def queue(ranked_TE, draw_K, order_T, valid_T, slots: int) -> list:
+    """The queue of one sequence where every token draws the same numbers."""
+    draw_TK = jnp.broadcast_to(jnp.asarray(draw_K), (len(ranked_TE), len(draw_K)))
+    return jax.jit(recycle._queue)(
+        jnp.asarray(ranked_TE), draw_TK, jnp.asarray(order_T), jnp.asarray(valid_T), slots
+    ).tolist()
+
+
+def test_overflow_goes_to_the_drawn_expert_with_room_by_hand() -> None:
+    """Two slots, four experts; a draw of u is expert floor(u * number open) of those with room, best first."""
+    ranked_TE, valid_T = [[0, 3, 2, 1]] * 3 + [[3, 2, 1, 0]] * 2, [True] * 5
+    # The third token finds 0 full and 3, 2, 1 open: floor(0.5 * 3) = 1 is expert 2.
+    assert queue(ranked_TE, [0.5], range(5), valid_T, 2) == [[0], [0], [2], [3], [3]]
+    # In the order 4, 3, 2, 1, 0 it is token 0 that finds 0 and 3 full: of 2, 1 it draws floor(0.5 * 2) = 1, expert 1.
+    assert queue(ranked_TE, [0.5], range(4, -1, -1), valid_T, 2) == [[1], [0], [0], [3], [3]]
+    # Padding takes no slot.
+    assert queue(ranked_TE, [0.5], range(5), [True, False, True, True, True], 2)[2:] == [[0], [3], [3]]
+    # One slot, two choices: the second token has 2, then 1 (floor(0.9 * 2) = 1, then the only one); the third has none.
+    assert queue([[0, 3, 1, 2]] * 3, [0.9, 0.9], range(3), [True] * 3, 1) == [[0, 3], [2, 1], [4, 4]]
+
+
+def test_recycled_tokens_are_spread_uniformly_over_the_experts_with_room() -> None:
+    """900 pairs of tokens want expert 0, which has one slot: the second goes to 1, 2 or 3, each 300 +- 5 deviations."""
+    draw_BTK = jax.random.uniform(jax.random.key(0), (900, 2, 1))
+    ranked_TE, order_T = jnp.tile(jnp.arange(4), (2, 1)), jnp.arange(2)
+    solve = jax.jit(jax.vmap(lambda draw_TK: recycle._queue(ranked_TE, draw_TK, order_T, order_T >= 0, 1)))
+    counts = np.bincount(np.asarray(solve(draw_BTK))[:, 1, 0], minlength=4)
+    assert counts[0] == 0 and np.all(np.abs(counts[1:] - 300) < 5 * np.sqrt(900 * 2 / 9))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_recycling_fills_no_expert_beyond_its_slots_and_loses_no_token(k: int) -> None:
+    """C = K of 8 tokens on 8 experts; each token's first choice always finds room. Evaluation: the K largest logits."""
+    case, inputs = make_case("recycle", 8, k), make_inputs(padded=False)
+    p_BTE = softmax(logits_of(case, inputs))
+    trained, evaluated = (selections(case, route(case, inputs._replace(train=train))) for train in (True, False))
+    assert trained.sum(1).max() <= k < evaluated.sum(1).max()
+    assert trained.sum(2).min() >= 1 and (k > 1 or np.all(trained.sum(2) == 1))
+    np.testing.assert_array_equal(evaluated, p_BTE >= np.sort(p_BTE, axis=-1)[..., -k:][..., :1])
+    np.testing.assert_allclose(combine(case, route(case, inputs)), trained * p_BTE, rtol=1e-5)
 
 
 # Controls
