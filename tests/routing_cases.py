@@ -61,6 +61,7 @@ def all_cases() -> list[Case]:
     return cases
 
 
+@functools.cache
 def make_inputs(seed: int = 0, *, padded: bool = True, train: bool = True) -> Inputs:
     """Random tokens. With `padded`, row 0 packs two documents and ends in padding."""
     rng = np.random.default_rng(seed)
