@@ -25,7 +25,10 @@ OPTIONS = {  # strategy -> (K, options) of 8 experts, beside its defaults
         (2, {"num_groups": 4, "groups_per_token": 2, "scale": 2.5, "update": "zero_mean"}),
         (1, {"normalize": False}),
     ),
-    "expert_choice": ((1, {"capacity_factor": 1.3}),),
+    "expert_choice": ((1, {"capacity_factor": 1.3, "evaluate": "choice"}), (2, {"pool": "batch"})),
+    "expert_threshold": ((1, {"max_experts": 4, "update": "sign"}),),
+    "recycle": ((1, {"capacity_factor": 1.3}),),
+    "sinkhorn": ((1, {"iterations": 2}),),
     "hash": ((2, {"gate": "learned"}),),
     "adamoe": ((4, {"num_null": 3}),),
     "moe_plus_plus": ((3, {"num_zero": 2, "num_constant": 0}),),
@@ -68,6 +71,7 @@ def all_cases() -> list[Case]:
     return cases
 
 
+@functools.cache
 def make_inputs(seed: int = 0, *, padded: bool = True, train: bool = True) -> Inputs:
     """Random tokens. With `padded`, row 0 packs two documents and ends in padding."""
     rng = np.random.default_rng(seed)

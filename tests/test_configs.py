@@ -51,7 +51,7 @@ BAD = [
     ("optim.learning_rate=1e999", "optim.learning_rate=inf", "must be positive"),
     ("model.rope_fraction=0.3", "model.rope_fraction=0.3", "even number of channels"),
     ("train.batch_size=10,train.accumulate_steps=4", "train.batch_size=10", "multiple of train.accumulate_steps=4"),
-    ("model.moe.router=top_k", "model.moe.router", "valid: expert_choice, hash"),
+    ("model.moe.router=top_k", "model.moe.router", "no such routing strategy"),
     ("model.moe.options.scael=2.0", "model.moe.options.scael", "did you mean 'scale'"),
     ("model.moe.losses.zz=2.0", "model.moe.losses.zz", "unknown loss"),
     ("model.moe.losses.z=-1.0", "model.moe.losses.z", "must not be negative"),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from routing_cases import all_cases, make_inputs, route
+from routing_cases import make_case, make_inputs, route
 
 from frugalmoe.routing import stats
 from frugalmoe.routing.contract import ExpertPlan, TokenPlan
@@ -84,8 +84,9 @@ def test_metrics_of_nothing_are_finite() -> None:
     assert all(np.isfinite(value) for value in stats.metrics(empty).values())
 
 
-@pytest.mark.parametrize("case", all_cases()[:3], ids=str)
-def test_stats_of_micro_batches_add_up(case) -> None:
+@pytest.mark.parametrize("name", ["topk_softmax", "expert_choice", "expert_threshold"])
+def test_stats_of_micro_batches_add_up(name: str) -> None:
+    case = make_case(name)
     inputs = make_inputs()
     whole = route(case, inputs).stats
     rows = [route(case, type(inputs)(*(a[b : b + 1] for a in inputs[:5]), *inputs[5:])).stats for b in (0, 1)]

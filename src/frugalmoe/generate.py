@@ -51,10 +51,11 @@ class Weights(NamedTuple):
 def generate(config: Config, weights: Weights, prompt_ids: np.ndarray, sampling: Sampling) -> Iterator[int]:
     """Yields token ids one by one; the caller decides when to stop. A mesh must be in context."""
     router = strategies.get(config.model.moe.router)
-    if router.about.causal == "leak" and config.model.num_dense_layers < config.model.num_layers:
+    leaks = router.causality(config.model.moe, train=False) == "leak"
+    if leaks and config.model.num_dense_layers < config.model.num_layers:
         raise UserError(
             f"model.moe.router={router.name!r}: cannot be sampled token by token, because its routing of a token "
-            "depends on later tokens (declared causal=leak)"
+            "depends on later tokens in evaluation too (declared causal=leak)"
         )
     length = len(prompt_ids)
     padded = -(-length // _PROMPT_BUCKET) * _PROMPT_BUCKET

@@ -28,6 +28,8 @@ def format_table(rows: list[dict]) -> Table:
     table = Table(*COLUMNS, title="Routing strategies")
     table.columns[0].no_wrap = True
     for row in rows:
-        cells = row | {"state": "yes" if row["stateful"] else "no"}
+        evaluation = row["causal_in_evaluation"]
+        causal = f"{row['causal']}; {evaluation} in evaluation" if evaluation else row["causal"]
+        cells = row | {"causal": causal, "state": "yes" if row["stateful"] else "no"}
         table.add_row(*(cells[column] for column in COLUMNS))
     return table

@@ -104,6 +104,7 @@ class About:
     weights: str  # one line
     balance: str  # one line
     causal: Literal["safe", "batch", "leak"] = "safe"  # leak: a token's routing depends on later tokens of its sequence
+    causal_in_evaluation: str | Callable[[MoE], str] | None = None  # the same, where evaluation has another rule
     form: Literal["token", "expert"] = "token"
     weight_sum: float | str | Callable[[MoE], float | str] = "free"  # of a valid token: a number, at_most_one, or free
     learned: bool | Callable[[MoE], bool] = True  # the language-model loss reaches the router's parameters
@@ -151,6 +152,11 @@ class Router:
         """The value of a field of `about` under this config."""
         value = getattr(self.about, field)
         return value(config) if callable(value) else value
+
+    def causality(self, config: MoE, train: bool) -> str:
+        """What is claimed about causality in training, or in evaluation and generation."""
+        evaluation = None if train else self.claim("causal_in_evaluation", config)
+        return evaluation or self.claim("causal", config)
 
 
 def combine_matrix(plan: Plan, num_tokens: int, num_experts: int) -> Array:

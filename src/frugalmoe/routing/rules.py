@@ -27,6 +27,10 @@ def positive(field: str, value: float) -> str | None:
     return None if ok else f"options.{field}={value!r}: must be positive"
 
 
+def decay(field: str, value: float) -> str | None:
+    return None if 0 <= value < 1 else f"options.{field}={value!r}: must be in [0, 1)"
+
+
 def gradient_at_one(config: MoE, normalized: bool, remedy: str) -> str | None:
     """One expert with a weight normalised over itself has the constant weight 1: the router would never learn."""
     if config.num_experts_per_token > 1 or not normalized:

@@ -1,22 +1,36 @@
-"""Expert choice: each expert takes the C tokens of a sequence that it scores highest.
+"""Expert choice: each expert takes the C tokens of a pool that it scores highest.
 
-Zhou et al. (2202.09368, section 3.2), with the sequence as the pool of tokens and C = capacity_factor * n * K / E for a
-sequence of n valid tokens. The load is balanced by construction. A token's place in the ranking depends on later
-tokens, so the training loss of a language model reads the future: a reference for leakage studies, not for
-generation, where each call ranks only the tokens it is given.
+Zhou et al. (2202.09368, section 3.2), with C = capacity_factor * n * K / E for a pool of n valid tokens. The load is
+balanced by construction. A token's place in the ranking depends on later tokens, so the training loss of a language
+model reads the future: a reference for leakage studies.
 
-Letters: B batch, T time, N tokens (B*T), E experts, K choices, C slots per expert and sequence.
+| pool | training ranks |
+|---|---|
+| sequence | the tokens of one sequence |
+| batch | those of all sequences of a micro-batch, over all devices; gradient accumulation makes the pool smaller |
+
+A batch over d devices costs up to d times the useful work: an expert may have all its C tokens on one of them.
+
+| evaluate | a token's experts in evaluation |
+|---|---|
+| threshold | those whose threshold its probability reaches, in its order of margins up to FAN_OUT * K of them: causal |
+| choice | as in training: where a study wants to compare |
+
+The threshold of an expert is the running mean of the probability of its C-th token (as in Sun et al., 2603.11535; a
+batch's cut is the mean over its pools, by tokens).
+
+Letters: B batch, T time, N tokens (B*T), E experts, K choices, C slots per expert and pool.
 """
 
 import dataclasses
-import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from frugalmoe.config.schema import MoE
-from frugalmoe.routing import losses, rules, stats
+from frugalmoe.routing import losses, rules, stats, threshold
 from frugalmoe.routing.contract import (
     About,
     ExpertPlan,
@@ -29,44 +43,82 @@ from frugalmoe.routing.contract import (
     linear_logits,
 )
 
-ROUNDING = 1e-4  # a capacity this little above an integer is that integer
+FAN_OUT = 4  # slots of a token in evaluation, over num_experts_per_token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     capacity_factor: float = 1.0  # experts per token, on average, over num_experts_per_token
+    pool: str = "sequence"  # sequence | batch
+    evaluate: str = "threshold"  # threshold | choice
+    decay: float = 0.99  # of the running mean that is the threshold
 
 
 def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     logits_BTE = linear_logits(params, inputs)
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-    plan = choose(probs_BTE, inputs.valid_BT, config)
+    if inputs.train or config.options.evaluate == "choice":
+        plan, cut_E = choose(probs_BTE, inputs, config)
+        extra = {"cut_sum": cut_E}
+    else:
+        slots = min(FAN_OUT * config.num_experts_per_token, config.num_experts)
+        active = threshold.activate(probs_BTE, probs_BTE, state["threshold_E"], slots, inputs)
+        plan, extra = active.plan, {"overflow": active.overflow}
     load_BE = stats.load(plan, inputs, config.num_experts)
     return Routing(
         plan,
         {"z": losses.z(logits_BTE, inputs)},
-        stats.of_layer(load_BE, inputs, logits_BTE=logits_BTE, probs_BTE=probs_BTE),
+        stats.of_layer(load_BE, inputs, logits_BTE=logits_BTE, probs_BTE=probs_BTE) | extra,
     )
 
 
-def choose(probs_BTE: Array, valid_BT: Array, config: MoE) -> ExpertPlan:
-    """Slots beyond a sequence's own capacity (it has padding) are empty, so that padding changes nothing."""
+def choose(probs_BTE: Array, inputs: Inputs, config: MoE) -> tuple[ExpertPlan, Array]:
+    """The plan, and this device's part of the sum over pools of tokens * C-th largest probability."""
+    share = config.options.capacity_factor * config.num_experts_per_token / config.num_experts
+    num_tokens, num_experts = inputs.valid_BT.size, config.num_experts
+    rank = _rank_batch if config.options.pool == "batch" else _rank_sequences
+    token_EC, cut_E = rank(jax.lax.stop_gradient(probs_BTE), inputs, share)
+    probs_EN = jnp.pad(probs_BTE.reshape(num_tokens, num_experts).T, ((0, 0), (0, 1)))
+    return ExpertPlan(token_EC, jnp.take_along_axis(probs_EN, token_EC, axis=1)), cut_E
+
+
+def _rank_sequences(probs_BTE: Array, inputs: Inputs, share: float) -> tuple[Array, Array]:
     batch, time, num_experts = probs_BTE.shape
-    ratio = config.options.capacity_factor * config.num_experts_per_token / num_experts
-    slots = min(time, math.ceil(time * ratio - ROUNDING))
-    rank_BET = jnp.where(valid_BT[..., None], jax.lax.stop_gradient(probs_BTE), -1).swapaxes(1, 2)
-    _, t_BEC = jax.lax.top_k(rank_BET, slots)
-    weight_BEC = jnp.take_along_axis(probs_BTE.swapaxes(1, 2), t_BEC, axis=-1)
-    tokens_B = valid_BT.sum(-1)
-    slots_B = jnp.minimum(tokens_B, jnp.ceil(tokens_B * ratio - ROUNDING))
-    full_BEC = jnp.broadcast_to(jnp.arange(slots) < slots_B[:, None, None], t_BEC.shape)
-    n_BEC = jnp.where(full_BEC, t_BEC + time * jnp.arange(batch)[:, None, None], batch * time).astype(jnp.int32)
-    return ExpertPlan(_by_expert(n_BEC), _by_expert(jnp.where(full_BEC, weight_BEC, 0)))
+    ranked = threshold.rank(probs_BTE, inputs.valid_BT, share)
+    first_B11 = time * jnp.arange(batch, dtype=jnp.int32)[:, None, None]
+    token_BEC = jnp.where(ranked.full_PEC, ranked.token_PEC + first_B11, batch * time)
+    return token_BEC.swapaxes(0, 1).reshape(num_experts, -1), ranked.cut_E
 
 
-def _by_expert(x_BEC: Array) -> Array:
-    """[B, E, C] -> [E, B*C]."""
-    return x_BEC.swapaxes(0, 1).reshape(x_BEC.shape[1], -1)
+def _rank_batch(probs_BTE: Array, inputs: Inputs, share: float) -> tuple[Array, Array]:
+    """Every device ranks the tokens of all and keeps its own."""
+    num_tokens, valid_BT, axes, shard, shards = inputs.valid_BT.size, inputs.valid_BT, inputs.axis_names, 0, 1
+    if axes:
+        probs_BTE, valid_BT = jax.lax.all_gather((probs_BTE, valid_BT), axes, tiled=True)
+        shard, shards = jax.lax.axis_index(axes), jax.lax.axis_size(axes)
+    ranked = threshold.rank(probs_BTE.reshape(1, -1, probs_BTE.shape[-1]), valid_BT.reshape(1, -1), share)
+    token_EC = ranked.token_PEC[0] - shard * num_tokens
+    own_EC = ranked.full_PEC[0] & (token_EC >= 0) & (token_EC < num_tokens)
+    token_EC = jax.lax.sort(jnp.where(own_EC, token_EC, num_tokens), dimension=1)
+    return token_EC[:, :num_tokens], ranked.cut_E / shards
+
+
+def init_state(config: MoE) -> State:
+    return threshold.initial(1 / config.num_experts, config.num_experts)
+
+
+def update(state: State, batch_stats: Mapping[str, Array], config: MoE) -> State:
+    return threshold.follow(state, batch_stats, config.options.decay)
+
+
+def check(config: MoE) -> str | None:
+    options: Options = config.options
+    return rules.first(
+        rules.positive("capacity_factor", options.capacity_factor),
+        rules.one_of("pool", options.pool, ("sequence", "batch")),
+        rules.one_of("evaluate", options.evaluate, ("threshold", "choice")),
+        rules.decay("decay", options.decay),
+    )
 
 
 ROUTER = Router(
@@ -74,15 +126,19 @@ ROUTER = Router(
         year=2022,
         paper="Zhou et al., Mixture-of-Experts with Expert Choice Routing, 2202.09368, section 3.2",
         score="softmax",
-        selection="each expert's C best tokens of the sequence",
+        selection="each expert's C best tokens of a sequence or batch; in evaluation those above its threshold",
         weights="softmax probability as it is",
         balance="by construction",
         causal="leak",
+        causal_in_evaluation=lambda config: "safe" if config.options.evaluate == "threshold" else "leak",
         form="expert",
+        stateful=True,
         losses=("z",),
     ),
     route=route,
     options=Options,
     init=linear_init,
-    check=lambda config: rules.positive("capacity_factor", config.options.capacity_factor),
+    init_state=init_state,
+    update=update,
+    check=check,
 )

@@ -3,6 +3,8 @@
 Roller et al. (2106.04426, section 3, random hash). The K experts are those with the largest hash of (seed, layer,
 token id, expert): K distinct experts, any set of K equally likely, no table and no vocabulary size. The load is
 balanced over the vocabulary, not over text: a frequent token loads its experts.
+Left out: the paper's balanced hash, which needs the corpus' token frequencies, and its bigram hash, which needs the
+previous token: decoding routes one token at a time and does not have it.
 Weights: `unit`, 1/K each, as in the paper for K = 1; `learned`, the softmax of a linear gate over the K hashed experts,
 a learned weight at hashed experts as in the first layers of DeepSeek-V4.
 
