@@ -19,11 +19,17 @@ B, T, D, VOCAB = 2, 8, 8, 16
 N = B * T
 SHAPES = ((8, 2), (8, 1))  # (E, K): a strategy runs at the first that its own check allows
 OPTIONS = {  # strategy -> (K, options) of 8 experts, beside its defaults
-    "topk_softmax": ((3, {"softmax": "after", "scale": 2.5}), (1, {"renormalize": False})),
+    "topk_softmax": (
+        (3, {"softmax": "after", "scale": 2.5}),
+        (1, {"renormalize": False}),
+        (2, {"num_groups": 4, "groups_per_token": 2}),
+    ),
     "switch_top1": ((1, {"jitter": 0.5}),),
     "sigmoid_bias": (
         (2, {"num_groups": 4, "groups_per_token": 2, "scale": 2.5, "update": "zero_mean"}),
         (1, {"normalize": False}),
+        (2, {"score": "softmax", "num_groups": 2, "group_score": "max", "update": "proportional"}),
+        (2, {"score": "sqrt_softplus", "update": "momentum"}),
     ),
     "expert_choice": ((1, {"capacity_factor": 1.3}),),
     "hash": ((2, {"gate": "learned"}),),
