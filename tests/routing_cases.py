@@ -31,6 +31,7 @@ OPTIONS = {  # strategy -> (K, options) of 8 experts, beside its defaults
         (2, {"score": "softmax", "num_groups": 2, "group_score": "max", "update": "proportional"}),
         (2, {"score": "sqrt_softplus", "update": "momentum"}),
     ),
+    "quantile_balance": ((1, {"normalize": False, "score": "softmax"}), (3, {"score": "sqrt_softplus", "ema": 0.5})),
     "expert_choice": ((1, {"capacity_factor": 1.3}),),
     "hash": ((2, {"gate": "learned"}),),
 }

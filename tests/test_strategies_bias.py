@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from routing_cases import B, T, combine, make_case, make_inputs, make_params, probe, route, selections
+from routing_cases import combine, make_case, make_inputs, make_params, route, selections
 from test_routing_laws import LAWS
 from test_train_step import trained
 
 from frugalmoe.routing import groups, select
-from frugalmoe.routing.contract import linear_logits
+from frugalmoe.routing.contract import Inputs, linear_logits
+from frugalmoe.routing.strategies import quantile_balance
 
 REFUSED = [
     ("topk_softmax", 2, {"num_groups": 3}, "num_groups=3"),
@@ -23,6 +24,10 @@ REFUSED = [
     ("sigmoid_bias", 2, {"momentum": 1.0}, "momentum=1.0"),
     ("sigmoid_bias", 2, {"sharpness": 0.0}, "sharpness=0.0"),
     ("sigmoid_bias", 2, {"hash_layers": -1}, "hash_layers=-1"),
+    ("quantile_balance", 1, {}, "no gradient"),
+    ("quantile_balance", 8, {}, "num_experts_per_token=8"),
+    ("quantile_balance", 2, {"score": "sigmoidal"}, "did you mean 'sigmoid'"),
+    ("quantile_balance", 2, {"ema": 1.0}, "ema=1.0"),
 ]
 
 
@@ -97,7 +102,7 @@ def test_proportional_update_by_hand() -> None:
 
 
 def test_momentum_update_by_hand() -> None:
-    """Counts (20, 0, 0, 0), mean 5: v = tanh(0.5 * (-3, 1, 1, 1)), less its mean; m = v / 4, then (3/4) v / 4 + v / 4."""
+    """Counts (20, 0, 0, 0), mean 5: v = tanh(0.5 * (-3, 1, 1, 1)), less its mean; m = v / 4, then 1.75 v / 4."""
     case = make_case("sigmoid_bias", 4, 2, update="momentum", update_rate=0.1, momentum=0.75, sharpness=0.5)
     v = np.tanh([-1.5, 0.5, 0.5, 0.5])
     v -= v.mean()
@@ -149,3 +154,56 @@ def test_the_bias_of_hash_layers_stays_and_that_of_the_others_moves() -> None:
     state, _ = trained({"model.moe.router": "sigmoid_bias", "model.moe.options.hash_layers": 1})
     bias_LE = state.router_state["moe_blocks"]["moe"]["router_state"]["bias_E"]
     assert np.all(bias_LE[0] == 0) and np.all(bias_LE[1] != 0)
+
+
+# quantile_balance
+
+
+def test_quantiles_by_hand() -> None:
+    """Four tokens, two experts, K = 1, q = 2: the third largest of s - alpha, alpha the smaller score of the token.
+
+    Scores .9 .8 .7 .6 and .1 .2 .3 .4: margins of expert 0 are .8 .6 .4 .2, of expert 1 are 0. The second sequence has
+    the first three tokens: q = 1.5, halfway between the second and third of .8 .6 .4. The third is empty.
+    """
+    score = jnp.tile(jnp.asarray([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]]), (3, 1, 1))
+    valid_BT = jnp.asarray([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]], bool)
+    np.testing.assert_allclose(quantile_balance.quantiles(score, valid_BT, 1), [[0.4, 0], [0.5, 0], [0, 0]], rtol=1e-6)
+
+
+def test_prices_are_means_over_tokens_centred_and_averaged() -> None:
+    """Sums (4, 0) over 10 tokens: (0.4, 0), centred (0.2, -0.2); with ema 0.75, 0.75 * (1, -1) + 0.25 * (0.4, 0)."""
+    sums = {"beta_sum": jnp.asarray([4.0, 0.0]), "tokens": jnp.int32(10)}
+    old = {"beta_E": jnp.asarray([1.0, -1.0])}
+    for ema, expected in ((0.0, [0.2, -0.2]), (0.75, [0.8, -0.8])):  # 0.85, -0.75 less their mean 0.05
+        case = make_case("quantile_balance", 2, 1, normalize=False, ema=ema)
+        np.testing.assert_allclose(case.router.update(old, sums, case.config)["beta_E"], expected, rtol=1e-6)
+
+
+def test_prices_steer_the_selection_and_never_the_weights() -> None:
+    case, inputs = make_case("quantile_balance", scale=2.0), make_inputs(padded=False)
+    beta_E = np.linspace(-0.3, 0.3, 8).astype(np.float32)
+    s_BTE = 1 / (1 + np.exp(-logits_of(case, inputs)))
+    kept_BTE = np.where(s_BTE - beta_E >= np.sort(s_BTE - beta_E, axis=-1)[..., -2:-1], s_BTE, 0)
+    g_BTE = combine(case, route(case, inputs, state={"beta_E": jnp.asarray(beta_E)}))
+    np.testing.assert_allclose(g_BTE, 2 * kept_BTE / kept_BTE.sum(-1, keepdims=True), rtol=1e-5)
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax", "sqrt_softplus"])
+def test_a_few_steps_balance_a_skewed_load_whatever_the_range_of_the_scores(score: str) -> None:
+    """From a violation above 1 to below 0.1 in five steps on a frozen batch, with no step size to choose."""
+    case = make_case("quantile_balance", 8, 2, score=score)
+    x_BTD = np.random.default_rng(0).normal(size=(4, 256, 8)) + np.linspace(-1.5, 1.5, 8)
+    ones = jnp.ones((4, 256), jnp.int32)
+    inputs = Inputs(jnp.asarray(x_BTD, jnp.float32), ones, ones, ones, None, None, None)
+
+    @jax.jit
+    def step(state: dict) -> tuple[dict, jax.Array]:
+        sums = case.router.route({"kernel_DE": jnp.eye(8)}, state, inputs, case.config).stats
+        return case.router.update(state, sums, case.config), sums["counts"].max() / sums["counts"].mean() - 1
+
+    state, violations = case.router.init_state(case.config), []
+    for _ in range(6):
+        state, violation = step(state)
+        violations.append(float(violation))
+    assert violations[0] > 1 and violations[-1] < 0.1, violations
+    np.testing.assert_allclose(state["beta_E"].sum(), 0, atol=1e-5)

@@ -80,6 +80,11 @@ def largest_difference(a, b) -> float:
     return float(max(jax.tree.leaves(relative)))
 
 
+def assert_same_state(a, b) -> None:
+    """One token counted twice moves a state by more than 1e-3 of its size; float32 sums of quantiles round by 1e-7."""
+    assert not a.router_state or largest_difference(a.router_state, b.router_state) < 1e-5
+
+
 def router(name: str) -> dict:
     one = {"model.moe.num_experts_per_token": 1} if name == "switch_top1" else {}
     return {"model.moe.router": name} | one | (STATEFUL if name == "sigmoid_bias" else {})
@@ -100,7 +105,7 @@ def test_micro_batches_equal_one_batch(router):
     np.testing.assert_array_equal(whole_metrics[0]["counts_LE"], parts_metrics[0]["counts_LE"])
     assert largest_difference(whole_metrics, parts_metrics) < 2e-4
     assert largest_difference(whole.params, parts.params) < 1e-4
-    assert not whole.router_state or largest_difference(whole.router_state, parts.router_state) == 0
+    assert_same_state(whole, parts)
 
 
 @pytest.mark.slow
@@ -120,7 +125,7 @@ def test_remat_changes_nothing(router, remat):
     again, again_metrics = trained(router | EVERY_LOSS | {"model.remat": remat})
     np.testing.assert_array_equal(plain_metrics[1]["counts_LE"], again_metrics[1]["counts_LE"])
     assert largest_difference(plain.params, again.params) < 1e-5
-    assert not plain.router_state or largest_difference(plain.router_state, again.router_state) == 0
+    assert_same_state(plain, again)
 
 
 @pytest.mark.parametrize("router", ROUTERS)
