@@ -3,6 +3,7 @@
 Letters: B batch, T time, N tokens (B*T), E experts, K choices.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -72,3 +73,8 @@ def token_keys(inputs: Inputs) -> Array:
     keys_B = jax.vmap(lambda key: fold(key, inputs.layer))(inputs.keys_B)
     over_time = jax.vmap(fold, in_axes=(None, 0, 0))
     return jax.vmap(over_time)(keys_B, inputs.segment_ids_BT, inputs.positions_BT)
+
+
+def noise(inputs: Inputs, draw: Callable[[Array], Array]) -> Array:
+    """What `draw` makes of each token's key [B, T, ...]."""
+    return jax.vmap(jax.vmap(draw))(token_keys(inputs))
