@@ -32,6 +32,7 @@ OPTIONS = {  # strategy -> (K, options) of 8 experts, beside its defaults
         (2, {"score": "sqrt_softplus", "update": "momentum"}),
     ),
     "quantile_balance": ((1, {"normalize": False, "score": "softmax"}), (3, {"score": "sqrt_softplus", "ema": 0.5})),
+    "norm_logits": ((1, {"renormalize": False, "logit_std": 2.0}),),
     "expert_choice": ((1, {"capacity_factor": 1.3}),),
     "hash": ((2, {"gate": "learned"}),),
 }
@@ -85,9 +86,9 @@ def make_inputs(seed: int = 0, *, padded: bool = True, train: bool = True) -> In
 
 @functools.cache
 def make_params(case: Case, seed: int = 0) -> tuple[dict, dict]:
-    """Parameters, and a state that is not at its initial value."""
+    """Parameters, and a state above its initial value (a state that is a strength or a rate is not negative)."""
     params = case.router.init(jax.random.key(seed), D, case.config)
-    noise = jax.random.normal(jax.random.key(seed + 1), (16,))
+    noise = jnp.abs(jax.random.normal(jax.random.key(seed + 1), (16,)))
     return params, jax.tree.map(lambda s: s + 0.1 * jnp.resize(noise, s.shape), case.router.init_state(case.config))
 
 

@@ -1,4 +1,4 @@
-"""What is specific to the strategies that score, bias, add noise and balance by a loss, against numbers by hand.
+"""What is specific to the strategies that steer by a bias or a price and limit groups, against numbers by hand.
 
 Letters: B batch, T time, N tokens (B*T), D model, E experts, K choices.
 """
@@ -33,6 +33,10 @@ REFUSED = [
 
 @pytest.mark.parametrize(("name", "k", "options", "message"), REFUSED)
 def test_a_bad_option_is_refused_in_one_line(name: str, k: int, options: dict, message: str) -> None:
+    refused_in_one_line(name, k, options, message)
+
+
+def refused_in_one_line(name: str, k: int, options: dict, message: str) -> None:
     case = make_case(name, 8, k, **options)
     rule = case.router.check(case.config)
     assert message in rule and "\n" not in rule

@@ -1,4 +1,4 @@
-"""Scores without a softmax, selection steered by a balance bias that no gradient touches: DeepSeek-V3, V4, Ling 2.0.
+"""Selection by score plus a balance bias that no gradient touches: DeepSeek-V3 and V4, Ling 2.0, Trinity.
 
 Selection: the K largest of score + bias, in the best groups (see `groups.py`).
 Weights (DeepSeek-V3, 2412.19437, eq. 12-16): scale * s_e / (sum over the K of s + 1e-20), from scores without the bias.
