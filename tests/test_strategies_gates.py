@@ -213,15 +213,17 @@ def test_the_strength_follows_the_drop_rate_and_is_capped() -> None:
     counts = {"counts": jnp.asarray([10, 6, 4, 0])}
     for gain, expected in ((2.0, 0.48), (100.0, 0.6)):
         case = make_case("norm_logits", 4, 2, moe={"capacity_factor": 1.2}, gain=gain, decay=0.8)
-        moved = case.router.update({"strength": jnp.float32(0.5)}, counts, case.config)["strength"]
+        moved = case.router.update({"strength_1": jnp.full(1, 0.5)}, counts, case.config)["strength_1"]
         np.testing.assert_allclose(moved, expected, rtol=1e-5)
     dropping = make_case("norm_logits", 4, 2, moe={"executor": "capacity"}, gain=2.0, decay=0.8)
-    moved = dropping.router.update({"strength": jnp.float32(0.5)}, counts | {"dropped": jnp.int32(1)}, dropping.config)
-    np.testing.assert_allclose(moved["strength"], 0.42, rtol=1e-5)  # 1 of 20 dropped: 0.4 + 0.2 * 2 * 0.05
+    moved = dropping.router.update(
+        {"strength_1": jnp.full(1, 0.5)}, counts | {"dropped": jnp.int32(1)}, dropping.config
+    )
+    np.testing.assert_allclose(moved["strength_1"], 0.42, rtol=1e-5)  # 1 of 20 dropped: 0.4 + 0.2 * 2 * 0.05
 
 
 def test_the_adaptive_loss_is_the_balance_loss_at_its_strength() -> None:
     case = make_case("norm_logits")
-    terms = route(case, make_inputs(), state={"strength": jnp.float32(0.25)}).losses
+    terms = route(case, make_inputs(), state={"strength_1": jnp.full(1, 0.25)}).losses
     np.testing.assert_allclose(terms["adaptive_balance"].sum, 0.25 * terms["load_balance"].sum, rtol=1e-6)
     assert terms["adaptive_balance"].per == terms["load_balance"].per

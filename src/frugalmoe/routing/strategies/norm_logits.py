@@ -46,19 +46,20 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     plan = select.token_plan(choice.expert_BTK, weight_BTK, inputs, config.num_experts)
     load_BE = stats.load(plan, inputs, config.num_experts)
     terms = losses.gate_losses(raw_BTE, probs_BTE, load_BE, inputs, config)
-    balance, strength = terms["load_balance"], jax.lax.stop_gradient(state["strength"])
+    balance, strength = terms["load_balance"], jax.lax.stop_gradient(state["strength_1"][0])
     terms["adaptive_balance"] = dataclasses.replace(balance, sum=strength * balance.sum)
     sums = stats.of_layer(load_BE, inputs, logits_BTE=raw_BTE, probs_BTE=probs_BTE, tied_BT=choice.tied_BT)
     return Routing(plan, terms, sums)
 
 
 def init_state(config: MoE) -> State:
-    return {"strength": jnp.zeros((), jnp.float32)}  # alpha / alpha_max
+    """alpha / alpha_max, in [0, 1]. One entry, not a scalar: of those the train step is compiled twice."""
+    return {"strength_1": jnp.zeros(1, jnp.float32)}
 
 
 def update(state: State, batch_stats: Mapping[str, Array], config: MoE) -> State:
     wanted = jnp.minimum(config.options.gain * drop_rate(batch_stats, config), 1)
-    return {"strength": config.options.decay * state["strength"] + (1 - config.options.decay) * wanted}
+    return {"strength_1": config.options.decay * state["strength_1"] + (1 - config.options.decay) * wanted}
 
 
 def drop_rate(batch_stats: Mapping[str, Array], config: MoE) -> Array:
