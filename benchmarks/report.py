@@ -1,7 +1,6 @@
 """Tables from what was measured, and the machine they hold for."""
 
 import datetime
-import json
 import os
 import platform
 import re
@@ -17,18 +16,24 @@ BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 Results = Mapping[Size, Mapping[str, Measured | str]]
 
 
-def machine(load_before: float, rounds: int, compared: Results) -> dict[str, str]:
-    cpu = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"model name\s*: (.*)", cpu)
-    memory = re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())
-    versions = {"Python": platform.python_version()}
+def versions(compared: Results) -> dict[str, str]:
+    found = {}
     for models in compared.values():
         for result in models.values():
             if isinstance(result, Measured):
-                versions |= result.versions
+                found |= result.versions
+    return found
+
+
+def machine(load_before: float, rounds: int, versions: Mapping[str, str]) -> dict[str, str]:
+    """What the figures hold for; `versions` of libraries by name."""
+    cpu = Path("/proc/cpuinfo").read_text()
+    model = re.search(r"model name\s*: (.*)", cpu)
+    memory = re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())
+    versions = {"Python": platform.python_version(), **versions}
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": "python benchmarks/run.py" + "".join(f" {a}" for a in sys.argv[1:]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "CPU": f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores",
         "memory": f"{int(memory[1]) / 2**20:.0f} GiB",
         "system": platform.platform(terse=True),
@@ -77,7 +82,7 @@ def _comparison(models: Mapping[str, Measured | str], ours: str) -> str:
             ]
         )
     header = "model|parameters, M|tokens/s|step, ms (range)|CPU s|peak MiB|peak MiB at start|frugalmoe is faster by"
-    return _table(header.split("|"), rows)
+    return table(header.split("|"), rows)
 
 
 def _growth(grown: Results) -> str:
@@ -101,7 +106,7 @@ def _growth(grown: Results) -> str:
             ]
         )
     header = "experts|parameters, M|step with 8, ms|step, ms|growth|optimizer, ms (with 8)|growth without it|peak MiB"
-    return _table(header.split("|"), rows)
+    return table(header.split("|"), rows)
 
 
 def _dispatch(compared: Results, ours: str) -> str:
@@ -111,10 +116,11 @@ def _dispatch(compared: Results, ours: str) -> str:
         if isinstance(m := models[ours], Measured):
             call, step = m.median("dispatch_seconds"), m.median("seconds")
             rows.append([size.name, f"{call * 1e3:.2f}", f"{step * 1e3:.0f}", f"{call / step:.2%}"])
-    return _table(["size", "call of the step, ms", "step, ms", "share"], rows)
+    return table(["size", "call of the step, ms", "step, ms", "share"], rows)
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Markdown; all columns but the first are aligned to the right."""
     header = list(header)
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -130,9 +136,8 @@ def as_json(machine: Mapping[str, str], compared: Results, grown: Results) -> di
     return {"machine": machine, "compared": plain(compared), "growth": plain(grown)}
 
 
-def write(page: Path, text: str, data_file: Path, data: Mapping[str, Any]) -> None:
+def write(page: Path, text: str) -> None:
     """Replaces what stands between the page's markers."""
     before, _, rest = page.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
-    data_file.write_text(json.dumps(data, indent=1) + "\n")

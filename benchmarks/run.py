@@ -7,6 +7,7 @@ The full run takes about twenty minutes; nothing else should run meanwhile.
 """
 
 import argparse
+import json
 import os
 import sys
 
@@ -66,11 +67,13 @@ def main() -> None:
     for size in map(shrink, GROWTH[:1] if args.quick else GROWTH):
         print(f"growth to {size.name}", flush=True)
         grown[size] = growth(size, shrink(SIZES[0]), rounds)
-    machine = report.machine(load_before, rounds, compared)
+    machine = report.machine(load_before, rounds, report.versions(compared))
     text = report.markdown(machine, compared, grown, OURS)
     print(text)
     if not args.quick:
-        report.write(HERE / "RESULTS.md", text, HERE / "results.json", report.as_json(machine, compared, grown))
+        report.write(HERE / "RESULTS.md", text)
+        data = report.as_json(machine, compared, grown)
+        (HERE / "results.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

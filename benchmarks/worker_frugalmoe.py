@@ -4,6 +4,7 @@
 """
 
 import time
+from collections.abc import Mapping
 
 import flax
 import jax
@@ -20,7 +21,7 @@ from frugalmoe.train.evaluate import put_batch
 from frugalmoe.train.step import init, make_train_step
 
 
-def training_config(size: sizes.Size, dense: bool) -> config.Config:
+def training_config(size: sizes.Size, dense: bool, overrides: Mapping[str, object] = {}) -> config.Config:
     """`dense`: a model without experts and as many active FLOPs, a feed-forward of width top_k * expert_dim."""
     values = {
         "model.vocab_size": size.vocabulary,
@@ -43,7 +44,7 @@ def training_config(size: sizes.Size, dense: bool) -> config.Config:
         "optim.weight_decay": sizes.WEIGHT_DECAY,
         "optim.clip_norm": sizes.CLIP_NORM,
     }
-    return config.resolve(config.override(config.default(), values))
+    return config.resolve(config.override(config.default(), values | dict(overrides)))
 
 
 def random_batch(size: sizes.Size, rng: np.random.Generator) -> Batch:
@@ -57,9 +58,9 @@ def random_batch(size: sizes.Size, rng: np.random.Generator) -> Batch:
 class Training:
     """The state that steps and updates replace."""
 
-    def __init__(self, size: sizes.Size, dense: bool, mesh: jax.sharding.Mesh):
+    def __init__(self, size: sizes.Size, dense: bool, mesh: jax.sharding.Mesh, overrides: Mapping[str, object] = {}):
         self.size, self.mesh, self.rng = size, mesh, np.random.default_rng(0)
-        self.config = training_config(size, dense)
+        self.config = training_config(size, dense, overrides)
         self.state = init(self.config)
         self.train_step = jax.jit(make_train_step(self.config), donate_argnums=0)
         tx = optim.optimizer(self.config)

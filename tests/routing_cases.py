@@ -19,16 +19,24 @@ B, T, D, VOCAB = 2, 8, 8, 16
 N = B * T
 SHAPES = ((8, 2), (8, 1))  # (E, K): a strategy runs at the first that its own check allows
 OPTIONS = {  # strategy -> (K, options) of 8 experts, beside its defaults
-    "topk_softmax": ((3, {"softmax": "after", "scale": 2.5}), (1, {"renormalize": False})),
+    "topk_softmax": (
+        (3, {"softmax": "after", "scale": 2.5}),
+        (1, {"renormalize": False}),
+        (2, {"num_groups": 4, "groups_per_token": 2}),
+    ),
     "switch_top1": ((1, {"jitter": 0.5}),),
     "sigmoid_bias": (
         (2, {"num_groups": 4, "groups_per_token": 2, "scale": 2.5, "update": "zero_mean"}),
         (1, {"normalize": False}),
+        (2, {"score": "softmax", "num_groups": 2, "group_score": "max", "update": "proportional"}),
+        (2, {"score": "sqrt_softplus", "update": "momentum"}),
     ),
     "expert_choice": ((1, {"capacity_factor": 1.3, "evaluate": "choice"}), (2, {"pool": "batch"})),
     "expert_threshold": ((1, {"max_experts": 4, "update": "sign"}),),
     "recycle": ((1, {"capacity_factor": 1.3}),),
     "sinkhorn": ((1, {"iterations": 2}),),
+    "quantile_balance": ((1, {"normalize": False, "score": "softmax"}), (3, {"score": "sqrt_softplus", "ema": 0.5})),
+    "norm_logits": ((1, {"renormalize": False, "logit_std": 2.0}),),
     "hash": ((2, {"gate": "learned"}),),
     "adamoe": ((4, {"num_null": 3}),),
     "moe_plus_plus": ((3, {"num_zero": 2, "num_constant": 0}),),
@@ -118,11 +126,14 @@ def with_experts(inputs: Inputs, config: MoE) -> Inputs:
 
 @functools.cache
 def make_params(case: Case, seed: int = 0) -> tuple[dict, dict]:
-    """Parameters, the layer's own and the shared ones, and a state that is not at its initial value."""
+    """Parameters, the layer's own and the shared ones, and a state above its initial value.
+
+    Above, because a state that is a strength or a rate is not negative.
+    """
     own = case.router.init(jax.random.key(seed), D, case.config)
     shared = case.router.init_shared(jax.random.key(seed + 2), D, case.config)
     assert not own.keys() & shared.keys()
-    noise = jax.random.normal(jax.random.key(seed + 1), (16,))
+    noise = jnp.abs(jax.random.normal(jax.random.key(seed + 1), (16,)))
     state = jax.tree.map(lambda s: s + 0.1 * jnp.resize(noise, s.shape), case.router.init_state(D, case.config))
     return {**own, **shared}, state
 

@@ -220,7 +220,7 @@ def test_zero_mean_update_keeps_the_mean_and_routes_as_the_sign_update() -> None
         np.testing.assert_allclose(b["bias_E"], a["bias_E"] - a["bias_E"].mean(), atol=1e-6)
 
 
-@pytest.mark.parametrize("update", ["sign", "zero_mean"])
+@pytest.mark.parametrize("update", ["sign", "zero_mean", "proportional", "momentum"])
 def test_the_update_moves_a_skewed_load_to_uniform(update: str) -> None:
     """Logits with a different mean per expert: from a max violation of some units to near the rate's step."""
     case = make_case("sigmoid_bias", 8, 2, update=update, update_rate=1e-2)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from routing_cases import B, T, combine, make_case, make_inputs, make_params, route, selections
+from routing_cases import B, D, T, combine, make_case, make_inputs, make_params, route, selections
 from scipy.optimize import linear_sum_assignment
 
 from frugalmoe.routing import stats, threshold
@@ -103,7 +103,7 @@ def test_evaluation_by_the_cuts_of_the_same_pool_is_the_choice(padded: bool) -> 
     """With one pool the first update's threshold is its C-th probability: the ranking's own cut."""
     case, inputs = make_case("expert_choice", pool="batch"), make_inputs(padded=padded)
     trained = route(case, inputs)
-    state = case.router.update(case.router.init_state(case.config), trained.stats, case.config)
+    state = case.router.update(case.router.init_state(D, case.config), trained.stats, case.config)
     state = state | {"threshold_E": state["threshold_E"] * (1 - 1e-6)}  # rounding of the mean
     evaluated = route(case, inputs._replace(train=False), state=state)
     np.testing.assert_allclose(combine(case, evaluated), combine(case, trained), rtol=1e-5)
@@ -132,7 +132,7 @@ def test_thresholds_at_the_cuts_of_a_sequence_are_expert_choice() -> None:
     case, inputs = make_case("expert_threshold", 8, 1, max_experts=8), make_inputs(padded=False)
     inputs = inputs._replace(**{name: getattr(inputs, name)[:1] for name in (*inputs._fields[:4], "keys_B")})
     first = route(case, inputs)
-    state = case.router.update(case.router.init_state(case.config), first.stats, case.config)
+    state = case.router.update(case.router.init_state(D, case.config), first.stats, case.config)
     z_TE = logits_of(case, inputs)[0]
     np.testing.assert_allclose(state["threshold_E"], z_TE.max(0), rtol=1e-6)
     state = state | {"threshold_E": state["threshold_E"] - 1e-5}  # rounding of the mean
@@ -146,7 +146,7 @@ def test_thresholds_at_the_cuts_of_a_sequence_are_expert_choice() -> None:
 def test_the_initial_thresholds_give_k_experts_on_standard_normal_logits() -> None:
     """2 of 8: the share above is 1/4, within five standard deviations over 8 * 4096 logits."""
     case = make_case("expert_threshold")
-    (value,) = set(np.asarray(case.router.init_state(case.config)["threshold_E"]).tolist())
+    (value,) = set(np.asarray(case.router.init_state(D, case.config)["threshold_E"]).tolist())
     above = np.random.default_rng(0).normal(size=8 * 4096) > value
     assert abs(above.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / above.size)
 
@@ -177,7 +177,7 @@ def test_the_update_brings_a_skewed_load_to_k_experts_per_token(update: str, ste
 
         return jax.lax.scan(step, state, None, steps)[1]
 
-    share_SE = np.asarray(run(case.router.init_state(case.config)))
+    share_SE = np.asarray(run(case.router.init_state(D, case.config)))
     assert np.ptp(share_SE[0]) > 0.4
     np.testing.assert_allclose(share_SE[-1], 0.25, atol=0.025)
 

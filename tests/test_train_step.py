@@ -170,6 +170,15 @@ def test_router_state_moves_once_per_step_and_by_its_own_rule():
     np.testing.assert_allclose(bias_LE, 0.01 * np.sign(counts_LE.mean(1, keepdims=True) - counts_LE), rtol=1e-6)
 
 
+def test_the_reported_cross_entropy_has_no_auxiliary_loss_in_it():
+    """loss/total = ce + 2 layers * (0.01 load_balance + 0.001 z + 0.01 sequence_balance) + 0.001 logit_z."""
+    _, metrics = trained(router("sigmoid_bias") | EVERY_LOSS)
+    for m in metrics:
+        layer = 0.01 * m["loss/load_balance"] + 0.001 * m["loss/z"] + 0.01 * m["loss/sequence_balance"]
+        np.testing.assert_allclose(m["loss/total"], m["loss/ce"] + 2 * layer + 0.001 * m["loss/logit_z"], rtol=1e-5)
+        assert layer > 0.01  # an auxiliary loss in `ce` would have been seen
+
+
 def test_a_global_scope_refuses_accumulation():
     with pytest.raises(UserError, match="accumulate_steps"):
         config_of({"model.moe.load_balance_scope": "global", "train.accumulate_steps": 2})

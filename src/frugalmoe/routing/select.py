@@ -1,8 +1,9 @@
-"""What strategies share: choosing K experts per token, reading weights, making a plan, and per-token keys.
+"""What strategies share: scores, choosing K experts per token, their weights, making a plan, and per-token keys.
 
 Letters: B batch, T time, N tokens (B*T), E experts, K choices.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,14 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from frugalmoe.routing.contract import Inputs, TokenPlan
+
+
+def sqrt_softplus(logits_BTE: Array) -> Array:
+    """sqrt(log(1 + e^z)): positive, about e^(z/2) for z << 0 and sqrt(z) for z >> 0 (DeepSeek-V4)."""
+    return jnp.sqrt(jax.nn.softplus(jnp.maximum(logits_BTE, -80)))  # float32 has no e^-90, and sqrt no slope at 0
+
+
+SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax, "sqrt_softplus": sqrt_softplus}
 
 
 class Choice(NamedTuple):
@@ -37,6 +46,11 @@ def at(score_BTE: Array, expert_BTK: Array) -> Array:
     return jnp.take_along_axis(score_BTE, expert_BTK, axis=-1)
 
 
+def shares(score_BTE: Array) -> Array:
+    """Positive scores over their sum along the last axis."""
+    return score_BTE / (score_BTE.sum(-1, keepdims=True) + 1e-20)
+
+
 def token_plan(expert_BTK: Array, weight_BTK: Array, inputs: Inputs, num_experts: int) -> TokenPlan:
     """The token-major plan. Padding gets the null expert with weight 0."""
     valid_BT1, k = inputs.valid_BT[..., None], expert_BTK.shape[-1]
@@ -59,3 +73,8 @@ def token_keys(inputs: Inputs) -> Array:
     keys_B = jax.vmap(lambda key: fold(key, inputs.layer))(inputs.keys_B)
     over_time = jax.vmap(fold, in_axes=(None, 0, 0))
     return jax.vmap(over_time)(keys_B, inputs.segment_ids_BT, inputs.positions_BT)
+
+
+def noise(inputs: Inputs, draw: Callable[[Array], Array]) -> Array:
+    """What `draw` makes of each token's key [B, T, ...]."""
+    return jax.vmap(jax.vmap(draw))(token_keys(inputs))

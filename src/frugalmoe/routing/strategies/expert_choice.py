@@ -103,7 +103,7 @@ def _rank_batch(probs_BTE: Array, inputs: Inputs, share: float) -> tuple[Array, 
     return token_EC[:, :num_tokens], ranked.cut_E / shards
 
 
-def init_state(config: MoE) -> State:
+def init_state(dim: int, config: MoE) -> State:
     return threshold.initial(1 / config.num_experts, config.num_experts)
 
 

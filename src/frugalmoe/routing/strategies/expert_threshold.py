@@ -62,7 +62,7 @@ def slots(config: MoE) -> int:
     return config.options.max_experts or min(2 * config.num_experts_per_token, config.num_experts)
 
 
-def init_state(config: MoE) -> State:
+def init_state(dim: int, config: MoE) -> State:
     """Where K of E standard normal logits lie above."""
     k, num_experts = config.num_experts_per_token, config.num_experts
     return threshold.initial(NormalDist().inv_cdf(1 - k / num_experts), num_experts)

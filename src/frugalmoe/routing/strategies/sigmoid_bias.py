@@ -1,13 +1,21 @@
-"""Sigmoid scores, selection steered by a balance bias that no gradient touches: DeepSeek-V3 and Ling 2.0.
+"""Selection by score plus a balance bias that no gradient touches: DeepSeek-V3 and V4, Ling 2.0, Trinity.
 
-Selection: the K largest of score + bias. With groups (DeepSeek-V3, 2412.19437, section 2.1.2), the experts form
-`num_groups` equal groups, a group's score is the sum of its two largest biased scores, and only experts of the best
-`groups_per_token` groups take part. The others are masked with -inf, not 0: biased scores can be negative.
-Weights (eq. 12-16): scale * s_e / (sum over the K of s + 1e-20), from the scores without the bias.
-Bias (Wang et al., 2408.15664, algorithm 1), once per optimizer step, with c the counts of the whole batch:
-b += rate * sign(mean c - c); `zero_mean` subtracts the mean of that step (Ling 2.0, 2510.22115).
+Selection: the K largest of score + bias, in the best groups (see `groups.py`).
+Weights (DeepSeek-V3, 2412.19437, eq. 12-16): scale * s_e / (sum over the K of s + 1e-20), from scores without the bias.
 
-Letters: B batch, T time, E experts, K choices, G groups of experts.
+Bias, once per optimizer step, from the counts c of the whole batch and their mean n:
+
+| update | b += update_rate * | from |
+|---|---|---|
+| sign | sign(n - c) | Wang et al., 2408.15664, algorithm 1; DeepSeek-V3 |
+| zero_mean | sign(n - c) less its mean | Su, kexue.fm/archives/10815; Ling 2.0, 2510.22115 |
+| proportional | (n - c) / n | shrinks as the load evens out; its mean is 0 |
+| momentum | m, an exponential average of v less its mean, v = tanh(sharpness * (n - c) / n) | SMEBU, 2602.17004 |
+
+`hash_layers` = n: in the first n MoE layers the experts are those that the token id hashes to (as in `hash`), with
+their learned scores as weights (DeepSeek-V4). Nothing there can be balanced: the bias stays, balance losses are 0.
+
+Letters: B batch, T time, E experts, K choices.
 """
 
 import dataclasses
@@ -18,80 +26,107 @@ import jax.numpy as jnp
 from jax import Array
 
 from frugalmoe.config.schema import MoE
-from frugalmoe.routing import losses, rules, select, stats
-from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
+from frugalmoe.routing import groups, losses, rules, select, stats
+from frugalmoe.routing.contract import About, Inputs, Loss, Params, Router, Routing, State, linear_init, linear_logits
+from frugalmoe.routing.strategies import hash as hash_strategy
+
+BEST = {"max": 1, "top2": 2}  # how many of its largest scores a group's score sums
+UPDATES = ("sign", "zero_mean", "proportional", "momentum")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
+    score: str = "sigmoid"  # sigmoid | softmax | sqrt_softplus (DeepSeek-V4)
     normalize: bool = True  # weights of the K experts sum to `scale`
-    scale: float = 1.0  # factor on all weights (2.5 in DeepSeek-V3 and Ling 2.0)
+    scale: float = 1.0  # factor on all weights (2.5 in DeepSeek-V3 and Ling 2.0, 1.5 in DeepSeek-V4)
     num_groups: int = 1  # equal groups of consecutive experts
     groups_per_token: int = 1  # groups that a token may choose from
-    update: str = "sign"  # sign | zero_mean
+    group_score: str = "top2"  # max | top2 (sum of the two largest)
+    update: str = "sign"  # sign | zero_mean | proportional | momentum
     update_rate: float = 1e-3  # step of the bias; 0 freezes it
+    momentum: float = 0.9  # update=momentum: how much of m is kept; like sharpness, not a value from the report
+    sharpness: float = 1.0  # update=momentum: how soon v is clamped
+    hash_layers: int = 0  # the first n MoE layers choose experts by token id
 
 
 def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     options: Options = config.options
     logits_BTE = linear_logits(params, inputs)
-    score_BTE = jax.nn.sigmoid(logits_BTE)
-    probs_BTE = score_BTE / (score_BTE.sum(-1, keepdims=True) + 1e-20)
-    choice = choose(score_BTE + state["bias_E"], config.num_experts_per_token, options)
+    score_BTE = select.SCORES[options.score](logits_BTE)
+    choice = choose(score_BTE + state["bias_E"], inputs, config)
     weight_BTK = select.at(score_BTE, choice.expert_BTK)
     if options.normalize:
-        weight_BTK = weight_BTK / (weight_BTK.sum(-1, keepdims=True) + 1e-20)
+        weight_BTK = select.shares(weight_BTK)
     plan = select.token_plan(choice.expert_BTK, weight_BTK * options.scale, inputs, config.num_experts)
-    load_BE = stats.load(plan, inputs, config.num_experts)
-    return Routing(
-        plan,
-        losses.gate_losses(logits_BTE, probs_BTE, load_BE, inputs, config),
-        stats.of_layer(load_BE, inputs, logits_BTE=logits_BTE, probs_BTE=probs_BTE, tied_BT=choice.tied_BT),
-    )
+    load_BE, probs_BTE = stats.load(plan, inputs, config.num_experts), select.shares(score_BTE)
+    terms = losses.gate_losses(logits_BTE, probs_BTE, load_BE, inputs, config)
+    sums = stats.of_layer(load_BE, inputs, logits_BTE=logits_BTE, probs_BTE=probs_BTE, tied_BT=choice.tied_BT)
+    if options.hash_layers:
+        hashed = inputs.layer < options.hash_layers
+        terms |= {name: silenced(terms[name], hashed) for name in ("load_balance", "sequence_balance")}
+        sums["hashed"] = sums["tokens"] * hashed.astype(jnp.float32)
+    return Routing(plan, terms, sums)
 
 
-def choose(score_BTE: Array, k: int, options: Options) -> select.Choice:
-    """Top K, limited to the best groups. A tie between groups at their cut counts as a tie too."""
-    if options.groups_per_token == options.num_groups:
-        return select.top_k(score_BTE, k)
-    score_BTGe = score_BTE.reshape(*score_BTE.shape[:-1], options.num_groups, -1)
-    group_BTG = jax.lax.top_k(score_BTGe, min(2, score_BTGe.shape[-1]))[0].sum(-1)
-    group = select.top_k(group_BTG, options.groups_per_token)
-    open_BTG = jnp.any(group.expert_BTK[..., None] == jnp.arange(options.num_groups), axis=-2)
-    choice = select.top_k(jnp.where(open_BTG[..., None], score_BTGe, -jnp.inf).reshape(score_BTE.shape), k)
-    return choice._replace(tied_BT=choice.tied_BT | group.tied_BT)
+def choose(biased_BTE: Array, inputs: Inputs, config: MoE) -> select.Choice:
+    """By biased score; in hash layers by token id, where nothing is compared and so nothing ties."""
+    o, k = config.options, config.num_experts_per_token
+    choice = groups.top_k(biased_BTE, k, o.num_groups, o.groups_per_token, BEST[o.group_score])
+    if not o.hash_layers:
+        return choice
+    tickets_BTE = hash_strategy.tickets(inputs.token_ids_BT, inputs.layer, 0, config.num_experts)
+    by_id = select.top_k(tickets_BTE, k)._replace(tied_BT=jnp.zeros_like(choice.tied_BT))
+    return jax.tree.map(lambda a, b: jnp.where(inputs.layer < o.hash_layers, a, b), by_id, choice)
+
+
+def silenced(loss: Loss, where: Array) -> Loss:
+    return dataclasses.replace(loss, sum=jnp.where(where, 0.0, loss.sum))
 
 
 def init_state(dim: int, config: MoE) -> State:
-    return {"bias_E": jnp.zeros(config.num_experts, jnp.float32)}
+    names = ("bias_E", "momentum_E") if config.options.update == "momentum" else ("bias_E",)
+    return {name: jnp.zeros(config.num_experts, jnp.float32) for name in names}
 
 
 def update(state: State, batch_stats: Mapping[str, Array], config: MoE) -> State:
-    counts_E = batch_stats["counts"].astype(jnp.float32)
-    step_E = config.options.update_rate * jnp.sign(counts_E.mean() - counts_E)
-    if config.options.update == "zero_mean":
+    moved = moved_bias(state, batch_stats["counts"].astype(jnp.float32), config.options)
+    if not config.options.hash_layers:
+        return moved
+    return jax.tree.map(lambda old, new: jnp.where(batch_stats["hashed"] > 0, old, new), state, moved)
+
+
+def moved_bias(state: State, counts_E: Array, options: Options) -> State:
+    """The state after one step by the chosen rule."""
+    bias_E, rate = state["bias_E"], options.update_rate
+    missing_E = counts_E.mean() - counts_E
+    lack_E = missing_E / jnp.maximum(counts_E.mean(), 1e-9)
+    if options.update == "proportional":
+        return {"bias_E": bias_E + rate * lack_E}
+    if options.update == "momentum":
+        push_E = jnp.tanh(options.sharpness * lack_E)
+        momentum_E = options.momentum * state["momentum_E"] + (1 - options.momentum) * (push_E - push_E.mean())
+        return {"bias_E": bias_E + rate * momentum_E, "momentum_E": momentum_E}
+    step_E = rate * jnp.sign(missing_E)
+    if options.update == "zero_mean":
         step_E = step_E - step_E.mean()
-    return {"bias_E": state["bias_E"] + step_E}
+    return {"bias_E": bias_E + step_E}
 
 
 def check(config: MoE) -> str | None:
-    o, k, num_experts = config.options, config.num_experts_per_token, config.num_experts
-    rule = rules.first(
-        rules.one_of("update", o.update, ("sign", "zero_mean")),
+    o = config.options
+    below_one = None if o.momentum < 1 else f"options.momentum={o.momentum!r}: must be less than 1"
+    return rules.first(
+        rules.one_of("score", o.score, select.SCORES),
+        rules.one_of("group_score", o.group_score, BEST),
+        rules.one_of("update", o.update, UPDATES),
         rules.at_least("update_rate", o.update_rate, 0),
+        rules.at_least("momentum", o.momentum, 0) or below_one,
+        rules.positive("sharpness", o.sharpness),
         rules.positive("scale", o.scale),
-        rules.at_least("num_groups", o.num_groups, 1),
-        rules.at_least("groups_per_token", o.groups_per_token, 1),
+        rules.at_least("hash_layers", o.hash_layers, 0),
         rules.gradient_at_one(config, o.normalize, "set options.normalize=False"),
+        groups.check(config),
     )
-    if rule:
-        return rule
-    if num_experts % o.num_groups:
-        return f"options.num_groups={o.num_groups}: must divide num_experts={num_experts}"
-    if o.groups_per_token > o.num_groups:
-        return f"options.groups_per_token={o.groups_per_token}: must be at most options.num_groups={o.num_groups}"
-    reach = o.groups_per_token * num_experts // o.num_groups
-    return None if k <= reach else f"num_experts_per_token={k}: must be at most the {reach} experts of a token's groups"
 
 
 def weight_sum(config: MoE) -> float | str:
@@ -103,10 +138,10 @@ ROUTER = Router(
     about=About(
         year=2024,
         paper="DeepSeek-V3, 2412.19437, eq. 12-20; Wang et al., Auxiliary-Loss-Free Load Balancing, 2408.15664, alg. 1",
-        score="sigmoid",
+        score="sigmoid, softmax or sqrt(softplus)",
         selection="K largest of score + bias, in the best groups",
-        weights="sigmoid scores without the bias, normalised over the K or as they are",
-        balance="bias, moved by a fixed step against the load",
+        weights="scores without the bias, normalised over the K or as they are",
+        balance="bias, moved against the load",
         weight_sum=weight_sum,
         stateful=True,
         losses=losses.GATE_LOSSES,

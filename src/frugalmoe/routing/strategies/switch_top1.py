@@ -37,8 +37,8 @@ def _jittered(inputs: Inputs, jitter: float) -> Inputs:
     if not (inputs.train and jitter):
         return inputs
     dim = inputs.x_BTD.shape[-1]
-    over_tokens = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (dim,), minval=1 - jitter, maxval=1 + jitter)))
-    return inputs._replace(x_BTD=inputs.x_BTD.astype("float32") * over_tokens(select.token_keys(inputs)))
+    factor_BTD = select.noise(inputs, lambda key: jax.random.uniform(key, (dim,), minval=1 - jitter, maxval=1 + jitter))
+    return inputs._replace(x_BTD=inputs.x_BTD.astype("float32") * factor_BTD)
 
 
 def check(config: MoE) -> str | None:

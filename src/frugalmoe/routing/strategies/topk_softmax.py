@@ -8,6 +8,8 @@ Shazeer et al. (1701.06538, eq. 3-5, without noise). With z the logits, S the K 
 | before | True | scale * p_e / sum_S p | Qwen3 (2505.09388), Ling 1 (2503.05139) |
 | after | True | scale * softmax(z over S)_e | Mixtral (2401.04088); equals the row above |
 
+With `num_groups`, S lies in the groups with the largest logits (DeepSeek-V2, 2405.04434; see `groups.py`).
+
 Letters: B batch, T time, E experts, K choices.
 """
 
@@ -16,7 +18,7 @@ import dataclasses
 import jax
 
 from frugalmoe.config.schema import MoE
-from frugalmoe.routing import losses, rules, select, stats
+from frugalmoe.routing import groups, losses, rules, select, stats
 from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
 
 
@@ -25,19 +27,22 @@ class Options:
     softmax: str = "before"  # before | after the selection
     renormalize: bool = True  # weights of the K experts sum to `scale`
     scale: float = 1.0  # factor on all weights
+    num_groups: int = 1  # equal groups of consecutive experts
+    groups_per_token: int = 1  # groups that a token may choose from: those with the largest logits
 
 
 def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     options: Options = config.options
     logits_BTE = linear_logits(params, inputs)
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-    choice = select.top_k(logits_BTE, config.num_experts_per_token)
+    k = config.num_experts_per_token
+    choice = groups.top_k(logits_BTE, k, options.num_groups, options.groups_per_token, best=1)
     if options.softmax == "after":
         weight_BTK = jax.nn.softmax(select.at(logits_BTE, choice.expert_BTK), axis=-1)
     else:
         weight_BTK = select.at(probs_BTE, choice.expert_BTK)
         if options.renormalize:
-            weight_BTK = weight_BTK / weight_BTK.sum(-1, keepdims=True)
+            weight_BTK = select.shares(weight_BTK)
     plan = select.token_plan(choice.expert_BTK, weight_BTK * options.scale, inputs, config.num_experts)
     load_BE = stats.load(plan, inputs, config.num_experts)
     return Routing(
@@ -68,6 +73,7 @@ def check(config: MoE) -> str | None:
             options.renormalize,
             "set options.softmax='before' and options.renormalize=False, or use switch_top1",
         ),
+        groups.check(config),
     )
 
 
@@ -76,7 +82,7 @@ ROUTER = Router(
         year=2017,
         paper="Shazeer et al., Outrageously Large Neural Networks, 1701.06538, eq. 3-5; Mixtral, 2401.04088",
         score="softmax",
-        selection="K largest logits",
+        selection="K largest logits, in the best groups",
         weights="softmax probabilities, renormalised over the K or as they are",
         balance="auxiliary loss",
         weight_sum=weight_sum,

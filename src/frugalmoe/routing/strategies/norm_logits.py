@@ -1,0 +1,103 @@
+"""Normalised gating logits and a balance loss as strong as the drops demand: Skywork-MoE.
+
+Wei et al. (2406.06563). The softmax is over lambda * (z - mean z) / std z, mean and std over the experts of
+one token: how sharp the gate is no longer depends on the size of its weights.
+
+The balance loss of a layer has the strength alpha, an average over steps of what the drop rate d asks for:
+alpha <- decay * alpha + (1 - decay) * min(xi * d, alpha_max), with xi = 1/5, alpha_max = 0.01, decay = 0.99. Here
+alpha / alpha_max is state, `gain` is xi / alpha_max, and alpha_max is the coefficient of the loss `adaptive_balance`:
+the paper's recipe is `model.moe.losses.adaptive_balance=0.01 model.moe.losses.load_balance=0`. The average starts at 0.
+
+d is the share of slots that `executor=capacity` dropped. Other executors drop none; then it is what a capacity of
+`model.moe.capacity_factor` * mean load would drop, were the whole batch one queue per expert.
+
+Letters: B batch, T time, E experts, K choices.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from frugalmoe.config.schema import MoE
+from frugalmoe.routing import losses, rules, select, stats
+from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    logit_std: float = 1.0  # lambda, the standard deviation of the normalised logits
+    renormalize: bool = True  # weights of the K experts sum to 1
+    gain: float = 20.0  # the balance loss has its full strength from a drop rate of 1 / gain
+    decay: float = 0.99  # of the average over steps
+
+
+def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
+    options: Options = config.options
+    raw_BTE = linear_logits(params, inputs)
+    logits_BTE = options.logit_std * jax.nn.standardize(raw_BTE, axis=-1, epsilon=1e-6)
+    probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+    choice = select.top_k(logits_BTE, config.num_experts_per_token)
+    weight_BTK = select.at(probs_BTE, choice.expert_BTK)
+    if options.renormalize:
+        weight_BTK = select.shares(weight_BTK)
+    plan = select.token_plan(choice.expert_BTK, weight_BTK, inputs, config.num_experts)
+    load_BE = stats.load(plan, inputs, config.num_experts)
+    terms = losses.gate_losses(raw_BTE, probs_BTE, load_BE, inputs, config)
+    balance, strength = terms["load_balance"], jax.lax.stop_gradient(state["strength_1"][0])
+    terms["adaptive_balance"] = dataclasses.replace(balance, sum=strength * balance.sum)
+    sums = stats.of_layer(load_BE, inputs, logits_BTE=raw_BTE, probs_BTE=probs_BTE, tied_BT=choice.tied_BT)
+    return Routing(plan, terms, sums)
+
+
+def init_state(dim: int, config: MoE) -> State:
+    """alpha / alpha_max, in [0, 1]. One entry, not a scalar: of those the train step is compiled twice."""
+    return {"strength_1": jnp.zeros(1, jnp.float32)}
+
+
+def update(state: State, batch_stats: Mapping[str, Array], config: MoE) -> State:
+    wanted = jnp.minimum(config.options.gain * drop_rate(batch_stats, config), 1)
+    return {"strength_1": config.options.decay * state["strength_1"] + (1 - config.options.decay) * wanted}
+
+
+def drop_rate(batch_stats: Mapping[str, Array], config: MoE) -> Array:
+    counts_E = batch_stats["counts"].astype(jnp.float32)
+    if config.executor == "capacity":
+        dropped = batch_stats["dropped"]
+    else:
+        dropped = jnp.maximum(counts_E - config.capacity_factor * counts_E.mean(), 0).sum()
+    return dropped / jnp.maximum(counts_E.sum(), 1)
+
+
+def check(config: MoE) -> str | None:
+    o = config.options
+    return rules.first(
+        rules.positive("logit_std", o.logit_std),
+        rules.at_least("gain", o.gain, 0),
+        rules.at_least("decay", o.decay, 0),
+        None if o.decay < 1 else f"options.decay={o.decay!r}: must be less than 1",
+        rules.gradient_at_one(config, o.renormalize, "set options.renormalize=False"),
+    )
+
+
+ROUTER = Router(
+    about=About(
+        year=2024,
+        paper="Wei et al., Skywork-MoE, 2406.06563",
+        score="softmax",
+        selection="K largest logits",
+        weights="softmax probabilities of normalised logits, renormalised over the K or as they are",
+        balance="auxiliary loss, its strength from the drop rate",
+        weight_sum=lambda config: 1.0 if config.options.renormalize else "at_most_one",
+        stateful=True,
+        losses=(*losses.GATE_LOSSES, "adaptive_balance"),
+    ),
+    route=route,
+    options=Options,
+    init=linear_init,
+    init_state=init_state,
+    update=update,
+    check=check,
+)

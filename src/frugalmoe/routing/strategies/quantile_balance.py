@@ -1,0 +1,123 @@
+"""Quantile balancing: an expert's price is the quantile of its scores at which it gets its share of the tokens.
+
+Su (kexue.fm/archives/11619, February 2026, top-K form; `quantile_balancing` in Megatron-LM). With scores s, K of E
+experts and the prices beta of earlier steps:
+
+- selection: the K largest of s - beta; weights from s without beta;
+- alpha_i, the (K+1)-th largest of s_i - beta: what an expert must exceed to be chosen by token i;
+- new beta_j, the (q+1)-th largest over tokens of s_ij - alpha_i, with q = tokens * K / E: q tokens would choose j;
+- beta is centred (a common shift changes no choice) and may be averaged with the old one (`ema`).
+
+A step routes by the old beta, so the future does not leak. There is no step size, and any range of scores will do.
+
+The quantile of a batch is not a sum over its parts, so each sequence gives its own, with q from its own tokens
+(between two ranks where q is no integer), and beta is their mean weighted by tokens. Megatron-LM takes the mean over
+micro-batches and ranks likewise; by sequence it depends on neither, nor on padding. It is exact where sequences have
+alike scores, and rough where a sequence has fewer than some E / K tokens.
+
+Letters: B batch, T time, E experts, K choices.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from frugalmoe.config.schema import MoE
+from frugalmoe.routing import losses, rules, select, stats
+from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    score: str = "sigmoid"  # sigmoid | softmax | sqrt_softplus
+    normalize: bool = True  # weights of the K experts sum to `scale`
+    scale: float = 1.0  # factor on all weights
+    ema: float = 0.0  # share of the old prices that a step keeps
+
+
+def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
+    options: Options = config.options
+    logits_BTE = linear_logits(params, inputs)
+    score_BTE = select.SCORES[options.score](logits_BTE)
+    net_BTE = jax.lax.stop_gradient(score_BTE) - state["beta_E"]
+    choice = select.top_k(net_BTE, config.num_experts_per_token)
+    weight_BTK = select.at(score_BTE, choice.expert_BTK)
+    if options.normalize:
+        weight_BTK = select.shares(weight_BTK)
+    plan = select.token_plan(choice.expert_BTK, weight_BTK * options.scale, inputs, config.num_experts)
+    load_BE, probs_BTE = stats.load(plan, inputs, config.num_experts), select.shares(score_BTE)
+    sums = stats.of_layer(load_BE, inputs, logits_BTE=logits_BTE, probs_BTE=probs_BTE, tied_BT=choice.tied_BT)
+    tokens_B1 = inputs.valid_BT.sum(-1, dtype=jnp.int32)[:, None]
+    beta_BE = state["beta_E"] + quantiles(net_BTE, inputs.valid_BT, config.num_experts_per_token)
+    sums["beta_sum"] = jnp.sum(beta_BE * tokens_B1, axis=0)
+    return Routing(plan, losses.gate_losses(logits_BTE, probs_BTE, load_BE, inputs, config), sums)
+
+
+def quantiles(net_BTE: Array, valid_BT: Array, k: int) -> Array:
+    """The change of beta [B, E] by which each sequence alone would give every expert its share."""
+    time, num_experts = net_BTE.shape[1:]
+    alpha_BT1 = jax.lax.top_k(net_BTE, k + 1)[0][..., -1:]
+    margin_BTE = jnp.where(valid_BT[..., None], net_BTE - alpha_BT1, -jnp.inf)
+    slots = min(time, time * k // num_experts + 2)
+    best_BES = jax.lax.top_k(margin_BTE.swapaxes(1, 2), slots)[0]
+    tokens_B = valid_BT.sum(-1, dtype=jnp.int32)
+    rank_B, rest_B = jnp.divmod(tokens_B * k, num_experts)  # q = rank + rest / E; rank 0 is the largest
+
+    def at_rank(rank_B: Array) -> Array:
+        index_B = jnp.clip(rank_B, 0, jnp.maximum(tokens_B - 1, 0))
+        return jnp.take_along_axis(best_BES, index_B[:, None, None], axis=-1)[..., 0]
+
+    weight_B1 = rest_B[:, None] / num_experts
+    between_BE = (1 - weight_B1) * at_rank(rank_B) + weight_B1 * at_rank(rank_B + 1)
+    return jnp.where(tokens_B[:, None] > 0, between_BE, 0)
+
+
+def init_state(dim: int, config: MoE) -> State:
+    return {"beta_E": jnp.zeros(config.num_experts, jnp.float32)}
+
+
+def update(state: State, batch_stats: Mapping[str, Array], config: MoE) -> State:
+    new_E = batch_stats["beta_sum"] / jnp.maximum(batch_stats["tokens"], 1)
+    beta_E = config.options.ema * state["beta_E"] + (1 - config.options.ema) * new_E
+    return {"beta_E": beta_E - beta_E.mean()}
+
+
+def check(config: MoE) -> str | None:
+    o, k, num_experts = config.options, config.num_experts_per_token, config.num_experts
+    return rules.first(
+        rules.one_of("score", o.score, select.SCORES),
+        rules.positive("scale", o.scale),
+        rules.at_least("ema", o.ema, 0),
+        None if o.ema < 1 else f"options.ema={o.ema!r}: must be less than 1",
+        rules.gradient_at_one(config, o.normalize, "set options.normalize=False"),
+        None if k < num_experts else f"num_experts_per_token={k}: must be less than num_experts={num_experts}",
+    )
+
+
+def weight_sum(config: MoE) -> float | str:
+    options: Options = config.options
+    return options.scale if options.normalize else "free"
+
+
+ROUTER = Router(
+    about=About(
+        year=2026,
+        paper="Su, kexue.fm/archives/11619; Megatron-LM, quantile_balancing",
+        score="sigmoid, softmax or sqrt(softplus)",
+        selection="K largest of score - price",
+        weights="scores without the price, normalised over the K or as they are",
+        balance="price per expert, a quantile of the last step's scores",
+        weight_sum=weight_sum,
+        stateful=True,
+        losses=losses.GATE_LOSSES,
+    ),
+    route=route,
+    options=Options,
+    init=linear_init,
+    init_state=init_state,
+    update=update,
+    check=check,
+)
