@@ -27,6 +27,8 @@ OPTIONS = {  # strategy -> (K, options) of 8 experts, beside its defaults
     ),
     "expert_choice": ((1, {"capacity_factor": 1.3}),),
     "hash": ((2, {"gate": "learned"}),),
+    "top_p": ((2, {"threshold": 0.7, "max_experts": 3, "renormalize": True}),),
+    "relu": ((2, {}), (2, {"max_experts": 3, "rms_norm": True})),
 }
 
 

@@ -81,8 +81,12 @@ def largest_difference(a, b) -> float:
 
 
 def router(name: str) -> dict:
-    one = {"model.moe.num_experts_per_token": 1} if name == "switch_top1" else {}
-    return {"model.moe.router": name} | one | (STATEFUL if name == "sigmoid_bias" else {})
+    needs = {
+        "sigmoid_bias": STATEFUL,
+        "switch_top1": {"model.moe.num_experts_per_token": 1},
+        "relu": {"model.moe.losses.l1": 1.0},
+    }
+    return {"model.moe.router": name} | needs.get(name, {})
 
 
 # Each strategy once: the first in the fast tests, all of them in the whole suite.
