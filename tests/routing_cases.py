@@ -27,6 +27,11 @@ OPTIONS = {  # strategy -> (K, options) of 8 experts, beside its defaults
     ),
     "expert_choice": ((1, {"capacity_factor": 1.3}),),
     "hash": ((2, {"gate": "learned"}),),
+    "moge": ((2, {"renormalize": True}), (4, {"num_groups": 2})),
+    "cosine": ((1, {"projection": 4, "renormalize": False}),),
+    "lpr": ((3, {"latent": 4, "temperature": 0.1}),),
+    "self_routing": ((1, {"renormalize": False}),),
+    "sparsemixer": ((1, {"epsilon": 10.0}),),
     "top_p": ((2, {"threshold": 0.7, "max_experts": 3, "renormalize": True}),),
     "relu": ((2, {}), (2, {"max_experts": 3, "rms_norm": True})),
 }

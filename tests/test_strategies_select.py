@@ -10,8 +10,10 @@ import pytest
 from routing_cases import B, D, T, combine, make_case, make_inputs, make_params, probe, route, selections
 
 from frugalmoe.config.schema import FrozenDict
+from frugalmoe.errors import UserError
 from frugalmoe.routing import stats
 from frugalmoe.routing.contract import Inputs, linear_logits
+from frugalmoe.routing.strategies import cosine
 
 
 def logits_of(case, inputs: Inputs) -> np.ndarray:
@@ -149,6 +151,193 @@ def test_slots_default_to_four_times_the_nominal_number(name: str) -> None:
     assert route(make_case(name, 8, 2), make_inputs()).plan.expert_NK.shape[1] == 8
 
 
+# moge
+
+
+@pytest.mark.parametrize(("k", "groups"), [(2, 2), (4, 2), (4, 4), (8, 4)])
+def test_every_token_takes_equally_many_experts_of_every_group(k: int, groups: int) -> None:
+    """The K/G most probable of each group; so the loads of groups are equal, to the token."""
+    case, inputs = make_case("moge", 8, k, num_groups=groups), make_inputs(padded=False)
+    p_BTGe = softmax(logits_of(case, inputs)).reshape(B, T, groups, -1)
+    cut_BTG1 = np.sort(p_BTGe, axis=-1)[..., -k // groups][..., None]
+    g_BTE = combine(case, route(case, inputs))
+    np.testing.assert_allclose(g_BTE.reshape(p_BTGe.shape), np.where(p_BTGe >= cut_BTG1, p_BTGe, 0), rtol=1e-5)
+    load_G = selections(case, route(case, inputs)).sum((0, 1)).reshape(groups, -1).sum(-1)
+    assert np.all(load_G == B * T * k // groups)
+
+
+def test_one_group_is_plain_top_k() -> None:
+    one, plain = make_case("moge", num_groups=1), make_case("topk_softmax", renormalize=False)
+    np.testing.assert_allclose(*(combine(case, route(case, make_inputs())) for case in (one, plain)), rtol=1e-6)
+
+
+# cosine
+
+
+def test_cosine_ignores_the_lengths_of_tokens_and_of_experts() -> None:
+    case, inputs = make_case("cosine", renormalize=False), make_inputs(padded=False)
+    params = make_params(case)[0]
+    stretched = params | {"expert_PE": params["expert_PE"] * jnp.linspace(0.5, 2, 8)}
+    longer = inputs._replace(x_BTD=inputs.x_BTD * jnp.linspace(0.5, 3, T)[:, None])
+    np.testing.assert_allclose(
+        combine(case, route(case, longer, stretched)), combine(case, route(case, inputs)), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(("temperature", "largest"), [(0.5, 2.0), (1e-6, 100.0)])
+def test_cosine_logits_are_at_most_one_over_the_clamped_temperature(temperature: float, largest: float) -> None:
+    case, inputs = make_case("cosine"), make_inputs(padded=False)
+    params = make_params(case)[0] | {"log_inverse_temperature": -jnp.log(temperature)}
+    aligned = params | {"projection_DP": jnp.eye(D), "expert_PE": jnp.eye(D)}
+    z_BTE = cosine.logits(
+        aligned, inputs._replace(x_BTD=jnp.broadcast_to(3 * jnp.eye(D), (B, T, D))), case.config.options
+    )
+    np.testing.assert_allclose(z_BTE, np.broadcast_to(largest * np.eye(D), (B, T, D)), rtol=1e-5, atol=1e-6)
+
+
+# gemma4
+
+
+def test_gemma4_ignores_the_length_of_a_token_and_scales_experts_after_normalising() -> None:
+    case, inputs = make_case("gemma4"), make_inputs(padded=False)
+    params, scale_E = make_params(case)[0], np.arange(1, 9)
+    x_BTD = np.asarray(inputs.x_BTD)
+    direction = x_BTD / np.sqrt(np.square(x_BTD).mean(-1, keepdims=True)) / np.sqrt(D)
+    p_BTE = softmax(direction @ np.asarray(params["kernel_DE"]))
+    kept_BTE = np.where(p_BTE >= np.sort(p_BTE)[..., -2:-1], p_BTE, 0)
+    expected = scale_E * kept_BTE / kept_BTE.sum(-1, keepdims=True)
+    scaled = params | {"output_scale_E": jnp.asarray(scale_E, jnp.float32)}
+    np.testing.assert_allclose(combine(case, route(case, inputs, scaled)), expected, rtol=1e-4)
+    longer = inputs._replace(x_BTD=inputs.x_BTD * 7)
+    np.testing.assert_allclose(combine(case, route(case, longer, scaled)), expected, rtol=1e-4)
+
+
+# self_routing
+
+
+def test_self_routing_reads_its_logits_off_the_input() -> None:
+    case, inputs = make_case("self_routing", 4, 2), make_inputs(padded=False)
+    z_BTE = np.asarray(inputs.x_BTD)[..., :4]
+    kept_BTE = np.where(z_BTE >= np.sort(z_BTE)[..., -2:-1], np.exp(z_BTE), 0)
+    np.testing.assert_allclose(
+        combine(case, route(case, inputs)), kept_BTE / kept_BTE.sum(-1, keepdims=True), rtol=1e-5
+    )
+    assert make_params(case)[0] == {}
+
+
+def test_self_routing_needs_a_channel_per_expert() -> None:
+    case = make_case("self_routing", 16, 2)
+    with pytest.raises(UserError, match=r"num_experts=16: .* at most model.dim=8"):
+        make_params(case)
+
+
+# sparsemixer
+
+
+def test_sparsemixer_evaluates_the_largest_of_the_nearly_largest() -> None:
+    """Logits 2, 1.7, 1.5, 0, ...: 2 - z > 0.2 * 2 leaves out 1.5 and less; p of the first is 1 / (1 + e^-0.3).
+
+    Then 1.7, with 1.5 near it (0.2 < 0.34): p = 1 / (1 + e^-0.2).
+    """
+    inputs, params = with_logits(np.asarray([0, 2, 0, 1.7, 0, 1.5, 0, 0]))
+    case = make_case("sparsemixer")
+    g_E = combine(case, route(case, inputs._replace(train=False), params))[0, 0]
+    expected = np.zeros(8)
+    expected[[1, 3]] = 1 / (1 + np.exp([-0.3, -0.2]))
+    np.testing.assert_allclose(g_E, expected, rtol=1e-5)
+
+
+def many(logits_E: np.ndarray, tokens: int) -> tuple[Inputs, dict]:
+    """One sequence of equal tokens, each with noise of its own."""
+    x_BTD = jnp.broadcast_to(jnp.asarray(logits_E, jnp.float32), (1, tokens, logits_E.size))
+    ones, positions = jnp.ones((1, tokens), jnp.int32), jnp.arange(tokens, dtype=jnp.int32)[None]
+    keys = jax.random.split(jax.random.key(0), 1)
+    inputs = Inputs(x_BTD, ones, ones, positions, keys, jnp.int32(0), jnp.int32(0), True)
+    return inputs, {"kernel_DE": jnp.eye(logits_E.size)}
+
+
+def test_sparsemixer_draws_from_its_softmax_and_shrinks_some_weights() -> None:
+    """20,000 draws: frequencies are p; the largest has weight p, others p a quarter of the time and p/3 the rest."""
+    logits_E, n = np.asarray([0.0, 0.4, 0.8]), 20_000
+    p_E = softmax(logits_E)
+    inputs, params = many(logits_E, n)
+    plan = route(make_case("sparsemixer", 3, 1, epsilon=10.0), inputs, params).plan
+    expert_N, weight_N = np.asarray(plan.expert_NK)[:, 0], np.asarray(plan.weight_NK)[:, 0]
+    counts_E = np.bincount(expert_N, minlength=3)
+    assert np.all(np.abs(counts_E - n * p_E) < 5 * np.sqrt(n * p_E * (1 - p_E)))
+    np.testing.assert_allclose(weight_N[expert_N == 2], p_E[2], rtol=1e-5)
+    for e in (0, 1):
+        drawn = weight_N[expert_N == e]
+        full = np.isclose(drawn, p_E[e], rtol=1e-5)
+        np.testing.assert_allclose(drawn[~full], p_E[e] / 3, rtol=1e-5)
+        assert abs(full.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / full.size)
+
+
+def test_sparsemixer_estimates_the_gradient_of_the_expected_loss() -> None:
+    """Loss g_s(w) = a_s w + b_s w^2 of the drawn expert's weight; by the quadrature the mean gradient over draws is
+
+    sum_s g_s(p_s) dp_s/dz, with dp_s/dz_j = p_s ([j = s] - p_j), and for the largest expert p_s g_s'(p_s) for g_s(p_s).
+    """
+    logits_E, n = np.asarray([0.0, 0.4, 0.8]), 50_000
+    a_E, b_E, p_E = np.asarray([1.0, -2.0, 0.5]), np.asarray([2.0, 1.0, -1.0]), softmax(logits_E)
+    inputs, params = many(logits_E, n)
+    case = make_case("sparsemixer", 3, 1, epsilon=10.0)
+
+    @jax.jit
+    def gradient(x_BTD: jax.Array) -> jax.Array:
+        def loss(x_BTD: jax.Array) -> jax.Array:
+            plan = case.router.route(params, {}, inputs._replace(x_BTD=x_BTD), case.config).plan
+            a_N1, b_N1 = jnp.asarray(a_E)[plan.expert_NK], jnp.asarray(b_E)[plan.expert_NK]
+            return jnp.sum(a_N1 * plan.weight_NK + b_N1 * plan.weight_NK**2)
+
+        return jax.grad(loss)(x_BTD)[0]
+
+    g_E = a_E * p_E + b_E * p_E**2
+    g_E[2] = p_E[2] * (a_E[2] + 2 * b_E[2] * p_E[2])
+    expected_E = g_E * p_E - p_E * np.sum(g_E * p_E)
+    sample_NE = np.asarray(gradient(inputs.x_BTD))
+    error_E = sample_NE.std(0) / np.sqrt(n)
+    assert np.all(np.abs(sample_NE.mean(0) - expected_E) < 5 * error_E) and np.all(error_E < 0.02 * np.abs(g_E).max())
+
+
+# lpr
+
+
+def test_lpr_weights_are_a_softmax_of_cosines_in_the_latent_space() -> None:
+    """By hand: layer norm, SiLU, linear; both vectors to length 1."""
+    case, inputs = make_case("lpr"), make_inputs(padded=False)
+    params, x_BTD = jax.tree.map(np.asarray, make_params(case)[0]), np.asarray(inputs.x_BTD)
+    h_BTD = (x_BTD - x_BTD.mean(-1, keepdims=True)) / x_BTD.std(-1, keepdims=True)
+    mu_BTP = (h_BTD / (1 + np.exp(-h_BTD))) @ params["encoder_DP"] + params["bias_P"]
+    unit_BTP = mu_BTP / np.linalg.norm(mu_BTP, axis=-1, keepdims=True)
+    prototype_PE = params["prototype_PE"] / np.linalg.norm(params["prototype_PE"], axis=0)
+    p_BTE = np.exp(unit_BTP @ prototype_PE)
+    kept_BTE = np.where(p_BTE >= np.sort(p_BTE)[..., -2:-1], p_BTE, 0)
+    routing = route(case, inputs)
+    expected = kept_BTE / kept_BTE.sum(-1, keepdims=True)
+    np.testing.assert_allclose(combine(case, routing), expected, rtol=1e-4)
+    assert routing.losses["latent_kl"].sum == pytest.approx(np.square(mu_BTP).sum() / 2, rel=1e-4)
+    distance_BTE = 2 - 2 * unit_BTP @ prototype_PE
+    assert routing.losses["prototype_alignment"].sum == pytest.approx(np.sum(expected * distance_BTE), rel=1e-4)
+
+
+def test_lpr_diversity_is_zero_for_orthogonal_prototypes_and_spreads_others() -> None:
+    case, inputs = make_case("lpr"), make_inputs()
+    params = make_params(case)[0]
+    orthogonal = params | {"prototype_PE": jnp.eye(16)[:, :8] * 3}
+    assert route(case, inputs, orthogonal).losses["prototype_diversity"].sum == pytest.approx(0, abs=1e-6)
+    equal = params | {"prototype_PE": jnp.ones((16, 8))}
+    one = route(case, inputs, equal).losses["prototype_diversity"]
+    assert one.per == "token" and one.sum / 14 == pytest.approx(56 / 64, rel=1e-5)  # 8 * 7 pairs of 64 have cosine 1
+    before = route(case, inputs).losses["prototype_diversity"].sum
+    silent = np.zeros((B, T, D), np.float32)
+    step = probe(case, inputs, silent, prototype_diversity=1.0).params
+    spread = jax.tree.map(lambda p, g: p - 1e-2 * g, params, step)
+    assert route(case, inputs, spread).losses["prototype_diversity"].sum < before
+
+
+# Options
+
 REFUSED = [
     ("top_p", 2, {"threshold": 0.0}, "threshold=0.0"),
     ("top_p", 2, {"threshold": 1.5}, "threshold=1.5"),
@@ -158,6 +347,19 @@ REFUSED = [
     ("relu", 2, {"alpha": 0.9}, "alpha=0.9"),
     ("relu", 2, {"initial": 0.0}, "initial=0.0"),
     ("relu", 2, {}, "model.moe.losses.l1"),
+    ("moge", 3, {"num_groups": 2}, "num_groups=2"),
+    ("moge", 2, {"num_groups": 0}, "num_groups=0"),
+    ("moge", 1, {"num_groups": 1, "renormalize": True}, "no gradient"),
+    ("cosine", 1, {}, "no gradient"),
+    ("cosine", 2, {"projection": 0}, "projection=0"),
+    ("cosine", 2, {"temperature": 0.001}, "temperature=0.001"),
+    ("cosine", 2, {"min_temperature": 0.0}, "min_temperature=0.0"),
+    ("gemma4", 1, {}, "no gradient"),
+    ("self_routing", 1, {}, "no gradient"),
+    ("sparsemixer", 2, {"epsilon": 0.0}, "epsilon=0.0"),
+    ("lpr", 1, {}, "no gradient"),
+    ("lpr", 2, {"latent": 1}, "latent=1"),
+    ("lpr", 2, {"temperature": float("nan")}, "temperature=nan"),
 ]
 
 

@@ -101,6 +101,7 @@ class About:
     learned: bool | Callable[[MoE], bool] = True  # the language-model loss reaches the router's parameters
     stateful: bool = False  # has state, updated once per optimizer step
     random: bool | Callable[[MoE], bool] = False  # uses keys
+    estimator: bool = False  # in training the gate's gradient estimates that of a random choice: no slope of the value
     losses: tuple[str, ...] = ()  # names that `route` returns and `model.moe.losses` may weigh
 
 
