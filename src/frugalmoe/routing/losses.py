@@ -112,7 +112,7 @@ def importance(probs_BTE: Array, inputs: Inputs, config: MoE) -> Loss:
     Shazeer et al. (1701.06538, eq. 6-7) sum the weights of the K selected; the probabilities of all experts give those
     that were not selected a gradient too.
     """
-    return _of_mean(lambda mean_E: jnp.mean(jnp.square(mean_E / mean_E.mean() - 1)), probs_BTE, inputs, config)
+    return _of_mean(lambda mean_E: jnp.mean(jnp.square(mean_E * mean_E.size - 1)), probs_BTE, inputs, config)
 
 
 def marginal_entropy(probs_BTE: Array, inputs: Inputs, config: MoE) -> Loss:
