@@ -172,7 +172,7 @@ BAD = [
     (["--config.model.moe.num_expert=4"], "did you mean 'num_experts'"),
     (["--config.train.batch_size=many"], "train.batch_size='many': expected int"),
     (["--config.model.moe.num_experts_per_token=9"], "at most model.moe.num_experts=8"),
-    (["--config.model.moe.router=topk"], "valid: expert_choice"),
+    (["--config.model.moe.router=topk"], "no such routing strategy"),
     (["--config.data.path=/nowhere"], "/nowhere"),
     (["--config.model.vocab_size=100"], "smaller than the 257 tokens"),
     (["--config.mesh.data=2"], "number of devices, 1"),

@@ -44,7 +44,7 @@ ROUTER = Router(
         paper="Gemma 4 (public code: google-deepmind/gemma, transformers)",
         score="softmax",
         selection="K largest logits of the RMS-normalised input",
-        weights="softmax probabilities renormalised over the K, times a learned scale per expert",
+        weights="softmax over the K, times a learned scale per expert",
         balance="auxiliary loss",
         losses=losses.GATE_LOSSES,
     ),
