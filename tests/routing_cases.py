@@ -48,6 +48,13 @@ OPTIONS = {  # strategy -> (K, options) of 8 experts, beside its defaults
         (2, {"base": "default_moe", "steps": 1500}),
     ),
     "recurrent": ((2, {"hidden": 8}),),
+    "moge": ((2, {"renormalize": True}), (4, {"num_groups": 2})),
+    "cosine": ((1, {"projection": 4, "renormalize": False}),),
+    "lpr": ((3, {"latent": 4, "temperature": 0.1}),),
+    "self_routing": ((1, {"renormalize": False}),),
+    "sparsemixer": ((1, {"epsilon": 10.0}),),
+    "top_p": ((2, {"threshold": 0.7, "max_experts": 3, "renormalize": True}),),
+    "relu": ((2, {}), (2, {"max_experts": 3, "rms_norm": True})),
 }
 
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from routing_cases import make_case, make_inputs, probe, route
+from test_routing_laws import LAWS
 
-from frugalmoe.config.schema import MoE
+from frugalmoe.config.schema import FrozenDict, MoE
 from frugalmoe.routing import losses, stats
 from frugalmoe.routing.contract import Inputs, Loss, TokenPlan
 
@@ -214,3 +215,124 @@ def test_scope_rules() -> None:
     assert "accumulate_steps=1" in losses.scope_error(whole, 2, 3)
     assert losses.scope_error(micro, 4, 6) is None
     assert "load_balance_group=3" in losses.scope_error(micro, 1, 4)
+
+
+def all_losses(scope: dict, probs_BTE: np.ndarray, load_BE: np.ndarray, valid_BT: np.ndarray) -> dict[str, float]:
+    """Every loss of a gate as it is reported. Two devices, K = 1."""
+    num_experts = probs_BTE.shape[-1]
+    named = FrozenDict.fromkeys(losses.GATE_LOSSES, 0.0)
+    config = MoE(num_experts=num_experts, num_experts_per_token=1, losses=named, load_balance_devices=2, **scope)
+
+    @jax.jit
+    def reported(probs_BTE: jax.Array, load_BE: jax.Array, segment_ids_BT: jax.Array) -> dict[str, jax.Array]:
+        inputs = inputs_of(segment_ids_BT)
+        terms = losses.gate_losses(jnp.log(probs_BTE + 1e-9), probs_BTE, load_BE, inputs, config)
+        return losses.total(terms, {}, losses.denominators(inputs.valid_BT, config)).metrics
+
+    return {name: float(x) for name, x in reported(jnp.asarray(probs_BTE, jnp.float32), load_BE, valid_BT).items()}
+
+
+HALVES = np.asarray([[[0.5, 0.5, 0, 0]] * 2, [[0, 0, 0.5, 0.5]] * 2])  # two sequences of two tokens, four experts
+
+
+def test_losses_of_the_mean_probability_by_hand_per_sequence_and_over_the_batch() -> None:
+    """Each sequence is unsure between the two experts of one device; together all experts are equally probable."""
+    load_BE, valid_BT = np.asarray([[1, 1, 0, 0], [0, 0, 1, 1]]), np.ones((2, 2), bool)
+    ln2 = np.log(2)
+    apart, together = (all_losses(scope, HALVES, load_BE, valid_BT) for scope in (SCOPES[0], SCOPES[2]))
+    assert apart["device_balance"] == pytest.approx(2)  # 2 devices * (1 * 1 + 0 * 0)
+    assert together["device_balance"] == pytest.approx(1)  # 2 * (1/2 * 1/2 + 1/2 * 1/2)
+    assert apart["importance"] == pytest.approx(1)  # shares 1/2, 1/2, 0, 0: variance 1/16, mean 1/4
+    assert together["importance"] == pytest.approx(0, abs=1e-6)
+    assert apart["marginal_entropy"] == pytest.approx(ln2)  # ln 4 - ln 2
+    assert together["marginal_entropy"] == pytest.approx(0, abs=1e-6)
+    for reported in (apart, together):
+        assert reported["token_entropy"] == pytest.approx(ln2)
+    assert apart["mutual_information"] == pytest.approx(2 * ln2)  # ln 4 - 0: the token says nothing about the expert
+    assert together["mutual_information"] == pytest.approx(ln2)  # ln 4 - ln 2: it says one bit
+
+
+def test_device_balance_sees_devices_and_not_the_load_inside_one() -> None:
+    """All tokens on experts 0 and 2, one per device: collapsed inside each device, balanced over devices."""
+    probs_BTE = np.asarray([[[1.0, 0, 0, 0], [0, 0, 1.0, 0]]])
+    inside = all_losses({}, probs_BTE, np.asarray([[1, 0, 1, 0]]), np.ones((1, 2), bool))
+    assert inside["device_balance"] == pytest.approx(1) and inside["load_balance"] == pytest.approx(2)
+    moved = all_losses({}, probs_BTE[..., [1, 0, 3, 2]], np.asarray([[0, 1, 0, 1]]), np.ones((1, 2), bool))
+    assert moved["device_balance"] == pytest.approx(inside["device_balance"])
+
+
+def test_load_balance_is_one_at_uniform_load_whatever_the_number_of_experts_per_token() -> None:
+    """f is a share of the slots, not of K * tokens: two tokens in 4 slots, or in 12, of four experts."""
+    uniform_BTE = np.full((1, 2, 4), 0.25)
+    for slots in (1, 3):
+        reported = all_losses({}, uniform_BTE, np.full((1, 4), slots), np.ones((1, 2), bool))
+        assert reported["load_balance"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("scope", SCOPES, ids=str)
+def test_padding_counts_in_no_loss(scope: dict) -> None:
+    rng = np.random.default_rng(4)
+    probs_BTE, load_BE = rng.dirichlet(np.ones(4), (2, 6)), rng.multinomial(6, np.ones(4) / 4, 2)
+    padded_BTE, valid_BT = rng.dirichlet(np.ones(4), (4, 8)), np.zeros((4, 8), bool)
+    padded_BTE[:2, :6], valid_BT[:2, :6] = probs_BTE, True
+    padded = all_losses(scope, padded_BTE, np.pad(load_BE, ((0, 2), (0, 0))), valid_BT)
+    assert padded == pytest.approx(all_losses(scope, probs_BTE, load_BE, np.ones((2, 6), bool)), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["importance", "marginal_entropy", "mutual_information"])
+def test_a_loss_that_is_not_linear_sums_over_shards_to_value_and_gradient_of_one_device(name: str) -> None:
+    """Shards of 12 and 9 tokens: the mean is over all 21, not a mean of means."""
+    config = MoE(num_experts=8, load_balance_scope="global")
+    rng = np.random.default_rng(5)
+    logits_BTE = jnp.asarray(rng.normal(size=(4, 6, 8)) + np.linspace(-1, 1, 8), jnp.float32)
+    valid_BT = np.ones((4, 6), bool)
+    valid_BT[3, 3:] = False
+
+    def part(logits_BTE: jax.Array, segment_ids_BT: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        inputs = inputs_of(segment_ids_BT)._replace(axis_names=axes)
+        return getattr(losses, name)(jax.nn.softmax(logits_BTE), inputs, config).sum
+
+    def one_device(logits_BTE: jax.Array) -> jax.Array:
+        return part(logits_BTE, valid_BT, ())
+
+    def two_shards(logits_BTE: jax.Array) -> jax.Array:
+        split = logits_BTE.reshape(2, 2, 6, 8), jnp.asarray(valid_BT.reshape(2, 2, 6), jnp.int32)
+        return jax.vmap(lambda *arrays: part(*arrays, ("data",)), axis_name="data")(*split).sum()
+
+    (a, da), (b, db) = (jax.jit(jax.value_and_grad(f))(logits_BTE) for f in (one_device, two_shards))
+    assert a == pytest.approx(float(b), rel=1e-5)
+    np.testing.assert_allclose(da, db, rtol=1e-4, atol=1e-7)
+    direction, step = rng.normal(size=logits_BTE.shape), 1e-2
+    low, high = (jax.jit(one_device)(logits_BTE + end * direction) for end in (-step, step))
+    assert np.vdot(da, direction) == pytest.approx(float(high - low) / (2 * step), rel=2e-2)
+
+
+def test_gradients_stay_finite_where_a_probability_is_zero() -> None:
+    inputs, config = inputs_of(np.asarray([[1, 1], [0, 0]])), MoE(num_experts=2)
+
+    def everything(logits_BTE: jax.Array) -> jax.Array:
+        probs_BTE = jax.nn.softmax(logits_BTE)
+        terms = (f(probs_BTE, inputs, config).sum for f in (losses.importance, losses.mutual_information))
+        return sum(terms) + losses.token_entropy(probs_BTE, inputs).sum
+
+    certain_BTE = jnp.broadcast_to(jnp.asarray([0.0, -500.0]), (2, 2, 2))
+    assert np.all(np.isfinite(jax.jit(jax.grad(everything))(certain_BTE)))
+
+
+def test_a_gate_computes_what_is_always_reported_and_what_the_config_names() -> None:
+    plain, more = make_case("topk_softmax"), make_case("topk_softmax", moe={"losses": FrozenDict(importance=0.0)})
+    assert set(route(plain, make_inputs()).losses) == {"load_balance", "sequence_balance", "z"}
+    assert set(route(more, make_inputs()).losses) == {"load_balance", "sequence_balance", "z", "importance"}
+
+
+EVERY_LOSS = {"losses": FrozenDict.fromkeys(losses.GATE_LOSSES, 0.0), "load_balance_devices": 4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", SCOPES, ids=str)
+@pytest.mark.parametrize("law", ["finite_differences", "padding", "shards"])
+def test_every_loss_at_once_obeys_the_laws(law: str, scope: dict) -> None:
+    """The laws of strategies look at the losses that every run has; here at all, of one strategy."""
+    if law == "shards" and "load_balance_group" in scope:
+        scope = scope | {"load_balance_group": 1}  # a group of two has no place on shards of one sequence
+    LAWS[law](make_case("topk_softmax", moe=EVERY_LOSS | scope))

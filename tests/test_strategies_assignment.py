@@ -115,7 +115,7 @@ def test_evaluation_has_four_slots_for_each_of_k() -> None:
     case, inputs = make_case("expert_choice", 8, 1), make_inputs(train=False)
     routing = route(case, inputs, state=threshold.initial(-1.0, 8))
     assert routing.stats["overflow"] == 14 * 4 and routing.stats["assigned"] == 14 * 4
-    assert stats.metrics(routing.stats)["overflow"] == 4
+    assert stats.metrics(routing.stats)["overflow_rate"] == 0.5
 
 
 def test_a_study_can_evaluate_by_the_training_rule() -> None:

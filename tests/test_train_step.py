@@ -82,10 +82,11 @@ def largest_difference(a, b) -> float:
 
 
 def router(name: str) -> dict:
-    """The strategy with two experts per token, or with one where it allows no more."""
+    """The strategy with two experts per token, or with one where it allows no more, and what else it needs."""
     of_two = MoE(num_experts_per_token=2, options=strategies.get(name).options())
     one = {"model.moe.num_experts_per_token": 1} if strategies.get(name).check(of_two) else {}
-    return {"model.moe.router": name} | one | (STATEFUL if name == "sigmoid_bias" else {})
+    needs = {"sigmoid_bias": STATEFUL, "relu": {"model.moe.losses.l1": 1.0}}
+    return {"model.moe.router": name} | one | needs.get(name, {})
 
 
 # Each strategy once: the first in the fast tests, all of them in the whole suite.
@@ -94,7 +95,7 @@ ROUTERS = [pytest.param(router("sigmoid_bias"), id="sigmoid_bias")] + [
 ]
 FED_BY_COUNTS = ("sigmoid_bias",)  # their state is a function of integers: equal to the bit
 # As many experts per token as reach a threshold, have room, or are experts at all.
-VARIABLE = ("adamoe", "expert_threshold", "longcat", "moe_plus_plus", "recycle")
+VARIABLE = ("adamoe", "expert_threshold", "longcat", "moe_plus_plus", "recycle", "relu", "top_p")
 EVERY_LOSS = {"model.moe.losses.sequence_balance": 0.01, "optim.logit_z_loss": 1e-3}
 
 

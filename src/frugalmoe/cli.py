@@ -199,21 +199,23 @@ def _add_routers(commands) -> None:
         "routers",
         _routers,
         "List the routing strategies and what each one claims.",
-        "  frugalmoe routers\n  frugalmoe routers --format=json",
+        "  frugalmoe routers\n  frugalmoe routers --format=json\n  frugalmoe routers --format=markdown",
     )
-    parser.add_argument("--format", choices=("table", "json"), default="table")
+    parser.add_argument("--format", choices=("table", "json", "markdown"), default="table")
 
 
 def _routers(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from frugalmoe.routing.catalogue import catalogue, format_table
+    from frugalmoe.routing.catalogue import catalogue, format_markdown, format_table
 
     rows = catalogue()
     if args.format == "json":
         print(json.dumps(rows, indent=1))
+    elif args.format == "markdown":
+        print(format_markdown(rows))
     else:
-        Console(width=None if sys.stdout.isatty() else 200).print(format_table(rows))
+        Console(width=None if sys.stdout.isatty() else 120).print(format_table(rows))
     return 0
 
 

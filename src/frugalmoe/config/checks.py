@@ -88,6 +88,18 @@ def _moe(config: Config) -> None:
             raise UserError(f"{path}: unknown loss; {did_you_mean(name, known)}")
         _require(isinstance(coefficient, int | float), path, coefficient, "must be a number")
         _require(coefficient >= 0, path, coefficient, "must not be negative")
+    _require(
+        moe.load_balance_devices > 0 and moe.num_experts % moe.load_balance_devices == 0,
+        "model.moe.load_balance_devices",
+        moe.load_balance_devices,
+        f"must divide model.moe.num_experts={moe.num_experts}",
+    )
+    _require(
+        moe.load_balance_devices > 1 or "device_balance" not in moe.losses,
+        "model.moe.load_balance_devices",
+        moe.load_balance_devices,
+        "must be at least 2 for model.moe.losses.device_balance, which is constant on one device",
+    )
     _one_of("model.moe.executor", moe.executor, experts.EXECUTORS)
     _one_of("model.moe.drop_order", moe.drop_order, experts.ORDERS)
     _one_of("model.moe.load_balance_scope", moe.load_balance_scope, ("sequence", "micro_batch", "global"))

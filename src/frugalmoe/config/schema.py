@@ -31,6 +31,7 @@ class MoE:
     losses: Mapping[str, float] = FrozenDict(load_balance=0.01, z=0.001)  # coefficient of each loss the router returns
     load_balance_scope: str = "sequence"  # over what the load is balanced: sequence | micro_batch | global
     load_balance_group: int = 1  # sequences in one group of scope micro_batch
+    load_balance_devices: int = 1  # loss device_balance: devices that hold equal shares of consecutive experts
     executor: str = "auto"  # auto | dense | grouped (blocks | tpu | gpu, by platform) | capacity
     capacity_factor: float = 1.25  # executor=capacity: slots per expert = factor * tokens * k / experts, per sequence
     drop_order: str = "token"  # executor=capacity: who keeps a slot: token (causal) | choice | weight

@@ -1,14 +1,25 @@
-"""The catalogue of routing strategies, from their own declarations (`frugalmoe routers`)."""
+"""The catalogue of routing strategies, from their own declarations: `frugalmoe routers`, docs/routers.md."""
 
 import dataclasses
+import re
+from collections.abc import Iterable
 
+from rich import box
 from rich.table import Table
 
 from frugalmoe.config.schema import MoE
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import Router
 
-COLUMNS = ("name", "selection", "weights", "balance", "causal", "form", "state")
+COLUMNS = ("name", "year", "paper", "score", "selection", "weights", "balance", "causal", "form", "state")
+HEADER = """# Routing strategies
+
+Written by `frugalmoe routers --format=markdown > docs/routers.md` from what each file of
+`src/frugalmoe/routing/strategies` declares. Claims that vary with the options are given at the defaults; the laws in
+`tests/test_routing_laws.py` check them. `causal`: safe, a token's experts depend on no later token; batch, on other
+sequences; leak, on later tokens of its own. `form`: token, tokens choose experts; expert, experts choose tokens.
+`state`: what is carried from step to step beside the parameters.
+"""
 
 
 def catalogue() -> list[dict]:
@@ -20,16 +31,49 @@ def _row(router: Router) -> dict:
     options = router.options()
     config = MoE(options=options)
     claims = {f.name: router.claim(f.name, config) for f in dataclasses.fields(router.about)}
-    return {"name": router.name} | claims | {"losses": list(claims["losses"]), "options": dataclasses.asdict(options)}
+    return {
+        "name": router.name,
+        **claims,
+        "losses": list(claims["losses"]),
+        "state": "yes" if claims["stateful"] else "no",
+        "options": dataclasses.asdict(options),
+    }
+
+
+def _cells(row: dict) -> dict:
+    """The row with both claims about causality in one cell."""
+    evaluation = row["causal_in_evaluation"]
+    return row | {"causal": f"{row['causal']}; {evaluation} in evaluation" if evaluation else row["causal"]}
 
 
 def format_table(rows: list[dict]) -> Table:
-    """The rows for a terminal; JSON holds the papers and options too."""
-    table = Table(*COLUMNS, title="Routing strategies")
-    table.columns[0].no_wrap = True
-    for row in rows:
-        evaluation = row["causal_in_evaluation"]
-        causal = f"{row['causal']}; {evaluation} in evaluation" if evaluation else row["causal"]
-        cells = row | {"causal": causal, "state": "yes" if row["stateful"] else "no"}
-        table.add_row(*(cells[column] for column in COLUMNS))
+    """The rows for a terminal of 120 columns: year and arXiv numbers stand under the name."""
+    under = ("year", "paper")
+    table = Table(
+        *("name, year, paper" if column == "name" else column for column in COLUMNS if column not in under),
+        title="Routing strategies",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 1, 0),
+    )
+    for column in table.columns:
+        column.no_wrap = column.header not in ("selection", "weights", "balance")
+    for row in map(_cells, rows):
+        identifiers = re.findall(r"\d{4}\.\d{5}", row["paper"])
+        name = "\n".join([row["name"], " ".join([str(row["year"]), *identifiers[:1]]), *identifiers[1:]])
+        table.add_row(name, *(row[column] for column in COLUMNS if column not in ("name", *under)))
     return table
+
+
+def format_markdown(rows: list[dict]) -> str:
+    """The page docs/routers.md: all columns, then every strategy's options with their defaults and its losses."""
+    lines = [HEADER, _line(COLUMNS), _line(["---"] * len(COLUMNS))]
+    lines += [_line([f"`{row['name']}`", *(row[column] for column in COLUMNS[1:])]) for row in map(_cells, rows)]
+    lines += ["", _line(["name", "options", "losses"]), _line(["---"] * 3)]
+    for row in rows:
+        options = ", ".join(f"`{name}={value!r}`" for name, value in row["options"].items())
+        lines.append(_line([f"`{row['name']}`", options, ", ".join(f"`{name}`" for name in row["losses"])]))
+    return "\n".join(lines)
+
+
+def _line(cells: Iterable[object]) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"

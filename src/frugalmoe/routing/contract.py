@@ -108,7 +108,7 @@ class About:
     form: Literal["token", "expert"] = "token"
     weight_sum: float | str | Callable[[MoE], float | str] = "free"  # of a valid token: a number, at_most_one, or free
     learned: bool | Callable[[MoE], bool] = True  # the language-model loss reaches the router's parameters
-    straight_through: bool = False  # that gradient is an estimate by design, not the slope of the output
+    estimated_gradient: bool = False  # by design the gate's gradient is an estimate, not the slope of the output
     stateful: bool = False  # has state, updated once per optimizer step
     random: bool | Callable[[MoE], bool] = False  # uses keys
     losses: tuple[str, ...] = ()  # names that `route` returns and `model.moe.losses` may weigh

@@ -1,13 +1,13 @@
 """Auxiliary losses of routers, and the only place where they are added up.
 
-Letters: B batch, T time, E experts, K choices, G groups of sequences, L MoE layers.
+Letters: B batch, T time, E experts, d devices, K choices, G groups of sequences, L MoE layers.
 
 A strategy returns unscaled sums (`Loss`), additive over micro-batches and over shards of the batch. `total` divides
 them by the number of units in the whole optimizer step and applies the coefficients, so that gradient accumulation
 and data parallelism change nothing. Padding counts nowhere.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -17,8 +17,17 @@ from jax import Array
 from frugalmoe.config.schema import MoE
 from frugalmoe.routing.contract import Inputs, Loss
 
-GATE_LOSSES = ("load_balance", "sequence_balance", "z")
+REPORTED = ("load_balance", "sequence_balance", "z")  # by every token-choice gate in every run
+GATE_LOSSES = (
+    *REPORTED,
+    "device_balance",
+    "importance",
+    "marginal_entropy",
+    "token_entropy",
+    "mutual_information",
+)
 UNIT = {"sequence": "sequence", "micro_batch": "group", "global": "batch"}
+TINY = 1e-20  # a probability below it counts as this in a logarithm
 
 
 class Total(NamedTuple):
@@ -27,47 +36,160 @@ class Total(NamedTuple):
 
 
 def gate_losses(logits_BTE: Array, probs_BTE: Array, load_BE: Array, inputs: Inputs, config: MoE) -> dict[str, Loss]:
-    """The losses of any token-choice gate, by the names in `GATE_LOSSES`."""
-    return {
-        "load_balance": load_balance(probs_BTE, load_BE, inputs, config),
-        "sequence_balance": sequence_balance(probs_BTE, load_BE, inputs, config),
-        "z": z(logits_BTE, inputs),
+    """The losses of any token-choice gate: those of `REPORTED` and those of `GATE_LOSSES` that the config names.
+
+    A loss that is not asked for costs nothing; one named with coefficient 0 is reported and not trained on.
+    """
+    of_load = (probs_BTE, load_BE, inputs, config)
+    makers = {
+        "load_balance": lambda: load_balance(*of_load),
+        "sequence_balance": lambda: sequence_balance(*of_load),
+        "z": lambda: z(logits_BTE, inputs),
+        "device_balance": lambda: device_balance(*of_load),
+        "importance": lambda: importance(probs_BTE, inputs, config),
+        "marginal_entropy": lambda: marginal_entropy(probs_BTE, inputs, config),
+        "token_entropy": lambda: token_entropy(probs_BTE, inputs),
+        "mutual_information": lambda: mutual_information(probs_BTE, inputs, config),
     }
+    return {name: make() for name, make in makers.items() if name in REPORTED or name in config.losses}
+
+
+# Losses of one token
+
+
+def z(logits_BTE: Array, inputs: Inputs) -> Loss:
+    """logsumexp(logits)^2 of each valid token (Zoph et al., ST-MoE, 2202.08906, eq. 5)."""
+    lse_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
+    return Loss(jnp.sum(jnp.square(lse_BT), where=inputs.valid_BT), "token")
+
+
+def token_entropy(probs_BTE: Array, inputs: Inputs) -> Loss:
+    """The entropy of each valid token's probabilities: sharper gates (Huang et al., 2403.07652)."""
+    return Loss(jnp.sum(_entropy(probs_BTE), where=inputs.valid_BT), "token")
+
+
+def _entropy(probs_BTE: Array) -> Array:
+    """In nats over the last axis, with a finite gradient at probability 0."""
+    return -jnp.sum(probs_BTE * jnp.log(jnp.maximum(probs_BTE, TINY)), axis=-1)
+
+
+# Losses of a group of sequences. All but `sequence_balance` are formed over the groups of `config.load_balance_scope`:
+# `sequence`, one group per sequence; `micro_batch`, `config.load_balance_group` consecutive sequences; `global`, the
+# whole batch, over `inputs.axis_names` too (Qiu et al., 2501.11873).
 
 
 def load_balance(probs_BTE: Array, load_BE: Array, inputs: Inputs, config: MoE) -> Loss:
-    """E * sum_e f_e P_e over each group of `config.load_balance_scope` (Fedus et al., 2101.03961, eq. 4-6).
+    """E * sum_e f_e P_e over each group (Fedus et al., 2101.03961, eq. 4-6).
 
-    f_e = count_e / (K * tokens) sums to 1 over experts, P_e is the mean of probabilities that sum to 1, so the loss is
-    1 at uniform load and E/K at collapse. Counts are those of the selection that was executed, its bias included.
-    Scopes: `sequence`, one group per sequence; `micro_batch`, `config.load_balance_group` consecutive sequences;
-    `global`, the whole batch, over `inputs.axis_names` too (Qiu et al., 2501.11873).
+    f_e, the share of the group's slots that name the expert, sums to 1 over experts; P_e is the mean of probabilities
+    that sum to 1. So the loss is 1 at uniform load and E/K at collapse. Counts are those of the selection that was
+    executed, its bias included.
     """
-    batch = load_BE.shape[0]
-    size = {"sequence": 1, "micro_batch": config.load_balance_group, "global": batch}[config.load_balance_scope]
-    axes = inputs.axis_names if config.load_balance_scope == "global" else ()
-    return Loss(_balance(probs_BTE, load_BE, inputs, config, size, axes), UNIT[config.load_balance_scope])
+    scope = _scope(load_BE.shape[0], inputs, config)
+    return Loss(_balance(probs_BTE, load_BE, inputs, scope), scope.per)
 
 
 def sequence_balance(probs_BTE: Array, load_BE: Array, inputs: Inputs, config: MoE) -> Loss:
     """The complementary sequence-wise loss of DeepSeek-V3 (2412.19437, eq. 17-20): always one group per sequence."""
-    return Loss(_balance(probs_BTE, load_BE, inputs, config, 1, ()), "sequence")
+    scope = Scope(1, (), "sequence")
+    return Loss(_balance(probs_BTE, load_BE, inputs, scope), scope.per)
 
 
-def _balance(probs_BTE: Array, load_BE: Array, inputs: Inputs, config: MoE, size: int, axes: tuple[str, ...]) -> Array:
-    """Sum over groups of `size` sequences of E * sum_e f_e P_e.
+def device_balance(probs_BTE: Array, load_BE: Array, inputs: Inputs, config: MoE) -> Loss:
+    """The load-balance loss of `config.load_balance_devices` devices of consecutive experts, 1 at uniform load.
 
-    Over `axes` only the integer counts are reduced: each shard keeps its own part of P, the parts add up to the loss,
-    and no gradient crosses a collective.
+    DeepSeekMoE (2401.06066, eq. 15-17): the mean over a device of its experts' f, times the sum of their P. How the
+    load spreads inside a device does not matter.
     """
-    valid_BT, num_experts = inputs.valid_BT, load_BE.shape[-1]
-    prob_BE = jnp.sum(probs_BTE, axis=1, where=valid_BT[..., None])
-    count_GE, tokens_G = _group(load_BE, size), _group(valid_BT.sum(-1, dtype=jnp.int32), size)
-    if axes:
-        count_GE, tokens_G = jax.lax.psum((count_GE, tokens_G), axes)
-    tokens_G1 = jnp.maximum(tokens_G, 1)[:, None].astype(jnp.float32)
-    f_GE = count_GE / (config.num_experts_per_token * tokens_G1)
-    return num_experts * jnp.sum(f_GE * _group(prob_BE, size) / tokens_G1)
+    devices = config.load_balance_devices
+    prob_BTd = probs_BTE.reshape(*probs_BTE.shape[:2], devices, -1).sum(-1)
+    return load_balance(prob_BTd, load_BE.reshape(-1, devices, load_BE.shape[1] // devices).sum(-1), inputs, config)
+
+
+def importance(probs_BTE: Array, inputs: Inputs, config: MoE) -> Loss:
+    """The squared coefficient of variation of the experts' summed probabilities over each group.
+
+    Shazeer et al. (1701.06538, eq. 6-7) sum the weights of the K selected; the probabilities of all experts give those
+    that were not selected a gradient too.
+    """
+    return _of_mean(lambda mean_E: jnp.mean(jnp.square(mean_E * mean_E.size - 1)), probs_BTE, inputs, config)
+
+
+def marginal_entropy(probs_BTE: Array, inputs: Inputs, config: MoE) -> Loss:
+    """ln E - H(mean probability) of each group: 0 where all experts are equally probable on average.
+
+    The entropy regularisation of sigma-MoE (Csordas et al., 2310.10837), which is -H, shifted by ln E so as
+    not to be negative.
+    """
+    return _of_mean(_from_uniform, probs_BTE, inputs, config)
+
+
+def mutual_information(probs_BTE: Array, inputs: Inputs, config: MoE) -> Loss:
+    """ln E - I(expert; token) = ln E - H(mean probability) + mean entropy of a token, in each group.
+
+    0 where every token is sure of its expert and all experts are equally likely. The loss of ModuleFormer (Shen et al.,
+    2306.04640) is -I, shifted by ln E here.
+    """
+    marginal = marginal_entropy(probs_BTE, inputs, config)
+    scope = _scope(probs_BTE.shape[0], inputs, config)
+    entropy_B = jnp.sum(_entropy(probs_BTE), axis=1, where=inputs.valid_BT)
+    _, tokens_G = _tokens(inputs, scope)
+    return Loss(marginal.sum + jnp.sum(_group(entropy_B, scope.size) / tokens_G), marginal.per)
+
+
+class Scope(NamedTuple):
+    size: int  # consecutive sequences of a group on this shard
+    axes: tuple[str, ...]  # mesh axes over which the group goes on
+    per: str  # the unit of `Loss`
+
+
+def _scope(batch: int, inputs: Inputs, config: MoE) -> Scope:
+    name = config.load_balance_scope
+    size = {"sequence": 1, "micro_batch": config.load_balance_group, "global": batch}[name]
+    return Scope(size, inputs.axis_names if name == "global" else (), UNIT[name])
+
+
+def _balance(probs_BTE: Array, load_BE: Array, inputs: Inputs, scope: Scope) -> Array:
+    """Sum over groups of E * sum_e f_e P_e.
+
+    Over `scope.axes` only the integer counts are reduced: each shard keeps its own part of P, the parts add up to the
+    loss, and no gradient crosses a collective.
+    """
+    prob_BE = jnp.sum(probs_BTE, axis=1, where=inputs.valid_BT[..., None])
+    count_GE = _over(scope.axes, _group(load_BE, scope.size))
+    _, tokens_G = _tokens(inputs, scope)
+    f_GE = count_GE / jnp.maximum(count_GE.sum(-1, keepdims=True), 1).astype(jnp.float32)
+    return load_BE.shape[-1] * jnp.sum(f_GE * _group(prob_BE, scope.size) / tokens_G[:, None])
+
+
+def _of_mean(function: Callable[[Array], Array], probs_BTE: Array, inputs: Inputs, config: MoE) -> Loss:
+    """Sum over groups of a function of the mean probability [E] that is not linear in it.
+
+    Each shard returns the value at the mean of the whole group times its share of the tokens, with the gradient through
+    its own part of the mean: both add up to those of the whole, and no gradient crosses a collective.
+    """
+    scope = _scope(probs_BTE.shape[0], inputs, config)
+    own_G, tokens_G = _tokens(inputs, scope)
+    prob_BE = jnp.sum(probs_BTE, axis=1, where=inputs.valid_BT[..., None])
+    part_GE = _group(prob_BE, scope.size) / tokens_G[:, None]
+    fixed_GE = jax.lax.stop_gradient(part_GE)
+    value_G, slope_GE = jax.vmap(jax.value_and_grad(function))(jnp.maximum(_over(scope.axes, fixed_GE), TINY))
+    return Loss(jnp.sum(value_G * own_G / tokens_G) + jnp.sum(slope_GE * (part_GE - fixed_GE)), scope.per)
+
+
+def _from_uniform(mean_E: Array) -> Array:
+    """Kullback-Leibler divergence from the uniform distribution: ln E - H."""
+    return jnp.sum(mean_E * jnp.log(mean_E * mean_E.size))
+
+
+def _tokens(inputs: Inputs, scope: Scope) -> tuple[Array, Array]:
+    """Valid tokens of each group on this shard, and at least 1 of the whole group; float32 [G]."""
+    own_G = _group(inputs.valid_BT.sum(-1, dtype=jnp.int32), scope.size)
+    return own_G.astype(jnp.float32), jnp.maximum(_over(scope.axes, own_G), 1).astype(jnp.float32)
+
+
+def _over(axes: tuple[str, ...], x: Array) -> Array:
+    return jax.lax.psum(x, axes) if axes else x
 
 
 def _group(x_B: Array, size: int) -> Array:
@@ -75,10 +197,7 @@ def _group(x_B: Array, size: int) -> Array:
     return x_B.reshape(x_B.shape[0] // size, size, *x_B.shape[1:]).sum(1)
 
 
-def z(logits_BTE: Array, inputs: Inputs) -> Loss:
-    """logsumexp(logits)^2 of each valid token (Zoph et al., ST-MoE, 2202.08906, eq. 5)."""
-    lse_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
-    return Loss(jnp.sum(jnp.square(lse_BT), where=inputs.valid_BT), "token")
+# The losses of a step
 
 
 def denominators(valid_BT: Array, config: MoE) -> dict[str, Array]:
@@ -111,7 +230,7 @@ def total(
 
 
 def scope_error(config: MoE, accumulate_steps: int, micro_batch_sequences: int) -> str | None:
-    """The rule that `config.load_balance_scope` breaks, or None.
+    """The rule that `config.load_balance_scope` breaks, or None; it is the scope of every loss of a group.
 
     `micro_batch_sequences` counts one micro-batch on one device: groups are formed there.
     """

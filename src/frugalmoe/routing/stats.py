@@ -11,8 +11,8 @@ Letters: B batch, T time, N tokens (B*T), E experts, K choices, C slots per expe
 | prob_sum | float32 [E] | router probability, where the router has probabilities |
 | entropy_sum | float32 [] | entropy of the router probability, nats |
 | lse_sum, lse_sq_sum | float32 [] | logsumexp of the logits and its square, where the router has logits |
+| overflow | int32 [] | experts wanted beyond a token's slots, where the number of experts varies per token |
 | ties | int32 [] | 1 if the k-th and the next selection score are equal, where the router ranks scores per token |
-| overflow | int32 [] | experts above their threshold for which the token had no slot left, where there are thresholds |
 | cut_sum | float32 [E] | the score at which the expert's share of the token's pool is cut off (`threshold.py`) |
 
 Counts are integers: a count that is rounded flips the sign of a bias update (Megatron-LM PR 7081).
@@ -84,5 +84,8 @@ def metrics(stats: Mapping[str, Array]) -> dict[str, Array]:
         "active_per_token": (assigned - dropped) / tokens,
         "drop_rate": dropped / jnp.maximum(assigned, 1),
     }
-    per_token = {"entropy": "entropy_sum", "logit_lse": "lse_sum", "tie_rate": "ties", "overflow": "overflow"}
+    if "overflow" in stats:
+        overflow = jnp.asarray(stats["overflow"], jnp.float32)
+        values["overflow_rate"] = overflow / jnp.maximum(assigned + overflow, 1)
+    per_token = {"entropy": "entropy_sum", "logit_lse": "lse_sum", "tie_rate": "ties"}
     return values | {name: stats[key] / tokens for name, key in per_token.items() if key in stats}

@@ -67,7 +67,7 @@ ROUTER = Router(
         weights="softmax probabilities as they are",
         balance="auxiliary loss",
         weight_sum="at_most_one",
-        straight_through=True,
+        estimated_gradient=True,
         losses=losses.GATE_LOSSES,
     ),
     route=route,

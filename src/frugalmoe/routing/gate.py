@@ -1,0 +1,43 @@
+"""What token-choice gates share: features, weights, and a routing with the losses and statistics of any gate.
+
+Letters: B batch, T time, E experts, K choices.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from frugalmoe.config.schema import MoE
+from frugalmoe.routing import losses, select, stats
+from frugalmoe.routing.contract import Inputs, Routing
+
+EPS = 1e-12  # added to the square of a length
+
+
+def weights(probs_BTE: Array, expert_BTK: Array, renormalize: bool) -> Array:
+    """The probabilities of the chosen experts [B, T, K], as they are or over their sum."""
+    weight_BTK = select.at(probs_BTE, expert_BTK)
+    return weight_BTK / weight_BTK.sum(-1, keepdims=True) if renormalize else weight_BTK
+
+
+def routing(
+    logits_BTE: Array, probs_BTE: Array, choice: select.Choice, weight_BTK: Array, inputs: Inputs, config: MoE
+) -> Routing:
+    """The plan of these experts and weights, with `losses.GATE_LOSSES` and all statistics."""
+    plan = select.token_plan(choice.expert_BTK, weight_BTK, inputs, config.num_experts)
+    load_BE = stats.load(plan, inputs, config.num_experts)
+    return Routing(
+        plan,
+        losses.gate_losses(logits_BTE, probs_BTE, load_BE, inputs, config),
+        stats.of_layer(load_BE, inputs, logits_BTE=logits_BTE, probs_BTE=probs_BTE, tied_BT=choice.tied_BT),
+    )
+
+
+def features(inputs: Inputs) -> Array:
+    """The layer's input in float32, zeros at padding, so that garbage there reaches no gradient."""
+    return jnp.where(inputs.valid_BT[..., None], inputs.x_BTD, 0).astype(jnp.float32)
+
+
+def on_sphere(x: Array, axis: int = -1) -> Array:
+    """Vectors of length 1 along the axis; a zero vector stays zero, with a finite gradient."""
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=axis, keepdims=True) + EPS)
