@@ -10,7 +10,8 @@ et al., 2507.08771); zeros stay zero. The penalty is on R before it.
 What differs from the paper: lambda is each layer's own, with K experts per token in each layer, and never below its
 first value, from where it could not come back soon; f_e sums to 1 over experts (in the paper to active/K: lambda
 absorbs it); a token has at most `max_experts` slots from the start, best first, and the metric `overflow_rate` says
-what that cuts.
+what that cuts. Cost: a random gate has half of its logits positive, so that the first steps compute as many experts as
+there are slots, up to `max_experts` / K times the work of topk_softmax, until the penalty has bitten.
 
 Letters: B batch, T time, E experts, K slots per token.
 """

@@ -3,7 +3,7 @@
 Huang et al. (2403.07652): with p = softmax(z) sorted, a token's experts are the smallest prefix whose sum reaches
 `threshold`; a token of which the gate is sure has one, an undecided one has many. `token_entropy` is the paper's loss
 against a gate that is never sure (1e-4 there, beside load_balance 1e-2): name it in `model.moe.losses`.
-`num_experts_per_token` is only nominal; the metric `active_per_token` says what a token costs.
+`num_experts_per_token` is only nominal; the metric `active_per_token` says what a token costs, up to `max_experts`.
 A token has at most `max_experts` slots (none are spared in the paper); the metric `overflow_rate` says what that cuts.
 
 Letters: B batch, T time, E experts, K slots per token.
