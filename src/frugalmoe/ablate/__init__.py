@@ -1,0 +1,12 @@
+"""Studies: arms that differ in declared fields, over paired seeds, compared with statistics.
+
+From Python: `run_study(Study(...), "runs/mine")` trains what is missing, `write_study_report("runs/mine")` reports it. An
+arm may hold a `Router` itself as its `model.moe.router`.
+"""
+
+from frugalmoe.ablate.comparison import Comparison, load_comparison
+from frugalmoe.ablate.report import write_study_report
+from frugalmoe.ablate.runner import run_study
+from frugalmoe.ablate.study import Study, load_study
+
+__all__ = ["Comparison", "Study", "load_comparison", "load_study", "run_study", "write_study_report"]
