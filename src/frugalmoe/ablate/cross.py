@@ -1,4 +1,4 @@
-"""Train with A, evaluate with B: a trained run's weights under the router of another arm, where their shapes allow it."""
+"""Train with A, evaluate with B: a run's weights under the router of another arm, where their shapes allow it."""
 
 import dataclasses
 
@@ -8,7 +8,8 @@ from frugalmoe.ablate.plan import Pair, Plan
 from frugalmoe.train import rundir
 from frugalmoe.train.evaluate import evaluate
 from frugalmoe.train.loop import Run
-from frugalmoe.train.step import abstract, make_eval_step
+from frugalmoe.train.program import compiled_eval_step
+from frugalmoe.train.step import abstract
 
 
 def evaluate_under_others(plan: Plan, pair: Pair, run: Run) -> None:
@@ -19,7 +20,7 @@ def evaluate_under_others(plan: Plan, pair: Pair, run: Run) -> None:
         model = dataclasses.replace(arm.config.model, vocab_size=vocab_size)
         config = dataclasses.replace(run.config, model=model)
         if _shapes(config) == _shapes(run.config):
-            scores = evaluate(jax.jit(make_eval_step(config)), run.state, run.data, config, run.mesh)
+            scores = evaluate(compiled_eval_step(config), run.state, run.data, config, run.mesh)
             losses[name] = scores.loss["mean"]
     rundir.write_json(run.workdir / "cross.json", losses)
 

@@ -14,6 +14,7 @@ import jax
 from frugalmoe.ablate.plan import Pair, Plan
 from frugalmoe.config import Config
 from frugalmoe.model.transformer import structure
+from frugalmoe.train.step import without_knobs
 
 SHARE_OF_MEMORY = 0.6  # the estimate is rough, and XLA needs room to work
 LARGEST = 16  # beyond it a program gains little and takes long to compile
@@ -23,19 +24,12 @@ def groups(plan: Plan, at_once: int | None = None) -> list[list[Pair]]:
     """The plan's runs in groups that share a program: equal configs up to name, seed and loss coefficients."""
     by_program: dict[Config, list[Pair]] = {}
     for pair in plan.pairs:
-        by_program.setdefault(_without_knobs(plan.config(pair)), []).append(pair)
+        by_program.setdefault(without_knobs(plan.config(pair)), []).append(pair)
     found = []
     for config, pairs in by_program.items():
         size = at_once or fit(config)
         found += [pairs[i : i + size] for i in range(0, len(pairs), size)]
     return sorted(found, key=lambda group: plan.pairs.index(group[0]))
-
-
-def _without_knobs(config: Config) -> Config:
-    """What a compiled program depends on: `train.step.Knobs` are its arguments."""
-    moe = dataclasses.replace(config.model.moe, losses=type(config.model.moe.losses)())
-    model, train = dataclasses.replace(config.model, moe=moe), dataclasses.replace(config.train, seed=0)
-    return dataclasses.replace(config, name="", model=model, train=train)
 
 
 def fit(config: Config) -> int:
@@ -53,11 +47,10 @@ def bytes_of_run(config: Config) -> int:
     active expert, 6 of the expert's (gate, up, their product, and gradients); logits of `loss_chunk` tokens twice.
     """
     m, t = config.model, config.train
-    settled = (
-        m if m.vocab_size else dataclasses.replace(m, vocab_size=int(config.data.tokenizer.partition(":")[2] or 320))
-    )
+    vocab = m.vocab_size or int(config.data.tokenizer.partition(":")[2] or 320)
+    settled = dataclasses.replace(m, vocab_size=vocab)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(structure(settled)[1]))
     tokens = t.batch_size // t.accumulate_steps * config.data.sequence_length
     active = (m.moe.num_experts_per_token + m.moe.num_shared_experts) * m.moe.expert_dim
     per_token = m.num_layers * (16 * m.dim + 6 * max(active, m.dense_dim))
-    return 4 * (4 * parameters + tokens * per_token + 2 * t.loss_chunk * settled.vocab_size)
+    return 4 * (4 * parameters + tokens * per_token + 2 * t.loss_chunk * vocab)

@@ -26,9 +26,9 @@ from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
 from frugalmoe.train import checkpoint, rundir
 from frugalmoe.train.evaluate import Scores, evaluate, write_probe
-from frugalmoe.train.program import Program
+from frugalmoe.train.program import Program, compiled_eval_step
 from frugalmoe.train.progress import Progress
-from frugalmoe.train.step import abstract, init, knobs, make_eval_step
+from frugalmoe.train.step import abstract, init, knobs
 
 
 class NotFinite(UserError):
@@ -197,7 +197,7 @@ class Run:
         self.metrics_log = rundir.Log(workdir / "metrics.jsonl", self.start)
         self.load_log = rundir.Log(workdir / "expert_load.jsonl", self.start)
         self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=self.start + 1)
-        self.eval_step = jax.jit(make_eval_step(config, trace=False))
+        self.eval_step = compiled_eval_step(config)
         self.batches = data.train_batches(self.start)
         self.tokens_per_second: list[float] = []
 
@@ -256,7 +256,7 @@ class Run:
 
     def _finish(self) -> Scores:
         trace: list | None = [] if self.layers else None
-        eval_step = jax.jit(make_eval_step(self.config, trace=True)) if self.layers else self.eval_step
+        eval_step = compiled_eval_step(self.config, trace=True) if self.layers else self.eval_step
         scores = evaluate(eval_step, self.state, self.data, self.config, self.mesh, trace)
         self._log_scores(scores)
         if trace:

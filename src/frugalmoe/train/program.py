@@ -3,16 +3,36 @@
 Letters: A micro-batches of a step, B sequences, T time; '.' the runs.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from frugalmoe.config.schema import Config
 from frugalmoe.data.batches import Batch
 from frugalmoe.train.evaluate import put_batch
-from frugalmoe.train.step import make_train_step
+from frugalmoe.train.step import make_eval_step, make_train_step, without_knobs
+
+PROGRAMS_KEPT = 64  # the runs of a study come back to the same few
+
+
+@functools.lru_cache(PROGRAMS_KEPT)
+def _compiled_train_step(config: Config, together: bool) -> Callable:
+    step = make_train_step(config)
+    return jax.jit(jax.vmap(step) if together else step, donate_argnums=0)
+
+
+@functools.lru_cache(PROGRAMS_KEPT)
+def _compiled_eval_step(config: Config, trace: bool) -> Callable:
+    return jax.jit(make_eval_step(config, trace))
+
+
+def compiled_eval_step(config: Config, trace: bool = False) -> Callable:
+    """The jitted `make_eval_step`, one for all runs of a process that differ in name and knobs only."""
+    return _compiled_eval_step(without_knobs(config), trace)
 
 
 class Program:
@@ -22,8 +42,8 @@ class Program:
 
     def __init__(self, runs: Sequence[Any]):
         self.runs, self.together = runs, len(runs) > 1
-        step = make_train_step(runs[0].config)
-        self.train_step = jax.jit(jax.vmap(step) if self.together else step, donate_argnums=0)
+        self.train_step = _compiled_train_step(without_knobs(runs[0].config), self.together)
+        self.compiled_before = self.train_step._cache_size()
         self.state, self.knobs = runs[0].state, runs[0].knobs
         if self.together:
             names = {name for run in runs for name in run.knobs.losses}
@@ -53,5 +73,5 @@ class Program:
             run.state, run.step = state, step
 
     def check_compiled_once(self) -> None:
-        if self.train_step._cache_size() > 1:
+        if self.train_step._cache_size() > self.compiled_before + 1:
             raise RuntimeError("the train step was compiled more than once: its argument types changed between steps")

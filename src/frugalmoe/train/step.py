@@ -3,6 +3,8 @@
 Letters: A micro-batches of a step, B sequences, T time, D model, L MoE layers, E experts.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ from flax import nnx
 from jax import Array
 
 from frugalmoe import sharding
-from frugalmoe.config.schema import Config
+from frugalmoe.config.schema import Config, FrozenDict
 from frugalmoe.data.batches import Batch
 from frugalmoe.model.cross_entropy import cross_entropy
 from frugalmoe.model.moe import Context
@@ -47,9 +49,13 @@ class State(NamedTuple):
 
 def init(config: Config) -> State:
     """The state before the first step, replicated on the mesh in context."""
+    return _compiled_fresh(without_knobs(config))(np.uint32(config.train.seed))
+
+
+@functools.lru_cache(64)
+def _compiled_fresh(config: Config) -> Callable[[Array], State]:
     # It runs once: an optimized program would take longer to compile than it saves.
-    fresh = jax.jit(lambda seed: _fresh(config, seed), compiler_options={"xla_backend_optimization_level": 0})
-    return fresh(np.uint32(config.train.seed))
+    return jax.jit(lambda seed: _fresh(config, seed), compiler_options={"xla_backend_optimization_level": 0})
 
 
 def abstract(config: Config) -> State:
@@ -65,6 +71,13 @@ def knobs(config: Config) -> Knobs:
 def _fresh(config: Config, seed: int | Array) -> State:
     _, params, router_state = split(Transformer(config.model, jax.random.key(seed)))
     return State(jnp.int32(0), params, router_state, optim.optimizer(config).init(params))
+
+
+def without_knobs(config: Config) -> Config:
+    """What a compiled program depends on: equal for runs that differ in name and `Knobs` only."""
+    moe = dataclasses.replace(config.model.moe, losses=FrozenDict())
+    model, train = dataclasses.replace(config.model, moe=moe), dataclasses.replace(config.train, seed=0)
+    return dataclasses.replace(config, name="", model=model, train=train)
 
 
 def make_train_step(config: Config) -> Callable[..., tuple[State, dict]]:
