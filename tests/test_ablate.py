@@ -253,10 +253,13 @@ SUMMARY = {
     "speed": {"tokens_per_second": 512.0},
 }
 
+LOGGED = [{"step": step, "loss/ce": 10.0 - step} for step in range(1, 13)]
+
 
 def test_final_metrics_by_hand():
-    found = results.final_metrics(SUMMARY, described(), "aux")
+    found = results.final_metrics(SUMMARY, LOGGED, described(), "aux")
     assert found["router/max_violation"] == 1.5 and "router/entropy" not in found
+    assert found["train/loss"] == -1.5  # steps 11 and 12 of 12: (10 - 11 + 10 - 12) / 2
     assert found["speed/step_seconds"] == 256 / 512
     assert found["cost/active_flops"] == 100 * 1.5 / 2 + 50  # 1.5 of 2 experts on average
 

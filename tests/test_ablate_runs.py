@@ -208,6 +208,7 @@ def test_the_report_is_one_page_with_a_verdict(alone, capsys):
         "RESULTS.md",
         "differences.png",
         "curves.png",
+        "balance.png",
     }
 
 

@@ -1,6 +1,6 @@
 """Studies: arms that differ in declared fields, over paired seeds, compared with statistics.
 
-From Python `run_study(Study(...), "runs/mine")` trains what is missing, `write_study_report("runs/mine")` reports it. An
+In Python `run_study(Study(...), "runs/mine")` trains what is missing, `write_study_report("runs/mine")` reports it. An
 arm may hold a `Router` itself as its `model.moe.router`.
 """
 

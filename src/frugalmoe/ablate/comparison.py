@@ -59,18 +59,31 @@ class Comparison:
         unit = "nats" if self.metric.startswith("eval/loss") else "bits per byte"
         return statistics.verdict(self.paired[arm], unit) if arm in self.paired else "no complete pair of runs"
 
-    @functools.cached_property
-    def _curves(self) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
-        """Of the deciding metric, evaluations in the course of a run and the last one."""
-        points: dict[str, dict[int, dict[int, float]]] = {}
-        kept = self.table.filter(pc.equal(self.table["metric"], self.metric))
-        for row in kept.to_pylist():
-            points.setdefault(row["arm"], {}).setdefault(row["seed"], {})[row["step"]] = row["value"]
-        arrays = lambda by_step: (np.array(sorted(by_step)), np.array([by_step[s] for s in sorted(by_step)]))
-        return {arm: {seed: arrays(p) for seed, p in seeds.items()} for arm, seeds in points.items()}
-
     def curves(self, arm: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        return self._curves.get(arm, {})
+        """{seed: (steps, values)} of the deciding metric, evaluations in the course of a run and the last one."""
+        return self._metric_curves.get(arm, {})
+
+    def violations(self, arm: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """{seed: (steps, values)} of max violation in training batches, mean over layers."""
+        return self._violation_curves.get(arm, {})
+
+    @functools.cached_property
+    def _metric_curves(self) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
+        return self._curves(self.metric)
+
+    @functools.cached_property
+    def _violation_curves(self) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
+        return self._curves("router/max_violation/layer_")
+
+    def _curves(self, prefix: str) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
+        """Of the logged metrics that start so, their mean at each step."""
+        points: dict[str, dict[int, dict[int, list[float]]]] = {}
+        logged = pc.and_(pc.invert(self.table["final"]), pc.starts_with(self.table["metric"], prefix))
+        for row in self.table.filter(logged).to_pylist():
+            by_step = points.setdefault(row["arm"], {}).setdefault(row["seed"], {})
+            by_step.setdefault(row["step"], []).append(row["value"])
+        arrays = lambda by_step: (np.array(sorted(by_step)), np.array([np.mean(by_step[s]) for s in sorted(by_step)]))
+        return {arm: {seed: arrays(p) for seed, p in seeds.items()} for arm, seeds in points.items()}
 
     def cost_to_target(self, arm: str) -> dict[str, np.ndarray] | None:
         """Shares of the baseline's whole training that the arm needs to reach the baseline's final loss, per seed.

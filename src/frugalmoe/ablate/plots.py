@@ -82,6 +82,24 @@ def learning_curves(c: Comparison) -> Figure | None:
     return figure
 
 
+@_styled
+def balance(c: Comparison) -> Figure | None:
+    """Max violation of training batches, mean over layers; None for a study of dense models."""
+    figure = Figure(figsize=(9, 3.2))
+    axes = figure.subplots()
+    for arm, colour in colours(c).items():
+        curves = list(c.violations(arm).values())
+        if curves and len({len(steps) for steps, _ in curves}) == 1:
+            _band(axes, curves[0][0], np.array([values for _, values in curves]), colour, arm)
+    if not axes.lines:
+        return None
+    axes.set(xlabel="optimizer step", ylabel="max violation", ylim=(0, None))
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
 def _band(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:
     """Mean over the first axis, and its range."""
     axes.plot(steps, values.mean(0), color=colour, label=label)

@@ -25,6 +25,8 @@ NAMES = {
     "router/dead_experts": "dead experts",
     "router/active_per_token": "experts per token",
     "router/tie_rate": "tie rate",
+    "router/logit_lse": "log-normaliser of the router",
+    "train/loss": "training loss, last tenth",
     "parameters/total": "parameters",
     "parameters/active": "active parameters",
     "eval/loss/mean": "loss (nats per token)",
@@ -193,6 +195,7 @@ def _page(c: Comparison) -> tuple[str, dict[str, bytes]]:
         first,
         _drawn("differences", plots.differences(c), "Paired differences to the baseline", HOW_DIFFERENCES, pictures),
         _drawn("curves", plots.learning_curves(c), "Learning curves", HOW_CURVES, pictures),
+        _drawn("balance", plots.balance(c), "Balance in the course of training", HOW_BALANCE, pictures),
         *others,
         tag("h2", "Reproduce"),
         tag("pre", reproduce(c)),
@@ -210,6 +213,11 @@ HOW_DIFFERENCES = (
 HOW_CURVES = (
     "Held-out loss in the course of training. Lines: means over seeds; bands: their range. Right: the paired "
     "difference to the baseline, where the spread between seeds cancels."
+)
+
+HOW_BALANCE = (
+    "How far the busiest expert is above the mean load in a training batch, mean over MoE layers; 0 is perfect "
+    "balance. Lines: means over seeds; bands: their range."
 )
 
 

@@ -10,7 +10,7 @@
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,33 @@ SCHEMA = pa.schema(
         ("value", pa.float64()),
     ]
 )
-ROUTER = ("max_violation", "load_entropy", "dead_experts", "active_per_token", "drop_rate", "entropy", "tie_rate")
+ROUTER = (
+    "max_violation",
+    "load_entropy",
+    "dead_experts",
+    "active_per_token",
+    "drop_rate",
+    "entropy",
+    "logit_lse",
+    "tie_rate",
+)
+TAIL = 0.1  # share of the steps whose mean is `train/loss`
 COST = ("cost/active_flops", "speed/tokens_per_second", "speed/step_seconds", "parameters/total", "parameters/active")
 
 
 def known_metrics(domains: Iterable[str]) -> list[str]:
     """The names of final results that a study may ask for."""
     scores = [f"eval/{kind}/{d}" for kind in ("loss", "bits_per_byte") for d in (*domains, "mean")]
-    return [*scores, *(f"router/{name}" for name in ROUTER), *COST]
+    return [*scores, "train/loss", *(f"router/{name}" for name in ROUTER), *COST]
 
 
-def final_metrics(summary: Mapping[str, Any], study: Mapping[str, Any], arm: str) -> dict[str, float]:
+def final_metrics(
+    summary: Mapping[str, Any], logged: Sequence[Mapping[str, float]], study: Mapping[str, Any], arm: str
+) -> dict[str, float]:
     """A complete run's results; router metrics are means over its MoE layers, absent where no layer has them."""
-    values = {f"eval/{kind}/{d}": v for kind, by_domain in summary["eval"].items() for d, v in by_domain.items()}
+    late = [row["loss/ce"] for row in logged if "loss/ce" in row and row["step"] > (1 - TAIL) * summary["step"]]
+    values = {"train/loss": float(np.mean(late))} if late else {}
+    values |= {f"eval/{kind}/{d}": v for kind, by_domain in summary["eval"].items() for d, v in by_domain.items()}
     layers = list(summary["router"]["layers"].values())
     for name in ROUTER:
         found = [layer[name] for layer in layers if name in layer]
@@ -87,10 +101,10 @@ def _rows(workdir: Path, study: Mapping[str, Any]) -> Iterator[tuple]:
             if not rundir.is_complete(directory):
                 continue
             seed, summary = int(directory.name.removeprefix("seed_")), rundir.read_json(directory / "summary.json")
-            for line in (directory / "metrics.jsonl").read_text().splitlines():
-                row = json.loads(line)
+            logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+            for row in logged:
                 yield from ((arm, seed, name, row["step"], False, v) for name, v in row.items() if name != "step")
-            results = final_metrics(summary, study, arm)
+            results = final_metrics(summary, logged, study, arm)
             yield from ((arm, seed, name, summary["step"], True, v) for name, v in results.items())
 
 
