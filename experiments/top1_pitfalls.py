@@ -27,8 +27,8 @@ STUDY = Study(
     expectation=(
         "With weights renormalised at K = 1 the router's gradient is zero: it stays near its random start and follows "
         "the balance loss alone, so it should do no better than a frozen one. Switch (2101.03961) keeps the "
-        "probability as weight, Llama 4 scales the input with a sigmoid. Top-2 of half the width is expected ahead: 1.867 (GShard "
-        "top-2) against 1.881 (Switch) in 2401.06066."
+        "probability as weight, Llama 4 scales the input with a sigmoid. Top-2 of half the width is expected ahead: "
+        "1.867 (GShard top-2) against 1.881 (Switch) in 2401.06066."
     ),
     base="configs/study.py",
     overrides={
