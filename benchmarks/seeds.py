@@ -2,8 +2,8 @@
 
 Command:  python benchmarks/seeds.py [--rounds=5] [--config=configs/study.py] [--config.x=...]
 All modes are alive at one time and take turns, so that what slows the machine down slows all of them. `processes` are
-one process per core that train at the same time. Printed: median milliseconds for one step of every run, and how many
-times as fast as one after the other (median of the ratios within a round).
+one process per core that train at the same time. Printed: median milliseconds for one step of every run, how many
+times as fast as one after the other (median of the ratios within a round), and the CPU time of all threads.
 """
 
 import argparse
@@ -17,7 +17,7 @@ RUNS, STEPS = 4, 4  # a round trains every run so many steps
 
 
 def worker(mode: str, runs: int, spec: str, overrides: list[str]) -> None:
-    """Answers each line of stdin with the seconds of one round."""
+    """Answers each line of stdin with the seconds of one round, on the clock and of all its threads."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -48,12 +48,12 @@ def worker(mode: str, runs: int, spec: str, overrides: list[str]) -> None:
             fed = [put_batch(mesh, Batch(*(np.stack([x] * runs) for x in b)), ".ABT") for b in batches]
         for warm in (True, False):
             for _ in range(2) if warm else iter(sys.stdin.readline, ""):
-                began = time.perf_counter()
+                began, cpu = time.perf_counter(), time.process_time()
                 for batch in fed:
                     for i in range(len(states)):
                         states[i], metrics = program(states[i], batch, *args)
                 jax.block_until_ready((states, metrics))
-                print(time.perf_counter() - began if not warm else "warm", flush=True)
+                print("warm" if warm else f"{time.perf_counter() - began} {time.process_time() - cpu}", flush=True)
 
 
 def start(mode: str, runs: int, cores: set[int], spec: str, overrides: list[str]) -> subprocess.Popen:
@@ -80,15 +80,19 @@ def main() -> None:
     modes = {mode: [start(mode, RUNS, cores, args.config, overrides)] for mode in ("one", "map", "vmap")}
     modes["processes"] = [start("one", RUNS // len(cores), {core}, args.config, overrides) for core in cores]
     seconds: dict[str, list[float]] = {mode: [] for mode in modes}
+    cpu: dict[str, list[float]] = {mode: [] for mode in modes}
     for _ in range(args.rounds):
         for mode, processes in modes.items():
             for process in processes:
                 process.stdin.write("go\n")
                 process.stdin.flush()
-            seconds[mode].append(max(float(process.stdout.readline()) for process in processes))
+            answers = [[float(x) for x in process.stdout.readline().split()] for process in processes]
+            seconds[mode].append(max(wall for wall, _ in answers))
+            cpu[mode].append(sum(used for _, used in answers))
     for mode, values in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(seconds["one"], values))
-        print(f"{mode:10s} {1e3 * statistics.median(values) / STEPS:8.1f} ms   {ratio:.2f}x")
+        wall, used = (1e3 * statistics.median(x) / STEPS for x in (values, cpu[mode]))
+        print(f"{mode:10s} {wall:8.1f} ms   {ratio:.2f}x   {used:8.1f} ms of CPU", flush=True)
     for processes in modes.values():
         for process in processes:
             process.stdin.close()

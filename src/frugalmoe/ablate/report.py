@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from frugalmoe.ablate import plots
+from frugalmoe.ablate import plots, statistics
 from frugalmoe.ablate.comparison import Comparison, load_comparison
 from frugalmoe.analysis.page import Html, count, document, folded, join, number, picture, png, table, tag
 
@@ -69,7 +69,16 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def verdict_lines(c: Comparison) -> list[str]:
-    return [f"{arm}: {c.verdict(arm)}" for arm in c.arms[1:]]
+    return [f"{arm}: {c.verdict(arm)}{_saving(c, arm)}" for arm in c.arms[1:]]
+
+
+def _saving(c: Comparison, arm: str) -> str:
+    """What the arm needs to reach the baseline's final loss, where every seed reaches it before the end."""
+    share = c.cost_to_target(arm)
+    if share is None or not (share["steps"] < 1).all():
+        return ""
+    flops, time = share["flops"].mean(), share["time"].mean()
+    return f"; reaches the baseline's final loss with {flops:.2f}× the FLOPs and {time:.2f}× the time"
 
 
 def state_line(c: Comparison) -> str:
@@ -106,7 +115,7 @@ def _result_grid(c: Comparison) -> Grid:
         else:
             row += [f"{p.mean:+.4f}" + (f" ± {p.half_width:.4f}" if p.n > 1 else "")]
             row += [f"{p.bootstrap[0]:+.4f} to {p.bootstrap[1]:+.4f}" if p.n > 1 else "–", _p(p.adjusted_p)]
-        rows.append([*row, c.verdict(arm)])
+        rows.append([*row, "baseline" if p is None and arm == c.arms[0] else statistics.judge(p) if p else "–"])
     header = ["arm", "n", name_of(c.metric), f"difference to {c.arms[0]}", "bootstrap", "p (Holm)", "verdict"]
     return Grid("Result", header, rows, statistics_note(c))
 

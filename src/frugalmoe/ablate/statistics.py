@@ -85,16 +85,24 @@ def reaches(steps: np.ndarray, losses: np.ndarray, target: float) -> float:
     return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
 
 
-def verdict(result: Paired, unit: str = "nats") -> str:
-    """One honest line; less is better."""
+def judge(result: Paired) -> str:
+    """better, worse, not distinguishable, identical, or one seed; less is better."""
     if result.n < 2:
-        return f"one seed: {abs(result.mean):.4f} {unit} {_side(result.mean)}, no interval"
+        return "one seed"
     if result.mean == 0 and result.half_width == 0:
+        return "identical"
+    if result.adjusted_p >= 1 - CONFIDENCE:
+        return "not distinguishable"
+    return "better" if result.mean < 0 else "worse"
+
+
+def verdict(result: Paired, unit: str = "nats") -> str:
+    """`judge` with its figures, one honest line."""
+    word, size = judge(result), f"{abs(result.mean):.4f}"
+    if word == "one seed":
+        return f"one seed: {size} {unit} {'better' if result.mean < 0 else 'worse'}, no interval"
+    if word == "identical":
         return f"identical at n={result.n}"
-    if result.adjusted_p < 1 - CONFIDENCE:
-        return f"{_side(result.mean)} by {abs(result.mean):.4f} ± {result.half_width:.4f} {unit} (n={result.n})"
-    return f"not distinguishable at n={result.n} ({result.mean:+.4f} ± {result.half_width:.4f} {unit})"
-
-
-def _side(mean: float) -> str:
-    return "better" if mean < 0 else "worse"
+    if word == "not distinguishable":
+        return f"not distinguishable at n={result.n} ({result.mean:+.4f} ± {result.half_width:.4f} {unit})"
+    return f"{word} by {size} ± {result.half_width:.4f} {unit} (n={result.n})"
