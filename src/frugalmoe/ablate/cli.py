@@ -34,7 +34,9 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="check the study and show its arms and budgets")
     parser.add_argument("--fresh", action="store_true", help="delete the chosen runs and start them over")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # one of --jobs
+    parser.add_argument(
+        "--worker", choices=("process", "task"), help=argparse.SUPPRESS
+    )  # one of --jobs, local or SLURM
     parser.set_defaults(config=None)  # takes --config.x=... overrides of the base
 
 
@@ -73,7 +75,7 @@ def _work(args: argparse.Namespace, plan, workdir: Path) -> int:
     from frugalmoe.ablate.progress import StudyProgress
     from frugalmoe.ablate.runner import train_plan
 
-    if not sys.stdin.isatty():
+    if args.worker == "process":
         workers.end_with_parent()
     with StudyProgress(plan, workdir) as shown:
         return EXIT_PREEMPTED if train_plan(plan, workdir, shown, args.at_once).stopped else 0

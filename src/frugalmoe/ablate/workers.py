@@ -20,7 +20,7 @@ _POLL_SECONDS = 0.2
 
 
 def run_processes(argv: Sequence[str], jobs: int, workdir: Path, shown: StudyProgress) -> bool:
-    """`frugalmoe ARGV --worker` in so many processes, until all have ended; True if a signal stopped them."""
+    """`frugalmoe ARGV --worker=process` in so many processes, until all have ended; True if a signal stopped them."""
     logs = [workdir / f"worker_{i}.log" for i in range(jobs)]
     workers = [_start(argv, cores, log) for cores, log in zip(share_cores(jobs), logs)]
     with stop_signals() as stop:
@@ -45,7 +45,7 @@ def _start(argv: Sequence[str], cores: set[int], log: Path) -> subprocess.Popen:
     try:
         os.sched_setaffinity(0, cores)  # inherited: XLA sizes its thread pool by it
         with log.open("wb") as file:
-            command = [sys.executable, "-m", "frugalmoe.cli", *argv, "--worker"]
+            command = [sys.executable, "-m", "frugalmoe.cli", *argv, "--worker=process"]
             return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT)
     finally:
         os.sched_setaffinity(0, own)
@@ -81,7 +81,7 @@ def run_slurm(
         executor.update_parameters(**parameters)
     except (NameError, TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"--slurm: {' '.join(str(e).split())}") from e
-    command = submitit.helpers.CommandFunction([sys.executable, "-m", "frugalmoe.cli", *argv, "--worker"])
+    command = submitit.helpers.CommandFunction([sys.executable, "-m", "frugalmoe.cli", *argv, "--worker=task"])
     with executor.batch():
         tasks = [executor.submit(command) for _ in range(jobs)]
     while not all(task.done() for task in tasks):
