@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from frugalmoe.commands import add_command, add_config_flag, load_config
+from frugalmoe.commands import add_command, add_config_flag, load_config, use_compilation_cache
 from frugalmoe.errors import UserError
 
 EXIT_USER_ERROR, EXIT_PREEMPTED = 2, 75
@@ -61,9 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_generate(commands)
     _add_routers(commands)
+    from frugalmoe.ablate import cli as ablate_cli
     from frugalmoe.analysis import report
     from frugalmoe.data import cli as data_cli
 
+    ablate_cli.add_parsers(commands)
     report.add_parsers(commands)
     data_cli.add_parsers(commands)
     return parser
@@ -95,7 +97,7 @@ def _add_train(commands) -> None:
 def _train(args: argparse.Namespace) -> int:
     config = load_config(args)
     workdir = args.workdir or Path("runs") / config.name
-    _use_compilation_cache(config)
+    use_compilation_cache(config)
     from rich.console import Console
 
     from frugalmoe.train.allocator import keep_freed_memory
@@ -143,16 +145,6 @@ def _dry_run(config, workdir: Path) -> int:
     else:
         print("parameters     known with the tokenizer (model.vocab_size=0)")
     return 0
-
-
-def _use_compilation_cache(config) -> None:
-    """Compiled programs outlive the process: a second start of the same run does not compile."""
-    import jax
-
-    from frugalmoe.data.cache import cache_root
-
-    jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data) / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _add_generate(commands) -> None:

@@ -34,3 +34,13 @@ def add_config_flag(parser: argparse.ArgumentParser) -> None:
 
 def load_config(args: argparse.Namespace) -> Config:
     return load(args.config, args.overrides)
+
+
+def use_compilation_cache(config: Config) -> None:
+    """Compiled programs outlive the process: a second start of the same run does not compile."""
+    import jax
+
+    from frugalmoe.data.cache import cache_root
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data) / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -4,6 +4,7 @@ Letters: B sequences (equal ones: one per data device), T prompt tokens, V vocab
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from jax import Array
 
 from frugalmoe import sharding
 from frugalmoe.config import Config
+from frugalmoe.config.schema import Model
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
 from frugalmoe.model.moe import Context
@@ -62,7 +64,7 @@ def generate(config: Config, weights: Weights, prompt_ids: np.ndarray, sampling:
     slots = -(-(padded + sampling.max_tokens) // 256) * 256
     prompt = np.zeros(padded, np.int32)
     prompt[:length] = prompt_ids
-    prefill, decode = _steps(config, slots)
+    prefill, decode = _steps(config.model, slots, jax.sharding.get_mesh().shape["data"])
     key = jax.random.key(sampling.seed)
     settings = (jnp.float32(sampling.temperature), jnp.float32(sampling.top_p))
     token, caches = prefill(*weights, prompt, jnp.int32(length), key, *settings)
@@ -71,16 +73,16 @@ def generate(config: Config, weights: Weights, prompt_ids: np.ndarray, sampling:
         token, caches = decode(*weights, token, caches, jnp.int32(position), key, *settings)
 
 
-def _steps(config: Config, slots: int):
+@functools.lru_cache(8)
+def _steps(config: Model, slots: int, batch: int):
     """Jitted `prefill` and `decode`; each returns the next token (int32 []) and the caches."""
-    graphdef, _, _ = structure(config.model)
-    batch = jax.sharding.get_mesh().shape["data"]
+    graphdef, _, _ = structure(config)
 
     def run(model, tokens_T: Array, caches, start: Array, count: Array):
         """Hidden states of T tokens at positions start, start + 1, ...; only the first `count` are real."""
         index_T = jnp.arange(tokens_T.shape[0], dtype=jnp.int32)
         rows = lambda a_T: sharding.reshard(jnp.broadcast_to(a_T, (batch, *a_T.shape)), "BT")
-        keys_B = sharding.reshard(jnp.broadcast_to(jax.random.key(config.train.seed), (batch,)), "B")
+        keys_B = sharding.reshard(jnp.broadcast_to(jax.random.key(0), (batch,)), "B")
         segments_T = (index_T < count).astype(jnp.int32)
         context = Context(rows(tokens_T), rows(segments_T), rows(start + index_T), keys_B, jnp.int32(0))
         return model(context, caches, start)

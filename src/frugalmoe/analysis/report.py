@@ -44,14 +44,20 @@ class Section(NamedTuple):
 
 
 def add_parsers(subparsers: _SubParsersAction) -> None:
-    """`frugalmoe report RUN`."""
-    summary = "Write RUN/report/index.html: what a run shows, with pictures."
-    parser = add_command(subparsers, "report", _command, summary, "  frugalmoe report runs/quickstart")
-    parser.add_argument("run", metavar="RUN", help="a run directory, finished or not")
+    """`frugalmoe report PATH`."""
+    summary = "Write PATH/report/index.html: what a run or a study shows, with pictures."
+    examples = "  frugalmoe report runs/quickstart\n  frugalmoe report runs/balance"
+    parser = add_command(subparsers, "report", _command, summary, examples)
+    parser.add_argument("path", metavar="PATH", help="the directory of a run or of a study, finished or not")
 
 
 def _command(args: Namespace) -> int:
-    print(write_report(args.run))
+    if (Path(args.path) / "study.json").is_file():
+        from frugalmoe.ablate import write_study_report  # imports the training loop, which a run's report does without
+
+        print(write_study_report(args.path))
+    else:
+        print(write_report(args.path))
     return 0
 
 

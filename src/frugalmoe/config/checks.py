@@ -67,6 +67,7 @@ def _moe(config: Config) -> None:
 
     moe: MoE = config.model.moe
     router = strategies.get(moe.router)
+    _require(bool(router.name), "model.moe.router.name", router.name, "a router that is passed as an object needs one")
     _each(
         "model.moe",
         moe,
@@ -83,7 +84,7 @@ def _moe(config: Config) -> None:
     )
     for name, coefficient in moe.losses.items():
         path = f"model.moe.losses.{name}"
-        known = strategies.loss_names()
+        known = {*strategies.loss_names(), *router.about.losses}
         if name not in known:
             raise UserError(f"{path}: unknown loss; {did_you_mean(name, known)}")
         _require(isinstance(coefficient, int | float), path, coefficient, "must be a number")

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from frugalmoe.config import schema
 from frugalmoe.config.checks import check
 from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.routing.contract import Router
 
 
 def default() -> ConfigDict:
@@ -26,7 +27,9 @@ def default() -> ConfigDict:
 
 
 def to_dict(config: Any) -> Any:
-    """Plain nested dicts, ready for JSON."""
+    """Plain nested dicts, ready for JSON; a router that was passed as an object is its name."""
+    if isinstance(config, Router):
+        return config.name
     if dataclasses.is_dataclass(config):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, Mapping):
@@ -36,6 +39,11 @@ def to_dict(config: Any) -> Any:
 
 def load(spec: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> schema.Config:
     """`FILE[:ARG]` -> its `get_config(ARG)`, overridden, resolved and checked."""
+    return resolve(override(read(spec), overrides))
+
+
+def read(spec: str) -> ConfigDict:
+    """`FILE[:ARG]` -> its `get_config(ARG)`."""
     file, _, arg = spec.partition(":")
     path = Path(file)
     if not path.is_file():
@@ -45,12 +53,11 @@ def load(spec: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> schema
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-        config = module.get_config(arg or None)
+        return module.get_config(arg or None)
     except UserError:
         raise
     except Exception as e:
         raise UserError(f"--config={spec}: {type(e).__name__}: {_one_line(e)}") from e
-    return resolve(override(config, overrides))
 
 
 def _one_line(error: Exception) -> str:
@@ -165,6 +172,8 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if path == "model.moe.router" and isinstance(value, Router):
+        return value  # a strategy that is no file of the package: a notebook's
     if type(value) is not kind:
         raise UserError(f"{path}={value!r}: expected {kind.__name__}, got {type(value).__name__}")
     return value

@@ -22,7 +22,8 @@ class FrozenDict(dict):
 class MoE:
     """A mixture-of-experts feed-forward layer."""
 
-    router: str = "topk_softmax"  # a file name in frugalmoe/routing/strategies; `frugalmoe routers` lists them
+    # A file name in frugalmoe/routing/strategies (`frugalmoe routers` lists them), or from Python a `Router` itself.
+    router: str = "topk_softmax"
     options: Any = FrozenDict()  # the strategy's own options; after `resolve`, an instance of its `Options`
     num_experts: int = 8
     num_experts_per_token: int = 2

@@ -6,7 +6,7 @@ Metrics are read one step late, so that the device never waits for the host.
 import dataclasses
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,24 @@ from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
 from frugalmoe.train import checkpoint, rundir
-from frugalmoe.train.evaluate import Scores, evaluate, put_batch, write_probe
+from frugalmoe.train.evaluate import Scores, evaluate, write_probe
+from frugalmoe.train.program import Program, compiled_eval_step
 from frugalmoe.train.progress import Progress
-from frugalmoe.train.step import abstract, init, make_eval_step, make_train_step
+from frugalmoe.train.step import abstract, init, knobs
 
 
-def train(config: Config, workdir: Path, *, resume: str = "auto", fresh: bool = False) -> dict[str, Any]:
+class NotFinite(UserError):
+    """The loss of a step is not a number."""
+
+
+def train(
+    config: Config,
+    workdir: Path,
+    *,
+    resume: str = "auto",
+    fresh: bool = False,
+    progress: Callable[[Config, int], Any] = Progress,
+) -> dict[str, Any]:
     """Trains, or continues, the run in `workdir` and returns its summary. `status` is complete or stopped.
 
     resume: auto continues a run of the same config; force continues it whatever its config; never refuses.
@@ -44,14 +56,24 @@ def train(config: Config, workdir: Path, *, resume: str = "auto", fresh: bool = 
     rundir.check_config(workdir, to_dict(config), force=resume == "force")
     if rundir.is_complete(workdir) and resume != "force":
         return rundir.read_json(workdir / "summary.json")
+    with jax.set_mesh(sharding.make_mesh(axes)), opened(config, workdir, force=resume == "force") as run:
+        return train_runs([run], progress)[0]
+
+
+@contextmanager
+def opened(config: Config, workdir: Path, *, force: bool = False) -> Iterator["Run"]:
+    """The run of a directory, new or continued and locked, on the mesh in context."""
     data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
     model_config = with_vocabulary(config, data)
-    mesh = sharding.make_mesh(axes)
-    with rundir.locked(workdir), jax.set_mesh(mesh):
-        rundir.check_config(workdir, to_dict(config), force=resume == "force")
+    with rundir.locked(workdir):
+        rundir.check_config(workdir, to_dict(config), force=force)
         checkpoint.check_space(workdir, abstract(model_config))
         _describe(workdir, config, data)
-        return _Run(model_config, workdir, data, mesh).run()
+        run = Run(model_config, workdir, data, jax.sharding.get_mesh())
+        try:
+            yield run
+        finally:
+            run.manager.close()
 
 
 def with_vocabulary(config: Config, data: Dataset) -> Config:
@@ -88,7 +110,7 @@ def _describe(workdir: Path, config: Config, data: Dataset) -> None:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Collects SIGTERM and SIGINT; a second one ends the process at once."""
     received: list[int] = []
 
@@ -105,8 +127,63 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-class _Run:
-    """What the loop holds on to: compiled steps, logs and clocks. All that a run *is* lives in `State` and on disk."""
+def train_runs(runs: Sequence["Run"], progress: Callable[[Config, int], Any]) -> list[dict[str, Any]]:
+    """Trains runs to the end and returns their summaries; several at once where they stand at one step and their
+    configs differ in `Knobs` and name only.
+    """
+    began, config = time.perf_counter(), runs[0].config
+    with stop_signals() as stop, progress(config, runs[0].start) as shown:
+        _loop(runs, stop, shown)
+        stopped = bool(stop) and runs[0].step < config.train.steps
+        if not stopped:
+            shown.say("evaluating on held-out documents")
+        return [run.finish(stopped, (time.perf_counter() - began) / len(runs)) for run in runs]
+
+
+def _loop(runs: Sequence["Run"], stop: list[int], shown: Any) -> None:
+    config, step = runs[0].config.train, runs[0].step
+    save_every = runs[0].config.checkpoint.every_steps
+    program = Program(runs)
+    pending, clock = None, _Clock()
+
+    def log_pending() -> None:
+        """Reads the metrics of the step before, which waits for it."""
+        if pending is None:
+            return
+        logged, metrics = pending
+        values = program.of_each_run(jax.device_get(metrics))
+        seconds = clock.tick()
+        shown.update(logged, float(values[0]["loss/ce"]), sum(float(v["count/tokens"]) for v in values), seconds)
+        for run, own in zip(runs, values):
+            run.log(logged, own, seconds / len(runs))
+
+    while step < config.steps and not stop:
+        batch = program.next_batch()
+        with jax.transfer_guard("disallow"):
+            metrics = program.step(batch)
+        log_pending()
+        step += 1
+        pending = (step, metrics)
+        last = step == config.steps
+        eval_due = config.eval_every and step % config.eval_every == 0 and not last
+        save_due = save_every and step % save_every == 0 and not last
+        if eval_due or save_due:
+            log_pending()  # waits for the step, so that its time does not count as the pause's
+            pending = None
+            with clock.paused():
+                program.settle(step)
+                for run in runs:
+                    if eval_due:
+                        run.evaluate()
+                    if save_due:
+                        run.save()
+    log_pending()
+    program.settle(step)
+    program.check_compiled_once()
+
+
+class Run:
+    """What the loop holds on to: compiled steps and logs. All that a run *is* lives in `State` and on disk."""
 
     def __init__(self, config: Config, workdir: Path, data: Dataset, mesh: jax.sharding.Mesh):
         self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
@@ -116,80 +193,48 @@ class _Run:
         saved = self.manager.latest_step()
         self.state = init(config) if saved is None else checkpoint.restore(self.manager, saved, abstract(config))
         self.start = self.step = int(self.state.step)
+        self.knobs = jax.tree.map(lambda number: sharding.put(mesh, number, ""), knobs(config))
         self.metrics_log = rundir.Log(workdir / "metrics.jsonl", self.start)
         self.load_log = rundir.Log(workdir / "expert_load.jsonl", self.start)
         self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=self.start + 1)
-        self.train_step = jax.jit(make_train_step(config), donate_argnums=0)
-        self.eval_step = jax.jit(make_eval_step(config, trace=False))
+        self.eval_step = compiled_eval_step(config)
+        self.batches = data.train_batches(self.start)
         self.tokens_per_second: list[float] = []
 
-    def run(self) -> dict[str, Any]:
-        began = time.perf_counter()
-        with self.manager, _stop_signals() as stop, Progress(self.config, self.start) as self.progress:
-            self._train(stop)
-            stopped = bool(stop) and self.step < self.config.train.steps
-            if not stopped:
-                self.progress.say("evaluating on held-out documents")
-                scores = self._finish()
-            self._save()
-            self.manager.wait_until_finished()
+    def finish(self, stopped: bool, seconds: float) -> dict[str, Any]:
+        """Saves the state; unless stopped, evaluates. Returns the summary, which a complete run also writes."""
+        scores = None if stopped else self._finish()
+        self.save()
+        self.manager.wait_until_finished()
         summary = {"status": "stopped" if stopped else "complete", "step": self.step, "steps": self.config.train.steps}
-        if not stopped:
-            summary |= self._summary(scores, time.perf_counter() - began)
+        if scores:
+            summary |= self._summary(scores, seconds)
             rundir.write_json(self.workdir / "summary.json", summary)
         for log in (self.metrics_log, self.load_log, self.tensorboard):
             log.close()
         return summary
 
-    def _train(self, stop: list[int]) -> None:
-        config = self.config.train
-        save_every = self.config.checkpoint.every_steps
-        batches = self.data.train_batches(self.start)
-        pending, clock = None, _Clock()
-        while self.step < config.steps and not stop:
-            batch = self._put(next(batches))
-            with jax.transfer_guard("disallow"):
-                self.state, metrics = self.train_step(self.state, batch)
-            if pending:
-                self._log(*pending, clock)
-            self.step += 1
-            pending = (self.step, metrics)
-            last = self.step == config.steps
-            eval_due = config.eval_every and self.step % config.eval_every == 0 and not last
-            save_due = save_every and self.step % save_every == 0 and not last
-            if eval_due or save_due:
-                self._log(*pending, clock)  # waits for the step, so that its time does not count as the pause's
-                pending = None
-                with clock.paused():
-                    if eval_due:
-                        self._log_scores(evaluate(self.eval_step, self.state, self.data, self.config, self.mesh))
-                    if save_due:
-                        self._save()
-        if pending:
-            self._log(*pending, clock)
-        if self.train_step._cache_size() > 1:
-            raise RuntimeError("the train step was compiled more than once: its argument types changed between steps")
+    def evaluate(self) -> None:
+        self._log_scores(evaluate(self.eval_step, self.state, self.data, self.config, self.mesh))
 
-    def _put(self, batch: Batch) -> Batch:
-        """[B, T] on the host -> [A, B / A, T] on the mesh."""
-        a = self.config.train.accumulate_steps
-        split = Batch(*(x.reshape(a, x.shape[0] // a, *x.shape[1:]) for x in batch))
-        return put_batch(self.mesh, split, "ABT")
-
-    def _save(self) -> None:
+    def save(self) -> None:
         checkpoint.save(self.manager, self.step, self.state)
 
-    def _log(self, step: int, metrics: Mapping[str, Any], clock: "_Clock") -> None:
-        values = jax.device_get(metrics)
+    def next_batch(self) -> Batch:
+        """[A, B / A, T] on the host: a micro-batch per entry of the first axis."""
+        a = self.config.train.accumulate_steps
+        return Batch(*(x.reshape(a, x.shape[0] // a, *x.shape[1:]) for x in next(self.batches)))
+
+    def log(self, step: int, values: dict[str, Any], seconds: float) -> None:
+        """The host's copy of a step's metrics; `seconds` is 0 for a step without a time."""
         if not np.isfinite(values["loss/total"]):
             self.metrics_log.write({"step": step, "loss/total": float(values["loss/total"])})
-            raise UserError(
+            raise NotFinite(
                 f"loss/total={values['loss/total']} at step {step}: not finite; the last checkpoint is "
                 f"{self.manager.latest_step()}; lower optim.learning_rate={self.config.optim.learning_rate}"
             )
-        seconds, tokens_per_second = clock.tick(float(values.pop("count/tokens")))
+        tokens_per_second = float(values.pop("count/tokens")) / seconds if seconds else 0.0
         counts_LE = values.pop("counts_LE", None)
-        self.progress.update(step, float(values["loss/ce"]), tokens_per_second)
         if step % self.config.train.log_every and step != self.config.train.steps:
             return
         row = _flatten(values, self.layers)
@@ -211,7 +256,7 @@ class _Run:
 
     def _finish(self) -> Scores:
         trace: list | None = [] if self.layers else None
-        eval_step = jax.jit(make_eval_step(self.config, trace=True)) if self.layers else self.eval_step
+        eval_step = compiled_eval_step(self.config, trace=True) if self.layers else self.eval_step
         scores = evaluate(eval_step, self.state, self.data, self.config, self.mesh, trace)
         self._log_scores(scores)
         if trace:
@@ -244,11 +289,11 @@ class _Clock:
     def __init__(self):
         self.last: float | None = None
 
-    def tick(self, tokens: float) -> tuple[float, float]:
+    def tick(self) -> float:
         now = time.perf_counter()
         seconds = now - self.last if self.last is not None else 0.0
         self.last = now
-        return seconds, tokens / seconds if seconds else 0.0
+        return seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:

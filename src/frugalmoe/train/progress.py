@@ -43,8 +43,10 @@ class Progress:
     def say(self, text: str) -> None:
         self.console.print(text)
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-        if tokens_per_second:
+    def update(self, step: int, loss: float, tokens: float, seconds: float) -> None:
+        """`seconds` is 0 for a step without a time."""
+        if seconds:
+            tokens_per_second = tokens / seconds
             self.speed = 0.9 * self.speed + 0.1 * tokens_per_second if self.speed else tokens_per_second
         self.bar.update(self.task, completed=step, loss=loss, speed=self.speed)
         now = time.monotonic()

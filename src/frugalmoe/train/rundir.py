@@ -68,6 +68,10 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
     return [] if old == new else [f"{path}: {old!r} there, {new!r} here"]
 
 
+class Busy(UserError):
+    """Another process has the run directory."""
+
+
 @contextmanager
 def locked(workdir: Path) -> Iterator[None]:
     """One process per run directory: two would leave a mixture of both runs' checkpoints."""
@@ -81,7 +85,7 @@ def locked(workdir: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.seek(0)
-            raise UserError(f"--workdir={workdir}: process {lock.read().strip()} is training here") from None
+            raise Busy(f"--workdir={workdir}: process {lock.read().strip()} is training here") from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

@@ -3,17 +3,20 @@
 Letters: A micro-batches of a step, B sequences, T time, D model, L MoE layers, E experts.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array
 
 from frugalmoe import sharding
-from frugalmoe.config.schema import Config
+from frugalmoe.config.schema import Config, FrozenDict
 from frugalmoe.data.batches import Batch
 from frugalmoe.model.cross_entropy import cross_entropy
 from frugalmoe.model.moe import Context
@@ -22,6 +25,17 @@ from frugalmoe.routing import losses as aux_losses
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
 from frugalmoe.train import optim
+
+EVAL_SEED = 0  # the same for every run, so that runs compare and share a compiled program
+
+
+class Knobs(NamedTuple):
+    """Numbers of a config that are arguments of the step: runs that differ in them alone share its program, and can be
+    trained at once under `jax.vmap`.
+    """
+
+    seed: Array  # uint32 []
+    losses: Mapping[str, Array]  # float32 []: coefficient of each auxiliary loss
 
 
 class State(NamedTuple):
@@ -35,32 +49,53 @@ class State(NamedTuple):
 
 def init(config: Config) -> State:
     """The state before the first step, replicated on the mesh in context."""
+    return _compiled_fresh(without_knobs(config))(np.uint32(config.train.seed))
+
+
+@functools.lru_cache(64)
+def _compiled_fresh(config: Config) -> Callable[[Array], State]:
     # It runs once: an optimized program would take longer to compile than it saves.
-    return jax.jit(lambda: _fresh(config), compiler_options={"xla_backend_optimization_level": 0})()
+    return jax.jit(lambda seed: _fresh(config, seed), compiler_options={"xla_backend_optimization_level": 0})
 
 
 def abstract(config: Config) -> State:
     """Shapes and dtypes of the state; nothing is allocated."""
-    return jax.eval_shape(lambda: _fresh(config))
+    return jax.eval_shape(lambda: _fresh(config, config.train.seed))
 
 
-def _fresh(config: Config) -> State:
-    _, params, router_state = split(Transformer(config.model, jax.random.key(config.train.seed)))
+def knobs(config: Config) -> Knobs:
+    """The config's own, on the host."""
+    return Knobs(np.uint32(config.train.seed), {k: np.float32(v) for k, v in config.model.moe.losses.items()})
+
+
+def _fresh(config: Config, seed: int | Array) -> State:
+    _, params, router_state = split(Transformer(config.model, jax.random.key(seed)))
     return State(jnp.int32(0), params, router_state, optim.optimizer(config).init(params))
 
 
-def make_train_step(config: Config) -> Callable[[State, Batch], tuple[State, dict]]:
-    """The step for batches [A, B, T]; A micro-batches are accumulated before the one update."""
+def without_knobs(config: Config) -> Config:
+    """What a compiled program depends on: equal for runs that differ in name and `Knobs` only."""
+    moe = dataclasses.replace(config.model.moe, losses=FrozenDict())
+    model, train = dataclasses.replace(config.model, moe=moe), dataclasses.replace(config.train, seed=0)
+    return dataclasses.replace(config, name="", model=model, train=train)
+
+
+def make_train_step(config: Config) -> Callable[..., tuple[State, dict]]:
+    """The step for batches [A, B, T]; A micro-batches are accumulated before the one update.
+
+    Its third argument replaces the config's own `Knobs`.
+    """
+    own = knobs(config)
     graphdef, _, _ = structure(config.model)
     tx, rate = optim.optimizer(config), optim.schedule(config)
 
-    def train_step(state: State, batch: Batch) -> tuple[State, dict]:
+    def train_step(state: State, batch: Batch, knobs: Knobs = own) -> tuple[State, dict]:
         denominators = _denominators(batch, config)
         grad_fn = jax.value_and_grad(_micro_loss, has_aux=True)
 
         def micro(index: Array, micro_batch: Batch):
             (_, sums), grads = grad_fn(
-                state.params, state.router_state, graphdef, micro_batch, index, state.step, denominators, config
+                state.params, state.router_state, graphdef, micro_batch, index, state.step, knobs, denominators, config
             )
             return grads, sums
 
@@ -69,7 +104,7 @@ def make_train_step(config: Config) -> Callable[[State, Batch], tuple[State, dic
         else:
             grads, sums = _accumulate(micro, config.train.accumulate_steps, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        metrics = _metrics(sums, denominators, config)
+        metrics = _metrics(sums, denominators, knobs)
         metrics["optim/gradient_norm"] = optax.tree.norm(grads)
         metrics["optim/learning_rate"] = rate(state.step)
         new_state = State(
@@ -103,7 +138,7 @@ def _denominators(batch: Batch, config: Config) -> dict[str, Array]:
 
 
 def _forward(
-    model: Transformer, batch: Batch, index: Array, step: Array, seed: int, train: bool, trace: bool = False
+    model: Transformer, batch: Batch, index: Array, step: Array, seed: int | Array, train: bool, trace: bool = False
 ) -> Output:
     """`index` is the micro-batch: keys follow the sequence's place in the step, not the micro-batch or the device."""
     rows_B = sharding.reshard(jnp.arange(batch.tokens_BT.shape[0], dtype=jnp.int32), "B")
@@ -130,15 +165,15 @@ def _losses(model: Transformer, hidden_BTD: Array, batch: Batch, config: Config)
     return apply(hidden_BTD, model.head(), batch.targets_BT, batch.loss_mask_BT)
 
 
-def _micro_loss(params, router_state, graphdef, batch: Batch, index, step, denominators, config: Config):
+def _micro_loss(params, router_state, graphdef, batch: Batch, index, step, knobs: Knobs, denominators, config: Config):
     """A micro-batch's share of the step's loss, and the sums that the metrics are made of."""
     model = nnx.merge(graphdef, params, router_state)
-    out = _forward(model, batch, index, step, config.train.seed, train=True)
+    out = _forward(model, batch, index, step, knobs.seed, train=True)
     loss, ce_BT, lse_sq = _losses(model, out.hidden_BTD, batch, config)
     total = loss / denominators["target"]
     routed = {"losses": {}, "stats": {}}
     if out.routed is not None:
-        total += aux_losses.total(out.routed.losses, config.model.moe.losses, denominators).loss
+        total += aux_losses.total(out.routed.losses, knobs.losses, denominators).loss
         routed = {"losses": out.routed.losses, "stats": out.routed.stats}
     ce = jnp.sum(ce_BT * batch.loss_mask_BT)
     return total, jax.lax.stop_gradient({"total": total, "ce": ce, "lse_sq": lse_sq, **routed})
@@ -154,7 +189,7 @@ def update_router_state(router_state: dict, stats: Mapping[str, Array], config: 
     return {"moe_blocks": {"moe": {"router_state": update(state, stats)}}}
 
 
-def _metrics(sums: dict, denominators: dict, config: Config) -> dict[str, Array]:
+def _metrics(sums: dict, denominators: dict, knobs: Knobs) -> dict[str, Array]:
     """Device arrays under the names of metrics.jsonl; those of layers have a leading axis L."""
     metrics = {
         "loss/total": sums["total"],
@@ -163,7 +198,7 @@ def _metrics(sums: dict, denominators: dict, config: Config) -> dict[str, Array]
         "count/tokens": denominators["token"],
     }
     if sums["stats"]:
-        auxiliary = aux_losses.total(sums["losses"], config.model.moe.losses, denominators)
+        auxiliary = aux_losses.total(sums["losses"], knobs.losses, denominators)
         metrics |= {f"loss/{name}": mean for name, mean in auxiliary.metrics.items()}
         for name, value_L in jax.vmap(routing_stats.metrics)(sums["stats"]).items():
             metrics[f"router/{name}"] = value_L
@@ -183,7 +218,7 @@ def make_eval_step(config: Config, trace: bool = False) -> Callable[[dict, dict,
 
     def eval_step(params: dict, router_state: dict, batch: Batch) -> Evaluated:
         model = nnx.merge(graphdef, params, router_state)
-        out = _forward(model, batch, jnp.int32(0), jnp.int32(0), config.train.seed, train=False, trace=trace)
+        out = _forward(model, batch, jnp.int32(0), jnp.int32(0), EVAL_SEED, train=False, trace=trace)
         _, ce_BT, _ = _losses(model, out.hidden_BTD, batch, config)
         routed = out.routed
         stats, selected = (routed.stats, routed.selected_BTE) if routed is not None else ({}, None)

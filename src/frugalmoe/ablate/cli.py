@@ -1,0 +1,133 @@
+"""`frugalmoe ablate STUDY`: flags only."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from frugalmoe.commands import add_command
+from frugalmoe.errors import UserError
+
+EXIT_PREEMPTED = 75
+
+
+def add_parsers(commands: argparse._SubParsersAction) -> None:
+    """`frugalmoe ablate STUDY`."""
+    parser = add_command(
+        commands,
+        "ablate",
+        _command,
+        "Train the arms of a study over several seeds; the same command continues it.",
+        "  frugalmoe ablate experiments/balance.py --dry-run\n"
+        "  frugalmoe ablate experiments/balance.py --jobs=2\n"
+        "  frugalmoe ablate experiments/balance.py --arms=none,bias --seeds=0,1,2,3,4\n"
+        "  frugalmoe ablate experiments/balance.py --config.train.steps=600 --workdir=runs/balance_long\n"
+        "  frugalmoe ablate experiments/balance.py --jobs=4 --slurm=slurm_partition=gpu,gpus_per_node=1,timeout_min=60",
+    )
+    parser.add_argument("study", metavar="STUDY", help="a Python file that ends with STUDY = Study(...)")
+    parser.add_argument("--workdir", type=Path, help="directory of the study (default: runs/<study name>)")
+    parser.add_argument("--arms", type=_names, help="some of the arms, a,b")
+    parser.add_argument("--seeds", type=_seeds, help="in place of the study's own, 0,1,2")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, or SLURM array tasks (default: 1)")
+    parser.add_argument("--slurm", metavar="NAME=VALUE,...", help="run as SLURM jobs, with submitit's parameters")
+    parser.add_argument(
+        "--at-once", type=int, help="runs that one process trains as one program (default: by platform and memory)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check the study and show its arms and budgets")
+    parser.add_argument("--fresh", action="store_true", help="delete the chosen runs and start them over")
+    parser.add_argument(
+        "--worker", choices=("process", "task"), help=argparse.SUPPRESS
+    )  # one of --jobs, local or SLURM
+    parser.set_defaults(config=None)  # takes --config.x=... overrides of the base
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: integers separated by commas") from None
+
+
+def _command(args: argparse.Namespace) -> int:
+    from frugalmoe.ablate.plan import make_plan
+    from frugalmoe.ablate.study import load_study
+
+    for flag in ("jobs", "at_once"):
+        if (value := getattr(args, flag)) is not None and value < 1:
+            raise UserError(f"--{flag.replace('_', '-')}={value}: must be at least 1")
+    study = load_study(args.study)
+    workdir = args.workdir or Path("runs") / study.name
+    plan = make_plan(study, args.overrides, args.arms, args.seeds)
+    _use_compilation_cache(plan)
+    if args.dry_run:
+        from frugalmoe.ablate.table import budget_table
+
+        _print(budget_table(plan, workdir))
+        return 0
+    return _work(args, plan, workdir) if args.worker else _lead(args, plan, workdir)
+
+
+def _work(args: argparse.Namespace, plan, workdir: Path) -> int:
+    from frugalmoe.ablate import workers
+    from frugalmoe.ablate.progress import StudyProgress
+    from frugalmoe.ablate.runner import train_plan
+
+    if args.worker == "process":
+        workers.end_with_parent()
+    with StudyProgress(plan, workdir) as shown:
+        return EXIT_PREEMPTED if train_plan(plan, workdir, shown, args.at_once).stopped else 0
+
+
+def _lead(args: argparse.Namespace, plan, workdir: Path) -> int:
+    from frugalmoe.ablate import results, runner, workers
+    from frugalmoe.ablate.plan import read_study
+    from frugalmoe.ablate.progress import StudyProgress
+    from frugalmoe.ablate.report import write_study_report
+    from frugalmoe.ablate.table import result_table
+
+    parameters = workers.parse_parameters(args.slurm or "")
+    runner.prepare(plan, workdir, sys.argv, args.fresh)
+    with StudyProgress(plan, workdir) as shown:
+        if args.slurm:
+            workers.run_slurm(_worker_argv(args, workdir), args.jobs, workdir, shown, parameters)
+            found = runner.outcome(plan, workdir)
+        elif args.jobs > 1:
+            stopped = workers.run_processes(_worker_argv(args, workdir), args.jobs, workdir, shown)
+            found = runner.outcome(plan, workdir, stopped)
+        else:
+            found = runner.train_plan(plan, workdir, shown, args.at_once)
+    if found.stopped:
+        print(f"stopped with {len(found.missing)} of {len(plan.pairs)} runs to go; the same command continues")
+        return EXIT_PREEMPTED
+    described = read_study(workdir)
+    if results.gather(workdir, described).num_rows:
+        _print(result_table(workdir))
+        print(f"report: {write_study_report(workdir)}")
+    if found.missing:
+        print(f"{len(found.missing)} of {len(plan.pairs)} runs are with other processes or were interrupted")
+    if error := runner.unfinished(found):
+        raise error
+    return 0
+
+
+def _worker_argv(args: argparse.Namespace, workdir: Path) -> list[str]:
+    """The command line of a worker: the same study, without what only the first process does."""
+    argv = ["ablate", args.study, f"--workdir={workdir}", *(f"--config.{o}" for o in args.overrides)]
+    argv += [f"--arms={','.join(args.arms)}"] if args.arms else []
+    argv += [f"--seeds={','.join(map(str, args.seeds))}"] if args.seeds else []
+    return argv + ([f"--at-once={args.at_once}"] if args.at_once else [])
+
+
+def _print(table) -> None:
+    from rich.console import Console
+
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _use_compilation_cache(plan) -> None:
+    from frugalmoe.commands import use_compilation_cache
+
+    use_compilation_cache(plan.arms[plan.study.baseline].config)

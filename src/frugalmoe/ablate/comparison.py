@@ -1,0 +1,122 @@
+"""The results of a study in the shape that its report needs."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from frugalmoe.ablate import results, statistics
+from frugalmoe.ablate.plan import read_study
+from frugalmoe.cost import TRAIN_FACTOR
+from frugalmoe.train import rundir
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    workdir: Path
+    study: Mapping[str, Any]
+    table: pa.Table
+
+    @property
+    def arms(self) -> list[str]:
+        """The baseline, then the others as declared."""
+        baseline = self.study["baseline"]
+        return [baseline, *(a for a in self.study["arms"] if a != baseline)]
+
+    @property
+    def metric(self) -> str:
+        """What decides."""
+        return self.study["metrics"][0]
+
+    @functools.cached_property
+    def _finals(self) -> dict[tuple[str, str], dict[int, float]]:
+        found: dict[tuple[str, str], dict[int, float]] = {}
+        for row in self.table.filter(self.table["final"]).to_pylist():
+            found.setdefault((row["metric"], row["arm"]), {})[row["seed"]] = row["value"]
+        return found
+
+    def final(self, metric: str, arm: str) -> dict[int, float]:
+        """{seed: value} of the complete runs; empty where there is none."""
+        return self._finals.get((metric, arm), {})
+
+    def mean(self, metric: str, arm: str) -> float:
+        values = self.final(metric, arm)
+        return float(np.mean(list(values.values()))) if values else np.nan
+
+    @functools.cached_property
+    def paired(self) -> dict[str, statistics.Paired]:
+        values = {arm: self.final(self.metric, arm) for arm in self.arms}
+        return statistics.compare(values, self.study["baseline"])
+
+    def verdict(self, arm: str) -> str:
+        if arm == self.study["baseline"]:
+            return "baseline"
+        unit = "nats" if self.metric.startswith("eval/loss") else "bits per byte"
+        return statistics.verdict(self.paired[arm], unit) if arm in self.paired else "no complete pair of runs"
+
+    def curves(self, arm: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """{seed: (steps, values)} of the deciding metric, evaluations in the course of a run and the last one."""
+        return self._metric_curves.get(arm, {})
+
+    def violations(self, arm: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """{seed: (steps, values)} of max violation in training batches, mean over layers."""
+        return self._violation_curves.get(arm, {})
+
+    @functools.cached_property
+    def _metric_curves(self) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
+        return self._curves(self.metric)
+
+    @functools.cached_property
+    def _violation_curves(self) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
+        return self._curves("router/max_violation/layer_")
+
+    def _curves(self, prefix: str) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
+        """Of the logged metrics that start so, their mean at each step."""
+        points: dict[str, dict[int, dict[int, list[float]]]] = {}
+        logged = pc.and_(pc.invert(self.table["final"]), pc.starts_with(self.table["metric"], prefix))
+        for row in self.table.filter(logged).to_pylist():
+            by_step = points.setdefault(row["arm"], {}).setdefault(row["seed"], {})
+            by_step.setdefault(row["step"], []).append(row["value"])
+        arrays = lambda by_step: (np.array(sorted(by_step)), np.array([np.mean(by_step[s]) for s in sorted(by_step)]))
+        return {arm: {seed: arrays(p) for seed, p in seeds.items()} for arm, seeds in points.items()}
+
+    def cost_to_target(self, arm: str) -> dict[str, np.ndarray] | None:
+        """Shares of the baseline's whole training that the arm needs to reach the baseline's final loss, per seed.
+
+        `steps`, `flops` and `time`; NaN for a seed that does not reach it. None without a common seed.
+        """
+        base, found = self.study["baseline"], {"steps": [], "flops": [], "time": []}
+        for seed, target in self.final(self.metric, base).items():
+            if seed not in self.final(self.metric, arm):
+                continue
+            share = statistics.reaches(*self.curves(arm)[seed], target) / self.study["steps"]
+            found["steps"].append(share)
+            for what, metric in (("flops", "cost/active_flops"), ("time", "speed/step_seconds")):
+                ours, theirs = self.final(metric, arm).get(seed, np.nan), self.final(metric, base).get(seed, np.nan)
+                found[what].append(share * ours / theirs)
+        return {k: np.array(v) for k, v in found.items()} if found["steps"] else None
+
+    def training_flops(self, arm: str) -> float:
+        """Of a whole run, forward and backward."""
+        tokens = self.study["steps"] * self.study["tokens_per_step"]
+        return TRAIN_FACTOR * tokens * self.mean("cost/active_flops", arm)
+
+    def cross(self, arm: str) -> dict[str, list[float]]:
+        """{arm evaluated with: losses over seeds} of the runs trained with `arm`."""
+        found: dict[str, list[float]] = {}
+        for path in sorted((self.workdir / arm).glob("seed_*/cross.json")):
+            for name, loss in rundir.read_json(path).items():
+                found.setdefault(name, []).append(loss)
+        return found
+
+
+def load_comparison(workdir: str | Path) -> Comparison:
+    """Reads study.json and results.parquet. Raises `UserError` for what is missing or damaged."""
+    workdir = Path(workdir)
+    study = read_study(workdir)
+    return Comparison(workdir, study, results.load(workdir, study["name"]))

@@ -1,0 +1,149 @@
+"""A study made ready to run: which runs, at what budget, in which directories."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from frugalmoe.ablate.results import known_metrics
+from frugalmoe.ablate.study import Arm, Study, arms_of, choose
+from frugalmoe.config import Config, check_devices, to_dict
+from frugalmoe.cost import forward_flops
+from frugalmoe.data import open_data
+from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.model.transformer import count_parameters
+from frugalmoe.train import rundir
+from frugalmoe.train.loop import with_vocabulary
+
+
+class Pair(NamedTuple):
+    """One run of a study."""
+
+    arm: str
+    seed: int
+
+    def directory(self, workdir: Path) -> Path:
+        return workdir / self.arm / f"seed_{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    study: Study
+    overrides: Mapping[str, Any] | Sequence[str]  # of the base, beside the study's own
+    arms: Mapping[str, Arm]  # all that are declared
+    pairs: tuple[Pair, ...]  # those to run, seed after seed: an early look compares what is comparable
+    flops: Mapping[str, Mapping[str, float]]  # arm -> part of the model -> forward FLOPs per token
+    parameters: Mapping[str, Mapping[str, int]]
+
+    def config(self, pair: Pair) -> Config:
+        return self.arms[pair.arm].with_seed(self.study, pair.seed)
+
+    @property
+    def steps(self) -> int:
+        return self.arms[self.study.baseline].config.train.steps
+
+
+def make_plan(
+    study: Study,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    arms: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> Plan:
+    """Checks everything that can be checked before a step is trained; prepares the data."""
+    all_arms = {arm.name: arm for arm in arms_of(study, overrides)}
+    chosen = choose("--arms", arms, list(all_arms))
+    config = all_arms[study.baseline].config
+    check_devices(config, jax.device_count())
+    data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
+    known = known_metrics(data.domains)
+    for metric in study.metrics:
+        if metric not in known:
+            raise UserError(f"{study.name}: metrics={metric!r}: unknown metric; {did_you_mean(metric, known)}")
+    if not study.metrics or not study.metrics[0].startswith("eval/"):
+        raise UserError(f"{study.name}: metrics={study.metrics}: the first one decides and must be one of eval/...")
+    models = {name: with_vocabulary(arm.config, data).model for name, arm in all_arms.items()}
+    plan = Plan(
+        study=study,
+        overrides=overrides,
+        arms=all_arms,
+        pairs=tuple(Pair(arm, seed) for seed in (seeds or study.seeds) for arm in chosen),
+        flops={name: forward_flops(model, config.data.sequence_length) for name, model in models.items()},
+        parameters={name: count_parameters(model) for name, model in models.items()},
+    )
+    _check_budgets(plan)
+    return plan
+
+
+def budget_ratios(plan: Plan) -> dict[str, float]:
+    """Active FLOPs per token of each arm over the baseline's."""
+    total = {name: sum(parts.values()) for name, parts in plan.flops.items()}
+    return {name: value / total[plan.study.baseline] for name, value in total.items()}
+
+
+def _check_budgets(plan: Plan) -> None:
+    study = plan.study
+    for name, ratio in budget_ratios(plan).items():
+        if study.equal_flops and abs(ratio - 1) > study.tolerance:
+            raise UserError(
+                f"{study.name}: arm {name!r}: {ratio:.3f} times the active FLOPs per token of the baseline "
+                f"{study.baseline!r}; equal to within tolerance={study.tolerance}, or equal_flops=False, is the rule"
+            )
+
+
+# ---------------------------------------------------------------- the study's directory
+
+
+def claim(workdir: Path, plan: Plan, command: Sequence[str]) -> None:
+    """Writes study.json, which marks the directory as this study's; refuses one that holds something else."""
+    path = workdir / "study.json"
+    if path.is_file():
+        if (name := read_study(workdir)["name"]) != plan.study.name:
+            raise UserError(f"--workdir={workdir}: holds the study {name!r}, not {plan.study.name!r}; give another")
+    elif workdir.is_dir() and any(workdir.iterdir()):
+        raise UserError(f"--workdir={workdir}: holds files but no study.json; give an empty or new directory")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--workdir={workdir}: cannot be written ({e.strerror})") from e
+    rundir.write_json(path, describe(plan, command))
+
+
+def describe(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
+    """All that the report needs beside the runs."""
+    study = plan.study
+    overrides = plan.overrides if isinstance(plan.overrides, Mapping) else list(plan.overrides)
+    train, data = plan.arms[study.baseline].config.train, plan.arms[study.baseline].config.data
+    return {
+        "name": study.name,
+        "question": study.question,
+        "expectation": study.expectation,
+        "arms": {name: to_dict(changes) for name, changes in study.arms.items()},
+        "baseline": study.baseline,
+        "varies": list(study.varies),
+        "metrics": list(study.metrics),
+        "base": study.base if isinstance(study.base, str) else study.base.__name__,
+        "overrides": to_dict(study.overrides),
+        "command_overrides": to_dict(overrides),
+        "equal_flops": study.equal_flops,
+        "tolerance": study.tolerance,
+        "seeds": sorted({pair.seed for pair in plan.pairs} | set(study.seeds)),
+        "steps": train.steps,
+        "tokens_per_step": train.batch_size * data.sequence_length,
+        "forward_flops": plan.flops,
+        "experts_per_token": {n: arm.config.model.moe.num_experts_per_token for n, arm in plan.arms.items()},
+        "parameters": plan.parameters,
+        "command": list(command),
+    }
+
+
+def read_study(workdir: Path) -> dict[str, Any]:
+    """study.json of a study's directory."""
+    path = workdir / "study.json"
+    if not path.is_file():
+        raise UserError(f"{workdir}: not a study (no study.json)")
+    described = rundir.read_json(path)
+    if not isinstance(described, dict) or "baseline" not in described:
+        raise UserError(f"{path}: not a study's description")
+    return described

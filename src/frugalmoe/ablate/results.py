@@ -1,0 +1,137 @@
+"""The results of a study as one parquet table, made from its run directories and from nothing else.
+
+| column | |
+|---|---|
+| arm, seed, metric | |
+| step | optimizer step of the value |
+| final | True: the run's result; False: a point of its curve |
+| value | float64 |
+"""
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from frugalmoe.data.cache import locked, write_atomically
+from frugalmoe.errors import UserError
+from frugalmoe.train import rundir
+
+SCHEMA = pa.schema(
+    [
+        ("arm", pa.string()),
+        ("seed", pa.int32()),
+        ("metric", pa.string()),
+        ("step", pa.int32()),
+        ("final", pa.bool_()),
+        ("value", pa.float64()),
+    ]
+)
+ROUTER = (
+    "max_violation",
+    "load_entropy",
+    "dead_experts",
+    "active_per_token",
+    "drop_rate",
+    "entropy",
+    "logit_lse",
+    "tie_rate",
+)
+TAIL = 0.1  # share of the steps whose mean is `train/loss`
+COST = ("cost/active_flops", "speed/tokens_per_second", "speed/step_seconds", "parameters/total", "parameters/active")
+
+
+def known_metrics(domains: Iterable[str]) -> list[str]:
+    """The names of final results that a study may ask for."""
+    scores = [f"eval/{kind}/{d}" for kind in ("loss", "bits_per_byte") for d in (*domains, "mean")]
+    return [*scores, "train/loss", *(f"router/{name}" for name in ROUTER), *COST]
+
+
+def final_metrics(
+    summary: Mapping[str, Any], logged: Sequence[Mapping[str, float]], study: Mapping[str, Any], arm: str
+) -> dict[str, float]:
+    """A complete run's results; router metrics are means over its MoE layers, absent where no layer has them."""
+    late = [row["loss/ce"] for row in logged if "loss/ce" in row and row["step"] > (1 - TAIL) * summary["step"]]
+    values = {"train/loss": float(np.mean(late))} if late else {}
+    values |= {f"eval/{kind}/{d}": v for kind, by_domain in summary["eval"].items() for d, v in by_domain.items()}
+    layers = list(summary["router"]["layers"].values())
+    for name in ROUTER:
+        found = [layer[name] for layer in layers if name in layer]
+        if found:
+            values[f"router/{name}"] = float(np.mean(found))
+    values["cost/active_flops"] = active_flops(study, arm, values.get("router/active_per_token"))
+    values |= {f"parameters/{k}": float(summary["parameters"][k]) for k in ("total", "active")}
+    if speed := summary["speed"]["tokens_per_second"]:
+        values["speed/tokens_per_second"] = speed
+        values["speed/step_seconds"] = study["tokens_per_step"] / speed
+    return values
+
+
+def active_flops(study: Mapping[str, Any], arm: str, active_per_token: float | None) -> float:
+    """Forward FLOPs per token with the experts that tokens really used; the declared number where it is not known."""
+    parts = dict(study["forward_flops"][arm])
+    if active_per_token is not None:
+        parts["routed experts"] *= active_per_token / study["experts_per_token"][arm]
+    return sum(parts.values())
+
+
+def gather(workdir: Path, study: Mapping[str, Any]) -> pa.Table:
+    """Reads every complete run of the study and rewrites results.parquet, whole or not at all."""
+    with locked(workdir / "results.parquet"):
+        check(workdir, study["name"])
+        columns: dict[str, list] = {name: [] for name in SCHEMA.names}
+        for row in _rows(workdir, study):
+            for name, value in zip(SCHEMA.names, row):
+                columns[name].append(value)
+        table = pa.table(columns, SCHEMA.with_metadata({"study": study["name"]}))
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        write_atomically(workdir / "results.parquet", buffer.getvalue())
+    return table
+
+
+def _rows(workdir: Path, study: Mapping[str, Any]) -> Iterator[tuple]:
+    for arm in study["arms"]:
+        for directory in sorted((workdir / arm).glob("seed_*"), key=lambda p: int(p.name.removeprefix("seed_"))):
+            if not rundir.is_complete(directory):
+                continue
+            seed, summary = int(directory.name.removeprefix("seed_")), rundir.read_json(directory / "summary.json")
+            logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+            for row in logged:
+                yield from ((arm, seed, name, row["step"], False, v) for name, v in row.items() if name != "step")
+            results = final_metrics(summary, logged, study, arm)
+            yield from ((arm, seed, name, summary["step"], True, v) for name, v in results.items())
+
+
+def check(workdir: Path, name: str) -> None:
+    """Refuses a table that is damaged or another study's; an absent one is fine."""
+    path = workdir / "results.parquet"
+    if not path.exists():
+        return
+    try:
+        schema = pq.read_schema(path)
+        pq.read_table(path)
+    except (pa.ArrowException, OSError) as e:
+        raise UserError(f"{path}: not a readable table ({' '.join(str(e).split())[:80]}); {_REBUILD}") from e
+    found = (schema.metadata or {}).get(b"study", b"?").decode(errors="replace")
+    if found != name:
+        raise UserError(f"{path}: holds the results of study {found!r}, not {name!r}; {_REBUILD}")
+    if schema.remove_metadata() != SCHEMA:
+        raise UserError(f"{path}: has columns {', '.join(schema.names)}, not {', '.join(SCHEMA.names)}; {_REBUILD}")
+
+
+_REBUILD = "move it away and run `frugalmoe ablate` again: it is rebuilt from the run directories"
+
+
+def load(workdir: Path, name: str) -> pa.Table:
+    """The table of a study. Raises `UserError` for one that is missing, damaged or another study's."""
+    path = workdir / "results.parquet"
+    if not path.exists():
+        raise UserError(f"{path}: missing; no run of the study is complete")
+    check(workdir, name)
+    return pq.read_table(path)

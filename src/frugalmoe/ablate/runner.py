@@ -1,0 +1,138 @@
+"""Trains the runs of a study. Any number of processes may do so in one directory: a run's lock is the claim on it.
+
+A run that is complete is skipped, one that was interrupted continues from its checkpoint or from the start, and ends
+in the same bits. A complete run keeps no checkpoint.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from frugalmoe import sharding
+from frugalmoe.ablate import results
+from frugalmoe.ablate.cross import evaluate_under_others
+from frugalmoe.ablate.plan import Pair, Plan, claim, make_plan, read_study
+from frugalmoe.ablate.progress import OfRun, StudyProgress
+from frugalmoe.ablate.study import Study
+from frugalmoe.ablate.together import groups
+from frugalmoe.config import check_devices, to_dict
+from frugalmoe.errors import UserError
+from frugalmoe.train import rundir
+from frugalmoe.train.loop import NotFinite, opened, train_runs
+
+
+class Outcome(NamedTuple):
+    stopped: bool  # by a signal, after saving
+    missing: list[Pair]  # not complete: another process has them, or the study was stopped
+    diverged: list[Pair]
+
+
+def run_study(
+    study: Study,
+    workdir: str | Path,
+    *,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    arms: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    at_once: int | None = None,
+) -> Outcome:
+    """Trains what is missing of a study in this process and gathers the table. `at_once`: runs in one program."""
+    plan, workdir = make_plan(study, overrides, arms, seeds), Path(workdir)
+    prepare(plan, workdir, command=())
+    with StudyProgress(plan, workdir) as shown:
+        return train_plan(plan, workdir, shown, at_once)
+
+
+def prepare(plan: Plan, workdir: Path, command: Sequence[str], fresh: bool = False) -> None:
+    """Refuses, before a step is trained, a directory, a run or a table that is not this study's."""
+    if (workdir / "study.json").is_file() and not fresh:
+        results.check(workdir, plan.study.name)
+        for pair in plan.pairs:
+            rundir.check_config(pair.directory(workdir), to_dict(plan.config(pair)), force=False)
+    claim(workdir, plan, command)
+    if fresh:
+        (workdir / "results.parquet").unlink(missing_ok=True)
+        for pair in plan.pairs:
+            rundir.start_over(pair.directory(workdir))
+
+
+def train_plan(plan: Plan, workdir: Path, shown: StudyProgress, at_once: int | None = None) -> Outcome:
+    """Trains every run that no other process has; rewrites the table after each."""
+    stopped = False
+    for group in groups(plan, at_once):
+        waiting = [pair for pair in group if not _is_done(plan, pair, workdir)]
+        if not waiting:
+            continue
+        try:
+            stopped = _train_group(plan, waiting, workdir, shown)
+        except rundir.Busy:
+            continue
+        except NotFinite:
+            # Of several one broke the program: each alone. Of one it is the run's result.
+            stopped = any(_train_alone(plan, pair, workdir, shown) for pair in waiting)
+        if stopped:
+            break
+        results.gather(workdir, read_study(workdir))
+    results.gather(workdir, read_study(workdir))
+    return outcome(plan, workdir, stopped)
+
+
+def outcome(plan: Plan, workdir: Path, stopped: bool = False) -> Outcome:
+    missing = [pair for pair in plan.pairs if not _is_done(plan, pair, workdir)]
+    return Outcome(stopped, missing, [p for p in plan.pairs if status(p.directory(workdir)) == "diverged"])
+
+
+def status(directory: Path) -> str:
+    """complete, stopped or diverged, as the summary says; empty without one."""
+    path = directory / "summary.json"
+    return rundir.read_json(path).get("status", "") if path.is_file() else ""
+
+
+def _is_done(plan: Plan, pair: Pair, workdir: Path) -> bool:
+    directory = pair.directory(workdir)
+    evaluated = (directory / "cross.json").is_file() or not plan.study.evaluate_with
+    return status(directory) == "diverged" or (status(directory) == "complete" and evaluated)
+
+
+def _train_alone(plan: Plan, pair: Pair, workdir: Path, shown: StudyProgress) -> bool:
+    try:
+        return _train_group(plan, [pair], workdir, shown)
+    except NotFinite as e:
+        directory = pair.directory(workdir)
+        shown.say(f"{pair.arm} seed {pair.seed}: {e}")
+        rundir.write_json(directory / "summary.json", {"status": "diverged", "why": str(e)})
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+        return False
+
+
+def _train_group(plan: Plan, pairs: Sequence[Pair], workdir: Path, shown: StudyProgress) -> bool:
+    """Trains runs that share a program; True if a signal stopped them."""
+    axes = check_devices(plan.config(pairs[0]), jax.device_count())
+    with jax.set_mesh(sharding.make_mesh(axes)), ExitStack() as stack:
+        runs = []
+        for pair in pairs:
+            runs.append(stack.enter_context(opened(plan.config(pair), pair.directory(workdir))))
+        # Those that an interruption left at different steps cannot share a program.
+        for _, equal in groupby(sorted(runs, key=lambda run: run.start), key=lambda run: run.start):
+            summaries = train_runs(list(equal), lambda config, start: OfRun(shown))
+            if any(summary["status"] == "stopped" for summary in summaries):
+                return True
+        for pair, run in zip(pairs, runs):
+            if plan.study.evaluate_with:
+                evaluate_under_others(plan, pair, run)
+            run.manager.close()
+            shutil.rmtree(run.workdir / "checkpoints", ignore_errors=True)
+    return False
+
+
+def unfinished(outcome: Outcome) -> UserError | None:
+    """What to tell about runs that have no result."""
+    if outcome.diverged:
+        names = ", ".join(f"{p.arm} seed {p.seed}" for p in outcome.diverged)
+        return UserError(f"{len(outcome.diverged)} runs ended with a loss that is not finite: {names}")
+    return None

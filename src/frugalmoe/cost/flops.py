@@ -1,0 +1,39 @@
+"""FLOPs per token from shapes: 2 per weight that is multiplied, and the products of attention.
+
+Convention of Kaplan et al. (2001.08361, section 2.1, table 1), with the attention products of a causal model counted
+at their mean length. Norms, activations, softmax and the look-up of embeddings are left out.
+"""
+
+import math
+
+import jax
+
+from frugalmoe.config.schema import Model
+from frugalmoe.routing import strategies
+
+TRAIN_FACTOR = 3  # a backward pass multiplies each weight twice: with the input's gradient and with the weight's
+
+
+def forward_flops(model: Model, sequence_length: int, active_experts: float | None = None) -> dict[str, float]:
+    """FLOPs of one token's forward pass, by part. `active_experts`: of a layer, where they are not K exactly."""
+    moe, num_moe = model.moe, model.num_layers - model.num_dense_layers
+    active = moe.num_experts_per_token if active_experts is None else active_experts
+    heads, kv_heads, width = model.num_heads, model.num_kv_heads, model.head_dim
+    mean_length = (sequence_length + 1) / 2
+    feed_forward = lambda hidden: 2 * 3 * model.dim * hidden  # gate, up, down
+    return {
+        "attention projections": model.num_layers * 2 * model.dim * width * (2 * heads + 2 * kv_heads),
+        "attention products": model.num_layers * 2 * 2 * heads * width * mean_length,
+        "dense feed-forward": model.num_dense_layers * feed_forward(model.dense_dim),
+        "router": num_moe * 2 * _router_weights(model),
+        "routed experts": num_moe * active * feed_forward(moe.expert_dim),
+        "shared experts": num_moe * moe.num_shared_experts * feed_forward(moe.expert_dim),
+        "head": 2 * model.dim * model.vocab_size,
+    }
+
+
+def _router_weights(model: Model) -> int:
+    """Entries of the strategy's matrices, each taken to be multiplied once per token."""
+    router = strategies.get(model.moe.router)
+    shapes = jax.eval_shape(lambda: router.init(jax.random.key(0), model.dim, model.moe))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes) if leaf.ndim >= 2)

@@ -1,0 +1,77 @@
+"""The compiled step of one run, or of several at once.
+
+Letters: A micro-batches of a step, B sequences, T time; '.' the runs.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from frugalmoe.config.schema import Config
+from frugalmoe.data.batches import Batch
+from frugalmoe.train.evaluate import put_batch
+from frugalmoe.train.step import make_eval_step, make_train_step, without_knobs
+
+PROGRAMS_KEPT = 64  # the runs of a study come back to the same few
+
+
+@functools.lru_cache(PROGRAMS_KEPT)
+def _compiled_train_step(config: Config, together: bool) -> Callable:
+    step = make_train_step(config)
+    return jax.jit(jax.vmap(step) if together else step, donate_argnums=0)
+
+
+@functools.lru_cache(PROGRAMS_KEPT)
+def _compiled_eval_step(config: Config, trace: bool) -> Callable:
+    return jax.jit(make_eval_step(config, trace))
+
+
+def compiled_eval_step(config: Config, trace: bool = False) -> Callable:
+    """The jitted `make_eval_step`, one for all runs of a process that differ in name and knobs only."""
+    return _compiled_eval_step(without_knobs(config), trace)
+
+
+class Program:
+    """Steps `loop.Run`s that differ in `Knobs` alone. Several are one vmapped program: their states, batches and knobs
+    are stacked along a new first axis.
+    """
+
+    def __init__(self, runs: Sequence[Any]):
+        self.runs, self.together = runs, len(runs) > 1
+        self.train_step = _compiled_train_step(without_knobs(runs[0].config), self.together)
+        self.compiled_before = self.train_step._cache_size()
+        self.state, self.knobs = runs[0].state, runs[0].knobs
+        if self.together:
+            names = {name for run in runs for name in run.knobs.losses}
+            filled = [run.knobs._replace(losses={n: run.knobs.losses.get(n, 0.0) for n in names}) for run in runs]
+            stack = lambda *leaves: jnp.stack(leaves)
+            self.state = jax.tree.map(stack, *(run.state for run in runs))
+            self.knobs = jax.tree.map(stack, *filled)
+
+    def next_batch(self) -> Batch:
+        batches = [run.next_batch() for run in self.runs]
+        if self.together:
+            return put_batch(self.runs[0].mesh, Batch(*map(np.stack, zip(*batches))), ".ABT")
+        return put_batch(self.runs[0].mesh, batches[0], "ABT")
+
+    def step(self, batch: Batch) -> dict[str, jax.Array]:
+        self.state, metrics = self.train_step(self.state, batch, self.knobs)
+        return metrics
+
+    def of_each_run(self, values: Any) -> list[Any]:
+        if not self.together:
+            return [values]
+        return [jax.tree.map(lambda a, i=i: a[i], values) for i in range(len(self.runs))]
+
+    def settle(self, step: int) -> None:
+        """Hands each run its state."""
+        for run, state in zip(self.runs, self.of_each_run(self.state)):
+            run.state, run.step = state, step
+
+    def check_compiled_once(self) -> None:
+        if self.train_step._cache_size() > self.compiled_before + 1:
+            raise RuntimeError("the train step was compiled more than once: its argument types changed between steps")

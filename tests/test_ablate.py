@@ -1,0 +1,294 @@
+"""What a study may declare, what its statistics say, and its table: all without training."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from runs import TINY
+
+from frugalmoe.ablate import Study, load_study, results, statistics
+from frugalmoe.ablate.study import arms_of, choose
+from frugalmoe.config import default, override, resolve, to_dict
+from frugalmoe.cost import forward_flops
+from frugalmoe.errors import UserError
+from frugalmoe.model.transformer import structure
+from frugalmoe.routing import strategies
+
+
+def base():
+    return override(default(), TINY)
+
+
+STUDY = Study(
+    name="balance",
+    question="Which?",
+    expectation="The same.",
+    base=base,
+    arms={"aux": {}, "bias": {"model.moe.router": "sigmoid_bias"}, "none": {"model.moe.losses.load_balance": 0.0}},
+    baseline="aux",
+    varies=("model.moe.router", "model.moe.losses"),
+)
+
+
+def changed(**fields) -> Study:
+    return dataclasses.replace(STUDY, **fields)
+
+
+# ---------------------------------------------------------------- declarations
+
+
+def test_arms_are_the_base_with_their_changes():
+    arms = {arm.name: arm.config for arm in arms_of(STUDY, ["train.steps=7"])}
+    assert [c.model.moe.router for c in arms.values()] == ["topk_softmax", "sigmoid_bias", "topk_softmax"]
+    assert arms["none"].model.moe.losses["load_balance"] == 0.0
+    assert {c.train.steps for c in arms.values()} == {7}
+
+
+def test_a_seed_changes_the_seed_and_the_name_only():
+    arm = arms_of(STUDY)[1]
+    a, b = (to_dict(arm.with_seed(STUDY, seed)) for seed in (0, 1))
+    assert (a["name"], b["name"], a["train"]["seed"], b["train"]["seed"]) == ("balance/bias/0", "balance/bias/1", 0, 1)
+    a["name"] = b["name"] = a["train"]["seed"] = b["train"]["seed"] = None
+    assert a == b
+
+
+WRONG = [
+    (
+        dict(varies=("model.moe.router",)),
+        "arm 'none': model.moe.losses.load_balance=0.0 where the baseline 'aux' has 0.01",
+    ),
+    (dict(varies=("model.moe.losses",)), "arm 'bias': model.moe.router='sigmoid_bias' where"),
+    (dict(arms={"aux": {}, "b": {"optim.learning_rate": 1.0}}), "arm 'b': optim.learning_rate=1.0 where the baseline"),
+    (
+        dict(arms={"aux": {}, "b": {"model.moe.rooter": "hash"}}),
+        "arm 'b': model.moe.rooter: unknown config field; did you",
+    ),
+    (dict(arms={"aux": {}, "b": {"model.moe.router": "hush"}}), "did you mean 'hash'"),
+    (dict(baseline="axu"), "baseline='axu': no such arm; did you mean 'aux'"),
+    (dict(varies=("train.steps",)), "varies='train.steps': arms share data, batches, steps and seeds"),
+    (dict(varies=("data",)), "varies='data'"),
+    (dict(seeds=()), "seeds=()"),
+    (dict(seeds=(1, 1)), "seeds=(1, 1)"),
+    (dict(arms={"aux": {}, "../x": {}}), "arm '../x'"),
+    (dict(name=""), "name=''"),
+]
+
+
+@pytest.mark.parametrize("fields, message", WRONG, ids=[message[:40] for _, message in WRONG])
+def test_a_wrong_declaration_is_named_in_one_line(fields, message):
+    with pytest.raises(UserError) as error:
+        arms_of(changed(**fields))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_options_of_another_router_need_no_declaration_but_those_of_the_same_do():
+    options = {"model.moe.options.num_groups": 2, "model.moe.options.groups_per_token": 1}
+    grouped = {"bias": {"model.moe.router": "sigmoid_bias"}, "grouped": {"model.moe.router": "sigmoid_bias", **options}}
+    with pytest.raises(UserError, match=r"arm 'grouped': model\.moe\.options"):
+        arms_of(changed(arms=grouped, baseline="bias", varies=("model.moe.router",)))
+    arms_of(changed(arms={"aux": {}, **grouped}, varies=("model.moe.router",)))
+
+
+def test_a_router_object_is_an_override_and_is_stored_by_name():
+    mine = dataclasses.replace(strategies.get("sigmoid_bias"), name="mine")
+    arms = arms_of(changed(arms={"aux": {}, "mine": {"model.moe.router": mine}}))
+    assert arms[1].config.model.moe.router is mine
+    assert to_dict(arms[1].config)["model"]["moe"]["router"] == "mine"
+    assert hash(arms[1].config) != hash(arms[0].config)
+    with pytest.raises(UserError, match="passed as an object needs one"):
+        arms_of(changed(arms={"aux": {}, "mine": {"model.moe.router": dataclasses.replace(mine, name="")}}))
+
+
+def test_choose_keeps_the_declared_order():
+    assert choose("--arms", ["c", "a"], ["a", "b", "c"]) == ["a", "c"]
+    assert choose("--arms", None, ["a", "b"]) == ["a", "b"]
+    with pytest.raises(UserError, match="--arms=nine: no such arm; did you mean 'none'"):
+        choose("--arms", ["nine"], ["aux", "none"])
+
+
+FILES = [
+    ("STUDY = 3", "STUDY=3: a study's file ends with STUDY = Study"),
+    ("import nothing_of_that_name", "ModuleNotFoundError: No module named"),
+    ("raise ValueError('a\\nb')", "ValueError: a b"),
+]
+
+
+@pytest.mark.parametrize("text, message", FILES, ids=[text[:10] for text, _ in FILES])
+def test_a_file_that_is_no_study(tmp_path, text, message):
+    (tmp_path / "x.py").write_text(text)
+    with pytest.raises(UserError) as error:
+        load_study(tmp_path / "x.py")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="no such study"):
+        load_study(tmp_path / "x.py")
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def test_paired_t_interval_by_hand():
+    """d = 1, 2, 3: mean 2, s = 1, standard error 1/sqrt(3); t(0.975, 2) = 4.3027; p of t = 3.4641 at 2 df: 0.0742."""
+    found = statistics.paired(np.array([1.0, 2.0, 3.0]))
+    assert (found.n, found.mean) == (3, 2.0)
+    assert found.half_width == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+    # F(t) of 2 df is 1/2 + t / (2 sqrt(2 + t^2)), so p = 1 - t / sqrt(2 + t^2) with t^2 = 12
+    assert found.p == pytest.approx(1 - (12 / 14) ** 0.5, rel=1e-9)
+
+
+def test_the_bootstrap_stays_inside_the_values_and_holds_the_mean():
+    low, high = statistics.bootstrap(np.array([1.0, 2.0, 3.0]))
+    # three equal draws of the smallest value have probability 1/27 = 0.037 > 0.025: the ends are the values themselves
+    assert (low, high) == (1.0, 3.0)
+    many = np.random.default_rng(1).normal(size=200)
+    low, high = statistics.bootstrap(many)
+    assert high - low == pytest.approx(2 * statistics.paired(many).half_width, rel=0.05)  # the two agree at large n
+
+
+def test_holm_by_hand():
+    """Sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1 = 0.04, 0.06, 0.06, 0.04, then made monotone; NaN is left out."""
+    assert statistics.holm([0.03, 0.01, np.nan, 0.04, 0.02])[:2] == pytest.approx([0.06, 0.04])
+    assert statistics.holm([0.03, 0.01, np.nan, 0.04, 0.02])[3:] == pytest.approx([0.06, 0.06])
+    assert np.isnan(statistics.holm([0.03, np.nan])[1])
+
+
+def test_arms_are_compared_on_common_seeds_only():
+    values = {"base": {0: 1.0, 1: 2.0, 2: 9.0}, "arm": {0: 0.5, 1: 1.5}, "other": {7: 1.0}}
+    found = statistics.compare(values, "base")
+    assert found.keys() == {"arm"} and found["arm"].n == 2
+    assert found["arm"].mean == -0.5 and found["arm"].half_width == 0
+
+
+def test_verdicts_hold_their_error_rate():
+    """Arms that do not differ are called different in about 5% of studies in all, however many arms there are."""
+    rng = np.random.default_rng(0)
+    studies, wrong = 400, 0
+    for _ in range(studies):
+        values = {arm: dict(enumerate(rng.normal(size=3))) for arm in ("base", "a", "b", "c")}
+        found = statistics.compare(values, "base")
+        wrong += any("not distinguishable" not in statistics.verdict(f) for f in found.values())
+    assert 0.01 < wrong / studies < 0.09  # 0.05 and four standard errors of 0.011, one below Holm's bound
+
+
+def test_verdict_lines():
+    better = statistics.compare({"b": {0: 1.0, 1: 1.0, 2: 1.0}, "a": {0: 0.9, 1: 0.91, 2: 0.89}}, "b")["a"]
+    # s = 0.01, 4.3027 * 0.01 / sqrt(3) = 0.0248
+    assert statistics.verdict(better) == "better by 0.1000 ± 0.0248 nats (n=3)"
+    same = statistics.compare({"b": {0: 1.0, 1: 1.0}, "a": {0: 1.0, 1: 1.0}}, "b")["a"]
+    assert statistics.verdict(same) == "identical at n=2"
+    noise = statistics.compare({"b": {0: 1.0, 1: 1.0, 2: 1.0}, "a": {0: 0.9, 1: 1.2, 2: 1.0}}, "b")["a"]
+    assert statistics.verdict(noise).startswith("not distinguishable at n=3 (+0.0333 ± ")
+    assert statistics.verdict(statistics.paired(np.array([0.2]))) == "one seed: 0.2000 nats worse, no interval"
+
+
+def test_cost_to_target_is_read_between_evaluations():
+    steps, losses = np.array([10, 20, 30]), np.array([4.0, 3.0, 2.0])
+    assert statistics.reaches(steps, losses, 2.5) == 25  # half of the way from 20 to 30
+    assert statistics.reaches(steps, losses, 3.0) == 20
+    assert statistics.reaches(steps, losses, 5.0) == 10
+    assert np.isnan(statistics.reaches(steps, losses, 1.9))
+
+
+# ---------------------------------------------------------------- FLOPs
+
+
+def test_flops_by_hand():
+    model = resolve(override(default(), TINY | {"model.vocab_size": 64})).model
+    parts = forward_flops(model, sequence_length=32)
+    # D=32, 3 layers (1 dense of width 64, 2 MoE), 4 heads and 2 key-value heads of 8, E=8, K=2, F=16, 1 shared, V=64
+    assert parts == {
+        "attention projections": 3 * 2 * 32 * 8 * (4 + 2 + 2 + 4),
+        "attention products": 3 * 2 * (4 * 8) * 2 * 16.5,  # scores and values, over (32 + 1) / 2 earlier tokens
+        "dense feed-forward": 1 * 2 * 3 * 32 * 64,
+        "router": 2 * 2 * 32 * 8,
+        "routed experts": 2 * 2 * 2 * 3 * 32 * 16,
+        "shared experts": 2 * 1 * 2 * 3 * 32 * 16,
+        "head": 2 * 32 * 64,
+    }
+    assert forward_flops(model, 32, active_experts=0.5)["routed experts"] == parts["routed experts"] / 4
+
+
+def test_flops_are_two_per_weight_that_a_token_meets():
+    model = resolve(override(default(), TINY | {"model.vocab_size": 64})).model
+    _, params, _ = structure(model)
+    matrices = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree) if leaf.ndim >= 2)
+    moe = params["moe_blocks"]["moe"]
+    norms = sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(params) if "norm" in str(path[:-1]))
+    idle = (moe["gate_up_ED2F"].size + moe["down_EFD"].size) * (8 - 2) / 8
+    met = sum(leaf.size for leaf in jax.tree.leaves(params)) - norms - idle - params["embed_VD"].size
+    assert matrices(params) >= met
+    parts = forward_flops(model, 32)
+    assert sum(parts.values()) - parts["attention products"] == 2 * met
+
+
+# ---------------------------------------------------------------- the table
+
+
+def described() -> dict:
+    parts = {"routed experts": 100.0, "head": 50.0}
+    return {
+        "name": "balance",
+        "arms": {"aux": {}},
+        "tokens_per_step": 256,
+        "forward_flops": {"aux": parts},
+        "experts_per_token": {"aux": 2},
+    }
+
+
+SUMMARY = {
+    "status": "complete",
+    "step": 12,
+    "eval": {"loss": {"code": 2.0, "mean": 3.0}, "bits_per_byte": {"code": 1.0, "mean": 1.5}},
+    "router": {
+        "layers": {
+            "layer_01": {"max_violation": 1.0, "active_per_token": 1.0},
+            "layer_02": {"max_violation": 2.0, "active_per_token": 2.0},
+        }
+    },
+    "parameters": {"total": 10, "active": 5},
+    "speed": {"tokens_per_second": 512.0},
+}
+
+LOGGED = [{"step": step, "loss/ce": 10.0 - step} for step in range(1, 13)]
+
+
+def test_final_metrics_by_hand():
+    found = results.final_metrics(SUMMARY, LOGGED, described(), "aux")
+    assert found["router/max_violation"] == 1.5 and "router/entropy" not in found
+    assert found["train/loss"] == -1.5  # steps 11 and 12 of 12: (10 - 11 + 10 - 12) / 2
+    assert found["speed/step_seconds"] == 256 / 512
+    assert found["cost/active_flops"] == 100 * 1.5 / 2 + 50  # 1.5 of 2 experts on average
+
+
+def test_the_table_is_made_from_run_directories_and_refuses_what_is_not_its_own(tmp_path):
+    from frugalmoe.train import rundir
+
+    run = tmp_path / "aux" / "seed_3"
+    run.mkdir(parents=True)
+    rundir.write_json(run / "summary.json", SUMMARY)
+    (run / "metrics.jsonl").write_text('{"step": 6, "loss/ce": 4.0, "eval/loss/mean": 3.5}\n')
+    (tmp_path / "aux" / "seed_4").mkdir()  # has not finished
+    table = results.gather(tmp_path, described())
+    rows = results.load(tmp_path, "balance").to_pylist()
+    assert rows == table.to_pylist()
+    assert {"arm": "aux", "seed": 3, "metric": "eval/loss/mean", "step": 6, "final": False, "value": 3.5} in rows
+    assert {"arm": "aux", "seed": 3, "metric": "eval/loss/mean", "step": 12, "final": True, "value": 3.0} in rows
+    assert {row["seed"] for row in rows} == {3}
+    with pytest.raises(UserError, match="holds the results of study 'balance', not 'other'"):
+        results.check(tmp_path, "other")
+    path = tmp_path / "results.parquet"
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"not parquet at all"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"not a readable table.*rebuilt from the run directories"):
+            results.load(tmp_path, "balance")
+        assert path.read_bytes() == damaged, "left as it was found"
+    path.unlink()
+    assert results.gather(tmp_path, described()).equals(table)
+    pq.write_table(table.drop_columns(["seed"]).replace_schema_metadata({"study": "balance"}), path)
+    with pytest.raises(UserError, match="has columns arm, metric"):
+        results.check(tmp_path, "balance")

@@ -1,0 +1,309 @@
+"""A tiny study end to end: alone and at once, killed and resumed, over processes, reported; and what it refuses."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from runs import command, config_file, rows, run, without_times, write_text
+
+from frugalmoe.ablate import Study, load_comparison, load_study, results, run_study
+from frugalmoe.cli import main
+from frugalmoe.routing import strategies
+
+pytestmark = pytest.mark.slow
+
+FILE = """
+from frugalmoe.ablate import Study
+
+STUDY = Study(
+    name="tiny",
+    question="Does a <b>balance</b> loss help?",
+    expectation="Not in {steps} steps.",
+    base={base!r},
+    arms={{"aux": {{}}, "none": {{"model.moe.losses.load_balance": 0.0}}}},
+    baseline="aux",
+    varies=("model.moe.losses",),
+    seeds=(0, 1),
+    evaluate_with=True,
+)
+"""
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with texts, a config and a study of 2 arms x 2 seeds."""
+    root = tmp_path_factory.mktemp("study")
+    text = write_text(root / "text")
+    fields = {"train.steps": STEPS, "train.eval_every": 4, "checkpoint.every_steps": 2}
+    base = config_file(root, text, root / "cache", fields)
+    (root / "tiny_study.py").write_text(FILE.format(base=str(base), steps=STEPS))
+    return root
+
+
+@pytest.fixture(scope="module")
+def study(place) -> Study:
+    return load_study(place / "tiny_study.py")
+
+
+@pytest.fixture(scope="module")
+def alone(place, study):
+    """Every run by itself, never disturbed."""
+    assert run_study(study, place / "alone", at_once=1).missing == []
+    return place / "alone"
+
+
+RUNS = [(arm, seed) for arm in ("aux", "none") for seed in (0, 1)]
+
+
+def metrics(workdir, arm, seed):
+    return without_times(rows(workdir / arm / f"seed_{seed}"))
+
+
+def same_results(a, b, tolerance: float) -> None:
+    for arm, seed in RUNS:
+        ours, theirs = metrics(a, arm, seed), metrics(b, arm, seed)
+        assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+        for x, y in zip(ours, theirs):
+            for name in x:
+                assert x[name] == pytest.approx(y[name], rel=tolerance, abs=tolerance), (arm, seed, x["step"], name)
+
+
+def test_a_seed_is_the_same_start_and_the_same_batches_in_every_arm(alone):
+    """The loss of step 1 is that of the fresh weights on the first batch; the auxiliary loss acts from step 2 on."""
+    first = {run: metrics(alone, *run)[0]["loss/ce"] for run in RUNS}
+    assert first["aux", 0] == first["none", 0] and first["aux", 1] == first["none", 1]
+    assert first["aux", 0] != first["aux", 1]
+    last = {run: metrics(alone, *run)[-1]["eval/loss/mean"] for run in RUNS}
+    assert len(set(last.values())) == 4, "arms and seeds differ in the end"
+
+
+def test_each_run_is_a_run_directory_without_checkpoints(alone, capsys):
+    for arm, seed in RUNS:
+        directory = alone / arm / f"seed_{seed}"
+        assert json.loads((directory / "config.json").read_text())["name"] == f"tiny/{arm}/{seed}"
+        assert not (directory / "checkpoints").exists()
+    assert main(["report", str(alone / "aux" / "seed_0")]) == 0
+    assert (alone / "aux" / "seed_0" / "report" / "index.html").is_file()
+
+
+def test_the_table_holds_every_run(alone):
+    table = results.load(alone, "tiny").to_pylist()
+    finals = {(r["arm"], r["seed"]): r["value"] for r in table if r["final"] and r["metric"] == "eval/loss/mean"}
+    summaries = {run: json.loads((alone / run[0] / f"seed_{run[1]}" / "summary.json").read_text()) for run in RUNS}
+    assert finals == {run: s["eval"]["loss"]["mean"] for run, s in summaries.items()}
+    steps = {r["step"] for r in table if not r["final"] and r["metric"] == "eval/loss/mean"}
+    assert steps == {4, STEPS}
+
+
+def test_a_run_evaluated_with_its_own_router_gives_its_own_loss(alone):
+    """The arms differ in a loss coefficient, which evaluation does not use: every entry is the run's own loss."""
+    for arm, seed in RUNS:
+        directory = alone / arm / f"seed_{seed}"
+        own = json.loads((directory / "summary.json").read_text())["eval"]["loss"]["mean"]
+        assert json.loads((directory / "cross.json").read_text()) == {"aux": own, "none": own}
+
+
+def test_four_runs_at_once_are_the_four_runs(place, study, alone):
+    """Sums are ordered differently under vmap: equal up to rounding, which 8 steps of Adam amplify."""
+    run_study(study, place / "at_once", at_once=4)
+    same_results(alone, place / "at_once", 2e-4)
+    first = [metrics(w, "aux", 0)[0]["loss/ce"] for w in (alone, place / "at_once")]
+    assert first[0] == pytest.approx(first[1], rel=1e-6)
+
+
+def test_what_is_complete_is_not_touched(study, alone):
+    before = {p: p.stat().st_mtime_ns for p in alone.rglob("metrics.jsonl")}
+    assert run_study(study, alone, at_once=1).missing == []
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def ablate(place, workdir, *flags, study="tiny_study.py") -> list[str]:
+    return ["ablate", str(place / study), f"--workdir={place / workdir}", *flags]
+
+
+def steps_done(workdir) -> int:
+    return sum(len(p.read_text().splitlines()) for p in workdir.glob("*/seed_*/metrics.jsonl"))
+
+
+def wait_for(condition, process, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.02)
+
+
+def no_worker_of(workdir) -> bool:
+    """True when no process trains in the directory any more."""
+    pids = [p.read_text() for p in workdir.glob("*/seed_*/.lock")]
+    return not any(pid and os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def interrupt(flags: list[str], number: int, condition) -> tuple[int, str]:
+    """Starts the command and signals it once the condition holds; its exit code and output."""
+    process = subprocess.Popen(command(*flags), stdout=-1, stderr=subprocess.STDOUT, text=True)
+    wait_for(condition, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def test_stopped_and_killed_it_continues_to_the_same_bits(place, alone):
+    """SIGTERM in the first run saves it; SIGKILL in a later one does not."""
+    workdir, flags = place / "killed", ablate(place, "killed")
+    code, output = interrupt(flags, signal.SIGTERM, lambda: steps_done(workdir) >= 3)
+    assert code == 75 and "4 of 4 runs to go; the same command continues" in output, output
+    interrupt(flags, signal.SIGKILL, lambda: steps_done(workdir) >= STEPS + 3)
+    out = run(*flags, timeout=900)
+    assert out.returncode == 0, out.stderr
+    assert "continuing at 1 of 4 runs" in out.stdout and "not distinguishable at n=2" in out.stdout
+    same_results(alone, workdir, 0)
+    table = lambda w: [r for r in results.load(w, "tiny").to_pylist() if not r["metric"].startswith("speed/")]
+    assert table(alone) == table(workdir)
+
+
+def test_processes_and_slurm_tasks_share_the_runs(place, alone):
+    """The first process is killed, its workers save and end; a SLURM task (submitit's local executor) goes on."""
+    workdir, flags = place / "jobs", ablate(place, "jobs")
+    both_train = lambda: len(list(workdir.glob("*/seed_*/metrics.jsonl"))) >= 2
+    interrupt([*flags, "--jobs=2"], signal.SIGKILL, both_train)
+    end = time.monotonic() + 300
+    while not no_worker_of(workdir):
+        assert time.monotonic() < end, "workers outlive the process that started them"
+        time.sleep(0.1)
+    out = run(*flags, "--slurm=cluster=local,timeout_min=15", timeout=900)
+    assert out.returncode == 0, out.stderr
+    same_results(alone, workdir, 1e-4)
+    assert list((workdir / "slurm").glob("*_result.pkl"))
+
+
+def test_the_report_is_one_page_with_a_verdict(alone, capsys):
+    assert main(["report", str(alone)]) == 0
+    assert capsys.readouterr().out == f"{alone / 'report' / 'index.html'}\n"
+    page = (alone / "report" / "index.html").read_text()
+    assert "none: not distinguishable at n=2" in page and "<b>balance" not in page and "&lt;b&gt;balance" in page
+    assert 'src="data:image/png;base64,' in page and "http" not in page.replace("<!DOCTYPE html>", "")
+    markdown = (alone / "report" / "RESULTS.md").read_text()
+    c = load_comparison(alone)
+    paired = c.paired["none"]
+    assert f"| none | 2 | {c.mean(c.metric, 'none'):.3f} | {paired.mean:+.4f} ± {paired.half_width:.4f} |" in markdown
+    assert {p.name for p in (alone / "report").iterdir()} == {
+        "index.html",
+        "RESULTS.md",
+        "differences.png",
+        "curves.png",
+        "balance.png",
+    }
+
+
+def test_a_router_from_a_notebook_and_a_run_that_diverges(place, study, capsys):
+    """A strategy that is no file of the package is an arm; an arm whose loss becomes infinite ends alone."""
+    mine = dataclasses.replace(strategies.get("topk_softmax"), name="mine")
+    arms = {"base": {}, "mine": {"model.moe.router": mine}, "wild": {"optim.learning_rate": 1e30}}
+    changes = {"arms": arms, "baseline": "base", "varies": ("model.moe.router", "optim"), "evaluate_with": False}
+    other = dataclasses.replace(study, name="notebook", **changes)
+    outcome = run_study(other, place / "notebook", seeds=[0])
+    assert outcome.missing == [] and [p.arm for p in outcome.diverged] == ["wild"]
+    assert "wild seed 0: loss/total=" in capsys.readouterr().out
+    config = json.loads((place / "notebook" / "mine" / "seed_0" / "config.json").read_text())
+    assert config["model"]["moe"]["router"] == "mine"
+    c = load_comparison(place / "notebook")
+    assert c.paired["mine"].mean == 0, "the same router under another name"
+    assert c.verdict("wild") == "no complete pair of runs"
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def refused(capsys, argv, *texts) -> None:
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("frugalmoe: ") and len(error.strip().splitlines()) == 1, error
+    for text in texts:
+        assert text in error, error
+
+
+def variant(place, name: str, old: str, new: str) -> str:
+    text = (place / "tiny_study.py").read_text()
+    assert old in text
+    (place / f"{name}.py").write_text(text.replace(old, new))
+    return f"{name}.py"
+
+
+BAD = [
+    (
+        "metric",
+        "evaluate_with=True",
+        "metrics=('eval/loss/maen',)",
+        "metrics='eval/loss/maen': unknown metric; did you mean",
+    ),
+    ("first", "evaluate_with=True", "metrics=('router/entropy',)", "the first one decides and must be one of eval/..."),
+    ("baseline", 'baseline="aux"', 'baseline="axu"', "baseline='axu': no such arm; did you mean 'aux'"),
+    ("varies", 'varies=("model.moe.losses",)', "varies=()", "undeclared difference; varies=nothing"),
+]
+
+
+@pytest.mark.parametrize("name, old, new, message", BAD, ids=[b[0] for b in BAD])
+def test_a_bad_study_is_one_line_and_writes_nothing(place, capsys, name, old, new, message):
+    refused(capsys, ablate(place, "bad", study=variant(place, name, old, new)), message)
+    assert not (place / "bad").exists()
+
+
+def test_unequal_budgets_are_refused_unless_declared(place, capsys):
+    """Twice the experts per token: 2 layers x 2 more experts x 6 x 32 x 16 more FLOPs than the baseline."""
+    old = 'varies=("model.moe.losses",)'
+    new = 'varies=("model.moe",)'
+    arms = '"none": {"model.moe.losses.load_balance": 0.0}'
+    name = variant(place, "budget", old, new)
+    text = (place / name).read_text()
+    assert arms in text
+    (place / name).write_text(text.replace(arms, '"none": {"model.moe.num_experts_per_token": 4}'))
+    refused(
+        capsys, ablate(place, "bad", study=name), "arm 'none': 1.", "times the active FLOPs per token", "tolerance=0.03"
+    )
+    declared = (place / name).read_text().replace(new, new + ", equal_flops=False")
+    (place / name).write_text(declared)
+    assert main(ablate(place, "bad", "--dry-run", study=name)) == 0
+    assert "1.000" in capsys.readouterr().out
+    assert not (place / "bad").exists()
+
+
+def test_bad_flags_are_refused(place, capsys):
+    refused(capsys, ablate(place, "bad", "--arms=nine"), "--arms=nine: no such arm; did you mean 'none'")
+    refused(capsys, ablate(place, "bad", "--jobs=0"), "--jobs=0: must be at least 1")
+    refused(capsys, ablate(place, "bad", "--slurm=partition"), "must be NAME=VALUE")
+    refused(capsys, ablate(place, "bad", "--config.model.dmi=3"), "did you mean 'dim'")
+    refused(capsys, ["ablate", str(place / "no.py")], "no such study")
+    refused(capsys, ["report", str(place / "text")], "not a run directory")
+    assert not (place / "bad").exists()
+
+
+def test_another_study_and_another_config_are_refused(place, alone, capsys):
+    other = variant(place, "other", 'name="tiny"', 'name="other"')
+    refused(capsys, ablate(place, "alone", study=other), "results of study 'tiny', not 'other'")
+    refused(capsys, ablate(place, "alone", "--config.train.steps=9"), "train.steps: 8 there, 9 here")
+    refused(capsys, ablate(place, "text"), "holds files but no study.json")
+    assert json.loads((alone / "study.json").read_text())["name"] == "tiny"
+
+
+def test_a_damaged_table_is_refused_and_rebuilt_from_the_runs(place, alone, capsys):
+    path = alone / "results.parquet"
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(whole[:100])
+        refused(
+            capsys, ablate(place, "alone"), "results.parquet: not a readable table", "rebuilt from the run directories"
+        )
+        refused(capsys, ["report", str(alone)], "results.parquet: not a readable table")
+        path.unlink()
+        refused(capsys, ["report", str(alone)], "results.parquet: missing")
+        assert main(ablate(place, "alone")) == 0
+        assert results.load(alone, "tiny").num_rows > 0
+        assert np.isfinite([r["value"] for r in results.load(alone, "tiny").to_pylist()]).all()
+    finally:
+        path.write_bytes(whole)
