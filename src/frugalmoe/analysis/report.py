@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from frugalmoe.analysis import findings, plots, routing
+from frugalmoe.analysis import findings, plots
 from frugalmoe.analysis.page import (
     Html,
     document,
@@ -26,7 +26,9 @@ from frugalmoe.analysis.page import (
     tag,
 )
 from frugalmoe.analysis.runs import Probe, Run, load_run
+from frugalmoe.analysis.specialisation import Specialisation, group_units, specialise
 from frugalmoe.analysis.table import balance_rows, headline_rows, loss_rows
+from frugalmoe.analysis.vocabulary import TypicalToken, hash_likeness, typical_tokens
 from frugalmoe.commands import add_command
 from frugalmoe.data.tokenizer import Tokenizer
 
@@ -196,8 +198,8 @@ def _load_section(run: Run) -> Section:
 
 def _probe_sections(run: Run, probe: Probe) -> list[Section]:
     domains = run.domains or [f"domain {g}" for g in range(int(probe.domain_ids_N.max()) + 1)]
-    units = routing.group_units(probe.selected_LNE, probe.domain_ids_N, probe.unit_ids_N)
-    found = routing.specialise(units, len(domains))
+    units = group_units(probe.selected_LNE, probe.domain_ids_N, probe.unit_ids_N)
+    found = specialise(units, len(domains))
     sections = [
         Section("What the experts specialise in: domains", _domain_parts(found, probe, domains)),
         Section("What the experts specialise in: tokens", _token_parts(run, probe)),
@@ -209,7 +211,7 @@ def _probe_sections(run: Run, probe: Probe) -> list[Section]:
     return [*sections, Section("Experts that work together", together)]
 
 
-def _domain_parts(found: routing.Specialisation, probe: Probe, domains: list[str]) -> list:
+def _domain_parts(found: Specialisation, probe: Probe, domains: list[str]) -> list:
     present = np.flatnonzero(found.tokens_G)
     if len(present) < 2:
         return [_missing("fewer than two domains in its probe")]
@@ -232,7 +234,7 @@ def _domain_parts(found: routing.Specialisation, probe: Probe, domains: list[str
     ]
 
 
-def _information_table(found: routing.Specialisation, probe: Probe) -> Html:
+def _information_table(found: Specialisation, probe: Probe) -> Html:
     rows = []
     for l, (layer, above) in enumerate(zip(probe.layers_L, findings.verdicts(found))):
         rows.append(
@@ -250,7 +252,7 @@ def _information_table(found: routing.Specialisation, probe: Probe) -> Html:
 
 
 def _token_parts(run: Run, probe: Probe) -> list[Html]:
-    likeness_L = [routing.hash_likeness(s_NE, probe.token_ids_N) for s_NE in probe.selected_LNE]
+    likeness_L = [hash_likeness(s_NE, probe.token_ids_N) for s_NE in probe.selected_LNE]
     layers = [str(layer) for layer in probe.layers_L]
     parts = [
         _how(
@@ -276,13 +278,13 @@ def _typical_rows(run: Run, probe: Probe) -> list[tuple[str, Html]]:
     found = []
     for layer, selected_NE in zip(probe.layers_L, probe.selected_LNE):
         for expert in range(selected_NE.shape[1]):
-            if tokens := routing.typical_tokens(selected_NE, probe.token_ids_N, expert):
+            if tokens := typical_tokens(selected_NE, probe.token_ids_N, expert):
                 found.append((sum(t.log_odds for t in tokens), f"layer {layer}, expert {expert}", tokens))
     found.sort(key=lambda row: -row[0])
     return [(name, join((_token(run, t) for t in tokens), ", ")) for _, name, tokens in found[:TYPICAL_EXPERTS]]
 
 
-def _token(run: Run, token: routing.TypicalToken) -> Html:
+def _token(run: Run, token: TypicalToken) -> Html:
     return join([tag("code", show_token(run.tokenizer, token.token_id)), f"({token.routed}/{token.seen})"], " ")
 
 
