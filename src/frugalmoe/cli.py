@@ -61,10 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_generate(commands)
     _add_routers(commands)
-    from frugalmoe.analysis import report
+    from frugalmoe.analysis import report, tracing
     from frugalmoe.data import cli as data_cli
 
     report.add_parsers(commands)
+    tracing.add_parsers(commands)
     data_cli.add_parsers(commands)
     return parser
 

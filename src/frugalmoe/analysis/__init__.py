@@ -8,7 +8,7 @@
 | which experts go together, within and across layers? | `coactivation` |
 | when does routing settle? | `dynamics` |
 | are experts alike? | `similarity` |
-| does it matter for the loss? | `interventions` |
+| does it matter for the loss? | `intervene` with `interventions` |
 
 Their measures are pure functions on arrays; each docstring has the formula and what chance alone gives. `uncertainty`
 has the bootstrap over documents or seeds, `information` entropies and mutual information. Gradient shares and the gap
@@ -19,6 +19,7 @@ from frugalmoe.analysis import (
     coactivation,
     dynamics,
     information,
+    interventions,
     load,
     plots,
     scores,
@@ -27,20 +28,34 @@ from frugalmoe.analysis import (
     uncertainty,
     vocabulary,
 )
+from frugalmoe.analysis.effects import Effect, effects_table, intervene
+from frugalmoe.analysis.interventions import Demote, Mask, RandomChoice
+from frugalmoe.analysis.probe import Probe
 from frugalmoe.analysis.report import write_report
-from frugalmoe.analysis.runs import Loads, Probe, Run, Series, load_run
+from frugalmoe.analysis.runs import Loads, Run, Series, load_run
 from frugalmoe.analysis.table import summary_table
+from frugalmoe.analysis.trace import Trace, load_trace
+from frugalmoe.analysis.tracing import write_trace
 
 __all__ = [
+    "Demote",
+    "Effect",
     "Loads",
+    "Mask",
     "Probe",
+    "RandomChoice",
     "Run",
     "Series",
+    "Trace",
     "coactivation",
     "dynamics",
+    "effects_table",
     "information",
+    "intervene",
+    "interventions",
     "load",
     "load_run",
+    "load_trace",
     "plots",
     "scores",
     "similarity",
@@ -49,4 +64,5 @@ __all__ = [
     "uncertainty",
     "vocabulary",
     "write_report",
+    "write_trace",
 ]

@@ -5,7 +5,8 @@ import numpy as np
 from frugalmoe.analysis import coactivation, plots
 from frugalmoe.analysis.load import effective_experts, gini
 from frugalmoe.analysis.page import listed, number, p_value, percent, spread
-from frugalmoe.analysis.runs import Probe, Run
+from frugalmoe.analysis.probe import Probe
+from frugalmoe.analysis.runs import Run
 from frugalmoe.analysis.specialisation import Specialisation
 
 ALPHA = 0.05  # of a verdict, over all layers together

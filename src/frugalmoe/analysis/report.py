@@ -25,7 +25,8 @@ from frugalmoe.analysis.page import (
     table,
     tag,
 )
-from frugalmoe.analysis.runs import Probe, Run, load_run
+from frugalmoe.analysis.probe import Probe
+from frugalmoe.analysis.runs import Run, load_run
 from frugalmoe.analysis.specialisation import Specialisation, group_units, specialise
 from frugalmoe.analysis.table import balance_rows, headline_rows, loss_rows
 from frugalmoe.analysis.vocabulary import TypicalToken, hash_likeness, typical_tokens

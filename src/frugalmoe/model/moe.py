@@ -3,7 +3,7 @@
 Letters: B batch, T time, N tokens (B*T), D model, F expert hidden, E experts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from frugalmoe import experts
 from frugalmoe.config.schema import Model
 from frugalmoe.model.layers import FeedForward, normal
 from frugalmoe.routing import strategies
-from frugalmoe.routing.contract import Inputs, Loss, selection_matrix
+from frugalmoe.routing.contract import Inputs, Loss, Plan, TokenPlan, selection_matrix, token_major
 from frugalmoe.sharding import BATCH_AXES, local
 
 
@@ -32,7 +32,9 @@ class Context(NamedTuple):
     keys_B: Array
     step: Array
     train: bool = False
-    trace: bool = False  # also return which expert got which token
+    trace: bool = False  # also return which expert got which token, and the plan
+    # A pytree, for evaluation: (plan, inputs, num_experts) -> the plan that is executed instead.
+    intervention: Callable[[Plan, Inputs, int], Plan] | None = None
 
 
 class Routed(NamedTuple):
@@ -41,6 +43,7 @@ class Routed(NamedTuple):
     losses: Mapping[str, Loss]
     stats: Mapping[str, Array]
     selected_BTE: Array | None  # bool, with `trace`
+    plan: TokenPlan | None  # token-major [B, T, K], with `trace`
 
 
 class MoELayer(nnx.Module):
@@ -63,7 +66,7 @@ class MoELayer(nnx.Module):
         moe = self.config
 
         def route_and_execute(
-            params, state, gate_up, down, layer, step, x, token_ids, segment_ids, positions, keys, carry
+            params, state, gate_up, down, layer, step, intervention, x, token_ids, segment_ids, positions, keys, carry
         ):
             inputs = Inputs(
                 x, token_ids, segment_ids, positions, keys, step, layer, context.train, carry, axis_names=BATCH_AXES
@@ -71,26 +74,30 @@ class MoELayer(nnx.Module):
             routing = router.route(params, jax.lax.stop_gradient(state), inputs, moe)
             # A recomputed backward pass takes the saved plan, so that near-ties cannot be routed twice differently.
             plan = jax.tree.map(lambda a: checkpoint_name(a, "routing_plan"), routing.plan)
+            if intervention is not None:
+                plan = intervention(plan, inputs, moe.num_experts)
             x_ND = x.reshape(-1, x.shape[-1])
             y_ND, dropped = experts.execute(plan, x_ND, gate_up, down, moe, x.shape[0])
             losses, stats = jax.lax.psum((routing.losses, {**routing.stats, "dropped": dropped}), BATCH_AXES)
-            selected = None
+            traced = (None, None)
             if context.trace:
-                selected = selection_matrix(plan, x_ND.shape[0], moe.num_experts).reshape(*x.shape[:2], -1)
-            return y_ND.reshape(x.shape), losses, stats, selected, routing.carry
+                traced = (f(plan, x_ND.shape[0], moe.num_experts) for f in (selection_matrix, token_major))
+                traced = jax.tree.map(lambda a: a.reshape(*x.shape[:2], -1), tuple(traced))
+            return y_ND.reshape(x.shape), losses, stats, traced, routing.carry
 
         apply = local(
             route_and_execute,
-            in_letters=("", "", "", "", "", "", "BTD", "BT", "BT", "BT", "B", "BT"),
+            in_letters=("", "", "", "", "", "", "", "BTD", "BT", "BT", "BT", "B", "BT"),
             out_letters=("BTD", "", "", "BTE", "BT"),
         )
-        y_BTD, losses, stats, selected_BTE, carry = apply(
+        y_BTD, losses, stats, traced, carry = apply(
             {k: v[...] for k, v in self.router.items()},
             {k: v[...] for k, v in self.router_state.items()},
             self.gate_up_ED2F.astype(x_BTD.dtype),
             self.down_EFD.astype(x_BTD.dtype),
             layer,
             context.step,
+            context.intervention,
             x_BTD,
             context.token_ids_BT,
             context.segment_ids_BT,
@@ -100,4 +107,4 @@ class MoELayer(nnx.Module):
         )
         if moe.num_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
-        return y_BTD, Routed(losses, stats, selected_BTE), carry
+        return y_BTD, Routed(losses, stats, *traced), carry

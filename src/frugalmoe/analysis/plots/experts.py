@@ -22,7 +22,7 @@ from frugalmoe.analysis.plots.style import (
     reference,
     styled,
 )
-from frugalmoe.analysis.runs import Probe
+from frugalmoe.analysis.probe import Probe
 from frugalmoe.analysis.specialisation import Specialisation, excess
 
 
