@@ -171,12 +171,15 @@ def test_bad_input_is_one_line(run_dir, tmp_path):
 
 
 def test_the_report_has_the_trace(run_dir, tmp_path):
-    page = write_report(copy(run_dir, tmp_path)).read_text()
-    assert (
-        ("When the routing settles" in page
-        and "When the routing settles" not in write_report(run_dir).read_text())
-        or True
-    )
+    path = copy(run_dir, tmp_path)
+    page = write_report(path).read_text()
+    assert "When the routing settles" in page and "At step 4 of 12 tokens already go to" in page
+    assert all((path / "report" / f"{name}.png").stat().st_size > 10_000 for name in ("saturation", "vocabulary"))
+    for step in (4, 8):
+        (path / "trace" / f"step_{step:08d}.npz").unlink()
+    assert "one traced checkpoint only" in write_report(path).read_text()
+    shutil.rmtree(path / "trace")
+    assert "When the routing settles" not in write_report(path).read_text()
 
 
 def test_interventions_change_what_they_say(run_dir):
@@ -238,3 +241,24 @@ def test_a_router_without_a_next_choice_is_refused_and_the_others_work(root):
     # C = T K / E for each expert and sequence: full rows have K experts per token on average
     assert trace.router["active_per_token"][-1] == pytest.approx(K, rel=0.05)
     assert trace.expert_SLNK.shape[-1] > K and trace.selected().sum() == (trace.expert_SLNK[-1] < E).sum()
+
+
+def test_experts_compute_what_the_oracle_does(run_dir):
+    """`Experts.outputs` against the dense executor with one expert and weight 1."""
+    import jax.numpy as jnp
+
+    from frugalmoe.experts import dense
+    from frugalmoe.routing.contract import TokenPlan
+
+    experts = analysis.load_experts(run_dir)
+    assert experts.layers_L.tolist() == [1, 2] and experts.router_LDE.shape == (2, 32, E)
+    x_ND = np.random.default_rng(3).standard_normal((16, 32))
+    x_ND *= experts.norm_LD[1] / np.sqrt(np.mean(x_ND**2, axis=-1, keepdims=True))
+    plan = TokenPlan(jnp.full((16, 1), 5), jnp.ones((16, 1)))
+    y_ND = dense.run(plan, jnp.float32(x_ND), experts.gate_up_LED2F[1], experts.down_LEFD[1])
+    np.testing.assert_allclose(experts.outputs(1, 16, seed=3)[5], y_ND, rtol=1e-4, atol=1e-7)
+    neurons_EF = experts.neurons(1)
+    assert neurons_EF.shape == (E, 16, 96)
+    np.testing.assert_array_equal(neurons_EF[5, 3, :32], experts.gate_up_LED2F[1, 5, :, 0, 3])
+    np.testing.assert_array_equal(neurons_EF[5, 3, 32:64], experts.gate_up_LED2F[1, 5, :, 1, 3])
+    np.testing.assert_array_equal(neurons_EF[5, 3, 64:], experts.down_LEFD[1, 5, 3])

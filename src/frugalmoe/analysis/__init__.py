@@ -7,7 +7,7 @@
 | do experts have domains, words? | `specialisation`, `vocabulary` |
 | which experts go together, within and across layers? | `coactivation` |
 | when does routing settle? | `dynamics` |
-| are experts alike? | `similarity` |
+| are experts alike? | `similarity` of `load_experts` |
 | does it matter for the loss? | `intervene` with `interventions` |
 
 Their measures are pure functions on arrays; each docstring has the formula and what chance alone gives. `uncertainty`
@@ -36,10 +36,12 @@ from frugalmoe.analysis.runs import Loads, Run, Series, load_run
 from frugalmoe.analysis.table import summary_table
 from frugalmoe.analysis.trace import Trace, load_trace
 from frugalmoe.analysis.tracing import write_trace
+from frugalmoe.analysis.weights import Experts, load_experts
 
 __all__ = [
     "Demote",
     "Effect",
+    "Experts",
     "Loads",
     "Mask",
     "Probe",
@@ -54,6 +56,7 @@ __all__ = [
     "intervene",
     "interventions",
     "load",
+    "load_experts",
     "load_run",
     "load_trace",
     "plots",

@@ -3,11 +3,13 @@
 import numpy as np
 
 from frugalmoe.analysis import coactivation, plots
+from frugalmoe.analysis.dynamics import beyond_chance
 from frugalmoe.analysis.load import effective_experts, gini
 from frugalmoe.analysis.page import listed, number, p_value, percent, spread
 from frugalmoe.analysis.probe import Probe
 from frugalmoe.analysis.runs import Run
 from frugalmoe.analysis.specialisation import Specialisation
+from frugalmoe.analysis.trace import Trace
 
 ALPHA = 0.05  # of a verdict, over all layers together
 
@@ -115,6 +117,22 @@ def specialisation(found: Specialisation, layers: np.ndarray, domains: list[str]
         return sentence + " In no layer does routing depend on the domain more than shuffled labels explain."
     names = f"layer{'s' * (len(passing) > 1)} {_ranges(passing)}" if len(passing) < len(layers) else "every MoE layer"
     return sentence + f" Routing depends on the domain, beyond shuffled labels, in {names}."
+
+
+def saturation(trace: Trace) -> str:
+    """How early routing settles, with the chance level that a collapsed router would raise."""
+    found, chance_SL = trace.saturation()
+    s = int(np.argmin(np.abs(trace.steps_S - 0.5 * trace.steps_S[-1])))
+    beyond_L = beyond_chance(found.value[s], chance_SL[s])
+    slow, fast = int(beyond_L.argmin()), int(beyond_L.argmax())
+    step = f"At step {trace.steps_S[s]:,} of {trace.steps_S[-1]:,}"
+    each = [f"{percent(found.value[s, l])} in layer {trace.layers_L[l]}" for l in dict.fromkeys((slow, fast))]
+    return (
+        f"{step} tokens already go to {' and '.join(each)} of the experts that they have at the end, the slowest and "
+        f"the fastest layer; unrelated routing at the same loads would give "
+        f"{spread(percent(chance_SL[s].min()), percent(chance_SL[s].max()))}. Corrected for that chance, "
+        f"{spread(percent(beyond_L[slow]), percent(beyond_L[fast]))} of the way is done."
+    )
 
 
 def _ranges(numbers: list[int]) -> str:

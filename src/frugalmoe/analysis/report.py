@@ -29,6 +29,7 @@ from frugalmoe.analysis.probe import Probe
 from frugalmoe.analysis.runs import Run, load_run
 from frugalmoe.analysis.specialisation import Specialisation, group_units, specialise
 from frugalmoe.analysis.table import balance_rows, headline_rows, loss_rows
+from frugalmoe.analysis.trace import load_trace, trace_files
 from frugalmoe.analysis.vocabulary import TypicalToken, hash_likeness, typical_tokens
 from frugalmoe.commands import add_command
 from frugalmoe.data.tokenizer import Tokenizer
@@ -97,6 +98,7 @@ def _sections(run: Run) -> list[Section]:
             "Balance of the routers", run, plots.balance, findings.balance, "balance", "no router metrics", HOW_BALANCE
         ),
         *probe,
+        *_trace_sections(run),
         _section("Speed", run, plots.speed, findings.speed, "speed", "no timed steps", HOW_SPEED),
         Section("Sample", [_sample(run)]),
         Section("Reproduce", [_reproduce(run)]),
@@ -129,6 +131,18 @@ HOW_INTERVALS = (
 HOW_CO_ACTIVATION = (
     "Of the tokens of expert i, how many also go to expert j, over what independent choices at the same loads would "
     "give. Orange: more often; purple: less; grey: no tokens."
+)
+
+HOW_SATURATION = (
+    "Above: of the experts that a held-out token has at the last checkpoint, how many it had already (router "
+    "saturation of OLMoE, arXiv 2409.02060); dashed: what routing that ignores the token would give at the same "
+    "loads. Below: how many of a token's experts change from one checkpoint to the next."
+)
+HOW_VOCABULARY = (
+    "Of the occurrences of a token id, the share that goes to its favourite expert, averaged over ids that occur at "
+    "least 8 times (vocabulary specialisation of OLMoE): by the token that is read, the one that follows, and the one "
+    "that the model predicts. Dashes: the same with ids exchanged between tokens, since a favourite of few "
+    "occurrences is high by chance."
 )
 
 
@@ -297,6 +311,21 @@ def show_token(tokenizer: Tokenizer, token_id: int) -> str:
     if not shown or "\ufffd" in shown:
         return f"id {token_id}"
     return shown.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+
+
+# ---------------------------------------------------------------- what the trace shows
+
+
+def _trace_sections(run: Run) -> list[Section]:
+    """Of runs that `frugalmoe trace` has traced."""
+    if not trace_files(run.path):
+        return []
+    trace = load_trace(run.path)
+    settling = [_missing("one traced checkpoint only, so no change to show")]
+    if (figure := plots.saturation(trace)) is not None:
+        settling = [_how(HOW_SATURATION), Picture("saturation", figure), _shows(findings.saturation(trace))]
+    words = [_how(HOW_VOCABULARY), Picture("vocabulary", plots.vocabulary_specialisation(trace.probe()))]
+    return [Section("When the routing settles", settling), Section("Whose words the experts follow", words)]
 
 
 # ---------------------------------------------------------------- end of the page

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from frugalmoe.analysis import dynamics
 from frugalmoe.analysis.probe import Probe, damage, make, read_columns
+from frugalmoe.analysis.uncertainty import Estimate, mean
 from frugalmoe.data.cache import digest
 from frugalmoe.data.tokenizer import load_from
 from frugalmoe.errors import UserError
@@ -49,9 +51,34 @@ class Trace:
         np.put_along_axis(gate_LNE, self.expert_SLNK[s].astype(np.int64), self.weight_SLNK[s], axis=-1)
         return gate_LNE[..., : self.num_experts]
 
+    @property
+    def layers_L(self) -> np.ndarray:
+        """Index in the whole network of each traced layer."""
+        return self.probes[-1].layers_L
+
+    def saturation(self) -> tuple[Estimate, np.ndarray]:
+        """`dynamics.saturation` and `dynamics.saturation_chance`, [S, L]; one checkpoint in memory at a time."""
+        last_LNE, unit_N = self.selected(), self.probes[-1].unit_ids_N
+        found, chance = [], []
+        for s in range(len(self.steps_S)):
+            selected_LNE = self.selected(s)
+            found.append(mean(dynamics.overlap(selected_LNE, last_LNE), unit_N))
+            chance.append(dynamics.saturation_chance(selected_LNE, last_LNE))
+        return _stacked(found), np.stack(chance)
+
+    def churn(self) -> Estimate:
+        """`dynamics.churn` between successive checkpoints, [S - 1, L]."""
+        unit_N = self.probes[-1].unit_ids_N
+        pairs = ((self.selected(s), self.selected(s + 1)) for s in range(len(self.steps_S) - 1))
+        return _stacked([mean(dynamics.churn(*pair), unit_N) for pair in pairs])
+
     def probe(self, s: int = -1) -> Probe:
         """Checkpoint s as a probe: whatever measures or draws a probe works on it."""
         return self.probes[s]._replace(selected_LNE=self.selected(s))
+
+
+def _stacked(estimates: list[Estimate]) -> Estimate:
+    return Estimate(*map(np.stack, zip(*estimates)))
 
 
 def fingerprints(run: Path) -> dict[str, str]:

@@ -1,6 +1,12 @@
 """Pictures of a run. Each function returns a matplotlib Figure, or None where the run lacks what it shows."""
 
-from frugalmoe.analysis.plots.experts import co_activation, domain_heatmaps, domain_intervals
+from frugalmoe.analysis.plots.change import effects, saturation
+from frugalmoe.analysis.plots.experts import (
+    co_activation,
+    domain_heatmaps,
+    domain_intervals,
+    vocabulary_specialisation,
+)
 from frugalmoe.analysis.plots.style import GREY, INK, OKABE_ITO, STYLE, styled
 from frugalmoe.analysis.plots.training import balance, expert_load, loss_curves, noise_floor, speed
 
@@ -13,9 +19,12 @@ __all__ = [
     "co_activation",
     "domain_heatmaps",
     "domain_intervals",
+    "effects",
     "expert_load",
     "loss_curves",
     "noise_floor",
+    "saturation",
     "speed",
     "styled",
+    "vocabulary_specialisation",
 ]

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from frugalmoe.analysis import coactivation
+from frugalmoe.analysis import coactivation, vocabulary
 from frugalmoe.analysis.plots.style import (
     INK,
     OKABE_ITO,
@@ -101,4 +101,29 @@ def co_activation(probe: Probe) -> Figure | None:
     figure.supxlabel("also chosen: expert j", fontsize=10)
     figure.supylabel("given expert i", fontsize=10)
     ratio_bar(figure, image, all_axes, "observed / independent")
+    return figure
+
+
+@styled
+def vocabulary_specialisation(probe: Probe) -> Figure | None:
+    """Per layer: share of an id's occurrences that its favourite expert gets, and what shuffled ids give."""
+    views = {"input token": probe.token_ids_N, "next token": probe.next_ids_N, "predicted token": probe.predicted_ids_N}
+    views = {name: ids_N for name, ids_N in views.items() if ids_N is not None}
+    figure = Figure(figsize=(9, 3.4))
+    axes = figure.subplots()
+    for v, ((name, ids_N), color) in enumerate(zip(views.items(), OKABE_ITO)):
+        known_N = ids_N >= 0
+        found = [
+            vocabulary.vocabulary_specialisation(s[known_N], ids_N[known_N], shuffles=3) for s in probe.selected_LNE
+        ]
+        shown_L, floor_L = 100 * np.array(found).T
+        x_L = np.arange(len(shown_L)) + (v - (len(views) - 1) / 2) * 0.2
+        axes.vlines(x_L, floor_L, shown_L, color=color, linewidth=1.5)
+        axes.plot(x_L, shown_L, "o", color=color, markersize=5, label=f"by {name} (n = {known_N.sum():,})")
+        axes.plot(x_L, floor_L, "_", color=color, markersize=9)
+    axes.plot([], [], "_", color=INK, markersize=9, label="the same with shuffled ids")
+    axes.set_xticks(range(len(probe.layers_L)), map(str, probe.layers_L))
+    axes.set_ylim(0, 102)
+    lines(axes, "layer", "occurrences that go to the\nid's favourite expert (%)")
+    legend(axes)
     return figure
