@@ -62,11 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_routers(commands)
     from frugalmoe.ablate import cli as ablate_cli
-    from frugalmoe.analysis import report
+    from frugalmoe.analysis import report, tracing
     from frugalmoe.data import cli as data_cli
 
     ablate_cli.add_parsers(commands)
     report.add_parsers(commands)
+    tracing.add_parsers(commands)
     data_cli.add_parsers(commands)
     return parser
 

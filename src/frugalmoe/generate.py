@@ -138,8 +138,8 @@ def stream(config: Config, weights: Weights, tokenizer: Tokenizer, prompt: str, 
     yield text[sent:]
 
 
-def load(run: Path) -> tuple[Config, Weights, Tokenizer, jax.sharding.Mesh]:
-    """The config, weights and tokenizer of a run directory's newest checkpoint, on one device."""
+def load(run: Path, step: int | None = None) -> tuple[Config, Weights, Tokenizer, jax.sharding.Mesh]:
+    """The config, weights and tokenizer of a run directory's checkpoint, the newest by default, on one device."""
     from frugalmoe.config import resolve
     from frugalmoe.data.tokenizer import load_from
     from frugalmoe.train import checkpoint, rundir
@@ -161,7 +161,11 @@ def load(run: Path) -> tuple[Config, Weights, Tokenizer, jax.sharding.Mesh]:
     with checkpoint.open_manager(run, config.checkpoint) as manager, jax.set_mesh(mesh):
         if manager.latest_step() is None:
             raise UserError(f"{run}: holds no checkpoint yet")
-        state = checkpoint.restore(manager, manager.latest_step(), abstract(config), ("params", "router_state"))
+        if step is None:
+            step = manager.latest_step()
+        elif step not in manager.all_steps():
+            raise UserError(f"{run}: no checkpoint of step {step}; valid: {sorted(manager.all_steps())}")
+        state = checkpoint.restore(manager, step, abstract(config), ("params", "router_state"))
     return config, Weights(state.params, state.router_state), tokenizer, mesh
 
 

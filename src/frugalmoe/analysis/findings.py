@@ -2,9 +2,14 @@
 
 import numpy as np
 
-from frugalmoe.analysis import plots, routing
+from frugalmoe.analysis import coactivation, plots
+from frugalmoe.analysis.dynamics import beyond_chance
+from frugalmoe.analysis.load import effective_experts, gini
 from frugalmoe.analysis.page import listed, number, p_value, percent, spread
-from frugalmoe.analysis.runs import Probe, Run
+from frugalmoe.analysis.probe import Probe
+from frugalmoe.analysis.runs import Run
+from frugalmoe.analysis.specialisation import Specialisation
+from frugalmoe.analysis.trace import Trace
 
 ALPHA = 0.05  # of a verdict, over all layers together
 
@@ -45,7 +50,7 @@ def load(run: Run) -> str:
     counts_SLE = run.loads.counts_SLE
     tail_LE = counts_SLE[-max(1, len(counts_SLE) // 10) :].sum(0)
     ratio_LE = tail_LE / tail_LE.mean(-1, keepdims=True)
-    effective_L = routing.effective_experts(tail_LE)
+    effective_L = effective_experts(tail_LE)
     effective = spread(number(effective_L.min()), number(effective_L.max()))
     busy = np.unravel_index(ratio_LE.argmax(), ratio_LE.shape)
     idle = np.unravel_index(ratio_LE.argmin(), ratio_LE.shape)
@@ -55,7 +60,7 @@ def load(run: Run) -> str:
         f"{number(ratio_LE[busy])} times the uniform load, the least busy {idle[1]} of layer {layers[idle[0]]} with "
         f"{number(ratio_LE[idle], 2)} times. The load spreads over "
         f"{effective} effective experts of {ratio_LE.shape[1]} (exp of the load entropy, by layer); "
-        f"the Gini coefficient is at most {number(routing.gini(tail_LE).max(), 2)}."
+        f"the Gini coefficient is at most {number(gini(tail_LE).max(), 2)}."
     )
 
 
@@ -81,12 +86,12 @@ def balance(run: Run) -> str:
     return " ".join(parts)
 
 
-def verdicts(found: routing.Specialisation) -> list[bool]:
+def verdicts(found: Specialisation) -> list[bool]:
     """Per layer: does routing depend on the domain more than shuffled labels explain (Bonferroni over layers)?"""
     return [bool(p <= ALPHA / len(found.p_L)) for p in found.p_L]
 
 
-def specialisation(found: routing.Specialisation, layers: np.ndarray, domains: list[str]) -> str:
+def specialisation(found: Specialisation, layers: np.ndarray, domains: list[str]) -> str:
     l, g, e = found.top
     low, high = found.low_LGE[found.top], found.high_LGE[found.top]
     interval = (
@@ -114,6 +119,22 @@ def specialisation(found: routing.Specialisation, layers: np.ndarray, domains: l
     return sentence + f" Routing depends on the domain, beyond shuffled labels, in {names}."
 
 
+def saturation(trace: Trace) -> str:
+    """How early routing settles, with the chance level that a collapsed router would raise."""
+    found, chance_SL = trace.saturation()
+    s = int(np.argmin(np.abs(trace.steps_S - 0.5 * trace.steps_S[-1])))
+    beyond_L = beyond_chance(found.value[s], chance_SL[s])
+    slow, fast = int(beyond_L.argmin()), int(beyond_L.argmax())
+    step = f"At step {trace.steps_S[s]:,} of {trace.steps_S[-1]:,}"
+    each = [f"{percent(found.value[s, l])} in layer {trace.layers_L[l]}" for l in dict.fromkeys((slow, fast))]
+    return (
+        f"{step} tokens already go to {' and '.join(each)} of the experts that they have at the end, the slowest and "
+        f"the fastest layer; unrelated routing at the same loads would give "
+        f"{spread(percent(chance_SL[s].min()), percent(chance_SL[s].max()))}. Corrected for that chance, "
+        f"{spread(percent(beyond_L[slow]), percent(beyond_L[fast]))} of the way is done."
+    )
+
+
 def _ranges(numbers: list[int]) -> str:
     """[1, 3, 4, 5] -> "1 and 3 to 5"."""
     starts = [n for n in numbers if n - 1 not in numbers]
@@ -124,7 +145,7 @@ def _ranges(numbers: list[int]) -> str:
 def co_activation(probe: Probe) -> str:
     best = (0.0, 0, 0, 0, 0.0, 0.0)
     for layer, selected_NE in zip(probe.layers_L, probe.selected_LNE):
-        observed_EE, expected_EE = routing.co_activation(selected_NE)
+        observed_EE, expected_EE = coactivation.co_activation(selected_NE)
         count_E = selected_NE.sum(0)
         with np.errstate(invalid="ignore", divide="ignore"):
             ratio_EE = np.where(np.minimum.outer(count_E, count_E) >= 100, observed_EE / expected_EE, np.nan)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from frugalmoe.analysis import findings, plots, routing
+from frugalmoe.analysis import findings, plots
 from frugalmoe.analysis.page import (
     Html,
     document,
@@ -25,8 +25,12 @@ from frugalmoe.analysis.page import (
     table,
     tag,
 )
-from frugalmoe.analysis.runs import Probe, Run, load_run
+from frugalmoe.analysis.probe import Probe
+from frugalmoe.analysis.runs import Run, load_run
+from frugalmoe.analysis.specialisation import Specialisation, group_units, specialise
 from frugalmoe.analysis.table import balance_rows, headline_rows, loss_rows
+from frugalmoe.analysis.trace import load_trace, trace_files
+from frugalmoe.analysis.vocabulary import TypicalToken, hash_likeness, typical_tokens
 from frugalmoe.commands import add_command
 from frugalmoe.data.tokenizer import Tokenizer
 
@@ -100,6 +104,7 @@ def _sections(run: Run) -> list[Section]:
             "Balance of the routers", run, plots.balance, findings.balance, "balance", "no router metrics", HOW_BALANCE
         ),
         *probe,
+        *_trace_sections(run),
         _section("Speed", run, plots.speed, findings.speed, "speed", "no timed steps", HOW_SPEED),
         Section("Sample", [_sample(run)]),
         Section("Reproduce", [_reproduce(run)]),
@@ -132,6 +137,18 @@ HOW_INTERVALS = (
 HOW_CO_ACTIVATION = (
     "Of the tokens of expert i, how many also go to expert j, over what independent choices at the same loads would "
     "give. Orange: more often; purple: less; grey: no tokens."
+)
+
+HOW_SATURATION = (
+    "Above: of the experts that a held-out token has at the last checkpoint, how many it had already (router "
+    "saturation of OLMoE, arXiv 2409.02060); dashed: what routing that ignores the token would give at the same "
+    "loads. Below: how many of a token's experts change from one checkpoint to the next."
+)
+HOW_VOCABULARY = (
+    "Of the occurrences of a token id, the share that goes to its favourite expert, averaged over ids that occur at "
+    "least 8 times (vocabulary specialisation of OLMoE): by the token that is read, the one that follows, and the one "
+    "that the model predicts. Dashes: the same with ids exchanged between tokens, since a favourite of few "
+    "occurrences is high by chance."
 )
 
 
@@ -202,8 +219,8 @@ def _load_section(run: Run) -> Section:
 
 def _probe_sections(run: Run, probe: Probe) -> list[Section]:
     domains = run.domains or [f"domain {g}" for g in range(int(probe.domain_ids_N.max()) + 1)]
-    units = routing.group_units(probe.selected_LNE, probe.domain_ids_N, probe.unit_ids_N)
-    found = routing.specialise(units, len(domains))
+    units = group_units(probe.selected_LNE, probe.domain_ids_N, probe.unit_ids_N)
+    found = specialise(units, len(domains))
     sections = [
         Section("What the experts specialise in: domains", _domain_parts(found, probe, domains)),
         Section("What the experts specialise in: tokens", _token_parts(run, probe)),
@@ -215,7 +232,7 @@ def _probe_sections(run: Run, probe: Probe) -> list[Section]:
     return [*sections, Section("Experts that work together", together)]
 
 
-def _domain_parts(found: routing.Specialisation, probe: Probe, domains: list[str]) -> list:
+def _domain_parts(found: Specialisation, probe: Probe, domains: list[str]) -> list:
     present = np.flatnonzero(found.tokens_G)
     if len(present) < 2:
         return [_missing("fewer than two domains in its probe")]
@@ -238,7 +255,7 @@ def _domain_parts(found: routing.Specialisation, probe: Probe, domains: list[str
     ]
 
 
-def _information_table(found: routing.Specialisation, probe: Probe) -> Html:
+def _information_table(found: Specialisation, probe: Probe) -> Html:
     rows = []
     for l, (layer, above) in enumerate(zip(probe.layers_L, findings.verdicts(found))):
         rows.append(
@@ -256,7 +273,7 @@ def _information_table(found: routing.Specialisation, probe: Probe) -> Html:
 
 
 def _token_parts(run: Run, probe: Probe) -> list[Html]:
-    likeness_L = [routing.hash_likeness(s_NE, probe.token_ids_N) for s_NE in probe.selected_LNE]
+    likeness_L = [hash_likeness(s_NE, probe.token_ids_N) for s_NE in probe.selected_LNE]
     layers = [str(layer) for layer in probe.layers_L]
     parts = [
         _how(
@@ -282,13 +299,13 @@ def _typical_rows(run: Run, probe: Probe) -> list[tuple[str, Html]]:
     found = []
     for layer, selected_NE in zip(probe.layers_L, probe.selected_LNE):
         for expert in range(selected_NE.shape[1]):
-            if tokens := routing.typical_tokens(selected_NE, probe.token_ids_N, expert):
+            if tokens := typical_tokens(selected_NE, probe.token_ids_N, expert):
                 found.append((sum(t.log_odds for t in tokens), f"layer {layer}, expert {expert}", tokens))
     found.sort(key=lambda row: -row[0])
     return [(name, join((_token(run, t) for t in tokens), ", ")) for _, name, tokens in found[:TYPICAL_EXPERTS]]
 
 
-def _token(run: Run, token: routing.TypicalToken) -> Html:
+def _token(run: Run, token: TypicalToken) -> Html:
     return join([tag("code", show_token(run.tokenizer, token.token_id)), f"({token.routed}/{token.seen})"], " ")
 
 
@@ -300,6 +317,21 @@ def show_token(tokenizer: Tokenizer, token_id: int) -> str:
     if not shown or "\ufffd" in shown:
         return f"id {token_id}"
     return shown.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+
+
+# ---------------------------------------------------------------- what the trace shows
+
+
+def _trace_sections(run: Run) -> list[Section]:
+    """Of runs that `frugalmoe trace` has traced."""
+    if not trace_files(run.path):
+        return []
+    trace = load_trace(run.path)
+    settling = [_missing("one traced checkpoint only, so no change to show")]
+    if (figure := plots.saturation(trace)) is not None:
+        settling = [_how(HOW_SATURATION), Picture("saturation", figure), _shows(findings.saturation(trace))]
+    words = [_how(HOW_VOCABULARY), Picture("vocabulary", plots.vocabulary_specialisation(trace.probe()))]
+    return [Section("When the routing settles", settling), Section("Whose words the experts follow", words)]
 
 
 # ---------------------------------------------------------------- end of the page

@@ -1,17 +1,17 @@
 """Reads a run directory into numpy arrays. Analysis needs nothing but that directory.
 
-Letters: S logged steps, L MoE layers, N probe tokens, E experts.
+Letters: S logged steps, L MoE layers, E experts.
 """
 
 import dataclasses
 import json
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from frugalmoe.analysis.probe import Probe, load_probe
 from frugalmoe.data.tokenizer import Tokenizer, load_from
 from frugalmoe.errors import UserError, did_you_mean
 
@@ -33,17 +33,6 @@ class Loads(NamedTuple):
     steps_S: np.ndarray
     layers_L: np.ndarray  # index in the whole network
     counts_SLE: np.ndarray
-
-
-class Probe(NamedTuple):
-    """Routing of held-out tokens at the end of the run, padding left out."""
-
-    token_ids_N: np.ndarray
-    domain_ids_N: np.ndarray
-    unit_ids_N: np.ndarray  # what is resampled: the row, or the document where a row mixes domains
-    loss_N: np.ndarray  # nats, of predicting the next token; NaN where there is none to predict
-    selected_LNE: np.ndarray  # bool
-    layers_L: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +86,7 @@ def load_run(path: str | Path) -> Run:
         environment=_json(path / "environment.json"),
         summary=summary,
         loads=_loads(path / "expert_load.jsonl"),
-        probe=_probe(path / "probe.npz"),
+        probe=load_probe(path / "probe.npz") if (path / "probe.npz").exists() else None,
         tokenizer=_tokenizer(path / "tokenizer"),
     )
 
@@ -170,30 +159,3 @@ def _loads(path: Path) -> Loads | None:
         steps.append(row["step"])
         counts.append(table_LE)
     return Loads(np.array(steps), np.array(layers), np.array(counts)) if steps else None
-
-
-def _probe(path: Path) -> Probe | None:
-    if not path.exists():
-        return None
-    try:
-        with np.load(path) as file:
-            a = {name: file[name] for name in file.files}
-        row_N = np.arange(a["token_ids"].size) // int(a["row_length"])
-        selected_LNE = np.unpackbits(a["selected"], axis=-1, count=int(a["num_experts"])).astype(bool)
-        real_N = a["segment_ids"] > 0
-        a["loss"] = np.where(a.get("has_target", True), a["loss"], np.nan)
-        columns = [a[n][real_N] for n in ("token_ids", "domain_ids", "segment_ids", "loss")]
-        selected_LNE, layers_L = selected_LNE[:, real_N], a["layers"]
-    except (KeyError, ValueError, IndexError, OSError, EOFError, zipfile.BadZipFile) as e:
-        raise UserError(f"{path}: not a readable probe ({type(e).__name__}: {' '.join(str(e).split())})") from e
-    token_ids_N, domain_ids_N, segment_ids_N, loss_N = columns
-    unit_N = _units(row_N[real_N], domain_ids_N, segment_ids_N)
-    return Probe(token_ids_N, domain_ids_N, unit_N, loss_N, selected_LNE, layers_L)
-
-
-def _units(row_N: np.ndarray, domain_N: np.ndarray, segment_N: np.ndarray) -> np.ndarray:
-    """Rows where each holds one domain, else documents: tokens of one unit are not independent of each other."""
-    rows = np.unique(row_N).size
-    mixed = np.unique(np.stack([row_N, domain_N]), axis=1).shape[1] > rows
-    key_N = np.stack([row_N, segment_N, domain_N]) if mixed else row_N[None]
-    return np.unique(key_N, axis=1, return_inverse=True)[1].reshape(-1)

@@ -62,17 +62,26 @@ class Rows:
 
     def __getitem__(self, row: int) -> Batch:
         """One row; its last target is the first token of the row that follows."""
-        start = row * self._length
-        stop = min(start + self._length + 1, self.tokens)
-        first = int(np.searchsorted(self._ends, start, side="right"))
-        last = int(np.searchsorted(self._ends, stop, side="left"))
-        span = slice(first, last + 1)
-        skipped = start - (self._ends[first] - self._lengths[first])
-        inside = slice(skipped, skipped + stop - start)
+        span, inside = self._place(row)
         tokens = np.concatenate([self._store.read(piece).tokens for piece in self._pieces[span]])[inside]
         document = np.repeat(self._document[span], self._lengths[span])[inside]
         domain = np.repeat(self._domain[span], self._lengths[span])[inside]
         return _row(tokens, document, domain, self._length)
+
+    def documents(self, row: int) -> np.ndarray:
+        """The number, in the store, of the document of each token of a row; -1 for padding. Reads no text."""
+        span, inside = self._place(row)
+        numbers = np.repeat(self._document[span], self._lengths[span])[inside][: self._length]
+        return np.pad(numbers, (0, self._length - len(numbers)), constant_values=-1)
+
+    def _place(self, row: int) -> tuple[slice, slice]:
+        """(pieces that hold a row and its look-ahead, where it lies in their tokens)."""
+        start = row * self._length
+        stop = min(start + self._length + 1, self.tokens)
+        first = int(np.searchsorted(self._ends, start, side="right"))
+        last = int(np.searchsorted(self._ends, stop, side="left"))
+        skipped = start - (self._ends[first] - self._lengths[first])
+        return slice(first, last + 1), slice(skipped, skipped + stop - start)
 
 
 def _row(tokens: np.ndarray, document: np.ndarray, domain: np.ndarray, length: int) -> Batch:
@@ -133,17 +142,29 @@ class Dataset:
 
     def eval_batches(self, domain: str, batch_size: int, max_batches: int | None = None) -> Iterator[Batch]:
         """Validation rows of one domain in an order that no seed changes; the last batch is padded with segment 0."""
+        rows, batches = self._eval_rows(domain, batch_size, max_batches)
+        for numbers in batches:
+            stacked = [np.stack(columns) for columns in zip(*(rows[n] for n in numbers))]
+            missing = ((0, batch_size - len(numbers)), (0, 0))
+            yield Batch(*(np.pad(column, missing) for column in stacked))
+
+    def eval_documents(self, domain: str, batch_size: int, max_batches: int | None = None) -> Iterator[np.ndarray]:
+        """The document [B, T] of each token of `eval_batches`, a number that no run changes; -1 for padding."""
+        rows, batches = self._eval_rows(domain, batch_size, max_batches)
+        for numbers in batches:
+            missing = ((0, batch_size - len(numbers)), (0, 0))
+            yield np.pad(np.stack([rows.documents(n) for n in numbers]), missing, constant_values=-1)
+
+    def _eval_rows(self, domain: str, batch_size: int, max_batches: int | None) -> tuple[Rows, list[list[int]]]:
+        """The validation rows of a domain, and the numbers of those in each batch."""
         if domain not in self.domains:
             raise UserError(f"domain {domain!r}: unknown; valid: {', '.join(self.domains)}")
         columns = self._store.columns
         chosen = columns["validation"] & (columns["domain"] == self.domains.index(domain))
         rows = Rows(self._store, chosen, EVAL_SEED, self._length, pad=True)
         order = np.argsort(_mix(np.arange(len(rows), dtype=np.uint64), _seed(EVAL_SEED, "rows")), kind="stable")
-        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        for numbers in batches[:max_batches]:
-            stacked = [np.stack(columns) for columns in zip(*(rows[int(n)] for n in numbers))]
-            missing = ((0, batch_size - len(numbers)), (0, 0))
-            yield Batch(*(np.pad(column, missing) for column in stacked))
+        batches = [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
+        return rows, batches[:max_batches]
 
 
 def open_data(data: Data, *, batch_size: int, seed: int, progress: bool = True) -> Dataset:

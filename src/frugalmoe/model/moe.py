@@ -3,7 +3,7 @@
 Letters: B batch, T time, N tokens (B*T), D model, F expert hidden, E experts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -16,7 +16,16 @@ from frugalmoe import experts
 from frugalmoe.config.schema import FrozenDict, Model, MoE
 from frugalmoe.model.layers import FeedForward, normal
 from frugalmoe.routing import strategies
-from frugalmoe.routing.contract import ExpertPlan, Inputs, Loss, Routing, selection_matrix
+from frugalmoe.routing.contract import (
+    ExpertPlan,
+    Inputs,
+    Loss,
+    Plan,
+    Routing,
+    TokenPlan,
+    selection_matrix,
+    token_major,
+)
 from frugalmoe.sharding import BATCH_AXES, local
 
 
@@ -33,7 +42,9 @@ class Context(NamedTuple):
     keys_B: Array
     step: Array
     train: bool = False
-    trace: bool = False  # also return which expert got which token
+    trace: bool = False  # also return which expert got which token, and the plan
+    # A pytree, for evaluation: (plan, inputs, num_experts) -> the plan that is executed instead.
+    intervention: Callable[[Plan, Inputs, int], Plan] | None = None
     shared_router: Mapping[str, Array] = FrozenDict()  # the router's parameters that all layers share
 
 
@@ -43,6 +54,7 @@ class Routed(NamedTuple):
     losses: Mapping[str, Loss]
     stats: Mapping[str, Array]
     selected_BTE: Array | None  # bool, with `trace`
+    plan: TokenPlan | None  # token-major [B, T, K], with `trace`
 
 
 def execute(
@@ -79,7 +91,7 @@ class MoELayer(nnx.Module):
         moe = self.config
 
         def route_and_execute(
-            params, state, gate_up, down, layer, step, x, token_ids, segment_ids, positions, keys, carry
+            params, state, gate_up, down, layer, step, intervention, x, token_ids, segment_ids, positions, keys, carry
         ):
             def run_experts(plan: ExpertPlan, x_RD: Array) -> Array:
                 detached = jax.lax.stop_gradient((gate_up, down))
@@ -90,26 +102,30 @@ class MoELayer(nnx.Module):
             )
             routing = router.route(params, jax.lax.stop_gradient(state), inputs, moe)
             # A recomputed backward pass takes the saved plan, so that near-ties cannot be routed twice differently.
-            routing = routing._replace(plan=jax.tree.map(lambda a: checkpoint_name(a, "routing_plan"), routing.plan))
-            y, dropped = execute(routing, x, inputs.valid_BT, gate_up, down, moe)
+            plan = jax.tree.map(lambda a: checkpoint_name(a, "routing_plan"), routing.plan)
+            if intervention is not None:
+                plan = intervention(plan, inputs, moe.num_experts)
+            y, dropped = execute(routing._replace(plan=plan), x, inputs.valid_BT, gate_up, down, moe)
             losses, stats = jax.lax.psum((routing.losses, {**routing.stats, "dropped": dropped}), BATCH_AXES)
-            selected = None
+            traced = (None, None)
             if context.trace:
-                selected = selection_matrix(routing.plan, token_ids.size, moe.num_experts).reshape(*x.shape[:2], -1)
-            return y, losses, stats, selected, routing.carry
+                traced = (f(plan, token_ids.size, moe.num_experts) for f in (selection_matrix, token_major))
+                traced = jax.tree.map(lambda a: a.reshape(*x.shape[:2], -1), tuple(traced))
+            return y, losses, stats, traced, routing.carry
 
         apply = local(
             route_and_execute,
-            in_letters=("", "", "", "", "", "", "BTD", "BT", "BT", "BT", "B", "BT"),
+            in_letters=("", "", "", "", "", "", "", "BTD", "BT", "BT", "BT", "B", "BT"),
             out_letters=("BTD", "", "", "BTE", "BT"),
         )
-        y_BTD, losses, stats, selected_BTE, carry = apply(
+        y_BTD, losses, stats, traced, carry = apply(
             {k: v[...] for k, v in self.router.items()} | dict(context.shared_router),
             {k: v[...] for k, v in self.router_state.items()},
             self.gate_up_ED2F.astype(x_BTD.dtype),
             self.down_EFD.astype(x_BTD.dtype),
             layer,
             context.step,
+            context.intervention,
             x_BTD,
             context.token_ids_BT,
             context.segment_ids_BT,
@@ -119,4 +135,4 @@ class MoELayer(nnx.Module):
         )
         if moe.num_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
-        return y_BTD, Routed(losses, stats, selected_BTE), carry
+        return y_BTD, Routed(losses, stats, *traced), carry

@@ -177,6 +177,17 @@ def selection_matrix(plan: Plan, num_tokens: int, num_experts: int) -> Array:
     return combine_matrix(ones, num_tokens, num_experts) > 0
 
 
+def token_major(plan: Plan, num_tokens: int, num_experts: int) -> TokenPlan:
+    """The same plan with experts named per token; an expert-major one gets K = E columns, the heaviest first."""
+    if isinstance(plan, TokenPlan):
+        return plan
+    g_NE = combine_matrix(plan, num_tokens, num_experts)
+    g_NE = jnp.where(selection_matrix(plan, num_tokens, num_experts), g_NE, -jnp.inf)
+    weight_NK, expert_NK = jax.lax.top_k(g_NE, num_experts)
+    empty_NK = weight_NK == -jnp.inf
+    return TokenPlan(jnp.where(empty_NK, num_experts, expert_NK), jnp.where(empty_NK, 0, weight_NK))
+
+
 def linear_init(key: Array, dim: int, config: MoE) -> Params:
     """A float32 linear gate, normal with std 1/sqrt(D): logits of about unit variance for RMS-normalised inputs."""
     return {"kernel_DE": jax.random.normal(key, (dim, config.num_experts), jnp.float32) * dim**-0.5}

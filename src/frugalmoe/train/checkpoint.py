@@ -16,16 +16,25 @@ from frugalmoe.train.step import State
 _ITEMS = ("params", "router_state", "opt_state", "step")
 
 
-def open_manager(workdir: Path, config: Checkpoint) -> ocp.CheckpointManager:
-    """Keeps the last `keep_last` steps and every multiple of `keep_every_steps`."""
+def open_manager(workdir: Path, config: Checkpoint, cleanup: bool = False) -> ocp.CheckpointManager:
+    """Keeps the last `keep_last` steps and every multiple of `keep_every_steps`.
+
+    `cleanup` deletes what an interrupted save left, and what another process is saving: for the owner of the run only.
+    """
     keep = [policies.LatestN(config.keep_last)]
     if config.keep_every_steps:
         keep.append(policies.EveryNSteps(config.keep_every_steps))
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
+        preservation_policy=policies.AnyPreservationPolicy(keep),
+        cleanup_tmp_directories=cleanup,
     )
     handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
     return ocp.CheckpointManager(workdir.absolute() / "checkpoints", options=options, item_handlers=handlers)
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps of whole checkpoints, in order; those still being written have other names."""
+    return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdecimal())
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: State) -> None:

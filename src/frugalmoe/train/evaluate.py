@@ -3,7 +3,7 @@
 Letters: B sequences, T time, L MoE layers, E experts, N tokens (all rows of the probe, one after the other).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +11,19 @@ import jax
 import numpy as np
 
 from frugalmoe import sharding
+from frugalmoe.config import Config
 from frugalmoe.data import Dataset
 from frugalmoe.data.batches import Batch
+from frugalmoe.generate import Weights
 from frugalmoe.train.step import Evaluated, State
+
+
+class Traced(NamedTuple):
+    """One evaluated batch."""
+
+    batch: Batch
+    documents_BT: np.ndarray
+    out: Evaluated
 
 
 class Scores(NamedTuple):
@@ -26,28 +36,33 @@ def put_batch(mesh: jax.sharding.Mesh, batch: Batch, letters: str) -> Batch:
     return Batch(*(sharding.put(mesh, a, letters) for a in batch))
 
 
-def batches_of(data: Dataset, domain: str, config) -> Iterable[Batch]:
-    """Whole sequences of one domain; the batch size is that of a training micro-batch."""
-    size = config.train.batch_size // config.train.accumulate_steps
-    return data.eval_batches(domain, size, config.train.eval_batches)
+def _batches(config: Config) -> tuple[int, int]:
+    """(size of an evaluation batch, which is that of a training micro-batch; how many of each domain)."""
+    return config.train.batch_size // config.train.accumulate_steps, config.train.eval_batches
 
 
 def evaluate(
-    eval_step: Callable, state: State, data: Dataset, config, mesh: jax.sharding.Mesh, trace: list | None = None
+    eval_step: Callable,
+    state: State | Weights,
+    data: Dataset,
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    trace: list[Traced] | None = None,
 ) -> Scores:
-    """Every domain's loss on its held-out documents. With `trace`, appends (batch, Evaluated) of every batch to it."""
+    """Every domain's loss on its held-out documents. With `trace`, appends what it saw of every batch to it."""
     loss, bits, stats = {}, {}, None
     token_bytes = data.tokenizer.token_bytes
     for domain in data.domains:
         nats = targets = size = 0.0
-        for batch in batches_of(data, domain, config):
+        documents = data.eval_documents(domain, *_batches(config))
+        for batch, documents_BT in zip(data.eval_batches(domain, *_batches(config)), documents):
             out: Evaluated = jax.device_get(eval_step(state.params, state.router_state, put_batch(mesh, batch, "BT")))
             nats += float(out.ce_BT.sum(dtype=np.float64))
             targets += int(batch.loss_mask_BT.sum())
             size += int(token_bytes[batch.targets_BT[batch.loss_mask_BT]].sum())
             stats = out.stats if stats is None else jax.tree.map(np.add, stats, out.stats)
             if trace is not None:
-                trace.append((batch, out))
+                trace.append(Traced(batch, documents_BT, out))
         loss[domain] = nats / max(targets, 1)
         bits[domain] = nats / np.log(2) / max(size, 1)
     loss["mean"] = float(np.mean(list(loss.values())))
@@ -55,20 +70,28 @@ def evaluate(
     return Scores(loss, bits, stats)
 
 
-def write_probe(path: Path, trace: list[tuple[Batch, Evaluated]], layers: list[int], num_experts: int) -> None:
+def write_probe(path: Path, trace: list[Traced], layers: list[int], num_experts: int) -> None:
     """Which expert got which held-out token, beside the token, its domain and its loss: see analysis.runs."""
-    flat = lambda name: np.concatenate([getattr(batch, name).reshape(-1) for batch, _ in trace])
-    selected_LNE = np.concatenate([e.selected_LBTE.reshape(len(layers), -1, num_experts) for _, e in trace], axis=1)
-    np.savez_compressed(
-        path,
-        token_ids=flat("tokens_BT"),
-        domain_ids=flat("domain_ids_BT"),
-        segment_ids=flat("segment_ids_BT"),
-        positions=flat("positions_BT"),
-        loss=np.concatenate([e.ce_BT.reshape(-1) for _, e in trace]).astype(np.float32),
-        has_target=flat("loss_mask_BT"),
-        selected=np.packbits(selected_LNE, axis=-1),
-        layers=np.array(layers),
-        num_experts=num_experts,
-        row_length=trace[0][0].tokens_BT.shape[1],
-    )
+    np.savez_compressed(path, **probe_columns(trace, layers, num_experts))
+
+
+def probe_columns(trace: list[Traced], layers: list[int], num_experts: int) -> dict[str, np.ndarray]:
+    """What a probe or a trace holds: one entry per token, or [L, N, ...]; padding is still there (segment 0)."""
+    flat = lambda arrays: np.concatenate([a.reshape(-1) for a in arrays])
+    column = lambda name: flat(getattr(t.batch, name) for t in trace)
+    selected_LNE = np.concatenate([t.out.selected_LBTE.reshape(len(layers), -1, num_experts) for t in trace], axis=1)
+    return {
+        "token_ids": column("tokens_BT"),
+        "next_ids": column("targets_BT"),
+        "predicted_ids": flat(t.out.predicted_BT for t in trace),
+        "domain_ids": column("domain_ids_BT"),
+        "documents": flat(t.documents_BT for t in trace),
+        "segment_ids": column("segment_ids_BT"),
+        "positions": column("positions_BT"),
+        "loss": flat(t.out.ce_BT for t in trace).astype(np.float32),
+        "has_target": column("loss_mask_BT"),
+        "selected": np.packbits(selected_LNE, axis=-1),
+        "layers": np.array(layers),
+        "num_experts": np.array(num_experts),
+        "row_length": np.array(trace[0].batch.tokens_BT.shape[1]),
+    }

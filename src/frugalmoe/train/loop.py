@@ -189,7 +189,7 @@ class Run:
         self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
         model = config.model
         self.layers = list(range(model.num_dense_layers, model.num_layers))
-        self.manager = checkpoint.open_manager(workdir, config.checkpoint)
+        self.manager = checkpoint.open_manager(workdir, config.checkpoint, cleanup=True)
         saved = self.manager.latest_step()
         self.state = init(config) if saved is None else checkpoint.restore(self.manager, saved, abstract(config))
         self.start = self.step = int(self.state.step)

@@ -24,6 +24,7 @@ from frugalmoe.model.transformer import Output, Transformer, split, structure
 from frugalmoe.routing import losses as aux_losses
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
+from frugalmoe.routing.contract import TokenPlan
 from frugalmoe.train import optim
 
 EVAL_SEED = 0  # the same for every run, so that runs compare and share a compiled program
@@ -138,14 +139,21 @@ def _denominators(batch: Batch, config: Config) -> dict[str, Array]:
 
 
 def _forward(
-    model: Transformer, batch: Batch, index: Array, step: Array, seed: int | Array, train: bool, trace: bool = False
+    model: Transformer,
+    batch: Batch,
+    index: Array,
+    step: Array,
+    seed: int | Array,
+    train: bool,
+    trace: bool = False,
+    intervention: Callable | None = None,
 ) -> Output:
     """`index` is the micro-batch: keys follow the sequence's place in the step, not the micro-batch or the device."""
     rows_B = sharding.reshard(jnp.arange(batch.tokens_BT.shape[0], dtype=jnp.int32), "B")
     key = jax.random.fold_in(jax.random.key(seed), step)
     keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B + index * rows_B.shape[0])
-    context = Context(batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, keys_B, step, train, trace)
-    return model(context)
+    of_batch = (batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, keys_B)
+    return model(Context(*of_batch, step, train, trace, intervention))
 
 
 def _losses(model: Transformer, hidden_BTD: Array, batch: Batch, config: Config) -> tuple[Array, Array, Array]:
@@ -209,19 +217,37 @@ def _metrics(sums: dict, denominators: dict, knobs: Knobs) -> dict[str, Array]:
 class Evaluated(NamedTuple):
     ce_BT: Array  # nats; 0 where there is no target
     stats: Mapping[str, Array]  # of each layer [L, ...]; additive over batches
-    selected_LBTE: Array | None  # bool, with `trace`
+    selected_LBTE: Array | None  # bool, with `trace`, as the next two
+    plan: TokenPlan | None  # token-major [L, B, T, K], after an intervention
+    predicted_BT: Array | None  # int32, the most likely next token
 
 
-def make_eval_step(config: Config, trace: bool = False) -> Callable[[dict, dict, Batch], Evaluated]:
-    """Losses and routing of held-out tokens [B, T]: no noise, no update of router state."""
+def make_eval_step(config: Config, trace: bool = False) -> Callable[..., Evaluated]:
+    """Losses and routing of held-out tokens [B, T]: no noise, no update of router state.
+
+    `eval_step(params, router_state, batch, intervention=None)`; see `model.moe.Context.intervention`.
+    """
     graphdef, _, _ = structure(config.model)
 
-    def eval_step(params: dict, router_state: dict, batch: Batch) -> Evaluated:
+    def eval_step(params: dict, router_state: dict, batch: Batch, intervention: Callable | None = None) -> Evaluated:
         model = nnx.merge(graphdef, params, router_state)
-        out = _forward(model, batch, jnp.int32(0), jnp.int32(0), EVAL_SEED, train=False, trace=trace)
+        zero = jnp.int32(0)
+        out = _forward(model, batch, zero, zero, EVAL_SEED, train=False, trace=trace, intervention=intervention)
         _, ce_BT, _ = _losses(model, out.hidden_BTD, batch, config)
         routed = out.routed
-        stats, selected = (routed.stats, routed.selected_BTE) if routed is not None else ({}, None)
-        return Evaluated(ce_BT * batch.loss_mask_BT, stats, selected)
+        traced = (routed.stats, routed.selected_BTE, routed.plan) if routed is not None else ({}, None, None)
+        predicted = _predicted(model, out.hidden_BTD, config) if trace else None
+        return Evaluated(ce_BT * batch.loss_mask_BT, *traced, predicted)
 
     return eval_step
+
+
+def _predicted(model: Transformer, hidden_BTD: Array, config: Config) -> Array:
+    """The most likely next token [B, T]; logits of `loss_chunk` tokens exist at one time."""
+
+    def on_shard(hidden_BTD, head_DV):
+        best = lambda hidden_D: jnp.argmax(hidden_D @ head_DV).astype(jnp.int32)
+        hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+        return jax.lax.map(best, hidden_ND, batch_size=config.train.loss_chunk).reshape(hidden_BTD.shape[:2])
+
+    return sharding.local(on_shard, ("BTD", "DV"), "BT")(hidden_BTD, model.head())

@@ -1,0 +1,160 @@
+"""`intervene`: what a change of the routing does to the loss of each domain, with intervals over documents.
+
+Letters: N tokens, E experts, L MoE layers.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from rich.progress import track
+from rich.table import Table
+
+from frugalmoe import generate
+from frugalmoe.analysis.interventions import INSTEAD, Demote, Intervention, Mask, Nothing
+from frugalmoe.analysis.page import number, percent
+from frugalmoe.analysis.probe import Probe, make
+from frugalmoe.analysis.runs import Run
+from frugalmoe.analysis.tracing import TOKENS, limited, open_run_data
+from frugalmoe.analysis.uncertainty import Estimate, mean
+from frugalmoe.errors import UserError
+from frugalmoe.routing import strategies
+from frugalmoe.train.evaluate import Traced, evaluate, probe_columns
+from frugalmoe.train.step import make_eval_step
+
+SAME = 1e-3  # by which K of K + 1 choices may differ from K choices: share of tokens, and nats per token
+
+
+class Effect(NamedTuple):
+    """Of one intervention on one domain, or on "all" tokens."""
+
+    intervention: Intervention
+    domain: str
+    loss: float  # nats per token, undisturbed
+    change: Estimate  # of the loss; positive: worse
+    moved: float  # share of tokens with other experts than before, in any layer
+    tokens: int
+    documents: int
+
+
+def intervene(
+    run: Run | str | Path,
+    *interventions: Intervention,
+    checkpoint: int | None = None,
+    tokens: int = TOKENS,
+    progress: bool = True,
+) -> list[Effect]:
+    """Evaluates a run's checkpoint (the newest) on held-out tokens, undisturbed and under each intervention.
+
+    The same tokens, paired: the change of each token's loss is averaged over a domain, its interval is a bootstrap over
+    documents. It includes what later tokens of the document lose through attention. Cost: an evaluation each.
+    """
+    path = run.path if isinstance(run, Run) else Path(run)
+    lab = _Lab(path, checkpoint, tokens)
+    for intervention in interventions:
+        lab.check(intervention)
+    before = lab.probe(Nothing())
+    effects = []
+    for intervention in track(interventions, "interventions", disable=not progress):
+        effects += _effects(intervention, before, lab.probe(lab.bind(intervention, before)), lab.data.domains)
+    return effects
+
+
+class _Lab:
+    """A checkpoint, its data, and its compiled evaluations."""
+
+    def __init__(self, run: Path, step: int | None, tokens: int):
+        config, self.weights, _, self.mesh = generate.load(run, step)
+        self.data = open_run_data(run, config)
+        self.config = limited(config, len(self.data.domains), tokens)
+        model, moe = config.model, config.model.moe
+        self.layers = list(range(model.num_dense_layers, model.num_layers))
+        self.router = strategies.get(moe.router)
+        self.eval_step = jax.jit(make_eval_step(self.config, trace=True))
+        wider = dataclasses.replace(moe, num_experts_per_token=moe.num_experts_per_token + 1)
+        wider = dataclasses.replace(self.config, model=dataclasses.replace(model, moe=wider))
+        self.spare_step = jax.jit(make_eval_step(wider, trace=True))
+        self.spare_checked = False
+
+    def check(self, intervention: Intervention) -> None:
+        """`UserError` for a layer, an expert or a replacement that the run does not have."""
+        name, experts = type(intervention).__name__, self.config.model.moe.num_experts
+        if intervention.layer is not None and intervention.layer not in self.layers:
+            raise UserError(f"{name}.layer={intervention.layer}: not an MoE layer of the run; valid: {self.layers}")
+        if isinstance(intervention, Mask) and not 0 <= intervention.expert < experts:
+            raise UserError(f"Mask.expert={intervention.expert}: must be in 0 .. {experts - 1}")
+        if isinstance(intervention, Mask | Demote) and intervention.instead not in INSTEAD:
+            raise UserError(f"{name}.instead={intervention.instead!r}: unknown; valid: {', '.join(INSTEAD)}")
+
+    def bind(self, intervention: Intervention, before: Probe) -> Intervention:
+        """The intervention in the terms of the model: layers counted among MoE layers, and the spare choice."""
+        if intervention.layer is not None:
+            intervention = dataclasses.replace(intervention, layer=intervention.layer - self.layers[0])
+        if getattr(intervention, "instead", "") != "next":
+            return intervention
+        total = self.router.claim("weight_sum", self.config.model.moe)
+        spare = {"spare": True, "total": total if isinstance(total, float) else None}
+        if not self.spare_checked:
+            self._check_spare(before, spare)
+        return dataclasses.replace(intervention, **spare)
+
+    def _check_spare(self, before: Probe, spare: dict) -> None:
+        moe = self.config.model.moe
+        rule = f"router {moe.router!r} does not allow instead='next'"
+        if moe.num_experts_per_token == moe.num_experts:
+            raise UserError(f"{rule}: every token has all {moe.num_experts} experts; valid: nothing, rest")
+        after = self.probe(Nothing(**spare))
+        off = np.nanmean(np.abs(after.loss_N - before.loss_N))
+        if (moved := _moved(before, after).mean()) > SAME or off > SAME:
+            raise UserError(
+                f"{rule}: the first K of K + 1 choices are not its K choices (for {percent(moved)} of the tokens, and "
+                f"the loss changes by {number(off)} nats per token); valid: nothing, rest, random"
+            )
+        self.spare_checked = True
+
+    def probe(self, intervention: Intervention | Nothing) -> Probe:
+        """Losses and routing under an intervention."""
+        step = self.spare_step if intervention.spare else self.eval_step
+        seen: list[Traced] = []
+        with jax.set_mesh(self.mesh):
+            changed = lambda params, state, batch: step(params, state, batch, intervention)
+            evaluate(changed, self.weights, self.data, self.config, self.mesh, seen)
+        columns = probe_columns(seen, self.layers, self.config.model.moe.num_experts)
+        return make(columns)
+
+
+def _effects(intervention: Intervention, before: Probe, after: Probe, domains: Sequence[str]) -> list[Effect]:
+    change_N = after.loss_N - before.loss_N
+    moved_N = _moved(before, after)
+    effects = []
+    for domain, g in [*zip(domains, range(len(domains))), ("all", None)]:
+        of_N = (before.domain_ids_N == g) if g is not None else np.ones(len(change_N), bool)
+        of_N = of_N & np.isfinite(change_N)
+        if not of_N.any():
+            continue
+        unit_N = np.unique(before.unit_ids_N[of_N], return_inverse=True)[1]
+        loss, moved = float(before.loss_N[of_N].mean()), float(moved_N[of_N].mean())
+        change = mean(change_N[of_N], unit_N)
+        effects.append(Effect(intervention, domain, loss, change, moved, int(of_N.sum()), int(unit_N.max()) + 1))
+    return effects
+
+
+def _moved(before: Probe, after: Probe) -> np.ndarray:
+    """Tokens [N] with other experts than before, in any layer."""
+    return np.any(after.selected_LNE != before.selected_LNE, axis=(0, 2))
+
+
+def effects_table(effects: Sequence[Effect]) -> Table:
+    """For a terminal or a notebook."""
+    table = Table(title="Change of held-out loss, nats per token, with 95% intervals over documents")
+    for column in ("intervention", "domain", "loss before", "change", "95% interval", "tokens moved", "n", "documents"):
+        table.add_column(column, justify="left" if column in ("intervention", "domain") else "right")
+    for e in effects:
+        change, low, high = (float(x) for x in e.change)
+        interval = f"{low:+.4f} to {high:+.4f}" if np.isfinite(low) else "–"
+        cells = (f"{change:+.4f}", interval, percent(e.moved), f"{e.tokens:,}", str(e.documents))
+        table.add_row(str(e.intervention), e.domain, number(e.loss, 4), *cells)
+    return table

@@ -1,0 +1,72 @@
+"""Entropy and mutual information of counts, in nats, with their biases.
+
+Letters: N tokens, U units, E experts, X values of a label.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from frugalmoe.analysis.uncertainty import Estimate, bootstrap
+
+
+def entropy(counts_E: np.ndarray) -> np.ndarray:
+    """H = -sum p ln p of p = c / sum(c), over the last axis. Too small by about (E - 1) / (2 n) for n draws."""
+    p_E = counts_E / counts_E.sum(-1, keepdims=True)
+    return -np.sum(p_E * np.log(p_E, out=np.zeros_like(p_E), where=p_E > 0), axis=-1)
+
+
+def mutual_information(counts_XE: np.ndarray) -> np.ndarray:
+    """I(X; E) = H(X) + H(E) - H(X, E) of a table of counts (the last two axes).
+
+    Noise floor: too large by about (X - 1)(E - 1) / (2 n) where X and E are independent.
+    """
+    joint = entropy(counts_XE.reshape(*counts_XE.shape[:-2], -1))
+    return entropy(counts_XE.sum(-1)) + entropy(counts_XE.sum(-2)) - joint
+
+
+def miller_madow(counts_XE: np.ndarray) -> np.ndarray:
+    """What to add to `mutual_information`: each entropy gains (occupied cells - 1) / (2 n) (Miller, 1955)."""
+    cells = lambda counts, axes: np.count_nonzero(counts, axis=axes)
+    x, e, both = cells(counts_XE.sum(-1), -1), cells(counts_XE.sum(-2), -1), cells(counts_XE, (-2, -1))
+    return (x + e - both - 1) / (2 * counts_XE.sum((-2, -1)))
+
+
+class Information(NamedTuple):
+    """I(label; expert) over routed slots."""
+
+    corrected: Estimate  # with Miller-Madow's term
+    raw: float
+    shuffled: float  # mean raw information when labels are exchanged between tokens: the noise floor of `raw`
+    label_entropy: float  # the largest that information can be
+
+
+def label_information(
+    selected_NE: np.ndarray, label_N: np.ndarray, unit_N: np.ndarray, *, shuffles: int = 20, seed: int = 0
+) -> Information:
+    """I(label; expert) for few labels (position, class of token, ...), with an interval over units.
+
+    The shuffle keeps the loads and the labels' frequencies and breaks their tie. For token ids, where a table has
+    thousands of rows and resampling is biased, see `vocabulary`.
+    """
+    labels, label_N = np.unique(label_N, return_inverse=True)
+    table_UXE = _tables(selected_NE, label_N, unit_N, len(labels))
+    total_XE = table_UXE.sum(0)
+    corrected = bootstrap(lambda t: mutual_information(t) + miller_madow(t), table_UXE)
+    rng = np.random.default_rng(seed)
+    one = np.zeros_like(unit_N)
+    mixed = [_tables(selected_NE, rng.permutation(label_N), one, len(labels))[0] for _ in range(shuffles)]
+    return Information(
+        corrected,
+        float(mutual_information(total_XE)),
+        float(np.mean([mutual_information(t) for t in mixed])),
+        float(entropy(total_XE.sum(1))),
+    )
+
+
+def _tables(selected_NE: np.ndarray, label_N: np.ndarray, unit_N: np.ndarray, labels: int) -> np.ndarray:
+    """Counts [U, X, E] of slots."""
+    units = int(unit_N.max()) + 1
+    cell_N = unit_N * labels + label_N
+    columns = [np.bincount(cell_N, s_N, units * labels) for s_N in selected_NE.T]
+    return np.stack(columns, axis=-1).reshape(units, labels, -1)

@@ -1,0 +1,159 @@
+"""`frugalmoe trace RUN`: routes the same held-out tokens through each checkpoint, one file per checkpoint.
+
+RUN/trace/step_00000100.npz holds the columns of `train.evaluate.probe_columns` but the bits of the selection, and
+
+| array | |
+|---|---|
+| expert, weight | [L, N, K] uint16 and float32: the plan, token-major; expert E fills up tokens of fewer than K |
+| router/NAME | [L] `routing.stats.metrics` of the traced tokens |
+| step, domains, tokens | the checkpoint, names of the domains, what --tokens asked for |
+| config, data, tokenizer | fingerprints of what the trace depends on |
+
+Letters: L MoE layers, N tokens, E experts, K experts per token.
+"""
+
+import dataclasses
+import io
+from argparse import Namespace, _SubParsersAction
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.progress import track
+
+from frugalmoe import generate
+from frugalmoe.analysis.probe import read_columns
+from frugalmoe.analysis.trace import FOLDER, check_file, fingerprints, trace_files
+from frugalmoe.commands import add_command
+from frugalmoe.config import Config
+from frugalmoe.data import Dataset, open_data
+from frugalmoe.data.cache import write_atomically
+from frugalmoe.errors import UserError
+from frugalmoe.routing import stats
+from frugalmoe.train import checkpoint, rundir
+from frugalmoe.train.evaluate import Traced, evaluate, probe_columns
+from frugalmoe.train.step import make_eval_step
+
+TOKENS = 65_536
+
+
+def add_parsers(subparsers: _SubParsersAction) -> None:
+    """`frugalmoe trace RUN`."""
+    parser = add_command(
+        subparsers,
+        "trace",
+        _command,
+        "Store how each checkpoint of a run routes the same held-out tokens, for analysis and the report.",
+        "  frugalmoe trace runs/quickstart\n"
+        "  frugalmoe trace runs/quickstart --checkpoints=last --tokens=200000\n"
+        "  frugalmoe report runs/quickstart     (afterwards: with saturation, words and churn)",
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory with checkpoints")
+    parser.add_argument(
+        "--checkpoints", choices=("all", "last"), default="all", help="checkpoints already traced are skipped"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=TOKENS, help=f"about how many, spread evenly over domains (default: {TOKENS})"
+    )
+
+
+def _command(args: Namespace) -> int:
+    written = write_trace(args.run, checkpoints=args.checkpoints, tokens=args.tokens)
+    print(f"{args.run / FOLDER}: {len(trace_files(args.run))} checkpoints traced, {len(written)} of them now")
+    return 0
+
+
+def write_trace(
+    run: str | Path, *, checkpoints: str = "all", tokens: int = TOKENS, progress: bool = True
+) -> list[Path]:
+    """Writes the missing files of a trace and returns their paths. Each is written whole or not at all."""
+    run = Path(run)
+    if tokens < 1:
+        raise UserError(f"--tokens={tokens}: must be positive")
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run}: not a run directory (it holds no config.json)")
+    steps = checkpoint.saved_steps(run)
+    if not steps:
+        raise UserError(f"{run}: holds no checkpoint yet")
+    made_from = fingerprints(run)
+    for path in trace_files(run):
+        _check_existing(path, made_from, tokens)
+    files = {step: run / FOLDER / f"step_{step:08d}.npz" for step in (steps if checkpoints == "all" else steps[-1:])}
+    missing = {step: path for step, path in files.items() if not path.is_file()}
+    if not missing:
+        return []
+    (run / FOLDER).mkdir(exist_ok=True)
+    tracer = Tracer(run, tokens)
+    for step in track(missing, "tracing checkpoints", disable=not progress):
+        columns = tracer.columns(step) | {n: np.array(v) for n, v in made_from.items()}
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **columns, step=np.array(step), tokens=np.array(tokens))
+        write_atomically(missing[step], buffer.getvalue())
+    return list(missing.values())
+
+
+def _check_existing(path: Path, made_from: dict[str, str], tokens: int) -> None:
+    columns = read_columns(path, "trace")
+    check_file(path, columns, made_from)
+    if int(columns["tokens"]) != tokens:
+        raise UserError(
+            f"--tokens={tokens}: {path.parent} was traced with --tokens={int(columns['tokens'])}; "
+            "give that, or delete the directory"
+        )
+
+
+class Tracer:
+    """The data and the one compiled evaluation that all checkpoints share."""
+
+    def __init__(self, run: Path, tokens: int):
+        self.run = run
+        config, _, _, self.mesh = generate.load(run)
+        if config.model.num_dense_layers == config.model.num_layers:
+            raise UserError(f"{run}: model.num_dense_layers={config.model.num_dense_layers}: no MoE layers to trace")
+        self.data = open_run_data(run, config)
+        self.config = limited(config, len(self.data.domains), tokens)
+        self.eval_step = jax.jit(make_eval_step(self.config, trace=True))
+
+    def columns(self, step: int) -> dict[str, np.ndarray]:
+        """The arrays of one checkpoint's file that follow from its weights."""
+        model = self.config.model
+        _, weights, _, _ = generate.load(self.run, step)
+        seen: list[Traced] = []
+        with jax.set_mesh(self.mesh):
+            scores = evaluate(self.eval_step, weights, self.data, self.config, self.mesh, seen)
+            router = jax.device_get(jax.vmap(stats.metrics)(scores.stats))
+        layers = list(range(model.num_dense_layers, model.num_layers))
+        columns = probe_columns(seen, layers, model.moe.num_experts)
+        del columns["selected"]  # the plan says it too
+        plan = [np.concatenate([x.reshape(len(layers), -1, x.shape[-1]) for x in a], 1) for a in _plans(seen)]
+        columns["expert"], columns["weight"] = _compact(*plan, model.moe.num_experts)
+        columns["domains"] = np.array(self.data.domains)
+        return columns | {f"router/{name}": value for name, value in router.items()}
+
+
+def open_run_data(run: Path, config: Config) -> Dataset:
+    """The data that a run was trained on; another is refused."""
+    data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
+    there = rundir.read_json(run / "data.json")["fingerprint"]
+    if there != data.fingerprint:
+        raise UserError(f"{run}: the run's data changed (fingerprint {there} there, {data.fingerprint} now)")
+    return data
+
+
+def limited(config: Config, domains: int, tokens: int) -> Config:
+    """The config with as many evaluation batches per domain as come nearest to the number of tokens, at least one."""
+    per_batch = config.train.batch_size // config.train.accumulate_steps * config.data.sequence_length
+    batches = max(1, round(tokens / (domains * per_batch)))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batches=batches))
+
+
+def _plans(seen: list[Traced]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    return [t.out.plan.expert_NK for t in seen], [t.out.plan.weight_NK for t in seen]
+
+
+def _compact(expert_LNK: np.ndarray, weight_LNK: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Null slots behind the others, and no more columns than the token with the most experts needs."""
+    empty_LNK = expert_LNK >= num_experts
+    order_LNK = np.argsort(empty_LNK, axis=-1, kind="stable")[..., : (~empty_LNK).sum(-1).max()]
+    take = lambda a: np.take_along_axis(a, order_LNK, axis=-1)
+    return take(expert_LNK).astype(np.uint16), take(weight_LNK).astype(np.float32)

@@ -1,0 +1,53 @@
+"""The experts and routers of a checkpoint as arrays, for `similarity`.
+
+Letters: L MoE layers, N tokens, E experts, D model, F expert hidden; 2 = (gate, up).
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy.special
+
+from frugalmoe import generate
+from frugalmoe.errors import UserError
+
+
+class Experts(NamedTuple):
+    layers_L: np.ndarray  # index in the whole network
+    router_LDE: np.ndarray | None  # where the router is a linear gate
+    norm_LD: np.ndarray  # scale of the norm before the layer
+    gate_up_LED2F: np.ndarray
+    down_LEFD: np.ndarray
+
+    def neurons(self, l: int) -> np.ndarray:
+        """All weights of each hidden unit of MoE layer l: gate, up and down [E, F, 3 D]."""
+        gate_EFD, up_EFD = np.moveaxis(self.gate_up_LED2F[l], (2, 3, 1), (0, 2, 3))
+        return np.concatenate([gate_EFD, up_EFD, self.down_LEFD[l]], axis=-1)
+
+    def outputs(self, l: int, tokens: int = 512, seed: int = 0) -> np.ndarray:
+        """What each expert of MoE layer l gives for the same random inputs [E, N, D], without combine weights.
+
+        The inputs are Gaussian directions of the size that the layer's norm lets through: every direction counts the
+        same, whether text uses it or not.
+        """
+        x_ND = np.random.default_rng(seed).standard_normal((tokens, self.norm_LD.shape[1]))
+        x_ND *= self.norm_LD[l] / np.sqrt(np.mean(x_ND**2, axis=-1, keepdims=True))
+        gate_ENF, up_ENF = np.einsum("nd,edgf->genf", x_ND, self.gate_up_LED2F[l], optimize=True)
+        return np.einsum("enf,efd->end", gate_ENF * scipy.special.expit(gate_ENF) * up_ENF, self.down_LEFD[l])
+
+
+def load_experts(run: str | Path, checkpoint: int | None = None) -> Experts:
+    """From a run directory's checkpoint, the newest by default. Raises `UserError` for a run without MoE layers."""
+    config, weights, _, _ = generate.load(Path(run), checkpoint)
+    if "moe_blocks" not in weights.params:
+        raise UserError(f"{run}: a dense model, which has no experts")
+    blocks = weights.params["moe_blocks"]
+    moe, router = blocks["moe"], blocks["moe"].get("router", {})
+    return Experts(
+        layers_L=np.arange(config.model.num_dense_layers, config.model.num_layers),
+        router_LDE=np.asarray(router["kernel_DE"]) if "kernel_DE" in router else None,
+        norm_LD=np.asarray(blocks["ffn_norm"]["scale"]),
+        gate_up_LED2F=np.asarray(moe["gate_up_ED2F"]),
+        down_LEFD=np.asarray(moe["down_EFD"]),
+    )
