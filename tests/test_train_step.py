@@ -21,7 +21,7 @@ from frugalmoe.data import Batch
 from frugalmoe.errors import UserError
 from frugalmoe.routing import strategies
 from frugalmoe.train.evaluate import put_batch
-from frugalmoe.train.step import init, make_eval_step, make_train_step
+from frugalmoe.train.step import init, make_eval_step, make_train_step, without_knobs
 
 # Adam with a small eps forgets the gradient's size and blows rounding up where a gradient is near zero. With eps near a
 # typical gradient the new parameters show both a wrong scale and nothing else.
@@ -147,6 +147,17 @@ def test_counts_are_of_the_real_tokens_of_the_step(router):
     if strategies.get(name).about.form == "token" and name not in VARIABLE:
         k = router.get("model.moe.num_experts_per_token", 2)
         np.testing.assert_array_equal(total_L, [valid * k] * 2)
+
+
+def test_runs_share_a_program_only_with_the_losses_that_they_name():
+    """Coefficients and seeds are arguments of the program; which losses exist in it is not."""
+    named, other = {"model.moe.losses.importance": 0.1}, {"model.moe.losses.importance": 0.2, "train.seed": 7}
+    assert without_knobs(config_of(named)) == without_knobs(config_of(other)) != without_knobs(config_of())
+    config = without_knobs(config_of(named))
+    with jax.set_mesh(mesh_of()) as _:
+        on_mesh = put_batch(mesh_of(), Batch(*(a[None] for a in batch(0))), "ABT")
+        _, metrics = jax.eval_shape(make_train_step(config), init(config), on_mesh)
+    assert {"loss/importance", "loss/z"} <= metrics.keys()
 
 
 @pytest.mark.slow

@@ -75,8 +75,12 @@ def _fresh(config: Config, seed: int | Array) -> State:
 
 
 def without_knobs(config: Config) -> Config:
-    """What a compiled program depends on: equal for runs that differ in name and `Knobs` only."""
-    moe = dataclasses.replace(config.model.moe, losses=FrozenDict())
+    """What a compiled program depends on: equal for runs that differ in name and `Knobs` only.
+
+    The names of losses that are computed only where a config names them stay.
+    """
+    named = FrozenDict.fromkeys(config.model.moe.losses.keys() - aux_losses.REPORTED, 0.0)
+    moe = dataclasses.replace(config.model.moe, losses=named)
     model, train = dataclasses.replace(config.model, moe=moe), dataclasses.replace(config.train, seed=0)
     return dataclasses.replace(config, name="", model=model, train=train)
 
