@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from frugalmoe.config.schema import FrozenDict, MoE
 from frugalmoe.routing import strategies
@@ -74,6 +75,18 @@ def make_case(router: str | Router, num_experts: int = 8, k: int = 2, moe: dict 
     router = strategies.get(router)
     config = MoE(num_experts=num_experts, num_experts_per_token=k, options=router.options(**options), **(moe or {}))
     return Case(router, config)
+
+
+# Of every kind one: their laws belong to the fast tests, those of the others to the whole suite.
+FAST = ("expert_choice", "hash", "random", "sigmoid_bias", "switch_top1", "topk_softmax")
+
+
+def case_parameters() -> list:
+    """`all_cases` as parameters of a test."""
+    return [
+        pytest.param(case, id=str(case), marks=() if case.router.name in FAST else pytest.mark.slow)
+        for case in all_cases()
+    ]
 
 
 def all_cases() -> list[Case]:

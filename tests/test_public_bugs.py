@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import test_routing_laws
-from routing_cases import Case, all_cases, make_inputs, make_params
+from routing_cases import Case, case_parameters, make_inputs, make_params
 
 from frugalmoe.model.transformer import _remat
 from frugalmoe.routing import losses, select, stats
@@ -259,7 +259,7 @@ def program(case: Case) -> str:
     return str(jax.make_jaxpr(route)(*make_params(case), inputs.x_BTD))
 
 
-@pytest.mark.parametrize("case", all_cases(), ids=str)
+@pytest.mark.parametrize("case", case_parameters())
 def test_no_strategy_loops_to_a_tolerance_or_chooses_approximately(case: Case) -> None:
     assert not any(operation in program(case) for operation in FORBIDDEN)
 

@@ -1,6 +1,7 @@
 """Every command and the router of the README, run in a copy of the repository as a newcomer would.
 
-What is changed: configs run in laptop mode, `make test` lists instead of running, and `make bench` takes small models.
+What is changed: configs run in laptop mode, a study trains two arms for a few steps, `make test` lists instead of
+running, and `make bench` takes small models.
 """
 
 import os
@@ -18,6 +19,7 @@ REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+SMALL_STUDY = "--seeds=0,1 --config.train.steps=4 --config.optim.warmup_steps=1 --config.train.eval_every=0"
 LIST_TESTS = "--collect-only -q tests/test_configs.py"
 
 
@@ -44,6 +46,8 @@ def small(command: str) -> str:
     command = re.sub(r"(--config=configs/\w+\.py)\b(?!:)", r"\1:laptop", command).replace(
         "runs/quickstart", "runs/quickstart-laptop"
     )
+    if command.startswith("frugalmoe ablate") and "--dry-run" not in command:
+        command += f" --arms=none,bias {SMALL_STUDY}"
     arguments = {"make test": LIST_TESTS, "make test-fast": LIST_TESTS, "make bench": "--quick"}.get(command)
     return f'{command} ARGS="{arguments}"' if arguments else command
 

@@ -18,8 +18,8 @@ from routing_cases import (
     Case,
     D,
     T,
-    all_cases,
     carry_into,
+    case_parameters,
     combine,
     compiled_route,
     eager_route,
@@ -408,7 +408,7 @@ LAWS = {name.removeprefix("law_"): law for name, law in list(globals().items()) 
 
 
 @pytest.mark.parametrize("law", LAWS.values(), ids=LAWS.keys())
-@pytest.mark.parametrize("case", all_cases(), ids=str)
+@pytest.mark.parametrize("case", case_parameters())
 def test_law(case: Case, law) -> None:
     law(case)
 

@@ -89,10 +89,13 @@ def router(name: str) -> dict:
     return {"model.moe.router": name} | one | needs.get(name, {})
 
 
-# Each strategy once: the first in the fast tests, all of them in the whole suite.
-ROUTERS = [pytest.param(router("sigmoid_bias"), id="sigmoid_bias")] + [
-    pytest.param(router(n), id=n, marks=pytest.mark.slow) for n in strategies.names() if n != "sigmoid_bias"
-]
+def of(*names: str) -> list:
+    """Parameters of a test: the first strategy belongs to the fast tests, the others to the whole suite."""
+    return [pytest.param(router(n), id=n, marks=pytest.mark.slow if i else ()) for i, n in enumerate(names)]
+
+
+EVERY = of("sigmoid_bias", *(n for n in strategies.names() if n != "sigmoid_bias"))
+KINDS = of("sigmoid_bias", "topk_softmax", "expert_choice", "random")  # with state, without, expert-major, noisy
 FED_BY_COUNTS = ("sigmoid_bias",)  # their state is a function of integers: equal to the bit
 # As many experts per token as reach a threshold, have room, or are experts at all.
 VARIABLE = ("adamoe", "expert_threshold", "longcat", "moe_plus_plus", "recycle", "relu", "top_p")
@@ -105,11 +108,21 @@ def assert_same_state(a, b, router: dict) -> None:
     assert not a.router_state or largest_difference(a.router_state, b.router_state) <= rounding
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", KINDS)
 def test_micro_batches_equal_one_batch(router):
     """Loss, every metric, parameters and router state, whatever the number of micro-batches."""
+    assert_same_run(router, {"train.accumulate_steps": 4})
+
+
+@pytest.mark.parametrize("router", EVERY)
+def test_recomputed_micro_batches_equal_one_batch(router):
+    """The same with every layer computed again in the backward pass: nothing is counted or updated twice."""
+    assert_same_run(router, {"train.accumulate_steps": 4, "model.remat": "full"})
+
+
+def assert_same_run(router: dict, otherwise: dict) -> None:
     whole, whole_metrics = trained(router | EVERY_LOSS)
-    parts, parts_metrics = trained(router | EVERY_LOSS | {"train.accumulate_steps": 4})
+    parts, parts_metrics = trained(router | EVERY_LOSS | otherwise)
     np.testing.assert_array_equal(whole_metrics[0]["counts_LE"], parts_metrics[0]["counts_LE"])
     assert largest_difference(whole_metrics, parts_metrics) < 2e-4
     assert largest_difference(whole.params, parts.params) < 1e-4
@@ -126,7 +139,7 @@ def test_micro_batches_equal_one_batch_for_balance_in_groups_of_sequences():
 
 
 @pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", KINDS)
 def test_remat_changes_nothing(router, remat):
     """Recomputed layers count no token twice and update no state twice."""
     plain, plain_metrics = trained(router | EVERY_LOSS)
@@ -136,7 +149,7 @@ def test_remat_changes_nothing(router, remat):
     assert_same_state(plain, again, router)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", EVERY)
 def test_counts_are_of_the_real_tokens_of_the_step(router):
     _, metrics = trained(router | EVERY_LOSS)
     valid = int((batch(0).segment_ids_BT > 0).sum())
