@@ -174,6 +174,13 @@ def test_quantiles_by_hand() -> None:
     np.testing.assert_allclose(quantile_balance.quantiles(score, valid_BT, 1), [[0.4, 0], [0.5, 0], [0, 0]], rtol=1e-6)
 
 
+def test_sums_of_prices_add_up_over_parts_of_the_batch() -> None:
+    case, inputs = make_case("quantile_balance"), make_inputs()
+    whole = route(case, inputs).stats["beta_sum"]
+    parts = [route(case, Inputs(*(a[b : b + 1] for a in inputs[:5]), *inputs[5:])).stats["beta_sum"] for b in (0, 1)]
+    np.testing.assert_allclose(parts[0] + parts[1], whole, rtol=1e-5, atol=1e-6)
+
+
 def test_prices_are_means_over_tokens_centred_and_averaged() -> None:
     """Sums (4, 0) over 10 tokens: (0.4, 0), centred (0.2, -0.2); with ema 0.75, 0.75 * (1, -1) + 0.25 * (0.4, 0)."""
     sums = {"beta_sum": jnp.asarray([4.0, 0.0]), "tokens": jnp.int32(10)}

@@ -76,8 +76,7 @@ def check(config: MoE) -> str | None:
     return rules.first(
         rules.positive("logit_std", o.logit_std),
         rules.at_least("gain", o.gain, 0),
-        rules.at_least("decay", o.decay, 0),
-        None if o.decay < 1 else f"options.decay={o.decay!r}: must be less than 1",
+        rules.decay("decay", o.decay),
         rules.gradient_at_one(config, o.renormalize, "set options.renormalize=False"),
     )
 

@@ -90,8 +90,7 @@ def check(config: MoE) -> str | None:
     return rules.first(
         rules.one_of("score", o.score, select.SCORES),
         rules.positive("scale", o.scale),
-        rules.at_least("ema", o.ema, 0),
-        None if o.ema < 1 else f"options.ema={o.ema!r}: must be less than 1",
+        rules.decay("ema", o.ema),
         rules.gradient_at_one(config, o.normalize, "set options.normalize=False"),
         None if k < num_experts else f"num_experts_per_token={k}: must be less than num_experts={num_experts}",
     )

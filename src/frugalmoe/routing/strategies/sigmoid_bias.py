@@ -114,13 +114,12 @@ def moved_bias(state: State, counts_E: Array, options: Options) -> State:
 
 def check(config: MoE) -> str | None:
     o = config.options
-    below_one = None if o.momentum < 1 else f"options.momentum={o.momentum!r}: must be less than 1"
     return rules.first(
         rules.one_of("score", o.score, select.SCORES),
         rules.one_of("group_score", o.group_score, BEST),
         rules.one_of("update", o.update, UPDATES),
         rules.at_least("update_rate", o.update_rate, 0),
-        rules.at_least("momentum", o.momentum, 0) or below_one,
+        rules.decay("momentum", o.momentum),
         rules.positive("sharpness", o.sharpness),
         rules.positive("scale", o.scale),
         rules.at_least("hash_layers", o.hash_layers, 0),
