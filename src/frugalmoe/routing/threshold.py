@@ -61,11 +61,11 @@ def activate(score_BTE: Array, weight_BTE: Array, threshold_E: Array, slots: int
 
 
 def initial(value: float, num_experts: int) -> State:
-    return {"threshold_E": jnp.full(num_experts, value, jnp.float32), "updates": jnp.zeros((), jnp.float32)}
+    return {"threshold_E": jnp.full(num_experts, value, jnp.float32), "updates_E": jnp.zeros(num_experts, jnp.float32)}
 
 
 def follow(state: State, stats: Mapping[str, Array], decay: float) -> State:
     """The exponential mean of the batches' cuts; a plain mean until there are more of them than `decay` remembers."""
     cut_E = stats["cut_sum"] / jnp.maximum(stats["tokens"], 1)
-    keep = jnp.minimum(decay, state["updates"] / (state["updates"] + 1))
-    return {"threshold_E": keep * state["threshold_E"] + (1 - keep) * cut_E, "updates": state["updates"] + 1}
+    keep = jnp.minimum(decay, state["updates_E"] / (state["updates_E"] + 1))
+    return {"threshold_E": keep * state["threshold_E"] + (1 - keep) * cut_E, "updates_E": state["updates_E"] + 1}

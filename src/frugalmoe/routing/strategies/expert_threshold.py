@@ -76,7 +76,7 @@ def update(state: State, batch_stats: Mapping[str, Array], config: MoE) -> State
     relative_E = jnp.sign(counts_E - counts_E.mean())
     total = jnp.sign(counts_E.sum() - config.num_experts_per_token * batch_stats["tokens"])
     step_E = options.rate * (relative_E - relative_E.mean() + total)
-    return {"threshold_E": state["threshold_E"] + step_E, "updates": state["updates"] + 1}
+    return {"threshold_E": state["threshold_E"] + step_E, "updates_E": state["updates_E"] + 1}
 
 
 def check(config: MoE) -> str | None:
