@@ -108,7 +108,7 @@ def test_relu_penalty_by_hand_and_its_coefficient() -> None:
     """Every token has R = [3, 1, 0 ...]: f = 1/2 for two experts, 8 * (3 + 1) / 2 = 16 per sequence, lambda times."""
     inputs, params = with_logits(np.asarray([3.0, 1, -1, -1, -1, -1, -1, -1]))
     case = make_case("relu")
-    loss = route(case, inputs, params, {"log_lambda": jnp.log(0.5)}).losses["l1"]
+    loss = route(case, inputs, params, {"log_lambda_1": jnp.log(jnp.full(1, 0.5))}).losses["l1"]
     assert loss.per == "sequence" and loss.sum == pytest.approx(0.5 * 16 * B, rel=1e-6)
 
 
@@ -117,10 +117,10 @@ def test_relu_coefficient_follows_the_number_of_active_experts(active: float, fa
     """K = 2: more than 2 positive logits per token raise lambda, fewer lower it. Those without a slot count too."""
     case = make_case("relu")
     summed = {"tokens": jnp.int32(100), "assigned": jnp.int32(100 * active - 50), "overflow": jnp.int32(50)}
-    moved = case.router.update({"log_lambda": jnp.log(1e-3)}, summed, case.config)
-    assert np.exp(moved["log_lambda"]) == pytest.approx(1e-3 * factor, rel=1e-5)
+    moved = case.router.update({"log_lambda_1": jnp.log(jnp.full(1, 1e-3))}, summed, case.config)
+    assert np.exp(moved["log_lambda_1"][0]) == pytest.approx(1e-3 * factor, rel=1e-5)
     least = case.router.init_state(case.config)
-    assert case.router.update(least, summed, case.config)["log_lambda"] >= least["log_lambda"]
+    assert case.router.update(least, summed, case.config)["log_lambda_1"] >= least["log_lambda_1"]
 
 
 def test_the_penalty_leads_a_relu_gate_to_k_active_experts() -> None:

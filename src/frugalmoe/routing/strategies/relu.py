@@ -54,7 +54,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     tied_BT = slots.tied_BT | jnp.any(logits_BTE == 0, axis=-1)
     return Routing(
         plan,
-        {"l1": Loss(jnp.exp(jax.lax.stop_gradient(state["log_lambda"])) * l1.sum, l1.per)},
+        {"l1": Loss(jnp.exp(jax.lax.stop_gradient(state["log_lambda_1"][0])) * l1.sum, l1.per)},
         stats.of_layer(load_BE, inputs, tied_BT=tied_BT) | {"overflow": slots.overflow},
     )
 
@@ -69,15 +69,16 @@ def init(key: Array, dim: int, config: MoE) -> Params:
 
 
 def init_state(config: MoE) -> State:
-    return {"log_lambda": jnp.log(jnp.full((), config.options.initial, jnp.float32))}
+    """One number, as an array [1]: a scalar changes its sharding in the first update, and the step compiles again."""
+    return {"log_lambda_1": jnp.log(jnp.full((1,), config.options.initial, jnp.float32))}
 
 
 def update(state: State, batch_stats: Mapping[str, Array], config: MoE) -> State:
     options: Options = config.options
     wanted = (batch_stats["assigned"] + batch_stats["overflow"]).astype(jnp.float32)
     excess = wanted - config.num_experts_per_token * batch_stats["tokens"].astype(jnp.float32)
-    moved = state["log_lambda"] + math.log(options.alpha) * jnp.sign(excess)
-    return {"log_lambda": jnp.maximum(moved, math.log(options.initial))}
+    moved = state["log_lambda_1"] + math.log(options.alpha) * jnp.sign(excess)
+    return {"log_lambda_1": jnp.maximum(moved, math.log(options.initial))}
 
 
 def check(config: MoE) -> str | None:
