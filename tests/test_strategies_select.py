@@ -187,7 +187,7 @@ def test_cosine_ignores_the_lengths_of_tokens_and_of_experts() -> None:
 @pytest.mark.parametrize(("temperature", "largest"), [(0.5, 2.0), (1e-6, 100.0)])
 def test_cosine_logits_are_at_most_one_over_the_clamped_temperature(temperature: float, largest: float) -> None:
     case, inputs = make_case("cosine"), make_inputs(padded=False)
-    params = make_params(case)[0] | {"log_inverse_temperature": -jnp.log(temperature)}
+    params = make_params(case)[0] | {"log_inverse_temperature_1": -jnp.log(jnp.full(1, temperature))}
     aligned = params | {"projection_DP": jnp.eye(D), "expert_PE": jnp.eye(D)}
     z_BTE = cosine.logits(
         aligned, inputs._replace(x_BTD=jnp.broadcast_to(3 * jnp.eye(D), (B, T, D))), case.config.options
