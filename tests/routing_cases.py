@@ -27,16 +27,9 @@ OPTIONS = {  # strategy -> (K, options) of 8 experts, beside its defaults
     ),
     "expert_choice": ((1, {"capacity_factor": 1.3}),),
     "hash": ((2, {"gate": "learned"}),),
-    "adamoe": ((4, {"num_null": 3}),),
     "moe_plus_plus": ((3, {"num_zero": 2, "num_constant": 0}),),
     "longcat": ((3, {"num_identity": 6, "mean_experts": 1.5, "scale": 2.0}),),
-    "default_moe": ((1, {"samples": 3}),),
-    "dense_gradient": ((1, {}),),
-    "stochastic_warmup": (
-        (2, {"base": "sigmoid_bias", "base_options": FrozenDict(scale=2.5), "steps": 1500}),
-        (2, {"base": "default_moe", "steps": 1500}),
-    ),
-    "recurrent": ((2, {"hidden": 8}),),
+    "stochastic_warmup": ((2, {"base": "default_moe", "base_options": FrozenDict(samples=3), "steps": 1500}),),
 }
 
 

@@ -35,8 +35,13 @@ class State(NamedTuple):
 
 def init(config: Config) -> State:
     """The state before the first step, replicated on the mesh in context."""
+
+    def fresh() -> State:
+        # Else a stacked scalar state has the type P(), a step's result P(None), and the step would compile twice.
+        return jax.tree.map(lambda a: sharding.reshard(a, "." * a.ndim), _fresh(config))
+
     # It runs once: an optimized program would take longer to compile than it saves.
-    return jax.jit(lambda: _fresh(config), compiler_options={"xla_backend_optimization_level": 0})()
+    return jax.jit(fresh, compiler_options={"xla_backend_optimization_level": 0})()
 
 
 def abstract(config: Config) -> State:
