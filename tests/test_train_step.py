@@ -268,11 +268,21 @@ def on_eight_devices(extra: dict) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
-    [STATEFUL, {"model.moe.load_balance_scope": "global"}, {"train.accumulate_steps": 2, "model.moe.router": "random"}],
-    ids=["stateful", "global scope", "random, accumulated"],
+    [
+        STATEFUL,
+        {"model.moe.load_balance_scope": "global"},
+        {"train.accumulate_steps": 2, "model.moe.router": "random"},
+        {"model.moe.router": "recurrent", "model.moe.options.hidden": 8},
+        {
+            "model.moe.router": "stochastic_warmup",
+            "model.moe.options.base": "default_moe",
+            "model.moe.options.steps": 2,
+        },
+    ],
+    ids=["stateful", "global scope", "random, accumulated", "carry, shared parameters", "noise, experts run, added"],
 )
 def test_eight_devices_equal_one(extra):
     """The same loss, gradients (through AdamW), statistics and router state with the batch spread over 8 devices."""
     differences = on_eight_devices(extra)
-    assert differences["router_state"] == 0
+    assert differences["router_state"] < 1e-5
     assert differences["metrics"] < 2e-4 and differences["params"] < 1e-4, differences

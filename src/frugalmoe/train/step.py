@@ -55,8 +55,12 @@ def init(config: Config) -> State:
 
 @functools.lru_cache(64)
 def _compiled_fresh(config: Config) -> Callable[[Array], State]:
+    def fresh(seed: Array) -> State:
+        # Else a stacked scalar state has the type P(), a step's result P(None), and the step would compile twice.
+        return jax.tree.map(lambda a: sharding.reshard(a, "." * a.ndim), _fresh(config, seed))
+
     # It runs once: an optimized program would take longer to compile than it saves.
-    return jax.jit(lambda seed: _fresh(config, seed), compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(fresh, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def abstract(config: Config) -> State:

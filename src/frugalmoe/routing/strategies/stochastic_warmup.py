@@ -48,7 +48,7 @@ def _wrappable(name: str) -> bool:
     router = strategies.get(name)
     about = router.about
     plain = about.causal == "safe" and about.form == "token" and about.losses == losses.GATE_LOSSES
-    return plain and about.random is not True and router.init is linear_init
+    return plain and about.learned is True and about.random is not True and router.init is linear_init
 
 
 def unwrap(config: MoE) -> tuple[Router, MoE]:
