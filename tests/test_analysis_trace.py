@@ -168,6 +168,8 @@ def test_bad_input_is_one_line(run_dir, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             intervene(run_dir, change, tokens=TOKENS, progress=False)
+    with pytest.raises(UserError, match=r"no checkpoint of step 5; valid: \[4, 8, 12\]"):
+        intervene(run_dir, checkpoint=5)
 
 
 def test_the_report_has_the_trace(run_dir, tmp_path):

@@ -97,7 +97,7 @@ def specialisation(found: Specialisation, layers: np.ndarray, domains: list[str]
     interval = (
         f"95% bootstrap interval {percent(low)} to {percent(high)}"
         if np.isfinite(low)
-        else "too few rows for an interval"
+        else "too few documents for an interval"
     )
     sentence = (
         f"The most specialised pair is expert {e} of layer {layers[l]} with domain {domains[g]}: it gets "
