@@ -128,7 +128,7 @@ def saturation(trace: Trace) -> str:
     step = f"At step {trace.steps_S[s]:,} of {trace.steps_S[-1]:,}"
     each = [f"{percent(found.value[s, l])} in layer {trace.layers_L[l]}" for l in dict.fromkeys((slow, fast))]
     return (
-        f"{step} tokens already go to {' and '.join(each)} of the experts that they have at the end, the slowest and "
+        f"{step}, tokens already go to {' and '.join(each)} of the experts that they have at the end, the slowest and "
         f"the fastest layer; unrelated routing at the same loads would give "
         f"{spread(percent(chance_SL[s].min()), percent(chance_SL[s].max()))}. Corrected for that chance, "
         f"{spread(percent(beyond_L[slow]), percent(beyond_L[fast]))} of the way is done."
