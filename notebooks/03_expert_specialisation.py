@@ -101,11 +101,19 @@ plots.vocabulary_specialisation(probe)
 [vocabulary.predictability(s, probe.token_ids_N, probe.unit_ids_N) for s in probe.selected_LNE]
 
 # %% [markdown]
-# Classes of tokens (letters, digits, punctuation, ...) are a coarser view. Information in nats, first layer and last.
+# Classes of tokens (letters, digits, punctuation, ...) are a coarser view. Information in nats, first layer and last;
+# `raw` is to be compared with `shuffled`, `corrected` with 0.
 
 # %%
 classes_V = vocabulary.token_classes(run.tokenizer.decode([i]) for i in range(run.tokenizer.size))
 [information.label_information(s, classes_V[probe.token_ids_N], probe.unit_ids_N) for s in probe.selected_LNE[[0, -1]]]
+
+# %% [markdown]
+# And the place in the document: is there an expert of first tokens?
+
+# %%
+buckets_N = information.position_buckets(probe.positions_N)
+[information.label_information(s, buckets_N, probe.unit_ids_N) for s in probe.selected_LNE[[0, -1]]]
 
 # %% [markdown]
 # ## Which experts work together?

@@ -77,3 +77,12 @@ def test_the_bootstrap_interval_of_a_mean_is_that_of_theory():
 def test_p_value():
     # 2 of 4 shuffles reach 3, and the data itself: (1 + 2) / (1 + 4)
     assert uncertainty.p_value(np.array([1.0, 3.0, 4.0, 2.0]), 3.0) == pytest.approx(0.6)
+
+
+def test_position_buckets():
+    assert information.position_buckets(np.arange(16)).tolist() == [0, 1, 1, *[2] * 4, *[3] * 8, 4]
+    # one expert for first tokens: H of 1/4 and 3/4 is all that the bucket can say about it
+    position_N = np.tile(np.arange(4), 50)
+    selected_NE = np.stack([position_N == 0, position_N > 0], axis=1)
+    found = information.label_information(selected_NE, information.position_buckets(position_N), np.arange(200) // 4)
+    assert found.raw == pytest.approx(2 * LN2 - 0.75 * np.log(3))

@@ -94,3 +94,8 @@ def test_sequences_and_fan_out():
     # sequence 0: counts 2 1 0 1, mean 1: 2 / 1 - 1; sequence 2: 0 0 1 1, mean 1/2: 1; sequence 1 is empty
     np.testing.assert_allclose(load.sequence_violation(selected_NE, np.array([0, 0, 2, 2])), [1, 1])
     assert load.fan_out(selected_NE).tolist() == [2, 2, 2, 0]
+
+
+def test_idle_steps():
+    # the last step gave expert 1 a token, the one before expert 0, none ever expert 2
+    assert load.idle_steps(np.array([[4, 0, 0], [1, 0, 0], [0, 2, 0]])).tolist() == [1, 0, 3]

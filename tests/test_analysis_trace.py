@@ -168,12 +168,14 @@ def test_bad_input_is_one_line(run_dir, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             intervene(run_dir, change, tokens=TOKENS, progress=False)
+    with pytest.raises(UserError, match=r"no checkpoint of step 5; valid: \[4, 8, 12\]"):
+        intervene(run_dir, checkpoint=5)
 
 
 def test_the_report_has_the_trace(run_dir, tmp_path):
     path = copy(run_dir, tmp_path)
     page = write_report(path).read_text()
-    assert "When the routing settles" in page and "At step 4 of 12 tokens already go to" in page
+    assert "When the routing settles" in page and "At step 4 of 12, tokens already go to" in page
     assert all((path / "report" / f"{name}.png").stat().st_size > 10_000 for name in ("saturation", "vocabulary"))
     for step in (4, 8):
         (path / "trace" / f"step_{step:08d}.npz").unlink()

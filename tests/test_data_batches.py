@@ -153,6 +153,20 @@ def test_validation_is_disjoint_and_whole_in_every_domain(corpus):
         assert len(set(words)) == len(words)
 
 
+def test_every_validation_token_knows_its_document(corpus):
+    opened, named, said = dataset(config(corpus)), {}, set()
+    for domain in opened.domains:
+        for batch, documents_BT in zip(opened.eval_batches(domain, 8), opened.eval_documents(domain, 8), strict=True):
+            np.testing.assert_array_equal(documents_BT < 0, batch.segment_ids_BT == 0)
+            for word, number in zip(
+                batch.tokens_BT[documents_BT >= 0].tolist(), documents_BT[documents_BT >= 0].tolist()
+            ):
+                if word != EOS:
+                    assert named.setdefault(owner()[word][0], number) == number
+                said.add(number)
+    assert len(set(named.values())) == len(named) and said == set(named.values())
+
+
 def test_validation_does_not_depend_on_the_seed_and_is_cut_by_max_batches(corpus):
     data = config(corpus)
     first, second = (list(dataset(data, seed=seed).eval_batches("east", 2, 3)) for seed in (0, 1))

@@ -18,7 +18,7 @@ from frugalmoe.analysis.interventions import INSTEAD, Demote, Intervention, Mask
 from frugalmoe.analysis.page import number, percent
 from frugalmoe.analysis.probe import Probe, make
 from frugalmoe.analysis.runs import Run
-from frugalmoe.analysis.tracing import TOKENS, limited, open_run_data
+from frugalmoe.analysis.tracing import TOKENS, limited, moe_layers, open_run_data
 from frugalmoe.analysis.uncertainty import Estimate, mean
 from frugalmoe.errors import UserError
 from frugalmoe.routing import strategies
@@ -71,7 +71,7 @@ class _Lab:
         self.data = open_run_data(run, config)
         self.config = limited(config, len(self.data.domains), tokens)
         model, moe = config.model, config.model.moe
-        self.layers = list(range(model.num_dense_layers, model.num_layers))
+        self.layers = moe_layers(run, config)
         self.router = strategies.get(moe.router)
         self.eval_step = jax.jit(make_eval_step(self.config, trace=True))
         wider = dataclasses.replace(moe, num_experts_per_token=moe.num_experts_per_token + 1)

@@ -97,7 +97,7 @@ def specialisation(found: Specialisation, layers: np.ndarray, domains: list[str]
     interval = (
         f"95% bootstrap interval {percent(low)} to {percent(high)}"
         if np.isfinite(low)
-        else "too few rows for an interval"
+        else "too few documents for an interval"
     )
     sentence = (
         f"The most specialised pair is expert {e} of layer {layers[l]} with domain {domains[g]}: it gets "
@@ -128,7 +128,7 @@ def saturation(trace: Trace) -> str:
     step = f"At step {trace.steps_S[s]:,} of {trace.steps_S[-1]:,}"
     each = [f"{percent(found.value[s, l])} in layer {trace.layers_L[l]}" for l in dict.fromkeys((slow, fast))]
     return (
-        f"{step} tokens already go to {' and '.join(each)} of the experts that they have at the end, the slowest and "
+        f"{step}, tokens already go to {' and '.join(each)} of the experts that they have at the end, the slowest and "
         f"the fastest layer; unrelated routing at the same loads would give "
         f"{spread(percent(chance_SL[s].min()), percent(chance_SL[s].max()))}. Corrected for that chance, "
         f"{spread(percent(beyond_L[slow]), percent(beyond_L[fast]))} of the way is done."

@@ -64,6 +64,13 @@ def label_information(
     )
 
 
+def position_buckets(position_N: np.ndarray) -> np.ndarray:
+    """Positions 0, 1 to 2, 3 to 6, 7 to 14, ...: each bucket twice as wide as the one before. Labels for
+    `label_information`, which shows an expert of first tokens.
+    """
+    return np.floor(np.log2(position_N + 1)).astype(np.int64)
+
+
 def _tables(selected_NE: np.ndarray, label_N: np.ndarray, unit_N: np.ndarray, labels: int) -> np.ndarray:
     """Counts [U, X, E] of slots."""
     units = int(unit_N.max()) + 1

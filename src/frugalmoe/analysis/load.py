@@ -47,6 +47,13 @@ def dead_experts(counts_E: np.ndarray) -> np.ndarray:
     return _logged(counts_E, "dead_experts")
 
 
+def idle_steps(counts_SE: np.ndarray) -> np.ndarray:
+    """Logged steps [..., E] since each expert's last token, of counts [..., S, E]; S where it never had one."""
+    return np.argmax(
+        np.concatenate([counts_SE[..., ::-1, :], np.ones_like(counts_SE[..., :1, :])], axis=-2) > 0, axis=-2
+    )
+
+
 def variation(counts_E: np.ndarray) -> np.ndarray:
     """Coefficient of variation, std(c) / mean(c); CV^2 = E sum(p^2) - 1 with p = c / n. Floor: `variation_floor`."""
     return counts_E.std(-1) / counts_E.mean(-1)

@@ -3,8 +3,9 @@
 Letters: L MoE layers, N tokens, E experts, K experts per token.
 """
 
+import contextlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,20 +40,15 @@ def read_columns(path: Path, kind: str) -> dict[str, np.ndarray]:
         return {name: file[name] for name in file.files}
 
 
-class damage:
+@contextlib.contextmanager
+def damage(path: Path, kind: str) -> Iterator[None]:
     """Turns what a damaged file raises into a `UserError` that names it."""
-
-    def __init__(self, path: Path, kind: str):
-        self.path, self.kind = path, kind
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, KeyError | ValueError | IndexError | OSError | EOFError | zipfile.BadZipFile):
-            if isinstance(error, UserError):
-                return
-            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise UserError(f"{self.path}: not a readable {self.kind} ({what})") from error
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, ValueError, IndexError, OSError, EOFError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path}: not a readable {kind} ({type(e).__name__}: {' '.join(str(e).split())})") from e
 
 
 def make(columns: Mapping[str, np.ndarray]) -> Probe:

@@ -131,8 +131,8 @@ HOW_DOMAINS = (
     "Numbers, where there is room: percent of the domain's tokens."
 )
 HOW_INTERVALS = (
-    "The layer of the most specialised pair in detail. Bars: 95% bootstrap intervals over rows of the probe "
-    "(documents where rows mix domains); n: probe tokens of the domain."
+    "The layer of the most specialised pair in detail. Bars: 95% bootstrap intervals over units; n: probe "
+    "tokens of the domain. A unit is a held-out document (a row of the probe in runs that did not note documents)."
 )
 HOW_CO_ACTIVATION = (
     "Of the tokens of expert i, how many also go to expert j, over what independent choices at the same loads would "
@@ -246,9 +246,9 @@ def _domain_parts(found: Specialisation, probe: Probe, domains: list[str]) -> li
         _information_table(found, probe),
         tag(
             "p",
-            "The shuffled baseline exchanges the domain labels of whole units (rows, or documents where rows mix "
-            "domains), 999 times: it shows how much information chance alone would give between domains and experts "
-            "in a probe of this size. A router that follows the token id alone also lies above it, since domains use "
+            "The shuffled baseline exchanges the domain labels of whole units, 999 times: it shows how much "
+            "information chance alone would give between domains and experts in a probe of this size. A router that "
+            "follows the token id alone also lies above it, since domains use "
             f"different words: compare the next section. Probe: {sizes}.",
             "note",
         ),

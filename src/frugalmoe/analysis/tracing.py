@@ -108,27 +108,33 @@ class Tracer:
     def __init__(self, run: Path, tokens: int):
         self.run = run
         config, _, _, self.mesh = generate.load(run)
-        if config.model.num_dense_layers == config.model.num_layers:
-            raise UserError(f"{run}: model.num_dense_layers={config.model.num_dense_layers}: no MoE layers to trace")
+        self.layers = moe_layers(run, config)
         self.data = open_run_data(run, config)
         self.config = limited(config, len(self.data.domains), tokens)
         self.eval_step = jax.jit(make_eval_step(self.config, trace=True))
 
     def columns(self, step: int) -> dict[str, np.ndarray]:
         """The arrays of one checkpoint's file that follow from its weights."""
-        model = self.config.model
         _, weights, _, _ = generate.load(self.run, step)
         seen: list[Traced] = []
         with jax.set_mesh(self.mesh):
             scores = evaluate(self.eval_step, weights, self.data, self.config, self.mesh, seen)
             router = jax.device_get(jax.vmap(stats.metrics)(scores.stats))
-        layers = list(range(model.num_dense_layers, model.num_layers))
-        columns = probe_columns(seen, layers, model.moe.num_experts)
+        layers, num_experts = self.layers, self.config.model.moe.num_experts
+        columns = probe_columns(seen, layers, num_experts)
         del columns["selected"]  # the plan says it too
         plan = [np.concatenate([x.reshape(len(layers), -1, x.shape[-1]) for x in a], 1) for a in _plans(seen)]
-        columns["expert"], columns["weight"] = _compact(*plan, model.moe.num_experts)
+        columns["expert"], columns["weight"] = _compact(*plan, num_experts)
         columns["domains"] = np.array(self.data.domains)
         return columns | {f"router/{name}": value for name, value in router.items()}
+
+
+def moe_layers(run: Path, config: Config) -> list[int]:
+    """Index in the whole network of each MoE layer; a run without one is refused."""
+    model = config.model
+    if model.num_dense_layers == model.num_layers:
+        raise UserError(f"{run}: model.num_dense_layers={model.num_dense_layers}: no MoE layers to look at")
+    return list(range(model.num_dense_layers, model.num_layers))
 
 
 def open_run_data(run: Path, config: Config) -> Dataset:
