@@ -56,7 +56,7 @@ STUDY = Study(
         "model.moe.num_experts_per_token",
         "model.moe.expert_dim",
     ),
-    tolerance=0.05,
+    tolerance=0.1,  # what the gates themselves multiply: 6% with a recurrent one
     metrics=(
         "eval/loss/mean",
         "eval/bits_per_byte/mean",
