@@ -4,6 +4,7 @@ A run that is complete is skipped, one that was interrupted continues from its c
 in the same bits. A complete run keeps no checkpoint.
 """
 
+import functools
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -116,7 +117,8 @@ def _train_group(plan: Plan, pairs: Sequence[Pair], workdir: Path, shown: StudyP
     with jax.set_mesh(sharding.make_mesh(axes)), ExitStack() as stack:
         runs = []
         for pair in pairs:
-            runs.append(stack.enter_context(opened(plan.config(pair), pair.directory(workdir))))
+            done = functools.partial(_is_done, plan, pair, workdir)
+            runs.append(stack.enter_context(opened(plan.config(pair), pair.directory(workdir), done=done)))
         # Those that an interruption left at different steps cannot share a program.
         for _, equal in groupby(sorted(runs, key=lambda run: run.start), key=lambda run: run.start):
             summaries = train_runs(list(equal), lambda config, start: OfRun(shown))

@@ -61,11 +61,18 @@ def train(
 
 
 @contextmanager
-def opened(config: Config, workdir: Path, *, force: bool = False) -> Iterator["Run"]:
-    """The run of a directory, new or continued and locked, on the mesh in context."""
+def opened(
+    config: Config, workdir: Path, *, force: bool = False, done: Callable[[], bool] = lambda: False
+) -> Iterator["Run"]:
+    """The run of a directory, new or continued and locked, on the mesh in context.
+
+    Raises `rundir.Busy` if another process has it, or had it until it was `done`.
+    """
     data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
     model_config = with_vocabulary(config, data)
     with rundir.locked(workdir):
+        if done():
+            raise rundir.Busy(f"--workdir={workdir}: another process has just completed this run")
         rundir.check_config(workdir, to_dict(config), force=force)
         checkpoint.check_space(workdir, abstract(model_config))
         _describe(workdir, config, data)
