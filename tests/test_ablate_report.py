@@ -138,11 +138,12 @@ def test_the_same_study_gives_the_same_page(planted, page):
 def test_a_study_that_is_half_there(tmp_path):
     """One arm has no run yet, another one seed only: said, and no number is made up."""
     path = write_planted_study(tmp_path / "planted")
-    for gone in ("bad/seed_0", "bad/seed_1", "bad/seed_2", "good/seed_0", "good/seed_1"):
+    for gone in ("bad/seed_0", "bad/seed_1", "good/seed_0", "good/seed_1"):
         (path / gone / "summary.json").unlink()
+    rundir.write_json(path / "bad" / "seed_2" / "summary.json", {"status": "diverged", "why": "NaN"})
     results.gather(path, json.loads((path / "study.json").read_text()))
     _, text = read(write_study_report(path))
-    assert "5 of 12 runs are missing" in text
+    assert "5 of 12 runs are missing, of which diverged: bad seed 2" in text
     assert "bad: no complete pair of runs" in text and "good: one seed: 0.2" in text
     assert "nan" not in text.split("Arms: what each one changes")[0].lower()
 
