@@ -166,12 +166,12 @@ def test_arms_are_compared_on_common_seeds_only():
 def test_verdicts_hold_their_error_rate():
     """Arms that do not differ are called different in about 5% of studies in all, however many arms there are."""
     rng = np.random.default_rng(0)
-    studies, wrong = 400, 0
+    studies, wrong = 200, 0
     for _ in range(studies):
         values = {arm: dict(enumerate(rng.normal(size=3))) for arm in ("base", "a", "b", "c")}
         found = statistics.compare(values, "base")
         wrong += any("not distinguishable" not in statistics.verdict(f) for f in found.values())
-    assert 0.01 < wrong / studies < 0.09  # 0.05 and four standard errors of 0.011, one below Holm's bound
+    assert 0.005 < wrong / studies < 0.11  # at most 0.05 and four standard errors of 0.015
 
 
 def test_verdict_lines():

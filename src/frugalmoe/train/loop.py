@@ -240,14 +240,14 @@ class Run:
                 f"loss/total={values['loss/total']} at step {step}: not finite; the last checkpoint is "
                 f"{self.manager.latest_step()}; lower optim.learning_rate={self.config.optim.learning_rate}"
             )
-        tokens_per_second = float(values.pop("count/tokens")) / seconds if seconds else 0.0
+        tokens = float(values.pop("count/tokens"))
         counts_LE = values.pop("counts_LE", None)
         if step % self.config.train.log_every and step != self.config.train.steps:
             return
         row = _flatten(values, self.layers)
         if seconds:  # absent at the first step, which compiles
-            self.tokens_per_second.append(tokens_per_second)
-            row |= {"speed/tokens_per_second": tokens_per_second, "speed/step_seconds": seconds}
+            self.tokens_per_second.append(tokens / seconds)
+            row |= {"speed/tokens_per_second": tokens / seconds, "speed/step_seconds": seconds}
         self._write(step, row)
         if counts_LE is not None:
             self.load_log.write({"step": step, "layers": self.layers, "counts": counts_LE.tolist()})
