@@ -124,9 +124,9 @@ def _train_group(plan: Plan, pairs: Sequence[Pair], workdir: Path, shown: StudyP
             summaries = train_runs(list(equal), lambda config, start: OfRun(shown))
             if any(summary["status"] == "stopped" for summary in summaries):
                 return True
-        for pair, run in zip(pairs, runs):
-            if plan.study.evaluate_with:
+        if plan.study.evaluate_with:
+            for pair, run in zip(pairs, runs):
                 evaluate_under_others(plan, pair, run)
-            run.manager.close()
-            shutil.rmtree(run.workdir / "checkpoints", ignore_errors=True)
+    for pair in pairs:
+        shutil.rmtree(pair.directory(workdir) / "checkpoints", ignore_errors=True)
     return False

@@ -80,7 +80,7 @@ def opened(
         try:
             yield run
         finally:
-            run.manager.close()
+            run.close()
 
 
 def with_vocabulary(config: Config, data: Dataset) -> Config:
@@ -217,9 +217,11 @@ class Run:
         if scores:
             summary |= self._summary(scores, seconds)
             rundir.write_json(self.workdir / "summary.json", summary)
-        for log in (self.metrics_log, self.load_log, self.tensorboard):
-            log.close()
         return summary
+
+    def close(self) -> None:
+        for part in (self.metrics_log, self.load_log, self.tensorboard, self.manager):
+            part.close()
 
     def evaluate(self) -> None:
         self._log_scores(evaluate(self.eval_step, self.state, self.data, self.config, self.mesh))
