@@ -9,7 +9,9 @@ import pytest
 from runs import TINY
 
 from frugalmoe.ablate import Study, load_study, results, statistics
+from frugalmoe.ablate.plan import Pair, Plan
 from frugalmoe.ablate.study import arms_of, choose
+from frugalmoe.ablate.together import bytes_of_run, groups
 from frugalmoe.config import default, override, resolve, to_dict
 from frugalmoe.cost import forward_flops
 from frugalmoe.errors import UserError
@@ -106,6 +108,23 @@ def test_choose_keeps_the_declared_order():
     assert choose("--arms", None, ["a", "b"]) == ["a", "b"]
     with pytest.raises(UserError, match="--arms=nine: no such arm; did you mean 'none'"):
         choose("--arms", ["nine"], ["aux", "none"])
+
+
+def test_runs_that_share_a_program_are_grouped():
+    """`aux` and `none` differ in a loss coefficient only, an argument of the step; `bias` has another router."""
+    pairs = tuple(Pair(arm, seed) for seed in (0, 1) for arm in STUDY.arms)
+    plan = Plan(STUDY, (), {arm.name: arm for arm in arms_of(STUDY)}, pairs, flops={}, parameters={})
+    named = lambda size: [" ".join(f"{p.arm}{p.seed}" for p in group) for group in groups(plan, size)]
+    assert named(8) == ["aux0 none0 aux1 none1", "bias0 bias1"]
+    assert named(3) == ["aux0 none0 aux1", "bias0 bias1", "none1"]
+    assert named(1) == ["aux0", "bias0", "none0", "aux1", "bias1", "none1"]
+    assert named(None) == named(1), "one after the other on CPUs"
+
+
+def test_memory_of_a_run_by_hand():
+    """3 layers x (16 x 32 + 6 x 64) = 2,688 numbers per token; 8 x 32 tokens more in a batch of twice the size."""
+    once, twice = (bytes_of_run(arms_of(STUDY, {"train.batch_size": size})[0].config) for size in (8, 16))
+    assert twice - once == 4 * 2688 * 256
 
 
 FILES = [
