@@ -31,6 +31,7 @@ OWN = {
         "model.moe.losses.latent_kl": 0.001,
     },
     "stochastic_warmup": {"model.moe.options.steps": 75},
+    "recurrent": {"model.moe.options.hidden": 32},  # at the default of 128 it multiplies 43% of all the rest
 }
 
 
@@ -56,7 +57,7 @@ STUDY = Study(
         "model.moe.num_experts_per_token",
         "model.moe.expert_dim",
     ),
-    tolerance=0.05,
+    tolerance=0.05,  # what the gates themselves multiply: 3% with cosines or recurrent states
     metrics=(
         "eval/loss/mean",
         "eval/bits_per_byte/mean",

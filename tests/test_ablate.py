@@ -9,7 +9,9 @@ import pytest
 from runs import TINY
 
 from frugalmoe.ablate import Study, load_study, results, statistics
+from frugalmoe.ablate.plan import Pair, Plan
 from frugalmoe.ablate.study import arms_of, choose
+from frugalmoe.ablate.together import bytes_of_run, groups
 from frugalmoe.config import default, override, resolve, to_dict
 from frugalmoe.cost import forward_flops
 from frugalmoe.errors import UserError
@@ -108,6 +110,23 @@ def test_choose_keeps_the_declared_order():
         choose("--arms", ["nine"], ["aux", "none"])
 
 
+def test_runs_that_share_a_program_are_grouped():
+    """`aux` and `none` differ in a loss coefficient only, an argument of the step; `bias` has another router."""
+    pairs = tuple(Pair(arm, seed) for seed in (0, 1) for arm in STUDY.arms)
+    plan = Plan(STUDY, (), {arm.name: arm for arm in arms_of(STUDY)}, pairs, flops={}, parameters={})
+    named = lambda size: [" ".join(f"{p.arm}{p.seed}" for p in group) for group in groups(plan, size)]
+    assert named(8) == ["aux0 none0 aux1 none1", "bias0 bias1"]
+    assert named(3) == ["aux0 none0 aux1", "bias0 bias1", "none1"]
+    assert named(1) == ["aux0", "bias0", "none0", "aux1", "bias1", "none1"]
+    assert named(None) == named(1), "one after the other on CPUs"
+
+
+def test_memory_of_a_run_by_hand():
+    """3 layers x (16 x 32 + 6 x 64) = 2,688 numbers per token; 8 x 32 tokens more in a batch of twice the size."""
+    once, twice = (bytes_of_run(arms_of(STUDY, {"train.batch_size": size})[0].config) for size in (8, 16))
+    assert twice - once == 4 * 2688 * 256
+
+
 FILES = [
     ("STUDY = 3", "STUDY=3: a study's file ends with STUDY = Study"),
     ("import nothing_of_that_name", "ModuleNotFoundError: No module named"),
@@ -166,12 +185,12 @@ def test_arms_are_compared_on_common_seeds_only():
 def test_verdicts_hold_their_error_rate():
     """Arms that do not differ are called different in about 5% of studies in all, however many arms there are."""
     rng = np.random.default_rng(0)
-    studies, wrong = 400, 0
+    studies, wrong = 200, 0
     for _ in range(studies):
         values = {arm: dict(enumerate(rng.normal(size=3))) for arm in ("base", "a", "b", "c")}
         found = statistics.compare(values, "base")
         wrong += any("not distinguishable" not in statistics.verdict(f) for f in found.values())
-    assert 0.01 < wrong / studies < 0.09  # 0.05 and four standard errors of 0.011, one below Holm's bound
+    assert 0.005 < wrong / studies < 0.11  # at most 0.05 and four standard errors of 0.015
 
 
 def test_verdict_lines():

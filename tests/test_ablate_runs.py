@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -110,11 +111,9 @@ def test_a_run_evaluated_with_its_own_router_gives_its_own_loss(alone):
 
 
 def test_four_runs_at_once_are_the_four_runs(place, study, alone):
-    """Sums are ordered differently under vmap: equal up to rounding, which 8 steps of Adam amplify."""
+    """Sums are ordered differently under vmap: equal up to rounding, 2e-6 of a metric as measured."""
     run_study(study, place / "at_once", at_once=4)
-    same_results(alone, place / "at_once", 2e-4)
-    first = [metrics(w, "aux", 0)[0]["loss/ce"] for w in (alone, place / "at_once")]
-    assert first[0] == pytest.approx(first[1], rel=1e-6)
+    same_results(alone, place / "at_once", 1e-5)
 
 
 def test_what_is_complete_is_not_touched(study, alone):
@@ -161,7 +160,7 @@ def test_stopped_and_killed_it_continues_to_the_same_bits(place, alone):
     interrupt(flags, signal.SIGKILL, lambda: steps_done(workdir) >= STEPS + 3)
     out = run(*flags, timeout=900)
     assert out.returncode == 0, out.stderr
-    assert "continuing at 1 of 4 runs" in out.stdout and "not distinguishable at n=2" in out.stdout
+    assert re.search("continuing at [12] of 4 runs", out.stdout) and "not distinguishable at n=2" in out.stdout
     same_results(alone, workdir, 0)
     table = lambda w: [r for r in results.load(w, "tiny").to_pylist() if not r["metric"].startswith("speed/")]
     assert table(alone) == table(workdir)
@@ -178,7 +177,7 @@ def test_processes_and_slurm_tasks_share_the_runs(place, alone):
         time.sleep(0.1)
     out = run(*flags, "--slurm=cluster=local,timeout_min=15", timeout=900)
     assert out.returncode == 0, out.stderr
-    same_results(alone, workdir, 1e-4)
+    same_results(alone, workdir, 1e-5)
     assert list((workdir / "slurm").glob("*_result.pkl"))
 
 

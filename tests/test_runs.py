@@ -259,7 +259,7 @@ def test_generate_refuses_what_it_cannot_do(undisturbed, place):
     refused(run("generate", undisturbed[0], "--top-p=0"), "--top-p=0.0: must be in (0, 1]")
 
 
-@pytest.mark.parametrize("name", ["", "train", "generate", "report", "data", "routers"])
+@pytest.mark.parametrize("name", ["", "train", "ablate", "generate", "report", "data", "routers"])
 def test_help_has_examples(name):
     out = run(*([name] if name else []), "--help")
     assert out.returncode == 0

@@ -108,8 +108,9 @@ def _lead(args: argparse.Namespace, plan, workdir: Path) -> int:
         print(f"report: {write_study_report(workdir)}")
     if found.missing:
         print(f"{len(found.missing)} of {len(plan.pairs)} runs are with other processes or were interrupted")
-    if error := runner.unfinished(found):
-        raise error
+    if found.diverged:
+        names = ", ".join(f"{p.arm} seed {p.seed}" for p in found.diverged)
+        print(f"without a result, because the loss became infinite or NaN: {names}")
     return 0
 
 

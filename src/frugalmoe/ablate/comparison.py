@@ -28,6 +28,16 @@ class Comparison:
         baseline = self.study["baseline"]
         return [baseline, *(a for a in self.study["arms"] if a != baseline)]
 
+    @functools.cached_property
+    def diverged(self) -> list[str]:
+        """Runs whose loss became infinite or NaN."""
+        found = []
+        for arm in self.arms:
+            for path in sorted((self.workdir / arm).glob("seed_*/summary.json")):
+                if rundir.read_json(path).get("status") == "diverged":
+                    found.append(f"{arm} {path.parent.name.replace('_', ' ')}")
+        return found
+
     @property
     def metric(self) -> str:
         """What decides."""

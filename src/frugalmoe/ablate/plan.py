@@ -64,27 +64,27 @@ def make_plan(
     if not study.metrics or not study.metrics[0].startswith("eval/"):
         raise UserError(f"{study.name}: metrics={study.metrics}: the first one decides and must be one of eval/...")
     models = {name: with_vocabulary(arm.config, data).model for name, arm in all_arms.items()}
-    plan = Plan(
+    flops = {name: forward_flops(model, config.data.sequence_length) for name, model in models.items()}
+    check_budgets(study, flops)
+    return Plan(
         study=study,
         overrides=overrides,
         arms=all_arms,
         pairs=tuple(Pair(arm, seed) for seed in (seeds or study.seeds) for arm in chosen),
-        flops={name: forward_flops(model, config.data.sequence_length) for name, model in models.items()},
+        flops=flops,
         parameters={name: count_parameters(model) for name, model in models.items()},
     )
-    _check_budgets(plan)
-    return plan
 
 
-def budget_ratios(plan: Plan) -> dict[str, float]:
+def budget_ratios(study: Study, flops: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Active FLOPs per token of each arm over the baseline's."""
-    total = {name: sum(parts.values()) for name, parts in plan.flops.items()}
-    return {name: value / total[plan.study.baseline] for name, value in total.items()}
+    total = {name: sum(parts.values()) for name, parts in flops.items()}
+    return {name: value / total[study.baseline] for name, value in total.items()}
 
 
-def _check_budgets(plan: Plan) -> None:
-    study = plan.study
-    for name, ratio in budget_ratios(plan).items():
+def check_budgets(study: Study, flops: Mapping[str, Mapping[str, float]]) -> None:
+    """Refuses arms of unequal active FLOPs in a study that does not declare them."""
+    for name, ratio in budget_ratios(study, flops).items():
         if study.equal_flops and abs(ratio - 1) > study.tolerance:
             raise UserError(
                 f"{study.name}: arm {name!r}: {ratio:.3f} times the active FLOPs per token of the baseline "

@@ -88,7 +88,8 @@ def state_line(c: Comparison) -> str:
     whole = f"{len(c.arms)} arms, seeds {', '.join(map(str, seeds))}, {c.study['steps']:,} steps of "
     whole += f"{c.study['tokens_per_step']:,} tokens"
     missing = len(c.arms) * len(seeds) - runs
-    return whole + (f"; {missing} of {len(c.arms) * len(seeds)} runs are missing" if missing else "")
+    whole += f"; {missing} of {len(c.arms) * len(seeds)} runs are missing" if missing else ""
+    return whole + (f", of which diverged: {', '.join(c.diverged)}" if c.diverged else "")
 
 
 def statistics_note(c: Comparison) -> str:

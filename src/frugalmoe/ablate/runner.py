@@ -4,7 +4,9 @@ A run that is complete is skipped, one that was interrupted continues from its c
 in the same bits. A complete run keeps no checkpoint.
 """
 
+import functools
 import shutil
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import groupby
@@ -21,7 +23,6 @@ from frugalmoe.ablate.progress import OfRun, StudyProgress
 from frugalmoe.ablate.study import Study
 from frugalmoe.ablate.together import groups
 from frugalmoe.config import check_devices, to_dict
-from frugalmoe.errors import UserError
 from frugalmoe.train import rundir
 from frugalmoe.train.loop import NotFinite, opened, train_runs
 
@@ -63,23 +64,26 @@ def prepare(plan: Plan, workdir: Path, command: Sequence[str], fresh: bool = Fal
 
 def train_plan(plan: Plan, workdir: Path, shown: StudyProgress, at_once: int | None = None) -> Outcome:
     """Trains every run that no other process has; rewrites the table after each."""
-    stopped = False
-    for group in groups(plan, at_once):
-        waiting = [pair for pair in group if not _is_done(plan, pair, workdir)]
+    to_do = deque(groups(plan, at_once))
+    while to_do:
+        waiting = [pair for pair in to_do.popleft() if not _is_done(plan, pair, workdir)]
         if not waiting:
             continue
         try:
             stopped = _train_group(plan, waiting, workdir, shown)
         except rundir.Busy:
             continue
-        except NotFinite:
-            # Of several one broke the program: each alone. Of one it is the run's result.
-            stopped = any(_train_alone(plan, pair, workdir, shown) for pair in waiting)
-        if stopped:
-            break
+        except NotFinite as e:
+            if len(waiting) > 1:  # one of them broke the program of all: each alone
+                to_do.extendleft([pair] for pair in reversed(waiting))
+            else:
+                _record_divergence(waiting[0], workdir, e, shown)
+            continue
         results.gather(workdir, read_study(workdir))
+        if stopped:
+            return outcome(plan, workdir, stopped=True)
     results.gather(workdir, read_study(workdir))
-    return outcome(plan, workdir, stopped)
+    return outcome(plan, workdir)
 
 
 def outcome(plan: Plan, workdir: Path, stopped: bool = False) -> Outcome:
@@ -99,15 +103,12 @@ def _is_done(plan: Plan, pair: Pair, workdir: Path) -> bool:
     return status(directory) == "diverged" or (status(directory) == "complete" and evaluated)
 
 
-def _train_alone(plan: Plan, pair: Pair, workdir: Path, shown: StudyProgress) -> bool:
-    try:
-        return _train_group(plan, [pair], workdir, shown)
-    except NotFinite as e:
-        directory = pair.directory(workdir)
-        shown.say(f"{pair.arm} seed {pair.seed}: {e}")
-        rundir.write_json(directory / "summary.json", {"status": "diverged", "why": str(e)})
-        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-        return False
+def _record_divergence(pair: Pair, workdir: Path, error: NotFinite, shown: StudyProgress) -> None:
+    """A loss that is not finite is the run's result: it would come out again."""
+    shown.say(f"{pair.arm} seed {pair.seed}: {error}")
+    directory = pair.directory(workdir)
+    rundir.write_json(directory / "summary.json", {"status": "diverged", "why": str(error)})
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
 
 
 def _train_group(plan: Plan, pairs: Sequence[Pair], workdir: Path, shown: StudyProgress) -> bool:
@@ -116,23 +117,16 @@ def _train_group(plan: Plan, pairs: Sequence[Pair], workdir: Path, shown: StudyP
     with jax.set_mesh(sharding.make_mesh(axes)), ExitStack() as stack:
         runs = []
         for pair in pairs:
-            runs.append(stack.enter_context(opened(plan.config(pair), pair.directory(workdir))))
+            done = functools.partial(_is_done, plan, pair, workdir)
+            runs.append(stack.enter_context(opened(plan.config(pair), pair.directory(workdir), done=done)))
         # Those that an interruption left at different steps cannot share a program.
         for _, equal in groupby(sorted(runs, key=lambda run: run.start), key=lambda run: run.start):
             summaries = train_runs(list(equal), lambda config, start: OfRun(shown))
             if any(summary["status"] == "stopped" for summary in summaries):
                 return True
-        for pair, run in zip(pairs, runs):
-            if plan.study.evaluate_with:
+        if plan.study.evaluate_with:
+            for pair, run in zip(pairs, runs):
                 evaluate_under_others(plan, pair, run)
-            run.manager.close()
-            shutil.rmtree(run.workdir / "checkpoints", ignore_errors=True)
+    for pair in pairs:
+        shutil.rmtree(pair.directory(workdir) / "checkpoints", ignore_errors=True)
     return False
-
-
-def unfinished(outcome: Outcome) -> UserError | None:
-    """What to tell about runs that have no result."""
-    if outcome.diverged:
-        names = ", ".join(f"{p.arm} seed {p.seed}" for p in outcome.diverged)
-        return UserError(f"{len(outcome.diverged)} runs ended with a loss that is not finite: {names}")
-    return None

@@ -21,7 +21,7 @@ def budget_table(plan: Plan, workdir: Path) -> Table:
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for header in ("arm", "parameters", "active", "active FLOPs per token (forward)", "of the baseline's"):
         table.add_column(header, justify="left" if header == "arm" else "right")
-    for name, ratio in budget_ratios(plan).items():
+    for name, ratio in budget_ratios(plan.study, plan.flops).items():
         parameters, flops = plan.parameters[name], sum(plan.flops[name].values())
         marked = f"{name} (baseline)" if name == plan.study.baseline else name
         table.add_row(

@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from frugalmoe.config import schema
 from frugalmoe.config.checks import check
 from frugalmoe.errors import UserError, did_you_mean
-from frugalmoe.routing.contract import Router
 
 
 def default() -> ConfigDict:
@@ -28,13 +27,19 @@ def default() -> ConfigDict:
 
 def to_dict(config: Any) -> Any:
     """Plain nested dicts, ready for JSON; a router that was passed as an object is its name."""
-    if isinstance(config, Router):
+    if _is_router(config):
         return config.name
     if dataclasses.is_dataclass(config):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, Mapping):
         return {k: to_dict(v) for k, v in config.items()}
     return config
+
+
+def _is_router(value: Any) -> bool:
+    from frugalmoe.routing.contract import Router  # imported here: it imports the config's schema
+
+    return isinstance(value, Router)
 
 
 def load(spec: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> schema.Config:
@@ -172,7 +177,7 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if path == "model.moe.router" and isinstance(value, Router):
+    if path == "model.moe.router" and _is_router(value):
         return value  # a strategy that is no file of the package: a notebook's
     if type(value) is not kind:
         raise UserError(f"{path}={value!r}: expected {kind.__name__}, got {type(value).__name__}")

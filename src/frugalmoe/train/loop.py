@@ -61,11 +61,18 @@ def train(
 
 
 @contextmanager
-def opened(config: Config, workdir: Path, *, force: bool = False) -> Iterator["Run"]:
-    """The run of a directory, new or continued and locked, on the mesh in context."""
+def opened(
+    config: Config, workdir: Path, *, force: bool = False, done: Callable[[], bool] = lambda: False
+) -> Iterator["Run"]:
+    """The run of a directory, new or continued and locked, on the mesh in context.
+
+    Raises `rundir.Busy` if another process has it, or had it until it was `done`.
+    """
     data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
     model_config = with_vocabulary(config, data)
     with rundir.locked(workdir):
+        if done():
+            raise rundir.Busy(f"--workdir={workdir}: another process has just completed this run")
         rundir.check_config(workdir, to_dict(config), force=force)
         checkpoint.check_space(workdir, abstract(model_config))
         _describe(workdir, config, data)
@@ -73,7 +80,7 @@ def opened(config: Config, workdir: Path, *, force: bool = False) -> Iterator["R
         try:
             yield run
         finally:
-            run.manager.close()
+            run.close()
 
 
 def with_vocabulary(config: Config, data: Dataset) -> Config:
@@ -210,9 +217,11 @@ class Run:
         if scores:
             summary |= self._summary(scores, seconds)
             rundir.write_json(self.workdir / "summary.json", summary)
-        for log in (self.metrics_log, self.load_log, self.tensorboard):
-            log.close()
         return summary
+
+    def close(self) -> None:
+        for part in (self.metrics_log, self.load_log, self.tensorboard, self.manager):
+            part.close()
 
     def evaluate(self) -> None:
         self._log_scores(evaluate(self.eval_step, self.state, self.data, self.config, self.mesh))
@@ -233,14 +242,14 @@ class Run:
                 f"loss/total={values['loss/total']} at step {step}: not finite; the last checkpoint is "
                 f"{self.manager.latest_step()}; lower optim.learning_rate={self.config.optim.learning_rate}"
             )
-        tokens_per_second = float(values.pop("count/tokens")) / seconds if seconds else 0.0
+        tokens = float(values.pop("count/tokens"))
         counts_LE = values.pop("counts_LE", None)
         if step % self.config.train.log_every and step != self.config.train.steps:
             return
         row = _flatten(values, self.layers)
         if seconds:  # absent at the first step, which compiles
-            self.tokens_per_second.append(tokens_per_second)
-            row |= {"speed/tokens_per_second": tokens_per_second, "speed/step_seconds": seconds}
+            self.tokens_per_second.append(tokens / seconds)
+            row |= {"speed/tokens_per_second": tokens / seconds, "speed/step_seconds": seconds}
         self._write(step, row)
         if counts_LE is not None:
             self.load_log.write({"step": step, "layers": self.layers, "counts": counts_LE.tolist()})
