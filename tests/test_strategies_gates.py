@@ -12,7 +12,7 @@ from test_strategies_bias import logits_of, refused_in_one_line, softmax
 from test_train_step import largest_difference, on_eight_devices, trained
 
 from frugalmoe.config.schema import MoE
-from frugalmoe.routing import select
+from frugalmoe.routing import losses, select
 from frugalmoe.routing.contract import Inputs
 from frugalmoe.routing.strategies import noisy_topk
 from frugalmoe.routing.strategies.similarity_preserving import orthogonality
@@ -119,18 +119,18 @@ def test_variation_by_hand_in_each_scope() -> None:
     """(3, 1): mean 2, variance 1, CV^2 = 1/4. (1, 3) the same; both together (4, 4): 0. An empty group is 0."""
     amount_BTE, inputs = amounts(np.asarray([[3.0, 1.0], [1.0, 3.0], [0.0, 0.0], [0.0, 0.0]]))
     configs = [MoE(num_experts=2, **scope) for scope in SCOPES]
-    sums = jax.jit(lambda a: [noisy_topk.variation(a, inputs, config) for config in configs])(amount_BTE)
+    sums = jax.jit(lambda a: [losses.variation(a, inputs, config) for config in configs])(amount_BTE)
     np.testing.assert_allclose([loss.sum for loss in sums], [0.5, 0, 0], atol=1e-6)
     assert [loss.per for loss in sums] == ["sequence", "group", "batch"]
 
 
 def test_variation_over_shards_has_value_and_gradient_of_one_device() -> None:
     config, amount_BE = MoE(num_experts=8, load_balance_scope="global"), np.random.default_rng(0).random((4, 8))
-    one = lambda a: noisy_topk.variation(*amounts(a), config).sum
+    one = lambda a: losses.variation(*amounts(a), config).sum
 
     def shard(rows: jax.Array) -> jax.Array:
         amount_BTE, inputs = amounts(rows)
-        return noisy_topk.variation(amount_BTE, inputs._replace(axis_names=("data",)), config).sum
+        return losses.variation(amount_BTE, inputs._replace(axis_names=("data",)), config).sum
 
     two = lambda a: jax.vmap(shard, axis_name="data")(a.reshape(2, 2, 8)).sum()
     (a, da), (b, db) = (jax.jit(jax.value_and_grad(f))(jnp.asarray(amount_BE, jnp.float32)) for f in (one, two))

@@ -56,7 +56,8 @@ def format_table(rows: list[dict]) -> Table:
         padding=(0, 1, 1, 0),
     )
     for column in table.columns:
-        column.no_wrap = column.header not in ("selection", "weights", "balance")
+        column.no_wrap = column.header not in ("score", "selection", "weights", "balance", "causal")
+        column.max_width = 14 if column.header in ("score", "causal") else None
     for row in map(_cells, rows):
         identifiers = re.findall(r"\d{4}\.\d{5}", row["paper"])
         name = "\n".join([row["name"], " ".join([str(row["year"]), *identifiers[:1]]), *identifiers[1:]])

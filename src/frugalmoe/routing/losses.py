@@ -112,7 +112,16 @@ def importance(probs_BTE: Array, inputs: Inputs, config: MoE) -> Loss:
     Shazeer et al. (1701.06538, eq. 6-7) sum the weights of the K selected; the probabilities of all experts give those
     that were not selected a gradient too.
     """
-    return _of_mean(lambda mean_E: jnp.mean(jnp.square(mean_E * mean_E.size - 1)), probs_BTE, inputs, config)
+    return variation(probs_BTE, inputs, config)
+
+
+def variation(amount_BTE: Array, inputs: Inputs, config: MoE) -> Loss:
+    """The squared coefficient of variation over experts of any summed amounts: variance / mean^2."""
+
+    def of_mean(mean_E: Array) -> Array:
+        return jnp.var(mean_E) / jnp.square(jnp.maximum(jnp.mean(mean_E), 1e-6))
+
+    return _of_mean(of_mean, amount_BTE, inputs, config)
 
 
 def marginal_entropy(probs_BTE: Array, inputs: Inputs, config: MoE) -> Loss:
@@ -163,7 +172,7 @@ def _balance(probs_BTE: Array, load_BE: Array, inputs: Inputs, scope: Scope) -> 
 
 
 def _of_mean(function: Callable[[Array], Array], probs_BTE: Array, inputs: Inputs, config: MoE) -> Loss:
-    """Sum over groups of a function of the mean probability [E] that is not linear in it.
+    """Sum over groups of a function of the mean probability (or other amount) [E] that is not linear in it.
 
     Each shard returns the value at the mean of the whole group times its share of the tokens, with the gradient through
     its own part of the mean: both add up to those of the whole, and no gradient crosses a collective.

@@ -26,7 +26,7 @@ from jax import Array
 
 from frugalmoe.config.schema import MoE
 from frugalmoe.routing import losses, rules, select, stats
-from frugalmoe.routing.contract import About, Inputs, Loss, Params, Router, Routing, State, linear_init, linear_logits
+from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
 
 LEAST_NOISE = 0.01
 
@@ -47,7 +47,10 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     return Routing(
         plan,
         losses.gate_losses(clean_BTE, probs_BTE, load_BE, inputs, config)
-        | {"importance": variation(weight_BTE, inputs, config), "load": variation(chance_BTE, inputs, config)},
+        | {
+            "importance": losses.variation(weight_BTE, inputs, config),
+            "load": losses.variation(chance_BTE, inputs, config),
+        },
         stats.of_layer(load_BE, inputs, logits_BTE=clean_BTE, probs_BTE=probs_BTE, tied_BT=choice.tied_BT),
     )
 
@@ -58,29 +61,6 @@ def chances(clean_BTE: Array, noisy_BTE: Array, size_BTE: Array, k: int) -> Arra
     last_in_BT1, first_out_BT1 = best[..., k - 1 : k], best[..., k:]
     bar_BTE = jnp.where(noisy_BTE > first_out_BT1, first_out_BT1, last_in_BT1)  # the k-th largest of the others
     return jax.scipy.stats.norm.cdf((clean_BTE - bar_BTE) / size_BTE)
-
-
-def variation(amount_BTE: Array, inputs: Inputs, config: MoE) -> Loss:
-    """Sum over groups of CV^2 over experts of the group's summed amounts, E * sum_e A_e^2 / (sum_e A_e)^2 - 1.
-
-    Over several shards (`global`) each returns its part: the value in proportion to its amounts, and the slope at the
-    whole group's sums along its own amounts. The parts add up to value and gradient; none crosses a collective.
-    """
-    scope, (batch, _, num_experts) = config.load_balance_scope, amount_BTE.shape
-    size = {"sequence": 1, "micro_batch": config.load_balance_group, "global": batch}[scope]
-    amount_BE = jnp.sum(amount_BTE, axis=1, where=inputs.valid_BT[..., None])
-    part_GE = amount_BE.reshape(batch // size, size, num_experts).sum(1)
-    fixed_GE = whole_GE = jax.lax.stop_gradient(part_GE)
-    if scope == "global":
-        whole_GE = jax.lax.psum(fixed_GE, inputs.axis_names)
-
-    def cv2(sums_GE: Array) -> Array:
-        return num_experts * jnp.sum(sums_GE**2, axis=-1) / jnp.maximum(sums_GE.sum(-1), 1e-9) ** 2 - 1
-
-    value_G, slope = jax.vjp(cv2, whole_GE)
-    share_G = fixed_GE.sum(-1) / jnp.maximum(whole_GE.sum(-1), 1e-9)  # 0 in a group of padding
-    moving = jnp.sum(slope(jnp.ones_like(value_G))[0] * (part_GE - fixed_GE))
-    return Loss(jnp.sum(value_G * share_G) + moving, losses.UNIT[scope])
 
 
 def init(key: Array, dim: int, config: MoE) -> Params:
@@ -106,7 +86,7 @@ ROUTER = Router(
         balance="losses on importance and on a smooth load",
         weight_sum=1.0,
         random=True,
-        losses=(*losses.GATE_LOSSES, "importance", "load"),
+        losses=(*losses.GATE_LOSSES, "load"),
     ),
     route=route,
     init=init,
