@@ -9,11 +9,12 @@ model reads the future: a reference for leakage studies.
 | sequence | the tokens of one sequence |
 | batch | those of all sequences of a micro-batch, over all devices; gradient accumulation makes the pool smaller |
 
-A batch over d devices costs up to d times the useful work: an expert may have all its C tokens on one of them.
+A batch over d devices costs up to d times the useful work: an expert may have all its C tokens on one of them. Equal
+tokens at the start of documents tie across sequences there, and rounding, hence the mesh, may decide which is chosen.
 
 | evaluate | a token's experts in evaluation |
 |---|---|
-| threshold | those whose threshold its probability reaches, in its order of margins up to FAN_OUT * K of them: causal |
+| threshold | those whose threshold its probability reaches, the FAN_OUT * K of largest margin at most: causal |
 | choice | as in training: where a study wants to compare |
 
 The threshold of an expert is the running mean of the probability of its C-th token (as in Sun et al., 2603.11535; a

@@ -1,15 +1,17 @@
 """Recycle routing: top-k with a limited number of tokens per expert; what overflows goes to a random expert with room.
 
-Sun et al. (Hunyuan-Large, 2411.02265). In training an expert has C = ceil(capacity_factor * n * K / E)
-slots for the n valid tokens of a sequence. Tokens queue in the order of their documents and positions, each with all
+Sun et al. (Hunyuan-Large, 2411.02265). In training an expert has C = ceil(capacity_factor * n * K / E) slots for the n
+valid tokens of a sequence. Tokens queue in the order of their documents and positions, each with all
 its K choices: where a chosen expert is full, an expert that has room, and that the token does not have yet, is drawn
 uniformly in its place. So a token's experts depend on earlier tokens and on its own key, never on later ones. In
 evaluation nothing is limited: plain top-k, as decoding has no queue. The report leaves the order open; drops by
 probability would leak.
 
 Weights: the softmax probability of the expert that got the token, as it is. The balance loss counts the token's own
-choices. The queue is a loop over time in steps of E*K numbers each: slower than `topk_softmax` by more than a few per
-cent of a step.
+choices.
+
+The queue is a loop over time in steps of E*K numbers each: nothing beside the experts on a CPU (T = D = 256, E = 8),
+but T steps that cannot overlap on an accelerator, where it has not been measured.
 
 Letters: B batch, T time, E experts, K choices, C slots of an expert in a sequence.
 """
