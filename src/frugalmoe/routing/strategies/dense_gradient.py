@@ -4,7 +4,8 @@ DenseMixer (Yao et al., 2025, a straight-through estimator): the output is sum o
 the softmax over all experts; the gradient of p is taken as if y were sum over all experts of p_e f_e(x). Experts, and
 x through them, get the gradient of the output as it is.
 
-In training every expert runs on every token: E / K times the layer's work on top of it. Evaluation costs nothing more.
+In training every expert runs on every token: E / K times the layer's work on top of it (a train step of a small model
+with K = 2 of 16 experts took 1.97 times the CPU time of `topk_softmax`). Evaluation costs nothing more.
 
 Letters: B batch, T time, N tokens (B*T), D model, E experts, K choices.
 """
