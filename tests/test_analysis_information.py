@@ -37,7 +37,7 @@ def test_label_information():
     found = information.label_information(selected_NE, label_N, np.arange(100) % 2)
     assert found.raw == pytest.approx(LN2) and found.label_entropy == pytest.approx(LN2)
     assert found.corrected.value == pytest.approx(LN2 + 1 / 200)
-    assert found.corrected.low <= found.corrected.value <= found.corrected.high
+    np.testing.assert_allclose([found.corrected.low, found.corrected.high], found.corrected.value)  # equal units
     assert 0 < found.shuffled < 0.05
 
 
@@ -47,7 +47,8 @@ def test_label_information_of_noise_is_its_floor():
     found = information.label_information(selected_NE, rng.integers(0, 5, 4000), np.arange(4000) // 100)
     # K = 2 slots per token are not independent: 4 * 7 / (2 * 8000) is only about the floor
     assert found.shuffled == pytest.approx(4 * 7 / 16000, rel=0.3)
-    assert found.raw < 2 * found.shuffled and found.corrected.low < 0.001
+    assert found.raw < 2 * found.shuffled
+    assert found.corrected.low < 0.001 and found.corrected.low < found.corrected.value < found.corrected.high
 
 
 def test_mean_by_hand():
@@ -72,6 +73,16 @@ def test_the_bootstrap_interval_of_a_mean_is_that_of_theory():
     found = uncertainty.bootstrap(lambda total: total / 400, x_U, samples=4000)
     assert found.value == pytest.approx(0, abs=1e-12)
     np.testing.assert_allclose([found.low, found.high], [-0.196, 0.196], atol=0.015)
+
+
+def test_a_centred_interval_holds_the_value_of_a_statistic_that_resampling_biases():
+    """The variance of a resample of n is (n - 1) / n of the sample's on average: centring gives it back."""
+    x_U = np.arange(6.0)
+    variance = lambda x, x2: x2 / 6 - (x / 6) ** 2
+    plain, centred = (uncertainty.bootstrap(variance, x_U, x_U**2, samples=4000, centred=c) for c in (False, True))
+    assert plain.value == centred.value == pytest.approx(35 / 12)
+    assert centred.low - plain.low == pytest.approx(35 / 12 / 6, rel=0.1)
+    assert centred.high - plain.high == pytest.approx(35 / 12 / 6, rel=0.1)
 
 
 def test_p_value():

@@ -52,7 +52,7 @@ def label_information(
     labels, label_N = np.unique(label_N, return_inverse=True)
     table_UXE = _tables(selected_NE, label_N, unit_N, len(labels))
     total_XE = table_UXE.sum(0)
-    corrected = bootstrap(lambda t: mutual_information(t) + miller_madow(t), table_UXE)
+    corrected = bootstrap(lambda t: mutual_information(t) + miller_madow(t), table_UXE, centred=True)
     rng = np.random.default_rng(seed)
     one = np.zeros_like(unit_N)
     mixed = [_tables(selected_NE, rng.permutation(label_N), one, len(labels))[0] for _ in range(shuffles)]

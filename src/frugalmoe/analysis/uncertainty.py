@@ -18,6 +18,11 @@ class Estimate(NamedTuple):
     low: np.ndarray
     high: np.ndarray
 
+    def __repr__(self) -> str:
+        if np.ndim(self.value):
+            return f"Estimate(value={self.value!r}, low={self.low!r}, high={self.high!r})"
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
 
 def bootstrap(
     statistic: Callable[..., np.ndarray],
@@ -25,11 +30,13 @@ def bootstrap(
     samples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
+    centred: bool = False,
 ) -> Estimate:
     """Percentile bootstrap (Efron, 1979) of `statistic(*totals)`, where a total is a sum over units.
 
     Units are drawn again with replacement, the same draws for every array. `statistic` maps totals [..., X] to
-    [..., Y]. Cost: samples * units * X multiplications.
+    [..., Y]. `centred` takes the resamples' mean off and puts the value in its place, for a statistic that resampling
+    biases, as it does information. Cost: samples * units * X multiplications.
     """
     sums_UX = [np.asarray(s, np.float64) for s in sums_UX]
     value = np.asarray(statistic(*(s.sum(0) for s in sums_UX)))
@@ -39,7 +46,8 @@ def bootstrap(
     times_RU = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), samples).astype(np.float64)
     drawn_RY = statistic(*(np.tensordot(times_RU, s, 1) for s in sums_UX))
     low, high = np.quantile(drawn_RY, [0.5 - level / 2, 0.5 + level / 2], axis=0)
-    return Estimate(value, low, high)
+    shift = value - drawn_RY.mean(0) if centred else 0.0
+    return Estimate(value, low + shift, high + shift)
 
 
 def over_units(value_NX: np.ndarray, unit_N: np.ndarray) -> np.ndarray:
