@@ -65,11 +65,11 @@ def test_moe_plus_plus_zero_copy_and_constant_by_hand() -> None:
 
 
 def test_moe_plus_plus_counts_zero_cost_choices_tau_times() -> None:
-    """One token picks expert 0 and copy: 4 * (1/2 * p_0 + tau * 1/2 * p_copy)."""
+    """One token picks expert 0 and copy, counts 1 and tau = 1/2: 4 * (2/3 * p_0 + 1/3 * p_copy)."""
     row = [3.0, 0.0, 0.0, 2.0]
     _, _, _, routing = steered("moe_plus_plus", 2, [row], num_constant=0, tau=0.5)
     p = softmax(np.asarray(row))
-    np.testing.assert_allclose(routing.losses["load_balance"].sum, 4 * (p[0] / 2 + 0.5 * p[3] / 2), rtol=1e-5)
+    np.testing.assert_allclose(routing.losses["load_balance"].sum, 4 * (2 / 3 * p[0] + p[3] / 3), rtol=1e-5)
 
 
 def test_the_gating_residual_adds_the_previous_logits() -> None:

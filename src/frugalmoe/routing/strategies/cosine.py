@@ -39,7 +39,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
 def logits(params: Params, inputs: Inputs, options: Options) -> Array:
     high = jax.lax.Precision.HIGHEST
     z_BTP = jnp.einsum("btd,dp->btp", gate.features(inputs), params["projection_DP"], precision=high)
-    inverse = jnp.exp(jnp.minimum(params["log_inverse_temperature_1"], -math.log(options.min_temperature)))
+    inverse = jnp.exp(jnp.minimum(params["log_inverse_temperature"], -math.log(options.min_temperature)))
     kernel = {"kernel_DE": gate.on_sphere(params["expert_PE"], axis=0) * inverse}
     return linear_logits(kernel, inputs._replace(x_BTD=gate.on_sphere(z_BTP)))
 
@@ -51,7 +51,7 @@ def init(key: Array, dim: int, config: MoE) -> Params:
     return {
         "projection_DP": jax.random.normal(project_key, (dim, size), jnp.float32) * dim**-0.5,
         "expert_PE": jax.random.normal(expert_key, (size, config.num_experts), jnp.float32) * size**-0.5,
-        "log_inverse_temperature_1": jnp.full((1,), -math.log(options.temperature), jnp.float32),
+        "log_inverse_temperature": jnp.full((), -math.log(options.temperature), jnp.float32),
     }
 
 

@@ -4,7 +4,8 @@ MoE++ (Jin et al., 2410.07348, section 3). Beside the E experts a token may pick
 `num_copy` that put out x, and `num_constant` that put out a_1 x + a_2 v with a = softmax(x M_c) and a learned vector v.
 Gate: z_l = W_l x + R_l z_{l-1} (gating residual: z of the previous MoE layer), softmax, top K, renormalised over the K
 with zero's weight set to 0 before, as in the released code: one expert beside a zero has weight 1. R starts at 0 here.
-Balance losses count a zero-cost choice `tau` times (eta_i in the paper). The paper's capacities, split between experts
+Balance losses count a zero-cost choice `tau` times (eta_i in the paper), with f over the sum of these counts and not
+over K tokens: larger by a factor of at most 1 / tau. The paper's capacities, split between experts
 and zero-cost choices in the same proportion, have no counterpart: no token is dropped.
 
 Letters: B batch, T time, D model, E experts, Z zero-cost choices (zero, copy, constant), X = E + Z, K choices,
