@@ -12,10 +12,10 @@ as one after the other (`benchmarks/seeds.py`). CPU: of all threads, which the o
 | dim 32, 8 sequences of 32, 4 runs | clock | 17.2 | 21.1 (0.84x) | 18.7 (0.93x) | 19.2 (0.92x) |
 | | CPU | 17.7 | 20.6 | 17.9 | 18.8 |
 
-Under `vmap` the loop over blocks of `experts/blocks.py` goes on for every run until the longest is done: it loses at every
-size. `lax.map` has the bits of one after the other and saves up to a fifth of the work, but not at every size; it is no
-way of its own here, because `--jobs` saves nearly as much and no core waits for another there: two processes on two
-idle cores take half of their CPU time.
+Under `vmap` the loop over blocks of `experts/blocks.py` goes on for every run until the longest is done: it loses at
+every size. `lax.map` has the bits of one after the other and saves up to a fifth of the work, but not at every size; it
+is no way of its own here, because `--jobs` saves nearly as much and no core waits for another there: on two idle cores
+two processes should take half of their CPU time.
 
 On an accelerator a small model leaves most of the chip idle, and one program of S runs is expected to cost little more
 than one run: there as many as memory holds. This has not been measured.
