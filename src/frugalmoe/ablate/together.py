@@ -1,10 +1,24 @@
 """How many runs of a study one process trains at once, under one `jax.vmap`.
 
-On CPUs one. Three seeds on two cores, milliseconds per step of all three (median of interleaved rounds,
-`benchmarks/seeds.py`): MEASURED
+On CPUs one. Milliseconds for one step of all runs on two cores that other programs used too, and how many times as fast
+as one after the other (`benchmarks/seeds.py`). CPU: of all threads, which the other programs disturb less.
 
-On an accelerator a small model leaves most of the chip idle, and one program of S runs costs little more than one run:
-there as many as memory holds.
+| size | | one after the other | `lax.map` | `vmap` | a process per core |
+|---|---|---|---|---|---|
+| configs/study.py, 4 runs | clock | 2152 | 1845 (1.27x) | 3309 (0.69x) | 2234 (0.94x) |
+| | CPU | 1179 | 1078 | 1652 | 1110 |
+| quickstart:laptop, 4 runs | clock | 629 | 673 (1.04x) | 748 (0.86x) | 617 (1.02x) |
+| | CPU | 374 | 306 | 409 | 344 |
+| dim 32, 8 sequences of 32, 4 runs | clock | 17.2 | 21.1 (0.84x) | 18.7 (0.93x) | 19.2 (0.92x) |
+| | CPU | 17.7 | 20.6 | 17.9 | 18.8 |
+
+Under `vmap` the loop over blocks of `experts/blocks.py` goes on for every run until the longest is done: it loses at
+every size. `lax.map` has the bits of one after the other and saves up to a fifth of the work, but not at every size; it
+is no way of its own here, because `--jobs` saves nearly as much and no core waits for another there: on two idle cores
+two processes should take half of their CPU time.
+
+On an accelerator a small model leaves most of the chip idle, and one program of S runs is expected to cost little more
+than one run: there as many as memory holds. This has not been measured.
 """
 
 import dataclasses

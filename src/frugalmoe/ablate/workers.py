@@ -1,7 +1,8 @@
 """Several processes, or SLURM array tasks, that train one study. Each claims runs by their locks until none is left.
 
-A process on this machine gets its share of the CPU cores: MEASURED
-The claims need a file system whose locks reach across machines (NFS 4, Lustre mounted with `flock`).
+A process on this machine gets its share of the CPU cores: a core that trains a run by itself never waits for another
+(figures in `together.py`). The claims need a file system whose locks reach across machines: NFS 4, or Lustre mounted
+with `flock`.
 """
 
 import os
