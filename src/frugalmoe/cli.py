@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from frugalmoe.commands import add_command, add_config_flag, load_config, use_compilation_cache
+from frugalmoe.commands import add_command, add_config_flag, load_config, set_up_training
 from frugalmoe.errors import UserError
 
 EXIT_USER_ERROR, EXIT_PREEMPTED = 2, 75
@@ -98,13 +98,10 @@ def _add_train(commands) -> None:
 def _train(args: argparse.Namespace) -> int:
     config = load_config(args)
     workdir = args.workdir or Path("runs") / config.name
-    use_compilation_cache(config)
+    set_up_training(config)
     from rich.console import Console
 
-    from frugalmoe.train.allocator import keep_freed_memory
     from frugalmoe.train.loop import train
-
-    keep_freed_memory()
 
     if args.dry_run:
         return _dry_run(config, workdir)

@@ -36,11 +36,15 @@ def load_config(args: argparse.Namespace) -> Config:
     return load(args.config, args.overrides)
 
 
-def use_compilation_cache(config: Config) -> None:
-    """Compiled programs outlive the process: a second start of the same run does not compile."""
+def set_up_training(config: Config) -> None:
+    """For a process that trains: compiled programs outlive it, so that a second start of the same run does not compile,
+    and memory that a step frees stays with it. To be called before JAX allocates.
+    """
     import jax
 
     from frugalmoe.data.cache import cache_root
+    from frugalmoe.train.allocator import keep_freed_memory
 
+    keep_freed_memory()
     jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data) / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

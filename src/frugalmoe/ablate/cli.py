@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from frugalmoe.commands import add_command
+from frugalmoe.commands import add_command, set_up_training
 from frugalmoe.errors import UserError
 
 EXIT_PREEMPTED = 75
@@ -61,7 +61,7 @@ def _command(args: argparse.Namespace) -> int:
     study = load_study(args.study)
     workdir = args.workdir or Path("runs") / study.name
     plan = make_plan(study, args.overrides, args.arms, args.seeds)
-    _use_compilation_cache(plan)
+    set_up_training(plan.arms[plan.study.baseline].config)
     if args.dry_run:
         from frugalmoe.ablate.table import budget_table
 
@@ -126,9 +126,3 @@ def _print(table) -> None:
     from rich.console import Console
 
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
-
-
-def _use_compilation_cache(plan) -> None:
-    from frugalmoe.commands import use_compilation_cache
-
-    use_compilation_cache(plan.arms[plan.study.baseline].config)
