@@ -1,8 +1,8 @@
 """The base of the studies in experiments/: small enough that many arms and seeds can be compared.
 
 Command:   frugalmoe train --config=configs/study.py      (one run; `frugalmoe ablate experiments/NAME.py` for a study)
-Cost:      0.61 M tokens, MEASURED on one CPU core.
-Expected:  MEASURED
+Cost:      0.61 M tokens, 116 s of one CPU core's time with start and report (measured beside other programs).
+Expected:  4.07 nats per token, 2.38 bits per byte on held-out documents, after a fourteenth of an epoch.
 """
 
 from ml_collections import ConfigDict
