@@ -35,5 +35,6 @@ def forward_flops(model: Model, sequence_length: int, active_experts: float | No
 def _router_weights(model: Model) -> int:
     """Entries of the strategy's matrices, each taken to be multiplied once per token."""
     router = strategies.get(model.moe.router)
-    shapes = jax.eval_shape(lambda: router.init(jax.random.key(0), model.dim, model.moe))
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(lambda: [init(key, model.dim, model.moe) for init in (router.init, router.init_shared)])
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes) if leaf.ndim >= 2)
