@@ -121,8 +121,10 @@ def test_recomputed_micro_batches_equal_one_batch(router):
 
 
 def assert_same_run(router: dict, otherwise: dict) -> None:
-    whole, whole_metrics = trained(router | EVERY_LOSS)
-    parts, parts_metrics = trained(router | EVERY_LOSS | otherwise)
+    # An auction ends within its tolerance of the best assignment: after one step, rounding decides between two of them.
+    steps = 1 if router["model.moe.router"] == "base" else 2
+    whole, whole_metrics = trained(router | EVERY_LOSS, steps)
+    parts, parts_metrics = trained(router | EVERY_LOSS | otherwise, steps)
     np.testing.assert_array_equal(whole_metrics[0]["counts_LE"], parts_metrics[0]["counts_LE"])
     assert largest_difference(whole_metrics, parts_metrics) < 2e-4
     assert largest_difference(whole.params, parts.params) < 1e-4

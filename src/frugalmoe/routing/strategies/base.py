@@ -19,6 +19,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from frugalmoe.config.schema import MoE
 from frugalmoe.routing import rules, select, stats
@@ -38,6 +39,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     if inputs.train:
         solve = functools.partial(assign, tolerance=options.tolerance, rounds=options.rounds)
         expert_BTK = jax.vmap(solve)(jax.lax.stop_gradient(logits_BTE), inputs.valid_BT)[..., None]
+        expert_BTK = checkpoint_name(expert_BTK, "routing_plan")  # as in `select.top_k`
     weight_BTK = select.at(jax.nn.sigmoid(logits_BTE), expert_BTK)
     plan = select.token_plan(expert_BTK, weight_BTK, inputs, config.num_experts)
     load_BE = stats.load(plan, inputs, config.num_experts)
