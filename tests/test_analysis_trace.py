@@ -233,6 +233,7 @@ def test_hiding_an_expert_is_what_its_bias_would_do(root):
 
 def test_a_router_without_a_next_choice_is_refused_and_the_others_work(root):
     fields = {"model.moe.router": "expert_choice", "model.moe.losses": {"z": 0.001}, "train.steps": 5}
+    fields["model.moe.options"] = {"evaluate": "choice"}
     path = trained(root, "choice", **fields)
     with pytest.raises(UserError, match="router 'expert_choice' does not allow instead='next': the first K of K"):
         intervene(path, Mask(1, 0, "next"), tokens=500, progress=False)

@@ -62,7 +62,8 @@ def end_with_parent() -> None:
     """In a worker: when the process that started it ends, however it does, this one saves and ends."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1):  # not through sys.stdin, whose lock the interpreter wants when it ends
+            pass
         os.kill(os.getpid(), 15)
 
     threading.Thread(target=watch, daemon=True).start()
