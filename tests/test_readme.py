@@ -47,7 +47,7 @@ def small(command: str) -> str:
         "runs/quickstart", "runs/quickstart-laptop"
     )
     if command.startswith("frugalmoe ablate") and "--dry-run" not in command:
-        command += f" --arms=none,bias {SMALL_STUDY}"
+        command += f" --arms=none,loss_global {SMALL_STUDY}"
     arguments = {"make test": LIST_TESTS, "make test-fast": LIST_TESTS, "make bench": "--quick"}.get(command)
     return f'{command} ARGS="{arguments}"' if arguments else command
 
