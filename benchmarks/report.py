@@ -12,7 +12,6 @@ from typing import Any
 from measure import WARM_UP, Measured
 from sizes import Size
 
-BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 Results = Mapping[Size, Mapping[str, Measured | str]]
 
 
@@ -134,10 +133,3 @@ def as_json(machine: Mapping[str, str], compared: Results, grown: Results) -> di
         }
 
     return {"machine": machine, "compared": plain(compared), "growth": plain(grown)}
-
-
-def write(page: Path, text: str) -> None:
-    """Replaces what stands between the page's markers."""
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")

@@ -22,6 +22,7 @@ from worker_frugalmoe import Training, training_config
 
 from frugalmoe import sharding
 from frugalmoe.errors import UserError
+from frugalmoe.files import write_generated
 from frugalmoe.routing import strategies
 
 SIZE = Size(experts=16, top_k=2, expert_dim=256, layers=2, vocabulary=512)
@@ -92,7 +93,7 @@ def main() -> None:
     text = "\n".join(f"- {name}: {value}" for name, value in machine.items()) + "\n\n" + markdown(seconds)
     print(text)
     if not args.routers:
-        report.write(HERE / "ROUTERS.md", text)
+        write_generated(HERE / "ROUTERS.md", text)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import report
 from measure import HERE, Measured, Model, measure
 from sizes import Size
 
+from frugalmoe.files import write_generated
+
 SIZES = (Size(experts=8, top_k=2, expert_dim=512), Size(experts=64, top_k=8, expert_dim=128))
 GROWTH = tuple(Size(experts=e, top_k=2, expert_dim=512) for e in (16, 32, 64, 128))  # each beside 8 experts
 FAMILIES = ("mixtral", "olmoe", "qwen3_moe")
@@ -71,7 +73,7 @@ def main() -> None:
     text = report.markdown(machine, compared, grown, OURS)
     print(text)
     if not args.quick:
-        report.write(HERE / "RESULTS.md", text)
+        write_generated(HERE / "RESULTS.md", text)
         data = report.as_json(machine, compared, grown)
         (HERE / "results.json").write_text(json.dumps(data, indent=1) + "\n")
 

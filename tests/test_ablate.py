@@ -15,6 +15,7 @@ from frugalmoe.ablate.together import bytes_of_run, groups
 from frugalmoe.config import default, override, resolve, to_dict
 from frugalmoe.cost import forward_flops
 from frugalmoe.errors import UserError
+from frugalmoe.files import write_json
 from frugalmoe.model.transformer import structure
 from frugalmoe.routing import strategies
 
@@ -284,11 +285,10 @@ def test_final_metrics_by_hand():
 
 
 def test_the_table_is_made_from_run_directories_and_refuses_what_is_not_its_own(tmp_path):
-    from frugalmoe.train import rundir
 
     run = tmp_path / "aux" / "seed_3"
     run.mkdir(parents=True)
-    rundir.write_json(run / "summary.json", SUMMARY)
+    write_json(run / "summary.json", SUMMARY)
     (run / "metrics.jsonl").write_text('{"step": 6, "loss/ce": 4.0, "eval/loss/mean": 3.5}\n')
     (tmp_path / "aux" / "seed_4").mkdir()  # has not finished
     table = results.gather(tmp_path, described())

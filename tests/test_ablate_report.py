@@ -9,9 +9,10 @@ from test_report import read
 
 from frugalmoe.ablate import load_comparison, results, write_study_report
 from frugalmoe.cli import main
-from frugalmoe.train import rundir
+from frugalmoe.files import write_json
 
 STEPS, EVERY, TOKENS = 100, 10, 1000
+PNG = ("differences.png", "curves.png", "balance.png")
 # arm -> (loss added to the baseline's, its noise per seed, seconds per step over the baseline's)
 PLANTED = {"base": (0.0, 0.0, 1.0), "good": (-0.2, 0.001, 2.0), "bad": (0.1, 0.001, 1.0), "same": (0.0, 0.05, 1.0)}
 
@@ -38,7 +39,7 @@ def write_planted_study(path, planted=PLANTED, seeds=(0, 1, 2)):
         "command": ["frugalmoe", "ablate", "planted.py"],
     }
     path.mkdir(parents=True)
-    rundir.write_json(path / "study.json", study)
+    write_json(path / "study.json", study)
     for arm, (shift, noise, slower) in planted.items():
         for seed in seeds:
             run = path / arm / f"seed_{seed}"
@@ -59,7 +60,7 @@ def write_planted_study(path, planted=PLANTED, seeds=(0, 1, 2)):
                 "speed": {"tokens_per_second": TOKENS / slower},
                 "router": {"layers": {"layer_00": {"max_violation": 0.25, "active_per_token": 1.0}}},
             }
-            rundir.write_json(run / "summary.json", summary)
+            write_json(run / "summary.json", summary)
     results.gather(path, study)
     return path
 
@@ -115,7 +116,8 @@ def test_the_page(planted, page):
     links = [value for name, value in reader.attributes if name in ("src", "href", "srcset", "data", "action")]
     assert len(links) == 3 and all(value.startswith("data:image/png;base64,") for value in links)
     assert {p.name for p in (planted / "report").iterdir()} == {
-        *("index.html", "RESULTS.md", "differences.png", "curves.png", "balance.png")
+        *("index.html", "RESULTS.md"),
+        *PNG,
     }
 
 
@@ -140,7 +142,7 @@ def test_a_study_that_is_half_there(tmp_path):
     path = write_planted_study(tmp_path / "planted")
     for gone in ("bad/seed_0", "bad/seed_1", "good/seed_0", "good/seed_1"):
         (path / gone / "summary.json").unlink()
-    rundir.write_json(path / "bad" / "seed_2" / "summary.json", {"status": "diverged", "why": "NaN"})
+    write_json(path / "bad" / "seed_2" / "summary.json", {"status": "diverged", "why": "NaN"})
     results.gather(path, json.loads((path / "study.json").read_text()))
     _, text = read(write_study_report(path))
     assert "5 of 12 runs are missing, of which diverged: bad seed 2" in text
@@ -154,3 +156,22 @@ def test_the_command_tells_a_study_from_a_run(planted, capsys):
     assert capsys.readouterr().out == f"{planted / 'report' / 'index.html'}\n"
     assert main(["report", str(planted / "good")]) == 2
     assert "not a run directory" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_published_study_is_made_again_from_what_is_published(planted, tmp_path, capsys):
+    """Without the run directories: same tables and pictures; what was written by hand stays."""
+    root = tmp_path / "experiments"
+    assert main(["report", str(planted), f"--publish={root}"]) == 0
+    assert capsys.readouterr().out == f"{root / 'planted' / 'RESULTS.md'}\n"
+    page = root / "planted" / "RESULTS.md"
+    files = {p.name: p.read_bytes() for p in page.parent.iterdir()}
+    assert set(files) == {*("RESULTS.md", "study.json", "results.parquet"), *PNG}
+    page.write_text(page.read_text() + "\nWritten by hand.\n")
+    assert main(["report", str(page.parent), f"--publish={root}"]) == 0
+    again = {p.name: p.read_bytes() for p in page.parent.iterdir()}
+    assert again.pop("RESULTS.md") == files.pop("RESULTS.md") + b"\nWritten by hand.\n"
+    assert again == files
+    table = (root / "RESULTS.md").read_text()
+    assert "[planted](planted/RESULTS.md)" in table and "good: better by 0.2" in table
+    assert f"frugalmoe report {planted} --publish={root}" in page.read_text()

@@ -20,6 +20,7 @@ from frugalmoe.config import Config
 from frugalmoe.config.schema import Model
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
+from frugalmoe.files import read_json
 from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import structure
 from frugalmoe.routing import strategies
@@ -142,12 +143,12 @@ def load(run: Path, step: int | None = None) -> tuple[Config, Weights, Tokenizer
     """The config, weights and tokenizer of a run directory's checkpoint, the newest by default, on one device."""
     from frugalmoe.config import resolve
     from frugalmoe.data.tokenizer import load_from
-    from frugalmoe.train import checkpoint, rundir
+    from frugalmoe.train import checkpoint
     from frugalmoe.train.step import abstract
 
     if not (run / "config.json").is_file():
         raise UserError(f"{run}: not a run directory (it holds no config.json)")
-    config = resolve(rundir.read_json(run / "config.json"))
+    config = resolve(read_json(run / "config.json"))
     tokenizer = load_from(run / "tokenizer")
     if not config.model.vocab_size:
         size = -(-tokenizer.size // 64) * 64

@@ -11,6 +11,7 @@ _HOME = {
     "Study": "study",
     "load_comparison": "comparison",
     "load_study": "study",
+    "publish_study": "publish",
     "run_study": "runner",
     "write_study_report": "report",
 }

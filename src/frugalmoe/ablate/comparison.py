@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 from frugalmoe.ablate import results, statistics
 from frugalmoe.ablate.plan import read_study
 from frugalmoe.cost import TRAIN_FACTOR
-from frugalmoe.train import rundir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +30,7 @@ class Comparison:
     @functools.cached_property
     def diverged(self) -> list[str]:
         """Runs whose loss became infinite or NaN."""
-        found = []
-        for arm in self.arms:
-            for path in sorted((self.workdir / arm).glob("seed_*/summary.json")):
-                if rundir.read_json(path).get("status") == "diverged":
-                    found.append(f"{arm} {path.parent.name.replace('_', ' ')}")
-        return found
+        return [f"{arm} seed {seed}" for arm in self.arms for seed in self.final(results.DIVERGED, arm)]
 
     @property
     def metric(self) -> str:
@@ -118,11 +112,8 @@ class Comparison:
 
     def cross(self, arm: str) -> dict[str, list[float]]:
         """{arm evaluated with: losses over seeds} of the runs trained with `arm`."""
-        found: dict[str, list[float]] = {}
-        for path in sorted((self.workdir / arm).glob("seed_*/cross.json")):
-            for name, loss in rundir.read_json(path).items():
-                found.setdefault(name, []).append(loss)
-        return found
+        found = {other: list(self.final(f"{results.CROSS}{other}", arm).values()) for other in self.arms}
+        return {other: losses for other, losses in found.items() if losses}
 
 
 def load_comparison(workdir: str | Path) -> Comparison:

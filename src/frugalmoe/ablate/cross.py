@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from frugalmoe.ablate.plan import Pair, Plan
-from frugalmoe.train import rundir
+from frugalmoe.files import write_json
 from frugalmoe.train.evaluate import evaluate
 from frugalmoe.train.loop import Run
 from frugalmoe.train.program import compiled_eval_step
@@ -22,7 +22,7 @@ def evaluate_under_others(plan: Plan, pair: Pair, run: Run) -> None:
         if _shapes(config) == _shapes(run.config):
             scores = evaluate(compiled_eval_step(config), run.state, run.data, config, run.mesh)
             losses[name] = scores.loss["mean"]
-    rundir.write_json(run.workdir / "cross.json", losses)
+    write_json(run.workdir / "cross.json", losses)
 
 
 def _shapes(config) -> dict[str, tuple]:

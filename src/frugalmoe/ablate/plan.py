@@ -13,8 +13,8 @@ from frugalmoe.config import Config, check_devices, to_dict
 from frugalmoe.cost import forward_flops
 from frugalmoe.data import open_data
 from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.files import read_json, write_json
 from frugalmoe.model.transformer import count_parameters
-from frugalmoe.train import rundir
 from frugalmoe.train.loop import with_vocabulary
 
 
@@ -107,7 +107,7 @@ def claim(workdir: Path, plan: Plan, command: Sequence[str]) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--workdir={workdir}: cannot be written ({e.strerror})") from e
-    rundir.write_json(path, describe(plan, command))
+    write_json(path, describe(plan, command))
 
 
 def describe(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def read_study(workdir: Path) -> dict[str, Any]:
     path = workdir / "study.json"
     if not path.is_file():
         raise UserError(f"{workdir}: not a study (no study.json)")
-    described = rundir.read_json(path)
+    described = read_json(path)
     if not isinstance(described, dict) or "baseline" not in described:
         raise UserError(f"{path}: not a study's description")
     return described

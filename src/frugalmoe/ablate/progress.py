@@ -60,7 +60,7 @@ class StudyProgress:
         self.bar.update(self.task, completed=sum(self.done.values()), what=self._what(), eta=self._eta())
         if not self.console.is_terminal and clock - self.last_line > _SECONDS_BETWEEN_LINES:
             self.last_line = clock
-            self.say(f"{sum(self.done.values()) / self.total:.0%} of {self._what()}, ETA {self._eta()}")
+            self.say(f"{sum(self.done.values()) / self.total:.0%}, {self._what()}, ETA {self._eta()}")
 
     def _what(self) -> str:
         finished = sum(steps == self.plan.steps for steps in self.done.values())

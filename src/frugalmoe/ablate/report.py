@@ -1,18 +1,17 @@
 """The report of a study: one HTML page with pictures, and the same tables as markdown beside it."""
 
 import json
-import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from frugalmoe.ablate import plots, statistics
 from frugalmoe.ablate.comparison import Comparison, load_comparison
 from frugalmoe.analysis.page import Html, count, document, folded, join, number, picture, png, table, tag
+from frugalmoe.files import write_atomically
 
 NAMES = {
     "speed/step_seconds": "step time (ms)",
@@ -50,19 +49,18 @@ def write_study_report(workdir: str | Path) -> Path:
     c = load_comparison(workdir)
     folder = c.workdir / "report"
     folder.mkdir(exist_ok=True)
-    page, pictures = _page(c)
-    for name, data in pictures.items():
-        _write(folder / f"{name}.png", data)
-    _write(folder / "RESULTS.md", _markdown(c, list(pictures)).encode())
-    _write(folder / "index.html", page.encode("utf-8", errors="replace"))
+    drawn = pictures(c)
+    for name, data in drawn.items():
+        write_atomically(folder / f"{name}.png", data)
+    write_atomically(folder / "RESULTS.md", markdown(c, drawn).encode())
+    write_atomically(folder / "index.html", _page(c, drawn).encode("utf-8", errors="replace"))
     return folder / "index.html"
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+def pictures(c: Comparison) -> dict[str, bytes]:
+    """PNG files by name, in reading order; what the study has no values for is left out."""
+    figures = {name: plot(c) for name, (plot, _, _) in PICTURES.items()}
+    return {name: png(figure) for name, figure in figures.items() if figure is not None}
 
 
 # ---------------------------------------------------------------- what there is to say
@@ -193,8 +191,8 @@ def _cross_grid(c: Comparison) -> Grid | None:
 # ---------------------------------------------------------------- as HTML
 
 
-def _page(c: Comparison) -> tuple[str, dict[str, bytes]]:
-    study, pictures = c.study, {}
+def _page(c: Comparison, drawn: Mapping[str, bytes]) -> str:
+    study = c.study
     first, *others = [join([tag("h2", g.title), _html(g)]) for g in grids(c)]
     body = [
         tag("h1", study["name"]),
@@ -203,9 +201,7 @@ def _page(c: Comparison) -> tuple[str, dict[str, bytes]]:
         tag("p", join([tag("strong", "Expected:"), study["expectation"]], " ")),
         tag("div", join([tag("strong", "Found:"), *(tag("div", line) for line in verdict_lines(c))]), "shows"),
         first,
-        _drawn("differences", plots.differences(c), "Paired differences to the baseline", HOW_DIFFERENCES, pictures),
-        _drawn("curves", plots.learning_curves(c), "Learning curves", HOW_CURVES, pictures),
-        _drawn("balance", plots.balance(c), "Balance in the course of training", HOW_BALANCE, pictures),
+        *(_drawn(data, *PICTURES[name][1:]) for name, data in drawn.items()),
         *others,
         tag("h2", "Reproduce"),
         tag("pre", reproduce(c)),
@@ -213,7 +209,7 @@ def _page(c: Comparison) -> tuple[str, dict[str, bytes]]:
         folded("The study as it was run", tag("pre", json.dumps(study, indent=1))),
         tag("p", "Each picture is also a PNG file beside this page; RESULTS.md has the tables as markdown.", "note"),
     ]
-    return document(f"{study['name']} – frugalmoe study", join(body)), pictures
+    return document(f"{study['name']} – frugalmoe study", join(body))
 
 
 HOW_DIFFERENCES = (
@@ -231,11 +227,16 @@ HOW_BALANCE = (
 )
 
 
-def _drawn(name: str, figure: Figure | None, title: str, how: str, pictures: dict[str, bytes]) -> Html:
-    if figure is None:
-        return Html("")
-    pictures[name] = png(figure)
-    return join([tag("h2", title), tag("p", how), picture(pictures[name], title)])
+# name of the file -> how it is drawn, its title, how to read it
+PICTURES = {
+    "differences": (plots.differences, "Paired differences to the baseline", HOW_DIFFERENCES),
+    "curves": (plots.learning_curves, "Learning curves", HOW_CURVES),
+    "balance": (plots.balance, "Balance in the course of training", HOW_BALANCE),
+}
+
+
+def _drawn(data: bytes, title: str, how: str) -> Html:
+    return join([tag("h2", title), tag("p", how), picture(data, title)])
 
 
 def _html(grid: Grid) -> Html:
@@ -243,16 +244,17 @@ def _html(grid: Grid) -> Html:
     return join([*parts, tag("p", grid.note, "note")] if grid.note else parts)
 
 
-def reproduce(c: Comparison) -> str:
+def reproduce(c: Comparison, report: str = "") -> str:
     command = c.study["command"]
     lines = [shlex.join(["frugalmoe", *command[1:]])] if command else []
-    return "\n".join([*lines, shlex.join(["frugalmoe", "report", str(c.workdir)])])
+    return "\n".join([*lines, report or shlex.join(["frugalmoe", "report", str(c.workdir)])])
 
 
 # ---------------------------------------------------------------- as markdown
 
 
-def _markdown(c: Comparison, pictures: Sequence[str]) -> str:
+def markdown(c: Comparison, drawn: Iterable[str], report: str = "") -> str:
+    """`drawn`: names of its pictures; `report`: the command that makes it again, where it is not the plain one."""
     study = c.study
     parts = [
         f"# {study['name']}",
@@ -262,13 +264,13 @@ def _markdown(c: Comparison, pictures: Sequence[str]) -> str:
         "**Found.**\n\n" + "\n".join(f"- {line}" for line in verdict_lines(c)),
     ]
     for grid in grids(c):
-        parts += [f"## {grid.title}", _pipes(grid)] + ([grid.note] if grid.note else [])
+        parts += [f"## {grid.title}", pipes(grid)] + ([grid.note] if grid.note else [])
         if grid.title == "Result":
-            parts += [f"![{name}]({name}.png)" for name in pictures]
-    return "\n\n".join([*parts, "## Reproduce", f"```bash\n{reproduce(c)}\n```"]) + "\n"
+            parts += [f"![{PICTURES[name][1]}]({name}.png)" for name in drawn]
+    return "\n\n".join([*parts, "## Reproduce", f"```bash\n{reproduce(c, report)}\n```"]) + "\n"
 
 
-def _pipes(grid: Grid) -> str:
+def pipes(grid: Grid) -> str:
     escape = lambda cell: str(cell).replace("|", "\\|")
     line = lambda cells: f"| {' | '.join(map(escape, cells))} |"
     rule = ["---"] * grid.text_columns + ["---:"] * (len(grid.header) - grid.text_columns)

@@ -6,6 +6,9 @@
 | step | optimizer step of the value |
 | final | True: the run's result; False: a point of its curve |
 | value | float64 |
+
+Beside the metrics, `cross/ARM` is the run's held-out loss under the router of ARM; `diverged` marks a run whose loss
+became infinite or NaN, and which has no other result.
 """
 
 import io
@@ -18,9 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from frugalmoe.data.cache import locked, write_atomically
 from frugalmoe.errors import UserError
-from frugalmoe.train import rundir
+from frugalmoe.files import locked, read_json, write_atomically
 
 SCHEMA = pa.schema(
     [
@@ -42,6 +44,7 @@ ROUTER = (
     "logit_lse",
     "tie_rate",
 )
+DIVERGED, CROSS = "diverged", "cross/"
 TAIL = 0.1  # share of the steps whose mean is `train/loss`
 COST = ("cost/active_flops", "speed/tokens_per_second", "speed/step_seconds", "parameters/total", "parameters/active")
 
@@ -98,13 +101,18 @@ def gather(workdir: Path, study: Mapping[str, Any]) -> pa.Table:
 def _rows(workdir: Path, study: Mapping[str, Any]) -> Iterator[tuple]:
     for arm in study["arms"]:
         for directory in sorted((workdir / arm).glob("seed_*"), key=lambda p: int(p.name.removeprefix("seed_"))):
-            if not rundir.is_complete(directory):
+            seed, path = int(directory.name.removeprefix("seed_")), directory / "summary.json"
+            summary = read_json(path) if path.is_file() else {}
+            if summary.get("status") == "diverged":
+                yield (arm, seed, DIVERGED, 0, True, 1.0)
+            if summary.get("status") != "complete":
                 continue
-            seed, summary = int(directory.name.removeprefix("seed_")), rundir.read_json(directory / "summary.json")
             logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
             for row in logged:
                 yield from ((arm, seed, name, row["step"], False, v) for name, v in row.items() if name != "step")
             results = final_metrics(summary, logged, study, arm)
+            if (cross := directory / "cross.json").is_file():
+                results |= {f"{CROSS}{other}": loss for other, loss in read_json(cross).items()}
             yield from ((arm, seed, name, summary["step"], True, v) for name, v in results.items())
 
 

@@ -23,6 +23,7 @@ from frugalmoe.ablate.progress import OfRun, StudyProgress
 from frugalmoe.ablate.study import Study
 from frugalmoe.ablate.together import groups
 from frugalmoe.config import check_devices, to_dict
+from frugalmoe.files import read_json, write_json
 from frugalmoe.train import rundir
 from frugalmoe.train.loop import NotFinite, opened, train_runs
 
@@ -94,7 +95,7 @@ def outcome(plan: Plan, workdir: Path, stopped: bool = False) -> Outcome:
 def status(directory: Path) -> str:
     """complete, stopped or diverged, as the summary says; empty without one."""
     path = directory / "summary.json"
-    return rundir.read_json(path).get("status", "") if path.is_file() else ""
+    return read_json(path).get("status", "") if path.is_file() else ""
 
 
 def _is_done(plan: Plan, pair: Pair, workdir: Path) -> bool:
@@ -107,7 +108,7 @@ def _record_divergence(pair: Pair, workdir: Path, error: NotFinite, shown: Study
     """A loss that is not finite is the run's result: it would come out again."""
     shown.say(f"{pair.arm} seed {pair.seed}: {error}")
     directory = pair.directory(workdir)
-    rundir.write_json(directory / "summary.json", {"status": "diverged", "why": str(error)})
+    write_json(directory / "summary.json", {"status": "diverged", "why": str(error)})
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
 
 

@@ -1,7 +1,6 @@
 """The report of a run: one HTML page that reads like an article, and its pictures as PNG files beside it."""
 
 import json
-import os
 import shlex
 from argparse import Namespace, _SubParsersAction
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from frugalmoe.analysis.trace import load_trace, trace_files
 from frugalmoe.analysis.vocabulary import TypicalToken, hash_likeness, typical_tokens
 from frugalmoe.commands import add_command
 from frugalmoe.data.tokenizer import Tokenizer
+from frugalmoe.files import write_atomically
 
 TYPICAL_EXPERTS = 6  # how many experts the table of typical tokens shows
 
@@ -50,16 +50,22 @@ class Section(NamedTuple):
 def add_parsers(subparsers: _SubParsersAction) -> None:
     """`frugalmoe report PATH`."""
     summary = "Write PATH/report/index.html: what a run or a study shows, with pictures."
-    examples = "  frugalmoe report runs/quickstart\n  frugalmoe report runs/balance"
+    examples = (
+        "  frugalmoe report runs/quickstart\n  frugalmoe report runs/balance\n"
+        "  frugalmoe report runs/balance --publish=experiments"
+    )
     parser = add_command(subparsers, "report", _command, summary, examples)
     parser.add_argument("path", metavar="PATH", help="the directory of a run or of a study, finished or not")
+    parser.add_argument(
+        "--publish", metavar="DIR", help="write a study's results, pictures and RESULTS.md into DIR/NAME and its index"
+    )
 
 
 def _command(args: Namespace) -> int:
-    if (Path(args.path) / "study.json").is_file():
-        from frugalmoe.ablate import write_study_report  # imports the training loop, which a run's report does without
+    if args.publish or (Path(args.path) / "study.json").is_file():
+        from frugalmoe import ablate  # imports the training loop, which a run's report does without
 
-        print(write_study_report(args.path))
+        print(ablate.publish_study(args.path, args.publish) if args.publish else ablate.write_study_report(args.path))
     else:
         print(write_report(args.path))
     return 0
@@ -76,20 +82,13 @@ def write_report(run_dir: str | Path) -> Path:
         for part in section.parts:
             if isinstance(part, Picture):
                 data = png(part.figure)
-                _write(folder / f"{part.name}.png", data)
+                write_atomically(folder / f"{part.name}.png", data)
                 part = picture(data, section.title)
             body.append(part)
     body.append(tag("p", "Each picture is also a PNG file beside this page.", "note"))
     page = document(f"{run.name} – frugalmoe report", join(body))
-    _write(folder / "index.html", page.encode("utf-8", errors="replace"))
+    write_atomically(folder / "index.html", page.encode("utf-8", errors="replace"))
     return folder / "index.html"
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 def _sections(run: Run) -> list[Section]:

@@ -27,10 +27,10 @@ from frugalmoe.analysis.trace import FOLDER, check_file, fingerprints, trace_fil
 from frugalmoe.commands import add_command
 from frugalmoe.config import Config
 from frugalmoe.data import Dataset, open_data
-from frugalmoe.data.cache import write_atomically
 from frugalmoe.errors import UserError
+from frugalmoe.files import read_json, write_atomically
 from frugalmoe.routing import stats
-from frugalmoe.train import checkpoint, rundir
+from frugalmoe.train import checkpoint
 from frugalmoe.train.evaluate import Traced, evaluate, probe_columns
 from frugalmoe.train.step import make_eval_step
 
@@ -140,7 +140,7 @@ def moe_layers(run: Path, config: Config) -> list[int]:
 def open_run_data(run: Path, config: Config) -> Dataset:
     """The data that a run was trained on; another is refused."""
     data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
-    there = rundir.read_json(run / "data.json")["fingerprint"]
+    there = read_json(run / "data.json")["fingerprint"]
     if there != data.fingerprint:
         raise UserError(f"{run}: the run's data changed (fingerprint {there} there, {data.fingerprint} now)")
     return data

@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from frugalmoe.config.schema import Data
-from frugalmoe.data.cache import cache_root, digest, locked, write_json
+from frugalmoe.data.cache import cache_root, digest
 from frugalmoe.data.shards import FORMAT, Item, is_prepared, read_index, read_manifest, write_shard
 from frugalmoe.data.sources import Document, Input, documents, open_inputs
 from frugalmoe.data.split import Sample, Split, Survey, text_hash
 from frugalmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_from, load_json, parse, train_bpe
 from frugalmoe.errors import UserError
+from frugalmoe.files import locked, write_json
 
 SAMPLE_CHARACTERS = 8_000_000  # of training text that BPE is trained on
 SHARD_BYTES = (4 << 20, 256 << 20)  # least and most text in a shard; between them, 64 shards

@@ -28,8 +28,8 @@ from typing import NamedTuple
 import zstandard
 from rich.console import Console
 
-from frugalmoe.data.cache import locked, write_json
 from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.files import locked, write_json
 
 FORMAT = 1
 NAME = f"quickstart-{FORMAT}"  # of the directory

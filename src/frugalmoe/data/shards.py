@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from frugalmoe.data.cache import write_atomically
 from frugalmoe.data.tokenizer import Tokenizer, load_from
 from frugalmoe.errors import UserError
+from frugalmoe.files import write_atomically
 
 FORMAT = 1
 PIECE_TOKENS = 2048  # documents are stored in pieces, so that a row of a long one does not read all of it

@@ -15,8 +15,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from frugalmoe.data.cache import write_atomically, write_json
 from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.files import write_atomically, write_json
 
 # The library's own thread pool makes batches slower than one thread (measured: 4.5 MB in 3.7 s against 1.2 s on two
 # cores); `prepare` runs one document per thread instead, which scales.

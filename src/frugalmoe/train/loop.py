@@ -20,6 +20,7 @@ from frugalmoe.config import Config, check_devices, to_dict
 from frugalmoe.data import Dataset, open_data
 from frugalmoe.data.batches import Batch
 from frugalmoe.errors import UserError
+from frugalmoe.files import read_json, write_json
 from frugalmoe.generate import sample_text
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import stats as routing_stats
@@ -55,7 +56,7 @@ def train(
         raise UserError(f"--workdir={workdir}: holds a run and --resume=never was given")
     rundir.check_config(workdir, to_dict(config), force=resume == "force")
     if rundir.is_complete(workdir) and resume != "force":
-        return rundir.read_json(workdir / "summary.json")
+        return read_json(workdir / "summary.json")
     with jax.set_mesh(sharding.make_mesh(axes)), opened(config, workdir, force=resume == "force") as run:
         return train_runs([run], progress)[0]
 
@@ -105,15 +106,15 @@ def _describe(workdir: Path, config: Config, data: Dataset) -> None:
         "remainder": data.remainder,
     }
     path = workdir / "data.json"
-    if path.is_file() and (old := rundir.read_json(path)["fingerprint"]) != data.fingerprint:
+    if path.is_file() and (old := read_json(path)["fingerprint"]) != data.fingerprint:
         raise UserError(
             f"--workdir={workdir}: the run's data changed (fingerprint {old} there, {data.fingerprint} now)"
         )
     (workdir / "tokenizer").mkdir(exist_ok=True)
     data.tokenizer.save_into(workdir / "tokenizer")
-    rundir.write_json(workdir / "environment.json", rundir.environment())
-    rundir.write_json(path, described)
-    rundir.write_json(workdir / "config.json", to_dict(config))  # last: it marks the directory as a run
+    write_json(workdir / "environment.json", rundir.environment())
+    write_json(path, described)
+    write_json(workdir / "config.json", to_dict(config))  # last: it marks the directory as a run
 
 
 @contextmanager
@@ -216,7 +217,7 @@ class Run:
         summary = {"status": "stopped" if stopped else "complete", "step": self.step, "steps": self.config.train.steps}
         if scores:
             summary |= self._summary(scores, seconds)
-            rundir.write_json(self.workdir / "summary.json", summary)
+            write_json(self.workdir / "summary.json", summary)
         return summary
 
     def close(self) -> None:

@@ -16,20 +16,7 @@ from typing import Any, TextIO
 import jax
 
 from frugalmoe.errors import UserError
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as e:
-        raise UserError(f"{path}: not valid JSON ({e})") from e
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
+from frugalmoe.files import read_json, write_atomically
 
 
 def is_complete(workdir: Path) -> bool:
@@ -123,9 +110,7 @@ class Log:
     def __init__(self, path: Path, step: int):
         if path.is_file():
             rows = [row for line in path.read_text().splitlines() if (row := _row(line)) and row["step"] <= step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            temporary.replace(path)
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         self._file: TextIO = path.open("a")
 
     def write(self, row: Mapping[str, Any]) -> None:

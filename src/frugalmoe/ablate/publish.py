@@ -1,0 +1,50 @@
+"""Published studies: what a repository keeps of a study, enough to make its report again, and the index of them.
+
+experiments/RESULTS.md           the index: one row for each published study
+experiments/NAME/RESULTS.md      question, expectation, tables and pictures; what is written by hand stays
+experiments/NAME/*.png           its pictures
+experiments/NAME/study.json, results.parquet    what the tables are made from
+"""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from frugalmoe.ablate.comparison import Comparison, load_comparison
+from frugalmoe.ablate.report import Grid, markdown, pictures, pipes, state_line, verdict_lines
+from frugalmoe.files import write_atomically, write_generated, write_json
+
+
+def publish_study(workdir: str | Path, root: str | Path) -> Path:
+    """Writes `root`/NAME and the index `root`/RESULTS.md; returns the page's path. `workdir` may be `root`/NAME itself.
+
+    Raises `UserError` for a directory that is not a study or has no complete run.
+    """
+    c = load_comparison(workdir)
+    folder = Path(root) / c.study["name"]
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.resolve() != c.workdir.resolve():
+        shutil.copyfile(c.workdir / "results.parquet", folder / "results.parquet")
+        write_json(folder / "study.json", {**c.study, "workdir": str(workdir)})
+        c = load_comparison(folder)
+    drawn = pictures(c)
+    for name, data in drawn.items():
+        write_atomically(folder / f"{name}.png", data)
+    write_generated(folder / "RESULTS.md", page(c, drawn))
+    write_generated(Path(root) / "RESULTS.md", index(root))
+    return folder / "RESULTS.md"
+
+
+def page(c: Comparison, drawn: Iterable[str]) -> str:
+    """The generated part of a study's RESULTS.md; `drawn`: names of its pictures."""
+    return markdown(c, drawn, f"frugalmoe report {c.study['workdir']} --publish={c.workdir.parent}")
+
+
+def index(root: str | Path) -> str:
+    """A table of the studies that are published under `root`."""
+    rows = []
+    for path in sorted(Path(root).glob("*/results.parquet")):
+        c = load_comparison(path.parent)
+        name = c.study["name"]
+        rows.append([f"[{name}]({name}/RESULTS.md)", c.study["question"], state_line(c), "<br>".join(verdict_lines(c))])
+    return pipes(Grid("", ["study", "question", "run", "found"], rows, text_columns=4))

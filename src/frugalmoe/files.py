@@ -1,0 +1,51 @@
+"""Files that a crash or a second process never leaves half-written."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from frugalmoe.errors import UserError
+
+BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time builds `path`; the others wait. The kernel frees the lock of a process that dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(path.name + ".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """After a crash `path` holds the old content or the new one, never a part. Processes may write it at one time."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_generated(page: Path, text: str) -> None:
+    """Replaces what stands between the markers of a markdown page, or begins the page with it; the rest is kept."""
+    old = page.read_text() if page.is_file() else ""
+    before, _, rest = old.partition(BEGIN) if BEGIN in old else ("", "", old)
+    after = rest.partition(END)[2] if END in rest else f"\n{rest}"
+    write_atomically(page, f"{before}{BEGIN}\n\n{text.strip()}\n\n{END}{after}".encode())
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(f"{path}: not valid JSON ({e})") from e
