@@ -20,7 +20,7 @@ SCOPES = ({}, {"load_balance_scope": "micro_batch", "load_balance_group": 2}, {"
 def inputs_of(valid_BT: np.ndarray) -> Inputs:
     """Inputs of which only the valid mask matters."""
     segment_ids = jnp.asarray(valid_BT, jnp.int32)
-    return Inputs(None, segment_ids, segment_ids, None, None, None, None)
+    return Inputs(None, segment_ids, segment_ids, None, None, None, None, train=True)
 
 
 def balance(probs_BTE, expert_BTK, config: MoE, valid_BT=None) -> float:
@@ -66,6 +66,13 @@ def test_sequence_balance_is_the_mean_of_sequences_whatever_the_scope() -> None:
     ]
     assert both.per == "sequence"
     assert both.sum == pytest.approx(sum(map(float, alone)), rel=1e-6)
+
+
+def test_a_prompt_of_one_sequence_is_routed_whatever_the_groups_of_training() -> None:
+    case = make_case("topk_softmax", moe={"load_balance_scope": "micro_batch", "load_balance_group": 4})
+    inputs = make_inputs(train=False)
+    inputs = Inputs(*(a[:1] for a in inputs[:5]), *inputs[5:])
+    np.testing.assert_array_equal(route(case, inputs).plan.expert_NK, route(make_case("topk_softmax"), inputs).plan[0])
 
 
 @pytest.mark.parametrize("scope", SCOPES, ids=str)

@@ -112,7 +112,7 @@ def amounts(rows: np.ndarray) -> tuple[jax.Array, Inputs]:
     """Summed amounts per sequence [B, E] as one valid token each, and a padded token with nonsense."""
     amount_BTE = jnp.stack([jnp.asarray(rows), jnp.full(rows.shape, 7.0)], axis=1)
     segments = jnp.tile(jnp.asarray([1, 0]), (len(rows), 1))
-    return amount_BTE, Inputs(None, segments, segments, None, None, None, None)
+    return amount_BTE, Inputs(None, segments, segments, None, None, None, None, train=True)
 
 
 def test_variation_by_hand_in_each_scope() -> None:

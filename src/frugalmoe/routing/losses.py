@@ -153,7 +153,8 @@ class Scope(NamedTuple):
 
 
 def _scope(batch: int, inputs: Inputs, config: MoE) -> Scope:
-    name = config.load_balance_scope
+    """In evaluation, whose batches may have any size and whose losses nobody reads, a micro-batch is one sequence."""
+    name = config.load_balance_scope if inputs.train or config.load_balance_scope == "global" else "sequence"
     size = {"sequence": 1, "micro_batch": config.load_balance_group, "global": batch}[name]
     return Scope(size, inputs.axis_names if name == "global" else (), UNIT[name])
 
