@@ -8,7 +8,8 @@ sigmoid(logit), on the residual branch as in fairseq, and carries the only gradi
 The assignment is an auction (Bertsekas and Castanon, Annals of Operations Research 1989): tokens without an expert bid
 for the one with the best score less price, and experts keep their highest bids. It ends when all tokens have an expert;
 after `rounds` those without one take what room is left. A round costs a sort of T*E numbers, and the rounds follow each
-other: a training step takes 1.4 times that of `switch_top1` (T = D = 256, E = 8, CPU).
+other: a training step takes 1.4 times that of `switch_top1` while few tokens compete (T = D = 256, E = 8, CPU), and
+up to 6 times when most of them want the same experts (E = 16, benchmarks/ROUTERS.md).
 
 Letters: B batch, T time, E experts, C slots of an expert; K = 1.
 """

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from frugalmoe.config.schema import MoE
-from frugalmoe.routing import losses, rules, select, stats
+from frugalmoe.routing import gate, losses, rules, select
 from frugalmoe.routing.contract import (
     About,
     ExpertPlan,
@@ -50,19 +50,14 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     logits_BTE = linear_logits(params, inputs)
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     choice = select.top_k(logits_BTE, config.num_experts_per_token)
-    plan = select.token_plan(choice.expert_BTK, select.at(probs_BTE, choice.expert_BTK), inputs, config.num_experts)
-    load_BE = stats.load(plan, inputs, config.num_experts)
+    weight_BTK = select.at(probs_BTE, choice.expert_BTK)
+    routing = gate.routing(logits_BTE, probs_BTE, choice, weight_BTK, inputs, config)
     picked_BTE = jnp.any(choice.expert_BTK[..., None] == jnp.arange(config.num_experts), axis=-2)
     valid_BT1 = inputs.valid_BT[..., None]
     others_BTE = jnp.where(valid_BT1 & ~picked_BTE, probs_BTE, 0)
     sampled = sample(picked_BTE & valid_BT1, inputs, config) if inputs.train else {}
-    layer = stats.of_layer(load_BE, inputs, logits_BTE=logits_BTE, probs_BTE=probs_BTE, tied_BT=choice.tied_BT)
-    return Routing(
-        plan,
-        losses.gate_losses(logits_BTE, probs_BTE, load_BE, inputs, config),
-        layer | sampled,
-        added_BTD=project(others_BTE, jax.lax.stop_gradient(state["output_ED"])),
-    )
+    added_BTD = project(others_BTE, jax.lax.stop_gradient(state["output_ED"]))
+    return routing._replace(stats={**routing.stats, **sampled}, added_BTD=added_BTD)
 
 
 def sample(picked_BTE: Array, inputs: Inputs, config: MoE) -> dict[str, Array]:

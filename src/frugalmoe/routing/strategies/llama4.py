@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from frugalmoe.config.schema import MoE
-from frugalmoe.routing import losses, select, stats
+from frugalmoe.routing import gate, losses, select
 from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
 
 
@@ -19,14 +19,8 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     logits_BTE = linear_logits(params, inputs)
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     choice = select.top_k(logits_BTE, 1)
-    plan = select.token_plan(choice.expert_BTK, jnp.ones(choice.expert_BTK.shape), inputs, config.num_experts)
-    load_BE = stats.load(plan, inputs, config.num_experts)
-    return Routing(
-        plan,
-        losses.gate_losses(logits_BTE, probs_BTE, load_BE, inputs, config),
-        stats.of_layer(load_BE, inputs, logits_BTE=logits_BTE, probs_BTE=probs_BTE, tied_BT=choice.tied_BT),
-        input_scale_BT=jax.nn.sigmoid(select.at(logits_BTE, choice.expert_BTK)[..., 0]),
-    )
+    routing = gate.routing(logits_BTE, probs_BTE, choice, jnp.ones(choice.expert_BTK.shape), inputs, config)
+    return routing._replace(input_scale_BT=jax.nn.sigmoid(select.at(logits_BTE, choice.expert_BTK)[..., 0]))
 
 
 def check(config: MoE) -> str | None:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from frugalmoe.config.schema import MoE
-from frugalmoe.routing import losses, rules, select, stats
+from frugalmoe.routing import gate, losses, rules, select
 from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
 
 LEAST_NOISE = 0.01
@@ -40,19 +40,15 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
         noisy_BTE += size_BTE * select.noise(inputs, lambda key: jax.random.normal(key, (num_experts,)))
     choice = select.top_k(noisy_BTE, k)
     weight_BTK = jax.nn.softmax(select.at(noisy_BTE, choice.expert_BTK), axis=-1)
-    plan = select.token_plan(choice.expert_BTK, weight_BTK, inputs, num_experts)
-    load_BE, probs_BTE = stats.load(plan, inputs, num_experts), jax.nn.softmax(clean_BTE, axis=-1)
+    probs_BTE = jax.nn.softmax(clean_BTE, axis=-1)
+    routing = gate.routing(clean_BTE, probs_BTE, choice, weight_BTK, inputs, config)
     weight_BTE = jnp.sum(jax.nn.one_hot(choice.expert_BTK, num_experts) * weight_BTK[..., None], axis=-2)
     chance_BTE = chances(clean_BTE, noisy_BTE, size_BTE, k)
-    return Routing(
-        plan,
-        losses.gate_losses(clean_BTE, probs_BTE, load_BE, inputs, config)
-        | {
-            "importance": losses.variation(weight_BTE, inputs, config),
-            "load": losses.variation(chance_BTE, inputs, config),
-        },
-        stats.of_layer(load_BE, inputs, logits_BTE=clean_BTE, probs_BTE=probs_BTE, tied_BT=choice.tied_BT),
-    )
+    variations = {
+        "importance": losses.variation(weight_BTE, inputs, config),
+        "load": losses.variation(chance_BTE, inputs, config),
+    }
+    return routing._replace(losses={**routing.losses, **variations})
 
 
 def chances(clean_BTE: Array, noisy_BTE: Array, size_BTE: Array, k: int) -> Array:

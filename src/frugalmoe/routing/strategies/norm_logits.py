@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from frugalmoe.config.schema import MoE
-from frugalmoe.routing import losses, rules, select, stats
+from frugalmoe.routing import gate, losses, rules, select
 from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
 
 
@@ -43,13 +43,10 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     weight_BTK = select.at(probs_BTE, choice.expert_BTK)
     if options.renormalize:
         weight_BTK = select.shares(weight_BTK)
-    plan = select.token_plan(choice.expert_BTK, weight_BTK, inputs, config.num_experts)
-    load_BE = stats.load(plan, inputs, config.num_experts)
-    terms = losses.gate_losses(raw_BTE, probs_BTE, load_BE, inputs, config)
-    balance, strength = terms["load_balance"], jax.lax.stop_gradient(state["strength_1"][0])
-    terms["adaptive_balance"] = dataclasses.replace(balance, sum=strength * balance.sum)
-    sums = stats.of_layer(load_BE, inputs, logits_BTE=raw_BTE, probs_BTE=probs_BTE, tied_BT=choice.tied_BT)
-    return Routing(plan, terms, sums)
+    routing = gate.routing(raw_BTE, probs_BTE, choice, weight_BTK, inputs, config)
+    balance, strength = routing.losses["load_balance"], jax.lax.stop_gradient(state["strength_1"][0])
+    adaptive = dataclasses.replace(balance, sum=strength * balance.sum)
+    return routing._replace(losses={**routing.losses, "adaptive_balance": adaptive})
 
 
 def init_state(dim: int, config: MoE) -> State:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from frugalmoe.config.schema import MoE
-from frugalmoe.routing import losses, rules, select, stats
+from frugalmoe.routing import gate, losses, rules, select
 from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
 
 
@@ -47,13 +47,11 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     weight_BTK = select.at(score_BTE, choice.expert_BTK)
     if options.normalize:
         weight_BTK = select.shares(weight_BTK)
-    plan = select.token_plan(choice.expert_BTK, weight_BTK * options.scale, inputs, config.num_experts)
-    load_BE, probs_BTE = stats.load(plan, inputs, config.num_experts), select.shares(score_BTE)
-    sums = stats.of_layer(load_BE, inputs, logits_BTE=logits_BTE, probs_BTE=probs_BTE, tied_BT=choice.tied_BT)
+    probs_BTE, weight_BTK = select.shares(score_BTE), weight_BTK * options.scale
+    routing = gate.routing(logits_BTE, probs_BTE, choice, weight_BTK, inputs, config)
     tokens_B1 = inputs.valid_BT.sum(-1, dtype=jnp.int32)[:, None]
     beta_BE = state["beta_E"] + quantiles(net_BTE, inputs.valid_BT, config.num_experts_per_token)
-    sums["beta_sum"] = jnp.sum(beta_BE * tokens_B1, axis=0)
-    return Routing(plan, losses.gate_losses(logits_BTE, probs_BTE, load_BE, inputs, config), sums)
+    return routing._replace(stats={**routing.stats, "beta_sum": jnp.sum(beta_BE * tokens_B1, axis=0)})
 
 
 def quantiles(net_BTE: Array, valid_BT: Array, k: int) -> Array:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from frugalmoe.config.schema import MoE
-from frugalmoe.routing import losses, rules, select, stats
+from frugalmoe.routing import gate, losses, rules, select
 from frugalmoe.routing.contract import About, Carry, Inputs, Params, Router, Routing, State, clean, project
 
 
@@ -36,14 +36,8 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     choice = select.top_k(logits_BTE, config.num_experts_per_token)
     weight_BTK = jax.nn.softmax(select.at(logits_BTE, choice.expert_BTK), axis=-1)
-    plan = select.token_plan(choice.expert_BTK, weight_BTK, inputs, config.num_experts)
-    load_BE = stats.load(plan, inputs, config.num_experts)
-    return Routing(
-        plan,
-        losses.gate_losses(logits_BTE, probs_BTE, load_BE, inputs, config),
-        stats.of_layer(load_BE, inputs, logits_BTE=logits_BTE, probs_BTE=probs_BTE, tied_BT=choice.tied_BT),
-        carry={"hidden_BTH": hidden_BTH},
-    )
+    routing = gate.routing(logits_BTE, probs_BTE, choice, weight_BTK, inputs, config)
+    return routing._replace(carry={"hidden_BTH": hidden_BTH})
 
 
 def gru(params: Params, x_BTH: Array, h_BTH: Array) -> Array:

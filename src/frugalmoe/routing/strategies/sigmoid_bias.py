@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from frugalmoe.config.schema import MoE
-from frugalmoe.routing import groups, losses, rules, select, stats
+from frugalmoe.routing import gate, groups, losses, rules, select
 from frugalmoe.routing.contract import About, Inputs, Loss, Params, Router, Routing, State, linear_init, linear_logits
 from frugalmoe.routing.strategies import hash as hash_strategy
 
@@ -57,15 +57,14 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     weight_BTK = select.at(score_BTE, choice.expert_BTK)
     if options.normalize:
         weight_BTK = select.shares(weight_BTK)
-    plan = select.token_plan(choice.expert_BTK, weight_BTK * options.scale, inputs, config.num_experts)
-    load_BE, probs_BTE = stats.load(plan, inputs, config.num_experts), select.shares(score_BTE)
-    terms = losses.gate_losses(logits_BTE, probs_BTE, load_BE, inputs, config)
-    sums = stats.of_layer(load_BE, inputs, logits_BTE=logits_BTE, probs_BTE=probs_BTE, tied_BT=choice.tied_BT)
-    if options.hash_layers:
-        hashed = inputs.layer < options.hash_layers
-        terms |= {name: silenced(terms[name], hashed) for name in ("load_balance", "sequence_balance")}
-        sums["hashed"] = sums["tokens"] * hashed.astype(jnp.float32)
-    return Routing(plan, terms, sums)
+    probs_BTE, weight_BTK = select.shares(score_BTE), weight_BTK * options.scale
+    routing = gate.routing(logits_BTE, probs_BTE, choice, weight_BTK, inputs, config)
+    if not options.hash_layers:
+        return routing
+    hashed = inputs.layer < options.hash_layers
+    terms = {name: silenced(routing.losses[name], hashed) for name in ("load_balance", "sequence_balance")}
+    count = {"hashed": routing.stats["tokens"] * hashed.astype(jnp.float32)}
+    return routing._replace(losses={**routing.losses, **terms}, stats={**routing.stats, **count})
 
 
 def choose(biased_BTE: Array, inputs: Inputs, config: MoE) -> select.Choice:

@@ -11,7 +11,7 @@ import dataclasses
 import jax
 
 from frugalmoe.config.schema import MoE
-from frugalmoe.routing import losses, rules, select, stats
+from frugalmoe.routing import gate, losses, rules, select
 from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
 
 
@@ -24,13 +24,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     logits_BTE = linear_logits(params, _jittered(inputs, config.options.jitter))
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     choice = select.top_k(logits_BTE, 1)
-    plan = select.token_plan(choice.expert_BTK, select.at(probs_BTE, choice.expert_BTK), inputs, config.num_experts)
-    load_BE = stats.load(plan, inputs, config.num_experts)
-    return Routing(
-        plan,
-        losses.gate_losses(logits_BTE, probs_BTE, load_BE, inputs, config),
-        stats.of_layer(load_BE, inputs, logits_BTE=logits_BTE, probs_BTE=probs_BTE, tied_BT=choice.tied_BT),
-    )
+    return gate.routing(logits_BTE, probs_BTE, choice, select.at(probs_BTE, choice.expert_BTK), inputs, config)
 
 
 def _jittered(inputs: Inputs, jitter: float) -> Inputs:

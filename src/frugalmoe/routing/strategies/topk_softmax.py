@@ -18,7 +18,7 @@ import dataclasses
 import jax
 
 from frugalmoe.config.schema import MoE
-from frugalmoe.routing import groups, losses, rules, select, stats
+from frugalmoe.routing import gate, groups, losses, rules, select
 from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
 
 
@@ -43,13 +43,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
         weight_BTK = select.at(probs_BTE, choice.expert_BTK)
         if options.renormalize:
             weight_BTK = select.shares(weight_BTK)
-    plan = select.token_plan(choice.expert_BTK, weight_BTK * options.scale, inputs, config.num_experts)
-    load_BE = stats.load(plan, inputs, config.num_experts)
-    return Routing(
-        plan,
-        losses.gate_losses(logits_BTE, probs_BTE, load_BE, inputs, config),
-        stats.of_layer(load_BE, inputs, logits_BTE=logits_BTE, probs_BTE=probs_BTE, tied_BT=choice.tied_BT),
-    )
+    return gate.routing(logits_BTE, probs_BTE, choice, weight_BTK * options.scale, inputs, config)
 
 
 def weight_sum(config: MoE) -> float | str:
