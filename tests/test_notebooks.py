@@ -34,7 +34,9 @@ def jupytext(*args: object, **environment: str) -> None:
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
 def test_it_runs(notebook, run_dir, tmp_path):
     done = tmp_path / "done.ipynb"
-    jupytext("--to=notebook", "--execute", f"--output={done}", notebook, FRUGALMOE_RUN=run_dir, FRUGALMOE_TOKENS="500")
+    small = {"FRUGALMOE_RUN": run_dir, "FRUGALMOE_TOKENS": "500", "FRUGALMOE_WORKDIR": str(tmp_path / "study")}
+    small |= {"FRUGALMOE_TEXT": f"{run_dir}/../one", "FRUGALMOE_STEPS": "24"}
+    jupytext("--to=notebook", "--execute", f"--run-path={FOLDER}", f"--output={done}", notebook, **small)
     pictures = [o for c in cells(done) for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     assert len(pictures) == notebook.read_text().count("\nplots.")
 
