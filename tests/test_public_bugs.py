@@ -6,6 +6,7 @@ Letters: B batch, T time, E experts, K choices, L layers.
 """
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 import test_routing_laws
-from routing_cases import make_inputs
+from routing_cases import make_case, make_inputs, route
 
 from frugalmoe import routing
 from frugalmoe.model.transformer import _remat
 from frugalmoe.routing import losses, select, stats, strategies
-from frugalmoe.routing.contract import linear_logits
+from frugalmoe.routing.contract import combine_matrix, linear_logits
+from frugalmoe.routing.strategies import sinkhorn
 
 BALANCE, LOAD, TOTAL = losses.load_balance, stats.load, losses.total
 
@@ -202,6 +204,21 @@ BUGS = (
         "test_strategies::test_hash_looks_at_the_token_id_the_layer_and_the_seed_alone",
     ),
     Bug(
+        "the zero expert's share is taken away before the others are normalised, so that it gives them its weight",
+        "SkyworkAI MoE-plus-plus, released code",
+        "test_strategies_zero_cost::test_moe_plus_plus_zero_copy_and_constant_by_hand",
+    ),
+    Bug(
+        "scaling goes on until an error is small: as many steps as the data asks for",
+        "Megatron-LM sinkhorn",
+        "test_public_bugs::test_sinkhorn_takes_a_fixed_number_of_steps",
+    ),
+    Bug(
+        "a causal router begins with steps of expert choice",
+        "expert threshold, 2603.11535, its first 4,000 steps",
+        "test_public_bugs::test_expert_threshold_is_causal_from_its_first_step",
+    ),
+    Bug(
         "experts are chosen by an approximate top k",
         "gemma _moe.py",
         "test_public_bugs::test_no_router_chooses_approximately",
@@ -252,3 +269,21 @@ def test_no_router_chooses_approximately() -> None:
     sources = list(Path(routing.__file__).parent.rglob("*.py"))
     assert len(sources) > len(strategies.names())
     assert not [path for path in sources if "approx_max_k" in path.read_text()]
+
+
+def test_sinkhorn_takes_a_fixed_number_of_steps() -> None:
+    """A loop whose length is known is a scan; one that ends by its data is a while."""
+    scaled = functools.partial(sinkhorn.scaled, iterations=3)
+    program = str(jax.make_jaxpr(scaled)(jnp.ones((1, 4, 2)), jnp.ones((1, 4), bool)))
+    assert "length=3" in program and "while" not in program
+
+
+def test_expert_threshold_is_causal_from_its_first_step() -> None:
+    case, inputs = make_case("expert_threshold"), make_inputs(padded=False)._replace(step=jnp.int32(0))
+    assert inputs.train
+    later = inputs._replace(x_BTD=inputs.x_BTD.at[:, -1].add(100.0))
+    first, second = (combine_matrix(route(case, i).plan, i.segment_ids_BT.size, 8) for i in (inputs, later))
+    time = inputs.segment_ids_BT.shape[1]
+    before_N = jnp.arange(inputs.segment_ids_BT.size) % time < time - 1
+    assert jnp.any(first[~before_N] != second[~before_N])
+    assert jnp.array_equal(first[before_N], second[before_N])
