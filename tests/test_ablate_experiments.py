@@ -1,16 +1,18 @@
-"""Every file of experiments/ is a whole study: its arms resolve, differ in what is declared, and cost the same."""
+"""Every file of experiments/ is a whole study, and every published page says what its data says."""
 
 from pathlib import Path
 
 import pytest
 
-from frugalmoe.ablate import load_study
+from frugalmoe.ablate import load_comparison, load_study
 from frugalmoe.ablate.plan import check_budgets
+from frugalmoe.ablate.publish import index, page
 from frugalmoe.ablate.study import arms_of
 from frugalmoe.cost import forward_flops
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(ROOT.glob("experiments/*.py"))
+PUBLISHED = sorted(path.parent for path in ROOT.glob("experiments/*/study.json"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -21,3 +23,21 @@ def test_an_experiment_is_a_whole_study(path, monkeypatch):
     assert len(arms) > 1 and len(study.seeds) >= 3
     assert f"frugalmoe ablate experiments/{path.name}" in path.read_text()
     check_budgets(study, {a.name: forward_flops(a.config.model, a.config.data.sequence_length) for a in arms})
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: path.name)
+def test_a_published_page_is_made_from_the_published_results(folder, monkeypatch):
+    """The whole study: its arms and seeds as the file declares them, none missing; and a comment by hand."""
+    monkeypatch.chdir(ROOT)
+    comparison, text = load_comparison(folder.relative_to(ROOT)), (folder / "RESULTS.md").read_text()
+    pictures = [name for name in ("differences", "curves", "balance") if (folder / f"{name}.png").is_file()]
+    assert page(comparison, pictures).strip() in text
+    study = load_study(f"experiments/{folder.name}.py")
+    assert list(study.arms) == list(comparison.study["arms"]) and study.question == comparison.study["question"]
+    assert " missing" not in page(comparison, pictures)
+    assert len(text.partition("<!-- generated: end -->")[2].split()) > 50, "what does it mean, beside the literature?"
+
+
+def test_the_index_lists_what_is_published(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert index("experiments").strip() in (ROOT / "experiments" / "RESULTS.md").read_text()
