@@ -15,12 +15,12 @@ import pyarrow.parquet
 import zstandard
 
 from frugalmoe.config.schema import Data, Source
-from frugalmoe.data import corpus, quickstart
+from frugalmoe.data import corpus, mixed, quickstart
 from frugalmoe.data.cache import cache_root
 from frugalmoe.data.text import cut
 from frugalmoe.errors import UserError
 
-BUILT_IN = {"quickstart": quickstart.build}
+BUILT_IN = {"quickstart": quickstart.build, "mixed": mixed.build}
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 PIECE_CHARACTERS = (256, 16_384)  # least and most in a document cut from a single text file; between them, 20 documents
 
