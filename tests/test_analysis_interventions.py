@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from frugalmoe import sharding
-from frugalmoe.analysis.interventions import Demote, Mask, Nothing, RandomChoice
+from frugalmoe.analysis.interventions import Demote, Mask, Nothing, RandomChoice, Swap
 from frugalmoe.analysis.weights import router_columns
 from frugalmoe.config import default, override, resolve
 from frugalmoe.data import Batch
@@ -95,6 +95,17 @@ def test_random_experts_are_distinct_uniform_and_keep_the_weights():
     np.testing.assert_allclose(np.sort(dense(after, tokens), axis=1)[:, 2:], np.tile([0.3, 0.7], (tokens, 1)))
     again = RandomChoice(seed=1)(plan, inputs(tokens), E)
     assert (np.asarray(again.expert_NK) != np.asarray(after.expert_NK)).any()
+
+
+def test_a_swap_changes_one_slot_of_who_can():
+    # token 0 has 0, 1, 2; token 1 has 3, 0, 1; token 2 has 2 alone
+    after = dense(Swap(0, 1, 3)(PLAN, inputs(), E))
+    np.testing.assert_allclose(after, [[0.5, 0, 0.2, 0.3], [0.3, 0.1, 0, 0.6], [0, 0, 1, 0]])
+    after = dense(Swap(0, 0, 1)(PLAN, inputs(), E))
+    np.testing.assert_allclose(after, [[0.5, 0.3, 0.2, 0], [0.3, 0.1, 0, 0.6], [0, 1, 0, 0]])
+    at_2 = dense(Swap(0, 0, 3, position=2)(PLAN, inputs(), E))
+    np.testing.assert_allclose(at_2, [*dense(PLAN)[:2], [0, 0, 0, 1]])
+    np.testing.assert_allclose(dense(Swap(1, 0, 3)(PLAN, inputs(), E)), dense(PLAN))  # another layer
 
 
 def test_an_expert_major_plan_means_the_same_token_by_token():

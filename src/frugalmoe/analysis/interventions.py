@@ -121,7 +121,31 @@ class RandomChoice(_Intervention):
         return f"{self.where}, random experts"
 
 
-Intervention = Mask | Demote | RandomChoice
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Swap(_Intervention):
+    """Gives one slot to another expert, with the weight that it has.
+
+    An empty slot, and a token that has the expert already, stay as they are.
+    """
+
+    slot: Any = 0  # in the router's order, best first
+    expert: Any = 0
+    position: Any = None  # of the tokens that are swapped in their part of a document; None: all
+
+    def change(self, plan: TokenPlan, here: Array | bool, inputs: Inputs, num_experts: int) -> TokenPlan:
+        has_N1 = jnp.any(plan.expert_NK == self.expert, axis=-1, keepdims=True)
+        hit_NK = (jnp.arange(plan.expert_NK.shape[1]) == self.slot) & (plan.expert_NK < num_experts) & ~has_N1 & here
+        if self.position is not None:
+            hit_NK &= inputs.positions_BT.reshape(-1, 1) == self.position
+        return plan._replace(expert_NK=jnp.where(hit_NK, self.expert, plan.expert_NK))
+
+    def __str__(self) -> str:
+        where = "" if self.position is None else f", position {self.position}"
+        return f"{self.where}{where}, choice {self.slot} gives way to expert {self.expert}"
+
+
+Intervention = Mask | Demote | RandomChoice | Swap
 
 
 def _replace(plan: TokenPlan, hit_NK: Array, inputs: Inputs, num_experts: int, how: Mask | Demote) -> TokenPlan:
