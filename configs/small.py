@@ -1,7 +1,7 @@
 """What does a 64-expert model with about 100M active parameters learn on one GPU?
 
 Command:  frugalmoe train --config=configs/small.py --config.data.path=TEXTS
-Bring text: at 32,768 tokens of vocabulary the quickstart corpus is too small for it.
+Bring text, or say --config.data.path=mixed: at 32,768 tokens of vocabulary the quickstart corpus is too small for it.
 """
 
 from ml_collections import ConfigDict

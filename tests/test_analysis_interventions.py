@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from frugalmoe.analysis.interventions import Demote, Mask, Nothing, RandomChoice
+from frugalmoe import sharding
+from frugalmoe.analysis.interventions import Demote, Mask, Nothing, RandomChoice, Swap
+from frugalmoe.analysis.weights import router_columns
+from frugalmoe.config import default, override, resolve
+from frugalmoe.data import Batch
+from frugalmoe.errors import UserError
 from frugalmoe.routing.contract import ExpertPlan, Inputs, TokenPlan, combine_matrix, selection_matrix, token_major
 
 E = 4
@@ -92,6 +97,17 @@ def test_random_experts_are_distinct_uniform_and_keep_the_weights():
     assert (np.asarray(again.expert_NK) != np.asarray(after.expert_NK)).any()
 
 
+def test_a_swap_changes_one_slot_of_who_can():
+    # token 0 has 0, 1, 2; token 1 has 3, 0, 1; token 2 has 2 alone
+    after = dense(Swap(0, 1, 3)(PLAN, inputs(), E))
+    np.testing.assert_allclose(after, [[0.5, 0, 0.2, 0.3], [0.3, 0.1, 0, 0.6], [0, 0, 1, 0]])
+    after = dense(Swap(0, 0, 1)(PLAN, inputs(), E))
+    np.testing.assert_allclose(after, [[0.5, 0.3, 0.2, 0], [0.3, 0.1, 0, 0.6], [0, 1, 0, 0]])
+    at_2 = dense(Swap(0, 0, 3, position=2)(PLAN, inputs(), E))
+    np.testing.assert_allclose(at_2, [*dense(PLAN)[:2], [0, 0, 0, 1]])
+    np.testing.assert_allclose(dense(Swap(1, 0, 3)(PLAN, inputs(), E)), dense(PLAN))  # another layer
+
+
 def test_an_expert_major_plan_means_the_same_token_by_token():
     plan = ExpertPlan(
         jnp.array([[0, 1], [2, 3], [0, 2], [3, 3]]),  # token 3 = N is an empty slot
@@ -103,3 +119,41 @@ def test_an_expert_major_plan_means_the_same_token_by_token():
     assert tokens.expert_NK[0].tolist() == [0, 2, 4, 4]  # the heaviest first, then empty ones
     after = dense(Mask(0, 0)(plan, inputs(), E))
     np.testing.assert_allclose(after, np.asarray(combine_matrix(plan, 3, E)) * [0, 1, 1, 1])
+
+
+@pytest.fixture(scope="module")
+def evaluation_of_a_router_that_adds():
+    """Shapes alone: nothing is compiled."""
+    from frugalmoe.train.step import abstract, make_eval_step
+
+    fields = {"model.moe.router": "moe_plus_plus", "model.vocab_size": 16, "model.dim": 8, "model.head_dim": 4}
+    fields |= {"model.num_heads": 2, "model.num_kv_heads": 2, "model.num_layers": 1, "model.moe.num_experts": E}
+    config = resolve(override(default(), fields))
+    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
+    with jax.set_mesh(mesh):
+        state, step = abstract(config), make_eval_step(config, trace=True)
+        batch = Batch(*(sharding.put(mesh, np.zeros((1, 4), t), "BT") for t in "iiii?i"))
+        yield lambda change: jax.eval_shape(step, state.params, state.router_state, batch, change)
+
+
+@pytest.mark.parametrize(
+    "change", [Demote(0), Demote(0, "random"), Mask(0, 1, "next", spare=True), Nothing(spare=True)]
+)
+def test_a_router_that_adds_is_refused_what_ranks_its_choices(change, evaluation_of_a_router_that_adds):
+    with pytest.raises(UserError, match=r"choices that are no experts.*; valid: RandomChoice, or Mask"):
+        evaluation_of_a_router_that_adds(change)
+
+
+@pytest.mark.parametrize("change", [Nothing(), Mask(0, 1), Mask(0, 1, "rest"), Mask(0, 1, "random"), RandomChoice()])
+def test_a_router_that_adds_allows_what_concerns_experts_alone(change, evaluation_of_a_router_that_adds):
+    assert evaluation_of_a_router_that_adds(change).plan.expert_NK.shape == (1, 1, 4, 2)
+
+
+def test_columns_of_a_router():
+    kernel_LDX = np.arange(12.0).reshape(1, 2, 6)
+    np.testing.assert_array_equal(router_columns({"kernel_DE": kernel_LDX}, 6), kernel_LDX)
+    # four experts, then two choices that are none
+    np.testing.assert_array_equal(router_columns({"kernel_DX": kernel_LDX}, 4)[0], [[0, 1, 2, 3], [6, 7, 8, 9]])
+    scaled = router_columns({"kernel_DE": kernel_LDX, "scale_D": np.array([[1.0, 10]])}, 6)
+    np.testing.assert_array_equal(scaled[0, 1], [60, 70, 80, 90, 100, 110])  # z = (x * s) W = x (s W)
+    assert router_columns({"expert_PE": kernel_LDX}, 6) is None

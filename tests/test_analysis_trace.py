@@ -9,7 +9,22 @@ from runs import run as command
 from runs import tiny, write_text
 
 from frugalmoe import analysis
-from frugalmoe.analysis import Demote, Mask, RandomChoice, intervene, load_run, load_trace, write_report, write_trace
+from frugalmoe.analysis import (
+    Demote,
+    Mask,
+    RandomChoice,
+    Swap,
+    gradients,
+    intervene,
+    load_drops,
+    load_gradients,
+    load_run,
+    load_trace,
+    train_causal_gap,
+    try_swaps,
+    write_report,
+    write_trace,
+)
 from frugalmoe.data import open_data
 from frugalmoe.errors import UserError
 from frugalmoe.train.loop import train
@@ -46,8 +61,13 @@ def run_dir(root):
     return path
 
 
-def copy(run_dir, tmp_path):
-    return shutil.copytree(run_dir, tmp_path / "copy")
+def copy(run_dir, tmp_path, name="copy", **moe):
+    """The run, as if `model.moe` had had other values."""
+    path = shutil.copytree(run_dir, tmp_path / name)
+    config = json.loads((path / "config.json").read_text())
+    config["model"]["moe"] |= moe
+    (path / "config.json").write_text(json.dumps(config))
+    return path
 
 
 def test_a_trace_agrees_with_the_probe_of_the_run(run_dir):
@@ -164,6 +184,8 @@ def test_bad_input_is_one_line(run_dir, tmp_path):
     for change, message in [
         (Mask(0, 1), r"Mask.layer=0: not an MoE layer of the run; valid: \[1, 2\]"),
         (Mask(1, 8), r"Mask.expert=8: must be in 0 .. 7"),
+        (Swap(1, 2, 0), r"Swap.slot=2: must be in 0 .. 1"),
+        (Swap(1, 0, 8), r"Swap.expert=8: must be in 0 .. 7"),
         (Demote(1, "best"), r"Demote.instead='best': unknown; valid: nothing, rest, random, next"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -231,7 +253,7 @@ def test_hiding_an_expert_is_what_its_bias_would_do(root):
     assert found.change.value == pytest.approx(ce.mean() - found.loss, abs=1e-6) and abs(found.change.value) > 3e-5
 
 
-def test_a_router_without_a_next_choice_is_refused_and_the_others_work(root):
+def test_a_router_without_a_next_choice_is_refused_and_the_others_work(root, tmp_path):
     fields = {"model.moe.router": "expert_choice", "model.moe.losses": {"z": 0.001}, "train.steps": 5}
     fields["model.moe.options"] = {"evaluate": "choice"}
     path = trained(root, "choice", **fields)
@@ -244,6 +266,16 @@ def test_a_router_without_a_next_choice_is_refused_and_the_others_work(root):
     # C = T K / E for each expert and sequence: full rows have K experts per token on average
     assert trace.router["active_per_token"][-1] == pytest.approx(K, rel=0.05)
     assert trace.expert_SLNK.shape[-1] > K and trace.selected().sum() == (trace.expert_SLNK[-1] < E).sum()
+
+    with pytest.raises(UserError, match=r"router 'expert_choice': .* in evaluation too, so there is no causal loss"):
+        train_causal_gap(path, tokens=500)
+    causal = copy(path, tmp_path, options={"evaluate": "threshold"})
+    *_, whole = train_causal_gap(causal, tokens=500)
+    assert effects[2].domain == "all"
+    assert whole.training == pytest.approx(effects[2].loss, rel=1e-6)
+    assert whole.gap.value == pytest.approx(whole.causal - whole.training, abs=1e-6) and whole.gap.value != 0
+    (undisturbed, *_) = [e for e in intervene(causal, Mask(1, 0), tokens=500, progress=False) if e.domain == "all"]
+    assert whole.causal == pytest.approx(undisturbed.loss, rel=1e-6) and whole.tokens == undisturbed.tokens
 
 
 def test_experts_compute_what_the_oracle_does(run_dir):
@@ -265,3 +297,71 @@ def test_experts_compute_what_the_oracle_does(run_dir):
     np.testing.assert_array_equal(neurons_EF[5, 3, :32], experts.gate_up_LED2F[1, 5, :, 0, 3])
     np.testing.assert_array_equal(neurons_EF[5, 3, 32:64], experts.gate_up_LED2F[1, 5, :, 1, 3])
     np.testing.assert_array_equal(neurons_EF[5, 3, 64:], experts.down_LEFD[1, 5, 3])
+
+
+def test_rules_that_are_the_same_have_no_gap(run_dir):
+    gaps = train_causal_gap(run_dir, tokens=TOKENS)
+    assert [g.domain for g in gaps] == ["code", "verse", "all"]
+    assert all(g.gap.value == 0 and g.causal == g.training for g in gaps)
+
+
+def test_a_swap_at_one_position_is_that_of_everybody_in_the_last_layer(run_dir):
+    """After the last MoE layer no token sees another, so that swapping the others too changes nothing."""
+    found = try_swaps(run_dir, 2, position=3, tokens=TOKENS, progress=False)
+    lab = analysis.effects.Lab(run_dir, None, TOKENS)
+    before = lab.probe(analysis.interventions.Nothing())
+    at_N = (before.positions_N == 3) & np.isfinite(before.loss_N)
+    best_KN = np.tile(before.loss_N[at_N], (K, 1))
+    for slot in range(K):
+        for expert in range(E):
+            after = lab.probe(lab.bind(Swap(2, slot, expert), before))
+            best_KN[slot] = np.minimum(best_KN[slot], after.loss_N[at_N])
+    gain_KN = before.loss_N[at_N] - best_KN
+    np.testing.assert_allclose(found.slot_K.value, gain_KN.mean(1), atol=1e-6)
+    assert found.gain.value == pytest.approx(gain_KN.max(0).mean(), abs=1e-6) and found.gain.value > 1e-4
+    assert (found.chance_K.value > found.slot_K.value / 2).all() and (
+        (found.better_K.value > 0) & (found.better_K.value < 1)
+    ).all()
+    with pytest.raises(UserError, match=r"position=32: must be in 0 .. 31"):
+        try_swaps(run_dir, 2, position=32, tokens=TOKENS)
+    with pytest.raises(UserError, match=r"Swap.layer=0: not an MoE layer"):
+        try_swaps(run_dir, 0, tokens=TOKENS)
+
+
+def test_drops_are_those_that_the_executor_counts(run_dir, tmp_path):
+    with pytest.raises(UserError, match=r"model\.moe\.executor='auto': drops nothing; valid: capacity"):
+        load_drops(run_dir, tokens=TOKENS)
+    path = copy(run_dir, tmp_path, executor="capacity", capacity_factor=0.75)
+    found = load_drops(path, tokens=TOKENS)
+    assert found.layers_L.tolist() == [1, 2] and found.lost_LNK.shape == (2, 1024, K)
+    lab = analysis.effects.Lab(path, None, TOKENS)
+    counted_L = sum(t.out.stats["dropped"] for t in lab.evaluate(lab.eval_step, analysis.interventions.Nothing()))
+    np.testing.assert_array_equal(np.nansum(found.lost_LNK, axis=(1, 2)), counted_L)
+    assert (counted_L > 0.25 * 1024 * K - 1).all()  # at most 0.75 of the slots find room
+    place_LP = analysis.drops.by_place(found.lost_LNK, found.place_N // 8, found.sequence_N).value
+    assert (place_LP[:, 0] < place_LP[:, -1]).all()
+    # an expert has 0.75 * 32 * 2 / 8 = 6 slots, and a token takes one of them at most: the first six are never late
+    assert not np.nansum(found.lost_LNK[:, found.place_N < 6])
+
+
+def test_gradients_of_a_run(run_dir, tmp_path):
+    found = load_gradients(run_dir, batches=3, progress=False)
+    assert found.language_SL.shape == (3, 2) and found.expert_SLE.shape == (3, 2, E) and found.parameters == 32 * E
+    assert (found.counts_SLE.sum(-1) == 8 * 32 * K).all()  # every token of the batch has K experts
+    np.testing.assert_array_equal(found.expert_SLE > 0, found.counts_SLE > 0)
+    share = gradients.language_share(found.language_SL, found.auxiliary_SL)
+    assert ((share.low <= share.value) & (share.value <= share.high) & (share.value < 1)).all()
+    # the gradient of a loss is linear in its coefficient, and language modelling does not see it
+    losses = json.loads((run_dir / "config.json").read_text())["model"]["moe"]["losses"]
+    tripled = load_gradients(
+        copy(run_dir, tmp_path, losses={k: 3 * v for k, v in losses.items()}), batches=3, progress=False
+    )
+    np.testing.assert_allclose(tripled.auxiliary_SL, 9 * found.auxiliary_SL, rtol=1e-3)
+    np.testing.assert_allclose(tripled.product_SL, 3 * found.product_SL, rtol=1e-2, atol=1e-12)
+    np.testing.assert_allclose(tripled.language_SL, found.language_SL, rtol=1e-6)
+    without = load_gradients(copy(run_dir, tmp_path, "without", losses={}), batches=1, progress=False)
+    assert (without.auxiliary_SL == 0).all() and (without.expert_SLE > 0).any()
+    np.testing.assert_allclose(without.language_SL, found.language_SL[:1], rtol=1e-6)
+    assert (gradients.language_share(without.language_SL, without.auxiliary_SL).value == 1).all()
+    with pytest.raises(UserError, match="batches=0: must be at least 1"):
+        load_gradients(run_dir, batches=0)

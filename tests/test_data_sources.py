@@ -11,7 +11,8 @@ import pytest
 import zstandard
 
 from frugalmoe.config.schema import Data, Source
-from frugalmoe.data.sources import cut, documents, open_inputs
+from frugalmoe.data.sources import documents, open_inputs
+from frugalmoe.data.text import cut
 from frugalmoe.errors import UserError
 
 TEXTS = ["first text\nwith two lines", "zweiter Text: äöü 🙂", "third"]

@@ -9,30 +9,41 @@
 | when does routing settle? | `dynamics` |
 | are experts alike? | `similarity` of `load_experts` |
 | does it matter for the loss? | `intervene` with `interventions` |
+| does the router choose well? | `swaps`, by `try_swaps` |
+| who moves the router, which experts learn? | `gradients` of `load_gradients` |
+| what is a rule that looks ahead worth? | `leak`, by `train_causal_gap` |
+| whom does a capacity drop? | `drops` of `load_drops` |
 
 Their measures are pure functions on arrays; each docstring has the formula and what chance alone gives. `uncertainty`
-has the bootstrap over documents or seeds, `information` entropies and mutual information. Gradient shares and the gap
-between training-rule and causal evaluation need more than a trace and are not here.
+has the bootstrap over documents or seeds, `information` entropies and mutual information.
 """
 
 from frugalmoe.analysis import (
     coactivation,
+    drops,
     dynamics,
+    gradients,
     information,
     interventions,
+    leak,
     load,
     plots,
     scores,
     similarity,
     specialisation,
+    swaps,
     uncertainty,
     vocabulary,
 )
+from frugalmoe.analysis.drops import Drops, load_drops
 from frugalmoe.analysis.effects import Effect, effects_table, intervene
-from frugalmoe.analysis.interventions import Demote, Mask, RandomChoice
+from frugalmoe.analysis.gradients import Gradients, load_gradients
+from frugalmoe.analysis.interventions import Demote, Mask, RandomChoice, Swap
+from frugalmoe.analysis.leak import Gap, train_causal_gap
 from frugalmoe.analysis.probe import Probe
 from frugalmoe.analysis.report import write_report
 from frugalmoe.analysis.runs import Loads, Run, Series, load_run
+from frugalmoe.analysis.swaps import SwapGain, try_swaps
 from frugalmoe.analysis.table import summary_table
 from frugalmoe.analysis.trace import Trace, load_trace
 from frugalmoe.analysis.tracing import write_trace
@@ -40,23 +51,33 @@ from frugalmoe.analysis.weights import Experts, load_experts
 
 __all__ = [
     "Demote",
+    "Drops",
     "Effect",
     "Experts",
+    "Gap",
+    "Gradients",
     "Loads",
     "Mask",
     "Probe",
     "RandomChoice",
     "Run",
     "Series",
+    "Swap",
+    "SwapGain",
     "Trace",
     "coactivation",
+    "drops",
     "dynamics",
     "effects_table",
+    "gradients",
     "information",
     "intervene",
     "interventions",
+    "leak",
     "load",
+    "load_drops",
     "load_experts",
+    "load_gradients",
     "load_run",
     "load_trace",
     "plots",
@@ -64,6 +85,9 @@ __all__ = [
     "similarity",
     "specialisation",
     "summary_table",
+    "swaps",
+    "train_causal_gap",
+    "try_swaps",
     "uncertainty",
     "vocabulary",
     "write_report",

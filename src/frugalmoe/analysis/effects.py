@@ -4,7 +4,7 @@ Letters: N tokens, E experts, L MoE layers.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from frugalmoe import generate
-from frugalmoe.analysis.interventions import INSTEAD, Demote, Intervention, Mask, Nothing
+from frugalmoe.analysis.interventions import INSTEAD, Demote, Intervention, Mask, Nothing, Swap
 from frugalmoe.analysis.page import number, percent
 from frugalmoe.analysis.probe import Probe, make
 from frugalmoe.analysis.runs import Run
@@ -22,8 +22,9 @@ from frugalmoe.analysis.tracing import TOKENS, limited, moe_layers, open_run_dat
 from frugalmoe.analysis.uncertainty import Estimate, mean
 from frugalmoe.errors import UserError
 from frugalmoe.routing import strategies
+from frugalmoe.train.checkpoint import saved_steps
 from frugalmoe.train.evaluate import Traced, evaluate, probe_columns
-from frugalmoe.train.step import make_eval_step
+from frugalmoe.train.step import Evaluated, make_eval_step
 
 SAME = 1e-3  # by which K of K + 1 choices may differ from K choices: share of tokens, and nats per token
 
@@ -53,7 +54,7 @@ def intervene(
     documents. It includes what later tokens of the document lose through attention. Cost: an evaluation each.
     """
     path = run.path if isinstance(run, Run) else Path(run)
-    lab = _Lab(path, checkpoint, tokens)
+    lab = Lab(path, checkpoint, tokens)
     for intervention in interventions:
         lab.check(intervention)
     before = lab.probe(Nothing())
@@ -63,11 +64,12 @@ def intervene(
     return effects
 
 
-class _Lab:
+class Lab:
     """A checkpoint, its data, and its compiled evaluations."""
 
     def __init__(self, run: Path, step: int | None, tokens: int):
         config, self.weights, _, self.mesh = generate.load(run, step)
+        self.step = saved_steps(run)[-1] if step is None else step
         self.data = open_run_data(run, config)
         self.config = limited(config, len(self.data.domains), tokens)
         model, moe = config.model, config.model.moe
@@ -84,8 +86,11 @@ class _Lab:
         name, experts = type(intervention).__name__, self.config.model.moe.num_experts
         if intervention.layer is not None and intervention.layer not in self.layers:
             raise UserError(f"{name}.layer={intervention.layer}: not an MoE layer of the run; valid: {self.layers}")
-        if isinstance(intervention, Mask) and not 0 <= intervention.expert < experts:
-            raise UserError(f"Mask.expert={intervention.expert}: must be in 0 .. {experts - 1}")
+        if isinstance(intervention, Mask | Swap) and not 0 <= intervention.expert < experts:
+            raise UserError(f"{name}.expert={intervention.expert}: must be in 0 .. {experts - 1}")
+        if isinstance(intervention, Swap) and not 0 <= intervention.slot < self.config.model.moe.num_experts_per_token:
+            last = self.config.model.moe.num_experts_per_token - 1
+            raise UserError(f"Swap.slot={intervention.slot}: must be in 0 .. {last}")
         if isinstance(intervention, Mask | Demote) and intervention.instead not in INSTEAD:
             raise UserError(f"{name}.instead={intervention.instead!r}: unknown; valid: {', '.join(INSTEAD)}")
 
@@ -115,31 +120,37 @@ class _Lab:
             )
         self.spare_checked = True
 
-    def probe(self, intervention: Intervention | Nothing) -> Probe:
-        """Losses and routing under an intervention."""
-        step = self.spare_step if intervention.spare else self.eval_step
+    def probe(self, intervention: Intervention | Nothing, step: Callable[..., Evaluated] | None = None) -> Probe:
+        """Losses and routing under an intervention, by another evaluation step than the run's if one is given."""
+        seen = self.evaluate(step or (self.spare_step if intervention.spare else self.eval_step), intervention)
+        return make(probe_columns(seen, self.layers, self.config.model.moe.num_experts))
+
+    def evaluate(self, step: Callable[..., Evaluated], intervention: Intervention | Nothing) -> list[Traced]:
+        """Every held-out batch."""
         seen: list[Traced] = []
         with jax.set_mesh(self.mesh):
             changed = lambda params, state, batch: step(params, state, batch, intervention)
             evaluate(changed, self.weights, self.data, self.config, self.mesh, seen)
-        columns = probe_columns(seen, self.layers, self.config.model.moe.num_experts)
-        return make(columns)
+        return seen
 
 
 def _effects(intervention: Intervention, before: Probe, after: Probe, domains: Sequence[str]) -> list[Effect]:
     change_N = after.loss_N - before.loss_N
     moved_N = _moved(before, after)
     effects = []
-    for domain, g in [*zip(domains, range(len(domains))), ("all", None)]:
-        of_N = (before.domain_ids_N == g) if g is not None else np.ones(len(change_N), bool)
-        of_N = of_N & np.isfinite(change_N)
-        if not of_N.any():
-            continue
-        unit_N = np.unique(before.unit_ids_N[of_N], return_inverse=True)[1]
+    for domain, of_N, unit_N in domain_parts(before, domains):
         loss, moved = float(before.loss_N[of_N].mean()), float(moved_N[of_N].mean())
         change = mean(change_N[of_N], unit_N)
         effects.append(Effect(intervention, domain, loss, change, moved, int(of_N.sum()), int(unit_N.max()) + 1))
     return effects
+
+
+def domain_parts(probe: Probe, domains: Sequence[str]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(domain, which tokens [N] of it have a loss, their units 0, 1, ...), of each domain and of "all"."""
+    for domain, g in [*zip(domains, range(len(domains))), ("all", None)]:
+        of_N = np.isfinite(probe.loss_N) & ((probe.domain_ids_N == g) | (g is None))
+        if of_N.any():
+            yield domain, of_N, np.unique(probe.unit_ids_N[of_N], return_inverse=True)[1]
 
 
 def _moved(before: Probe, after: Probe) -> np.ndarray:

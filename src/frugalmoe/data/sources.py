@@ -1,4 +1,4 @@
-"""Documents of a `config.data`: files, directories and globs, Hugging Face datasets, the built-in corpus."""
+"""Documents of a `config.data`: files, directories and globs, Hugging Face datasets, the built-in corpora."""
 
 import dataclasses
 import glob
@@ -15,10 +15,12 @@ import pyarrow.parquet
 import zstandard
 
 from frugalmoe.config.schema import Data, Source
-from frugalmoe.data import quickstart
+from frugalmoe.data import corpus, mixed, quickstart
 from frugalmoe.data.cache import cache_root
+from frugalmoe.data.text import cut
 from frugalmoe.errors import UserError
 
+BUILT_IN = {"quickstart": quickstart.build, "mixed": mixed.build}
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 PIECE_CHARACTERS = (256, 16_384)  # least and most in a document cut from a single text file; between them, 20 documents
 
@@ -31,7 +33,7 @@ class Document(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """A `Source` with its name and with `quickstart` replaced by the directory it was built into."""
+    """A `Source` with its name and with a built-in corpus replaced by the directory it was built into."""
 
     field: str  # what an error message calls it
     name: str
@@ -73,10 +75,10 @@ def _open_input(field: str, name: str, source: Source, data: Data, progress: boo
         if not dataset:
             raise UserError(f"{field}={source.path!r}: must be hf:NAME or hf:NAME:SPLIT")
         return Input(field, name or Path(dataset).name, source, hf=(dataset, split or "train"))
-    if kind == "quickstart":
-        root = quickstart.build(cache_root(data), progress)
-        files = quickstart.files(root, rest, f"{field}={source.path!r}")
-        return Input(field, name or "quickstart", source, root=root, files=files)
+    if kind in BUILT_IN:
+        root = BUILT_IN[kind](cache_root(data), progress)
+        files = corpus.files(root, rest, f"{field}={source.path!r}")
+        return Input(field, name or kind, source, root=root, files=files)
     root, files = _find(source.path, field)
     return Input(field, name or root.resolve().stem, source, root=root.parent if root.is_file() else root, files=files)
 
@@ -95,7 +97,8 @@ def _find(path: str, field: str) -> tuple[Path, tuple[Path, ...]]:
         found = [Path(file) for file in glob.glob(str(root), recursive=True)]
         root = next(parent for parent in root.parents if not glob.has_magic(str(parent)))
     else:
-        raise UserError(f"{field}={path!r}: no such file or directory; also valid: a glob, hf:NAME[:SPLIT], quickstart")
+        valid = ", ".join(("a glob", "hf:NAME[:SPLIT]", *BUILT_IN))
+        raise UserError(f"{field}={path!r}: no such file or directory; also valid: {valid}")
     files = tuple(sorted(file for file in found if file.name.endswith(SUFFIXES) and file.is_file()))
     if not files:
         raise UserError(f"{field}={path!r}: no file ends in one of {accepted}")
@@ -139,17 +142,6 @@ def _text_records(file: Path, where: str, alone: bool) -> Iterator[tuple[str, st
     least, most = PIECE_CHARACTERS
     for n, piece in enumerate(cut(text, min(max(len(text) // 20, least), most))):
         yield piece, "", f"{where}#{n}"
-
-
-def cut(text: str, characters: int) -> Iterator[str]:
-    """Pieces that join to the text, of at least `characters` (but the last), ended by a blank line if one is near."""
-    start = 0
-    while start < len(text):
-        near = start + characters
-        ends = [text.find(mark, near, near + characters) + len(mark) for mark in ("\n\n", "\n")]
-        end = next((end for end in ends if end > near), near)
-        yield text[start:end]
-        start = end
 
 
 def _jsonl_records(file: Path, where: str, field: str) -> Iterator[tuple[str, str, str]]:

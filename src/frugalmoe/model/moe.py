@@ -43,8 +43,8 @@ class Context(NamedTuple):
     step: Array
     train: bool = False
     trace: bool = False  # also return which expert got which token, and the plan
-    # A pytree, for evaluation: (plan, inputs, num_experts) -> the plan that is executed instead.
-    intervention: Callable[[Plan, Inputs, int], Plan] | None = None
+    # A pytree, for evaluation: (plan, inputs, num_experts, whether the router adds) -> the plan to execute instead.
+    intervention: Callable[[Plan, Inputs, int, bool], Plan] | None = None
     shared_router: Mapping[str, Array] = FrozenDict()  # the router's parameters that all layers share
 
 
@@ -104,7 +104,7 @@ class MoELayer(nnx.Module):
             # A recomputed backward pass takes the saved plan, so that near-ties cannot be routed twice differently.
             plan = jax.tree.map(lambda a: checkpoint_name(a, "routing_plan"), routing.plan)
             if intervention is not None:
-                plan = intervention(plan, inputs, moe.num_experts)
+                plan = intervention(plan, inputs, moe.num_experts, routing.added_BTD is not None)
             y, dropped = execute(routing._replace(plan=plan), x, inputs.valid_BT, gate_up, down, moe)
             losses, stats = jax.lax.psum((routing.losses, {**routing.stats, "dropped": dropped}), BATCH_AXES)
             traced = (None, None)

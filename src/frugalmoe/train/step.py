@@ -94,24 +94,11 @@ def make_train_step(config: Config) -> Callable[..., tuple[State, dict]]:
 
     Its third argument replaces the config's own `Knobs`.
     """
-    own = knobs(config)
-    graphdef, _, _ = structure(config.model)
+    own, gradient = knobs(config), make_gradient(config)
     tx, rate = optim.optimizer(config), optim.schedule(config)
 
     def train_step(state: State, batch: Batch, knobs: Knobs = own) -> tuple[State, dict]:
-        denominators = _denominators(batch, config)
-        grad_fn = jax.value_and_grad(_micro_loss, has_aux=True)
-
-        def micro(index: Array, micro_batch: Batch):
-            (_, sums), grads = grad_fn(
-                state.params, state.router_state, graphdef, micro_batch, index, state.step, knobs, denominators, config
-            )
-            return grads, sums
-
-        if config.train.accumulate_steps == 1:
-            grads, sums = micro(jnp.int32(0), jax.tree.map(lambda a: a[0], batch))
-        else:
-            grads, sums = _accumulate(micro, config.train.accumulate_steps, batch)
+        grads, sums, denominators = gradient(state.params, state.router_state, batch, state.step, knobs)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         metrics = _metrics(sums, denominators, knobs)
         metrics["optim/gradient_norm"] = optax.tree.norm(grads)
@@ -125,6 +112,30 @@ def make_train_step(config: Config) -> Callable[..., tuple[State, dict]]:
         return new_state, metrics
 
     return train_step
+
+
+def make_gradient(config: Config) -> Callable[..., tuple[dict, dict, dict]]:
+    """`gradient(params, router_state, batch[A, B, T], step, knobs)`: the gradient of a step's loss before clipping,
+    with the sums and the denominators that metrics are made of.
+    """
+    graphdef, _, _ = structure(config.model)
+
+    def gradient(
+        params: dict, router_state: dict, batch: Batch, step: Array, knobs: Knobs
+    ) -> tuple[dict, dict, dict[str, Array]]:
+        denominators = _denominators(batch, config)
+        grad_fn = jax.value_and_grad(_micro_loss, has_aux=True)
+
+        def micro(index: Array, micro_batch: Batch):
+            of_step = (index, step, knobs, denominators, config)
+            (_, sums), grads = grad_fn(params, router_state, graphdef, micro_batch, *of_step)
+            return grads, sums
+
+        if config.train.accumulate_steps == 1:
+            return *micro(jnp.int32(0), jax.tree.map(lambda a: a[0], batch)), denominators
+        return *_accumulate(micro, config.train.accumulate_steps, batch), denominators
+
+    return gradient
 
 
 def _accumulate(micro: Callable, count: int, batch: Batch):
@@ -230,17 +241,18 @@ class Evaluated(NamedTuple):
     predicted_BT: Array | None  # int32, the most likely next token
 
 
-def make_eval_step(config: Config, trace: bool = False) -> Callable[..., Evaluated]:
+def make_eval_step(config: Config, trace: bool = False, as_in_training: int | None = None) -> Callable[..., Evaluated]:
     """Losses and routing of held-out tokens [B, T]: no noise, no update of router state.
 
-    `eval_step(params, router_state, batch, intervention=None)`; see `model.moe.Context.intervention`.
+    `eval_step(params, router_state, batch, intervention=None)`; see `model.moe.Context.intervention`. `as_in_training`
+    is a step: tokens are routed as training routes them then, with its noise.
     """
     graphdef, _, _ = structure(config.model)
+    at, train = as_in_training or 0, as_in_training is not None
 
     def eval_step(params: dict, router_state: dict, batch: Batch, intervention: Callable | None = None) -> Evaluated:
         model = nnx.merge(graphdef, params, router_state)
-        zero = jnp.int32(0)
-        out = _forward(model, batch, zero, zero, EVAL_SEED, train=False, trace=trace, intervention=intervention)
+        out = _forward(model, batch, jnp.int32(0), jnp.int32(at), EVAL_SEED, train, trace, intervention)
         _, ce_BT, _ = _losses(model, out.hidden_BTD, batch, config)
         routed = out.routed
         traced = (routed.stats, routed.selected_BTE, routed.plan) if routed is not None else ({}, None, None)

@@ -1,0 +1,69 @@
+"""Built-in corpora: directories of the cache that are made once from texts that packages ship.
+
+One holds a DOMAIN.jsonl.zst per domain, with records of text, domain and id, and a `manifest.json` that says where each
+domain comes from, its licence, its size and hash, and what is missing.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import zstandard
+from rich.console import Console
+
+from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.files import locked
+
+SUFFIX = ".jsonl.zst"
+
+
+def build(cache: Path, name: str, fill: Callable[[Path, Path, Console], None], progress: bool) -> Path:
+    """The directory `name` under `cache`, made by `fill(directory, downloads, console)` at the first call.
+
+    It is there whole or not at all. What an interrupted build left in `downloads` is there for the next.
+    """
+    final, partial = cache / name, cache / f"{name}.partial"
+    with locked(final):
+        if not final.exists():
+            shutil.rmtree(partial / "corpus", ignore_errors=True)
+            for directory in (partial / "corpus", partial / "downloads"):
+                directory.mkdir(parents=True, exist_ok=True)
+            fill(partial / "corpus", partial / "downloads", Console(stderr=True, quiet=not progress))
+            (partial / "corpus").rename(final)
+            shutil.rmtree(partial)
+    return final
+
+
+def files(root: Path, domain: str, where: str) -> tuple[Path, ...]:
+    """The files of one domain, or of all for ""."""
+    found = {file.name.removesuffix(SUFFIX): file for file in sorted(root.glob("*" + SUFFIX))}
+    if domain and domain not in found:
+        raise UserError(f"{where}: unknown domain; {did_you_mean(domain, found)}")
+    return (found[domain],) if domain else tuple(found.values())
+
+
+def write_domain(directory: Path, domain: str, texts: Mapping[str, str], source: str, licence: str) -> dict[str, Any]:
+    """Writes id -> text as the domain's file; returns its entry in the manifest."""
+    lines = [json.dumps({"text": text, "domain": domain, "id": name}) for name, text in texts.items()]
+    content = "".join(line + "\n" for line in lines).encode()
+    (directory / f"{domain}{SUFFIX}").write_bytes(zstandard.ZstdCompressor(level=10).compress(content))
+    return {
+        "source": source,
+        "licence": licence,
+        "documents": len(texts),
+        "bytes": sum(len(text.encode()) for text in texts.values()),
+        "sha256": hashlib.sha256(content).hexdigest(),  # of the uncompressed lines
+    }
+
+
+def up_to(limit: int, texts: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Texts by id up to `limit` bytes in all, drawn in an order that a hash of the id fixes; sorted by id."""
+    chosen, size = {}, 0
+    for name, text in sorted(texts, key=lambda item: hashlib.sha256(item[0].encode()).digest()):
+        if size + len(text.encode()) <= limit:
+            chosen[name] = text
+            size += len(text.encode())
+    return dict(sorted(chosen.items()))
