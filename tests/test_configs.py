@@ -73,6 +73,15 @@ BAD = [
     ("optim.warmup_steps=5000", "optim.warmup_steps=5000", "train.steps=1000"),
     ("model.num_dense_layers=1", "model.dense_dim=0", "width"),
     ("model=3", "model=3", "section"),
+    ("model.mixture_of_depths.capacity=1.5", "model.mixture_of_depths.capacity=1.5", "in (0, 1]"),
+    ("model.mixture_of_depths.capacity=-0.1", "model.mixture_of_depths.capacity=-0.1", "in (0, 1]"),
+    ("model.mixture_of_depths.every=0", "model.mixture_of_depths.every=0", "must be positive"),
+    ("model.mixture_of_depths.predictor_loss=-1.0", "model.mixture_of_depths.predictor_loss=-1.0", "not be negative"),
+    (
+        "model.mixture_of_depths.capacity=0.5,model.mixture_of_depths.every=5",
+        "model.mixture_of_depths.every=5",
+        "routes no block of 0 dense and 4 MoE ones",
+    ),
 ]
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from frugalmoe.config.schema import Model
 from frugalmoe.model.attention import Cache
@@ -139,9 +140,7 @@ class Depth(nnx.Module):
         )
 
 
-def choose(
-    r_BT: Array, logit_BT: Array, valid_BT: Array, capacity: float, train: bool
-) -> tuple[Array, Array, Report]:
+def choose(r_BT: Array, logit_BT: Array, valid_BT: Array, capacity: float, train: bool) -> tuple[Array, Array, Report]:
     """-> (the tokens that pass, in order, int32 [B, C], T in slots left empty; how many pass [B]; report), on a shard.
 
     C is T in evaluation, where all may pass. Padding never passes, and C tokens are those of the tokens that are none.
@@ -181,7 +180,7 @@ def scan(plain: Callable, through: Callable, state: Any, xs: Any, depths: Any, e
     `plain(state, x) -> (state, y)`; `through(state, (depth, x)) -> (state, (y, report))`; the result is (state, all y
     in order, reports of the routed). Compile time does not grow with depth: plain layers are a scan inside the scan.
     """
-    layers, groups = (jax.tree.leaves(tree)[0].shape[0] for tree in (xs, depths))
+    groups = jax.tree.leaves(depths)[0].shape[0]
     whole = groups * every
 
     def group(state: Any, of_group: tuple) -> tuple[Any, tuple]:
@@ -190,11 +189,17 @@ def scan(plain: Callable, through: Callable, state: Any, xs: Any, depths: Any, e
         state, (last, report) = through(state, (depth, jax.tree.map(lambda a: a[-1], xs)))
         return state, (join(before, jax.tree.map(lambda a: a[None], last)), report)
 
-    grouped = jax.tree.map(lambda a: a[:whole].reshape(groups, every, *a.shape[1:]), xs)
+    grouped = jax.tree.map(lambda a: _reshape(a[:whole], (groups, every), 1), xs)
     state, (ys, reports) = jax.lax.scan(group, state, (depths, grouped))
-    ys = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), ys)
+    ys = jax.tree.map(lambda a: _reshape(a, (whole,), 2), ys)
     state, rest = _scan_some(plain, state, jax.tree.map(lambda a: a[whole:], xs))
     return state, join(ys, rest), reports
+
+
+def _reshape(a: Array, leading: tuple[int, ...], replaced: int) -> Array:
+    """Other leading axes, none of them sharded. JAX would lose the sharding of an axis of size 1: it has to be told."""
+    spec = P(*[None] * len(leading), *jax.typeof(a).sharding.spec[replaced:])
+    return jnp.reshape(a, (*leading, *a.shape[replaced:]), out_sharding=spec)
 
 
 def _scan_some(body: Callable, state: Any, xs: Any) -> tuple[Any, Any]:

@@ -198,7 +198,7 @@ class Run:
         self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
         model = config.model
         self.layers = list(range(model.num_dense_layers, model.num_layers))
-        self.routed_blocks = sum(depths.routed_layers(model), [])
+        self.routed_blocks = [layer for layers in depths.routed_layers(model) for layer in layers]
         self.manager = checkpoint.open_manager(workdir, config.checkpoint, cleanup=True)
         saved = self.manager.latest_step()
         self.state = init(config) if saved is None else checkpoint.restore(self.manager, saved, abstract(config))
