@@ -10,15 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from runs import rows, tiny, write_text
 from test_train_step import batch, config_of, mesh_of
 
 from frugalmoe import sharding
+from frugalmoe.ablate.results import final_metrics, known_metrics
+from frugalmoe.analysis import load_run
+from frugalmoe.analysis.table import headline_rows
 from frugalmoe.config.schema import Model
+from frugalmoe.generate import Sampling, load, stream
 from frugalmoe.model import depths
 from frugalmoe.model.layers import rotary
 from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import Block, Transformer
 from frugalmoe.train.evaluate import put_batch
+from frugalmoe.train.loop import train
 from frugalmoe.train.step import init, make_eval_step
 
 B, T, D = 3, 12, 32
@@ -228,6 +234,24 @@ def test_a_trace_says_that_tokens_that_skip_have_no_expert():
     assert (experts_LBT[1] > 0).sum() == out.depths["passed"][0] == out.stats["tokens"][1] < valid_BT.sum()
     np.testing.assert_array_equal((out.plan.expert_NK < 8).sum(-1), experts_LBT)
     np.testing.assert_array_equal(out.plan.weight_NK.sum(-1) > 0, experts_LBT > 0)
+
+
+@pytest.mark.slow
+def test_a_run_logs_saves_samples_and_is_compared(tmp_path):
+    config = tiny(write_text(tmp_path / "text"), tmp_path / "cache", CAPACITY | {"checkpoint.every_steps": 8})
+    summary, run = train(config, tmp_path / "run"), tmp_path / "run"
+    shares = [row["depth/share/layer_02"] for row in rows(run) if "loss/ce" in row]
+    assert len(shares) == 12 and min(shares) == max(shares) == pytest.approx(10 / 32)  # ceil(0.3 * 32)
+    said = summary["mixture_of_depths"]
+    assert (said["causal"], said["causal_in_evaluation"]) == ("leak", "safe") and said["layers"].keys() == {"layer_02"}
+    assert "leak; safe in evaluation" in dict(headline_rows(load_run(run)))["mixture of depths"]
+    described = {"forward_flops": {"arm": {"routed experts": 1.0}}, "experts_per_token": {"arm": 2}}
+    found = final_metrics(summary, [], described | {"tokens_per_step": 256}, "arm")
+    assert {f"depth/{name}": v for name, v in said["layers"]["layer_02"].items()}.items() <= found.items()
+    assert found.keys() <= set(known_metrics(summary["domains"]))
+    restored, weights, tokenizer, mesh = load(run)
+    with jax.set_mesh(mesh):
+        assert "".join(stream(restored, weights, tokenizer, "The ", Sampling())) == summary["sample"]["text"]
 
 
 def test_other_parameters_start_as_without_it():

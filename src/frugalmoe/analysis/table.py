@@ -29,9 +29,11 @@ def headline_rows(run: Run) -> list[tuple[str, str]]:
         where = f", {moe['num_experts_per_token']} of {moe['num_experts']} experts" if moe else ""
         rows.append(("router", f"{router['name']}{where}; causality: {router.get('causal', 'unknown')}"))
     if depths := run.summary.get("mixture_of_depths"):
-        shares = [f"{percent(v['share'])} at {int(k.removeprefix('layer_'))}" for k, v in depths["layers"].items()]
+        shares = [
+            f"{percent(v['share'])} in layer {int(k.removeprefix('layer_'))}" for k, v in depths["layers"].items()
+        ]
         claims = f"causality: {depths['causal']}; {depths['causal_in_evaluation']} in evaluation"
-        rows.append(("mixture of depths", f"tokens that pass blocks: {', '.join(shares)}; {claims}"))
+        rows.append(("mixture of depths", f"tokens that pass a block: {', '.join(shares)}; {claims}"))
     if "total" in parameters:
         names = [("total", "total"), ("active", "active per token"), ("embedding", "embedding")]
         rows.append(("parameters", ", ".join(f"{count(parameters[k])} {w}" for k, w in names if k in parameters)))
