@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from runs import rows, tiny, write_text
-from test_train_step import batch, config_of, mesh_of
+from test_train_step import DEPTHS, EVERY_LOSS, batch, config_of, largest_difference, mesh_of, trained
 
 from frugalmoe import sharding
 from frugalmoe.ablate.results import final_metrics, known_metrics
 from frugalmoe.analysis import load_run
 from frugalmoe.analysis.table import headline_rows
 from frugalmoe.config.schema import Model
+from frugalmoe.data import Batch
 from frugalmoe.generate import Sampling, load, stream
 from frugalmoe.model import depths
 from frugalmoe.model.layers import rotary
@@ -25,7 +26,7 @@ from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import Block, Transformer
 from frugalmoe.train.evaluate import put_batch
 from frugalmoe.train.loop import train
-from frugalmoe.train.step import init, make_eval_step
+from frugalmoe.train.step import init, knobs, make_eval_step, make_train_step, without_knobs
 
 B, T, D = 3, 12, 32
 CAPACITY = {"model.mixture_of_depths.capacity": 0.3}
@@ -252,6 +253,25 @@ def test_a_run_logs_saves_samples_and_is_compared(tmp_path):
     restored, weights, tokenizer, mesh = load(run)
     with jax.set_mesh(mesh):
         assert "".join(stream(restored, weights, tokenizer, "The ", Sampling())) == summary["sample"]["text"]
+
+
+@pytest.mark.slow
+def test_runs_trained_at_once_are_the_runs():
+    """Two seeds under `jax.vmap`, as a study trains them on an accelerator; the first is that of the other laws."""
+    fields = DEPTHS | EVERY_LOSS
+    configs = [config_of(fields | {"train.seed": seed}) for seed in (0, 1)]
+    stacked = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    with jax.set_mesh(mesh_of()):
+        step = jax.jit(jax.vmap(make_train_step(without_knobs(configs[0]))))
+        state, of_runs = stacked(map(init, configs)), stacked(map(knobs, configs))
+        for i in range(2):
+            data = put_batch(mesh_of(), Batch(*(np.stack([a[None]] * 2) for a in batch(i))), ".ABT")
+            state, metrics = step(state, data, of_runs)
+    alone, alone_metrics = trained(fields)
+    together, together_metrics = jax.tree.map(lambda a: a[0], jax.device_get((state, metrics)))
+    assert largest_difference(alone.params, together.params) < 1e-4
+    assert largest_difference(alone_metrics[1], together_metrics) < 2e-4
+    assert largest_difference(*(np.asarray(a) for a in metrics["depth/predictor_accuracy"])) > 0
 
 
 def test_other_parameters_start_as_without_it():
