@@ -44,7 +44,7 @@ class MixtureOfDepths:
 
     capacity: float = 0.0  # share of a sequence's tokens that pass a routed block, in (0, 1]; 0: no block is routed
     every: int = 2  # the last of each n dense blocks is routed, and the last of each n MoE blocks
-    predictor_loss: float = 0.01  # coefficient; for AdamW its size is no matter, for clipping the less the better
+    predictor_loss: float = 0.01  # coefficient; AdamW is blind to its size, but clipping by the global norm is not
 
 
 @Frozen

@@ -8,6 +8,9 @@ that pass alone, and one that skips keeps y_t = x_t (section 3.4, eq. 1). Who pa
   The predictor is a small network on x_t alone, trained on that question; its gradient stops at x_t (section 3.5). So
   whether a token passes is causal, and how many pass is not fixed.
 
+An MoE layer in such a block routes, counts and balances the tokens that pass. Its losses per token are divided by all
+tokens, as in other layers: a token weighs the same in each.
+
 Letters: B batch, T time, C slots for the tokens that pass, D model, H hidden of the predictor, E experts.
 """
 
@@ -64,9 +67,9 @@ def predictor_hidden(dim: int) -> int:
 
 
 def metrics(stats: Mapping[str, Array]) -> dict[str, Array]:
-    """The share of tokens that passed, and of those whose part among the C best the predictor told; from summed stats.
+    """From summed stats: the share of tokens that passed, and of those about which the predictor was right.
 
-    A predictor that always says no is right for 1 - capacity of the tokens.
+    One that always says no is right about 1 - capacity of the tokens.
     """
     tokens = jnp.maximum(jnp.asarray(stats["tokens"], jnp.float32), 1)
     return {"share": stats["passed"] / tokens, "predictor_accuracy": stats["told"] / tokens}
@@ -85,7 +88,7 @@ class Depth(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((), jnp.float32))
 
     def scores(self, x_BTD: Array) -> tuple[Array, Array]:
-        """-> (r, the predictor's logit), float32 [B, T]. The predictor sees x / rms(x): x itself is small at first."""
+        """-> (r, the predictor's logit), float32 [B, T]. The predictor sees x / rms(x), whatever the size of x."""
         x_BTD = x_BTD.astype(jnp.float32)
         r_BT = project(x_BTD, self.router_D[:, None])[..., 0]
         x_BTD = jax.lax.stop_gradient(x_BTD)
