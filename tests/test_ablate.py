@@ -16,7 +16,7 @@ from frugalmoe.config import default, override, resolve, to_dict
 from frugalmoe.cost import forward_flops
 from frugalmoe.errors import UserError
 from frugalmoe.files import write_json
-from frugalmoe.model.transformer import structure
+from frugalmoe.model.transformer import count_parameters, structure
 from frugalmoe.routing import strategies
 
 
@@ -230,6 +230,33 @@ def test_flops_by_hand():
         "head": 2 * 32 * 64,
     }
     assert forward_flops(model, 32, active_experts=0.5)["routed experts"] == parts["routed experts"] / 4
+
+
+def test_a_block_that_mixture_of_depths_routes_costs_the_share_that_passes():
+    """The last of the 3 blocks, an MoE one; ceil(0.3 * 32) = 10 of 32 tokens pass."""
+    fields = TINY | {"model.vocab_size": 64}
+    without = resolve(override(default(), fields)).model
+    model = resolve(override(default(), fields | {"model.mixture_of_depths.capacity": 0.3})).model
+    plain, parts, passing = forward_flops(without, 32), forward_flops(model, 32), 10 / 32
+    assert parts == pytest.approx(
+        {
+            "attention projections": plain["attention projections"] * (2 + passing) / 3,
+            # its tokens see (10 + 1) / 2 others on average
+            "attention products": 2 * 2 * (4 * 8) * (2 * 16.5 + passing * 5.5),
+            "dense feed-forward": plain["dense feed-forward"],
+            "router": plain["router"] * (1 + passing) / 2,
+            "routed experts": plain["routed experts"] * (1 + passing) / 2,
+            "shared experts": plain["shared experts"] * (1 + passing) / 2,
+            "head": plain["head"],
+            "mixture of depths": 2 * (32 + 32 * 8 + 8),  # the router; the predictor, of 32 / 4 hidden units
+        }
+    )
+    # Of the block's active weights 0.7 are idle on average: two norms; attention; router; 2 of 8 experts, 1 shared.
+    active = 2 * 32 + 32 * 8 * (4 + 2 + 2 + 4) + 32 * 8 + 3 * (3 * 32 * 16)
+    added = 32 + 32 * 8 + 8 + 1
+    counts, before = count_parameters(model), count_parameters(without)
+    assert counts["total"] - before["total"] == added
+    assert counts["active"] - before["active"] == added - round(0.7 * active)
 
 
 def test_flops_are_two_per_weight_that_a_token_meets():

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from frugalmoe.routing.catalogue import COLUMNS, catalogue, format_markdown, format_table
+from frugalmoe.routing.catalogue import COLUMNS, blocks, catalogue, format_markdown, format_table
 
 PAGE = Path(__file__).parent.parent / "docs" / "routers.md"
 
 
 def test_the_table_fits_a_terminal_of_120_columns() -> None:
     """Every word of every cell is there; papers stand as year and arXiv number."""
-    rows, out = catalogue(), io.StringIO()
+    rows, out = [*catalogue(), *blocks()], io.StringIO()
     Console(width=120, file=out).print(format_table(rows))
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= 120 and "…" not in text
@@ -22,16 +22,16 @@ def test_the_table_fits_a_terminal_of_120_columns() -> None:
 
 
 def test_json_has_every_column_and_the_options() -> None:
-    for row in catalogue():
+    for row in [*catalogue(), *blocks()]:
         assert {*COLUMNS, "options", "losses", "weight_sum"} <= set(row)
 
 
 def test_the_page_is_up_to_date() -> None:
-    assert PAGE.read_text() == format_markdown(catalogue()) + "\n", (
+    assert PAGE.read_text() == format_markdown(catalogue(), blocks()) + "\n", (
         "declarations changed: run `frugalmoe routers --format=markdown > docs/routers.md`"
     )
 
 
 def test_a_bar_in_a_declaration_does_not_break_the_page() -> None:
     row = catalogue()[0] | {"weights": "a | b"}
-    assert "a \\| b" in format_markdown([row])
+    assert "a \\| b" in format_markdown([row], [])

@@ -1,12 +1,14 @@
 """Every config resolves, published shapes have the published sizes, and bad values give one clear line."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from frugalmoe.config import check_devices, default, load, override, resolve
+from frugalmoe.config import Config, check_devices, default, load, override, resolve, to_dict
 from frugalmoe.errors import UserError
 from frugalmoe.model.transformer import count_parameters
+from frugalmoe.train import rundir
 
 CONFIGS = sorted(Path("configs").glob("*.py"))
 
@@ -73,6 +75,15 @@ BAD = [
     ("optim.warmup_steps=5000", "optim.warmup_steps=5000", "train.steps=1000"),
     ("model.num_dense_layers=1", "model.dense_dim=0", "width"),
     ("model=3", "model=3", "section"),
+    ("model.mixture_of_depths.capacity=1.5", "model.mixture_of_depths.capacity=1.5", "in (0, 1]"),
+    ("model.mixture_of_depths.capacity=-0.1", "model.mixture_of_depths.capacity=-0.1", "in (0, 1]"),
+    ("model.mixture_of_depths.every=0", "model.mixture_of_depths.every=0", "must be positive"),
+    ("model.mixture_of_depths.predictor_loss=-1.0", "model.mixture_of_depths.predictor_loss=-1.0", "not be negative"),
+    (
+        "model.mixture_of_depths.capacity=0.5,model.mixture_of_depths.every=5",
+        "model.mixture_of_depths.every=5",
+        "routes no block of 0 dense and 4 MoE ones",
+    ),
 ]
 
 
@@ -87,6 +98,21 @@ def test_bad_values_name_field_value_and_rule(overrides, field, rule):
 def test_naming_another_router_drops_the_options_of_the_old_one():
     config = load("configs/ling_mini_2.py", {"model.moe.router": "hash"})
     assert config.model.moe.options == type(config.model.moe.options)()
+
+
+def test_a_field_that_is_younger_than_a_run_leaves_it_as_it_was(tmp_path):
+    config = to_dict(Config())
+    old = json.loads(json.dumps(config))
+    del old["model"]["mixture_of_depths"], old["model"]["moe"]["load_balance_devices"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    rundir.check_config(tmp_path, config, force=False)
+    config["model"]["mixture_of_depths"]["capacity"] = 0.5
+    with pytest.raises(UserError, match=r"\(model.mixture_of_depths.capacity: 0.0 there, 0.5 here\)"):
+        rundir.check_config(tmp_path, config, force=False)
+    del old["model"]["moe"]["losses"]["z"]  # a user's own entry, no field
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    with pytest.raises(UserError, match=r"model\.moe\.losses\.z: None there, 0\.001 here"):
+        rundir.check_config(tmp_path, to_dict(Config()), force=False)
 
 
 @pytest.mark.parametrize(

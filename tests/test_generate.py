@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_train_step import config_of, mesh_of, router
+from test_train_step import WITH_DEPTHS, config_of, mesh_of, router
 
 from frugalmoe import sharding
 from frugalmoe.config.schema import MoE
@@ -35,12 +35,16 @@ def weights_of(config) -> Weights:
     return Weights(state.params, state.router_state)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n == "topk_softmax" else pytest.mark.slow) for n in CAUSAL]
-)
-def test_cached_tokens_equal_recomputed_ones(name):
+MODELS = [
+    *(pytest.param(router(n), id=n, marks=[] if n == "topk_softmax" else pytest.mark.slow) for n in CAUSAL),
+    WITH_DEPTHS,
+]
+
+
+@pytest.mark.parametrize("fields", MODELS)
+def test_cached_tokens_equal_recomputed_ones(fields):
     """Greedy tokens after a prompt, against the argmax of a forward pass over all tokens so far, without a cache."""
-    config = config_of(router(name) | BYTES)
+    config = config_of(fields | BYTES)
     mesh = mesh_of()
     prompt = np.arange(5, 12).astype(np.int32)
     with jax.set_mesh(mesh):

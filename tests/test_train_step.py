@@ -96,6 +96,14 @@ def of(*names: str) -> list:
 
 EVERY = of("sigmoid_bias", *(n for n in strategies.names() if n != "sigmoid_bias"))
 KINDS = of("sigmoid_bias", "topk_softmax", "expert_choice", "random")  # with state, without, expert-major, noisy
+# Every block routed around, a router whose carry crosses them.
+DEPTHS = {
+    "model.moe.router": "recurrent",
+    "model.moe.options.hidden": 8,
+    "model.mixture_of_depths.capacity": 0.4,
+    "model.mixture_of_depths.every": 1,
+}
+WITH_DEPTHS = pytest.param(DEPTHS, id="mixture_of_depths", marks=pytest.mark.slow)
 FED_BY_COUNTS = ("sigmoid_bias",)  # their state is a function of integers: equal to the bit
 # As many experts per token as reach a threshold, have room, or are experts at all.
 VARIABLE = ("adamoe", "expert_threshold", "longcat", "moe_plus_plus", "recycle", "relu", "top_p")
@@ -108,13 +116,13 @@ def assert_same_state(a, b, router: dict) -> None:
     assert not a.router_state or largest_difference(a.router_state, b.router_state) <= rounding
 
 
-@pytest.mark.parametrize("router", KINDS)
+@pytest.mark.parametrize("router", [*KINDS, WITH_DEPTHS])
 def test_micro_batches_equal_one_batch(router):
     """Loss, every metric, parameters and router state, whatever the number of micro-batches."""
     assert_same_run(router, {"train.accumulate_steps": 4})
 
 
-@pytest.mark.parametrize("router", EVERY)
+@pytest.mark.parametrize("router", [*EVERY, WITH_DEPTHS])
 def test_recomputed_micro_batches_equal_one_batch(router):
     """The same with every layer computed again in the backward pass: nothing is counted or updated twice."""
     assert_same_run(router, {"train.accumulate_steps": 4, "model.remat": "full"})
@@ -141,7 +149,7 @@ def test_micro_batches_equal_one_batch_for_balance_in_groups_of_sequences():
 
 
 @pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
-@pytest.mark.parametrize("router", KINDS)
+@pytest.mark.parametrize("router", [*KINDS, WITH_DEPTHS])
 def test_remat_changes_nothing(router, remat):
     """Recomputed layers count no token twice and update no state twice."""
     plain, plain_metrics = trained(router | EVERY_LOSS)
@@ -280,8 +288,16 @@ def on_eight_devices(extra: dict) -> dict:
             "model.moe.options.base": "default_moe",
             "model.moe.options.steps": 2,
         },
+        DEPTHS,
     ],
-    ids=["stateful", "global scope", "random, accumulated", "carry, shared parameters", "noise, experts run, added"],
+    ids=[
+        "stateful",
+        "global scope",
+        "random, accumulated",
+        "carry, shared parameters",
+        "noise, experts run, added",
+        "mixture of depths",
+    ],
 )
 def test_eight_devices_equal_one(extra):
     """The same loss, gradients (through AdamW), statistics and router state with the batch spread over 8 devices."""

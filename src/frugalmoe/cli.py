@@ -197,15 +197,15 @@ def _add_routers(commands) -> None:
 def _routers(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from frugalmoe.routing.catalogue import catalogue, format_markdown, format_table
+    from frugalmoe.routing.catalogue import BLOCKS, blocks, catalogue, format_markdown, format_table
 
     rows = catalogue()
     if args.format == "json":
         print(json.dumps(rows, indent=1))
     elif args.format == "markdown":
-        print(format_markdown(rows))
+        print(format_markdown(rows, blocks()))
     else:
-        Console(width=None if sys.stdout.isatty() else 120).print(format_table(rows))
+        Console(width=None if sys.stdout.isatty() else 120).print(format_table(rows), format_table(blocks(), BLOCKS))
     return 0
 
 

@@ -94,7 +94,8 @@ def _steps(config: Model, slots: int, batch: int):
 
     def prefill(params, router_state, tokens_T, length, key, temperature, top_p):
         model = nnx.merge(graphdef, params, router_state)
-        caches = jax.tree.map(lambda a: sharding.reshard(a, ".B..."), model.empty_caches(batch, slots))
+        place = lambda a: sharding.reshard(a, ".B" + "." * (a.ndim - 2))
+        caches = jax.tree.map(place, model.empty_caches(batch, slots))
         out = run(model, tokens_T, caches, jnp.int32(0), length)
         return pick(model, out.hidden_BTD, length - 1, length, key, temperature, top_p), out.caches
 

@@ -25,6 +25,8 @@ NAMES = {
     "router/active_per_token": "experts per token",
     "router/tie_rate": "tie rate",
     "router/logit_lse": "log-normaliser of the router",
+    "depth/share": "share of tokens that pass",
+    "depth/predictor_accuracy": "accuracy of the depth predictor",
     "train/loss": "training loss, last tenth",
     "parameters/total": "parameters",
     "parameters/active": "active parameters",

@@ -44,6 +44,7 @@ ROUTER = (
     "logit_lse",
     "tie_rate",
 )
+DEPTH = ("share", "predictor_accuracy")  # of the blocks that mixture of depths routes
 DIVERGED, CROSS = "diverged", "cross/"
 TAIL = 0.1  # share of the steps whose mean is `train/loss`
 COST = ("cost/active_flops", "speed/tokens_per_second", "speed/step_seconds", "parameters/total", "parameters/active")
@@ -52,21 +53,22 @@ COST = ("cost/active_flops", "speed/tokens_per_second", "speed/step_seconds", "p
 def known_metrics(domains: Iterable[str]) -> list[str]:
     """The names of final results that a study may ask for."""
     scores = [f"eval/{kind}/{d}" for kind in ("loss", "bits_per_byte") for d in (*domains, "mean")]
-    return [*scores, "train/loss", *(f"router/{name}" for name in ROUTER), *COST]
+    return [*scores, "train/loss", *(f"router/{name}" for name in ROUTER), *(f"depth/{name}" for name in DEPTH), *COST]
 
 
 def final_metrics(
     summary: Mapping[str, Any], logged: Sequence[Mapping[str, float]], study: Mapping[str, Any], arm: str
 ) -> dict[str, float]:
-    """A complete run's results; router metrics are means over its MoE layers, absent where no layer has them."""
+    """A complete run's results; metrics of layers are means over those that have them, absent where none has."""
     late = [row["loss/ce"] for row in logged if "loss/ce" in row and row["step"] > (1 - TAIL) * summary["step"]]
     values = {"train/loss": float(np.mean(late))} if late else {}
     values |= {f"eval/{kind}/{d}": v for kind, by_domain in summary["eval"].items() for d, v in by_domain.items()}
-    layers = list(summary["router"]["layers"].values())
-    for name in ROUTER:
-        found = [layer[name] for layer in layers if name in layer]
-        if found:
-            values[f"router/{name}"] = float(np.mean(found))
+    for kind, section, names in (("router", "router", ROUTER), ("depth", "mixture_of_depths", DEPTH)):
+        layers = list(summary.get(section, {"layers": {}})["layers"].values())
+        for name in names:
+            found = [layer[name] for layer in layers if name in layer]
+            if found:
+                values[f"{kind}/{name}"] = float(np.mean(found))
     values["cost/active_flops"] = active_flops(study, arm, values.get("router/active_per_token"))
     values |= {f"parameters/{k}": float(summary["parameters"][k]) for k in ("total", "active")}
     if speed := summary["speed"]["tokens_per_second"]:

@@ -3,7 +3,7 @@
 from rich.table import Table
 from rich.text import Text
 
-from frugalmoe.analysis.page import count, number
+from frugalmoe.analysis.page import count, number, percent
 from frugalmoe.analysis.runs import Run
 
 # What `summary.json` may say of a layer's routing, and the words for it.
@@ -28,6 +28,12 @@ def headline_rows(run: Run) -> list[tuple[str, str]]:
     if "name" in router:
         where = f", {moe['num_experts_per_token']} of {moe['num_experts']} experts" if moe else ""
         rows.append(("router", f"{router['name']}{where}; causality: {router.get('causal', 'unknown')}"))
+    if depths := run.summary.get("mixture_of_depths"):
+        shares = [
+            f"{percent(v['share'])} in layer {int(k.removeprefix('layer_'))}" for k, v in depths["layers"].items()
+        ]
+        claims = f"causality: {depths['causal']}; {depths['causal_in_evaluation']} in evaluation"
+        rows.append(("mixture of depths", f"tokens that pass a block: {', '.join(shares)}; {claims}"))
     if "total" in parameters:
         names = [("total", "total"), ("active", "active per token"), ("embedding", "embedding")]
         rows.append(("parameters", ", ".join(f"{count(parameters[k])} {w}" for k, w in names if k in parameters)))

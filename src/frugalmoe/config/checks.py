@@ -9,7 +9,7 @@ from frugalmoe.errors import UserError, did_you_mean
 
 def check(config: Config) -> None:
     """Raises `UserError` for the first rule that the config breaks."""
-    for rules in (_model, _moe, _data, _optim, _train):
+    for rules in (_model, _depths, _moe, _data, _optim, _train):
         rules(config)
 
 
@@ -58,6 +58,21 @@ def _model(config: Config) -> None:
     _one_of("model.qk_norm", m.qk_norm, ("none", "head", "full"))
     _one_of("model.compute_dtype", m.compute_dtype, ("float32", "bfloat16"))
     _one_of("model.remat", m.remat, ("none", "dots", "full"))
+
+
+def _depths(config: Config) -> None:
+    m = config.model
+    depths, path = m.mixture_of_depths, "model.mixture_of_depths"
+    _each(path, depths, "capacity", lambda v: 0 <= v <= 1, "must be in (0, 1], or 0 for none")
+    _each(path, depths, "every", lambda v: v > 0, "must be positive")
+    _each(path, depths, "predictor_loss", lambda v: v >= 0, "must not be negative")
+    most = max(m.num_dense_layers, m.num_layers - m.num_dense_layers)
+    _require(
+        not depths.capacity or depths.every <= most,
+        f"{path}.every",
+        depths.every,
+        f"routes no block of {m.num_dense_layers} dense and {m.num_layers - m.num_dense_layers} MoE ones",
+    )
 
 
 def _moe(config: Config) -> None:

@@ -39,6 +39,15 @@ class MoE:
 
 
 @Frozen
+class MixtureOfDepths:
+    """Blocks that some tokens of a sequence pass and the others skip: see model/depths.py."""
+
+    capacity: float = 0.0  # share of a sequence's tokens that pass a routed block, in (0, 1]; 0: no block is routed
+    every: int = 2  # the last of each n dense blocks is routed, and the last of each n MoE blocks
+    predictor_loss: float = 0.01  # coefficient; AdamW is blind to its size, but clipping by the global norm is not
+
+
+@Frozen
 class Model:
     """A decoder-only transformer."""
 
@@ -61,6 +70,7 @@ class Model:
     compute_dtype: str = "float32"  # float32 | bfloat16; parameters are float32 always
     remat: str = "none"  # none | dots (keep matrix products) | full (keep layer inputs and routing plans)
     moe: MoE = MoE()
+    mixture_of_depths: MixtureOfDepths = MixtureOfDepths()
 
 
 @Frozen

@@ -3,6 +3,7 @@
 Letters: B batch, T time, S cache slots, D model, H query heads, K key-value heads, d channels of a head.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -17,15 +18,20 @@ from frugalmoe.sharding import local
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far, of one layer or stacked over layers; token t sits in slot t."""
+    """Keys and values of the tokens so far, of one layer or stacked over layers; token t sits in slot t.
+
+    With mixture of depths, a routed block holds the tokens that passed it, side by side, and counts them in `used_B`.
+    """
 
     k_BSKd: Array
     v_BSKd: Array
+    used_B: Array | None = None  # int32
 
 
 def empty_cache(config: Model, layers: int, batch: int, slots: int) -> Cache:
     shape = (layers, batch, slots, config.num_kv_heads, config.head_dim)
-    return Cache(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
+    used_B = jnp.zeros(shape[:2], jnp.int32) if config.mixture_of_depths.capacity else None
+    return Cache(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype), used_B)
 
 
 class Attention(nnx.Module):
@@ -51,15 +57,16 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: Array, angles: Rotary, segment_ids_BT: Array, cache: Cache | None, start: Array | None
     ) -> tuple[Array, Cache | None]:
-        """`cache` and `start` (first slot to write, int32 []) are given in generation only."""
+        """`cache` and `start` (first slot to write, int32 [] or [B]) are given in generation only."""
         q_BTHd, k_BTKd, v_BTKd = self._project(x_BTD)
         q_BTHd, k_BTKd = rotate(q_BTHd, angles), rotate(k_BTKd, angles)
         if cache is None:
             attend = local(causal_attention, ("BTHd", "BTHd", "BTHd", "BT"), "BTHd")
             o_BTHd = attend(q_BTHd, k_BTKd, v_BTKd, segment_ids_BT)
         else:
-            cache = Cache(*(_write(old, new, start) for old, new in zip(cache, (k_BTKd, v_BTKd))))
-            o_BTHd = cache_attention(q_BTHd, *cache, start)
+            k_BSKd, v_BSKd = (_write(old, new, start) for old, new in zip(cache[:2], (k_BTKd, v_BTKd)))
+            cache = cache._replace(k_BSKd=k_BSKd, v_BSKd=v_BSKd)
+            o_BTHd = cache_attention(q_BTHd, k_BSKd, v_BSKd, start)
         return jnp.einsum("bthk,hkd->btd", o_BTHd, self.out_HdD.astype(x_BTD.dtype)), cache
 
     def _project(self, x_BTD: Array) -> tuple[Array, Array, Array]:
@@ -81,4 +88,8 @@ class Attention(nnx.Module):
 
 
 def _write(old_BSKd: Array, new_BTKd: Array, start: Array) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(old_BSKd, new_BTKd.astype(old_BSKd.dtype), start, axis=1)
+    new_BTKd = new_BTKd.astype(old_BSKd.dtype)
+    if not start.ndim:
+        return jax.lax.dynamic_update_slice_in_dim(old_BSKd, new_BTKd, start, axis=1)
+    write = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
+    return local(write, ("BSKd", "BTKd", "B"), "BSKd")(old_BSKd, new_BTKd, start)

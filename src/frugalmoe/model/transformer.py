@@ -14,6 +14,7 @@ from jax import Array
 
 from frugalmoe import sharding
 from frugalmoe.config.schema import Model
+from frugalmoe.model import depths
 from frugalmoe.model.attention import Attention, Cache, empty_cache
 from frugalmoe.model.layers import FeedForward, RMSNorm, Rotary, normal, rotary
 from frugalmoe.model.moe import Context, MoELayer, Routed, RouterState
@@ -43,21 +44,28 @@ class Block(nnx.Module):
         carry: object,
         cache: Cache | None,
         start: Array | None,
+        weight_BT: Array | None = None,
     ) -> tuple[Array, Routed | None, object, Cache | None]:
+        """`weight_BT`, float32, is what mixture of depths multiplies all that the block adds with."""
         normed = self.attention_norm(x_BTD)
-        y_BTD, cache = self.attention(normed, angles, context.segment_ids_BT, cache, start)
-        x_BTD = x_BTD + y_BTD
-        normed = self.ffn_norm(x_BTD)
+        attended_BTD, cache = self.attention(normed, angles, context.segment_ids_BT, cache, start)
+        hidden_BTD, routed = x_BTD + attended_BTD, None
+        normed = self.ffn_norm(hidden_BTD)
         if hasattr(self, "moe"):
             y_BTD, routed, carry = self.moe(normed, context, layer, carry)
-            return x_BTD + y_BTD, routed, carry, cache
-        return x_BTD + self.ffn(normed), None, carry, cache
+        else:
+            y_BTD = self.ffn(normed)
+        if weight_BT is None:
+            return hidden_BTD + y_BTD, routed, carry, cache
+        added_BTD = weight_BT[..., None] * (attended_BTD + y_BTD)
+        return (x_BTD + added_BTD).astype(x_BTD.dtype), routed, carry, cache
 
 
 class Output(NamedTuple):
     hidden_BTD: Array  # after the last norm
     routed: Routed | None  # every leaf with a leading axis L over the MoE layers
     caches: tuple[Cache | None, Cache | None]  # of the dense and of the MoE layers
+    depths: depths.Report | None  # of the blocks that mixture of depths routes, dense ones first
 
 
 class Transformer(nnx.Module):
@@ -74,6 +82,12 @@ class Transformer(nnx.Module):
             shared_key = jax.random.fold_in(moe_key, num_moe)
             shared = strategies.get(config.moe.router).init_shared(shared_key, config.dim, config.moe)
             self.shared_router = nnx.Dict({k: nnx.Param(v) for k, v in shared.items()})
+        dense_depths, moe_depths = map(len, depths.routed_layers(config))
+        stacked = lambda key, n: jax.vmap(lambda k: depths.Depth(k, config))(jax.random.split(key, n))
+        if dense_depths:
+            self.dense_depths = stacked(jax.random.fold_in(dense_key, config.num_layers), dense_depths)
+        if moe_depths:
+            self.moe_depths = stacked(jax.random.fold_in(moe_key, config.num_layers + 1), moe_depths)
         self.final_norm = RMSNorm(config.dim, config.norm_eps)
         if not config.tie_embeddings:
             self.head_DV = normal(head_key, (config.dim, config.vocab_size), config.init_std)
@@ -90,18 +104,18 @@ class Transformer(nnx.Module):
         x_BTD = (
             self.embed_VD.astype(config.compute_dtype).at[context.token_ids_BT].get(out_sharding=sharding.spec("BTD"))
         )
-        routed, new_caches = None, [None, None]
+        routed, new_caches, reports = None, [None, None], [None, None]
         if config.num_dense_layers:
-            x_BTD, _, _, new_caches[0] = self._scan(self.dense_blocks, x_BTD, context, None, caches[0], start)
+            x_BTD, _, _, new_caches[0], reports[0] = self._scan("dense", x_BTD, context, None, caches[0], start)
         if config.num_dense_layers < config.num_layers:
             carry = strategies.get(config.moe.router).init_carry(config.moe, batch, time)
             carry = jax.tree.map(lambda a: sharding.reshard(a, "BT" + "." * (a.ndim - 2)), carry)
             context = context._replace(shared_router={k: v[...] for k, v in self.shared_router.items()})
-            x_BTD, routed, _, new_caches[1] = self._scan(self.moe_blocks, x_BTD, context, carry, caches[1], start)
-        return Output(self.final_norm(x_BTD), routed, tuple(new_caches))
+            x_BTD, routed, _, new_caches[1], reports[1] = self._scan("moe", x_BTD, context, carry, caches[1], start)
+        return Output(self.final_norm(x_BTD), routed, tuple(new_caches), depths.join(*reports))
 
-    def _scan(self, blocks, x_BTD, context, carry, cache, start):
-        config = self.config
+    def _scan(self, kind: str, x_BTD, context, carry, cache, start):
+        config, blocks, routers = self.config, getattr(self, f"{kind}_blocks"), getattr(self, f"{kind}_depths", None)
         angles = rotary(context.positions_BT, config.head_dim, config.rope_theta, config.rope_fraction)
 
         def body(state, xs):
@@ -109,12 +123,22 @@ class Transformer(nnx.Module):
             x, routed, carry, cache = block(state[0], context, angles, layer, state[1], cache, start)
             return (x, carry), (routed, cache)
 
+        def through(state, xs):
+            depth, (block, layer, cache) = xs
+            x, routed, carry, cache, report = depth.through(block, state[0], context, angles, layer, state[1], cache)
+            return (x, carry), ((routed, cache), report)
+
         num_layers = blocks.attention_norm.scale.shape[0]
         layers = jnp.arange(num_layers, dtype=jnp.int32)
-        (x_BTD, carry), (routed, cache) = jax.lax.scan(
-            _remat(body, config.remat), (x_BTD, carry), (blocks, layers, cache)
-        )
-        return x_BTD, routed, carry, cache
+        state, xs, body = (x_BTD, carry), (blocks, layers, cache), _remat(body, config.remat)
+        if routers is None:
+            ((x_BTD, carry), (routed, cache)), report = jax.lax.scan(body, state, xs), None
+        else:
+            every = config.mixture_of_depths.every
+            (x_BTD, carry), (routed, cache), report = depths.scan(
+                body, _remat(through, config.remat), state, xs, routers, every
+            )
+        return x_BTD, routed, carry, cache, report
 
     def head(self) -> Array:
         """The matrix [D, V] in compute dtype that turns hidden states into logits.
@@ -163,7 +187,10 @@ def structure(config: Model) -> tuple[nnx.GraphDef, dict, dict]:
 
 
 def count_parameters(config: Model) -> dict[str, int]:
-    """Totals from shapes alone: `total`, `active` (used for one token), and the embedding and head among them."""
+    """Totals from shapes alone: `total`, `active` (used for one token), and the embedding and head among them.
+
+    A block that mixture of depths routes counts as active for the share of tokens that it takes in training.
+    """
     _, params, _ = structure(config)
     size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     routed = 0
@@ -172,6 +199,11 @@ def count_parameters(config: Model) -> dict[str, int]:
         routed = size([moe["gate_up_ED2F"], moe["down_EFD"]])
     total, per_token = size(params), config.moe.num_experts_per_token
     idle = routed - routed * per_token // config.moe.num_experts
+    for kind, blocks, layers in zip(("dense", "moe"), (0, idle), depths.routed_layers(config)):
+        if layers:
+            active = size(params[f"{kind}_blocks"]) - blocks
+            stacked = params[f"{kind}_blocks"]["attention_norm"]["scale"].shape[0]
+            idle += round(active * len(layers) / stacked * (1 - config.mixture_of_depths.capacity))
     embedding = params["embed_VD"].size
     return {
         "total": total,

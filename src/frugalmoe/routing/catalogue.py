@@ -1,4 +1,6 @@
-"""The catalogue of routing strategies, from their own declarations: `frugalmoe routers`, docs/routers.md."""
+"""The catalogue of routing strategies, and of what routes tokens around whole blocks, from their own declarations:
+`frugalmoe routers`, docs/routers.md.
+"""
 
 import dataclasses
 import re
@@ -7,9 +9,9 @@ from collections.abc import Iterable
 from rich import box
 from rich.table import Table
 
-from frugalmoe.config.schema import MoE
+from frugalmoe.config.schema import MixtureOfDepths, MoE
 from frugalmoe.routing import strategies
-from frugalmoe.routing.contract import Router
+from frugalmoe.routing.contract import About, Router
 
 COLUMNS = ("name", "year", "paper", "score", "selection", "weights", "balance", "causal", "form", "state")
 HEADER = """# Routing strategies
@@ -20,6 +22,13 @@ Written by `frugalmoe routers --format=markdown > docs/routers.md` from what eac
 sequences; leak, on later tokens of its own. `form`: token, tokens choose experts; expert, experts choose tokens.
 `state`: what is carried from step to step beside the parameters.
 """
+BLOCKS = "Around whole blocks"
+BLOCKS_HEADER = f"""
+## {BLOCKS}
+
+Not a router of experts: a section of the config, `model.<name>`, beside any router. A block that it routes, attention
+included, is the one expert, and chooses tokens; the others skip it. `tests/test_depths.py` checks the claims.
+"""
 
 
 def catalogue() -> list[dict]:
@@ -27,12 +36,25 @@ def catalogue() -> list[dict]:
     return [_row(strategies.get(name)) for name in strategies.names()]
 
 
+def blocks() -> list[dict]:
+    """The same of what routes tokens around whole blocks."""
+    from frugalmoe.model import depths  # imported here: models import routing
+
+    return [_filled("mixture_of_depths", {f: getattr(depths.ABOUT, f) for f in _CLAIMS}, MixtureOfDepths())]
+
+
 def _row(router: Router) -> dict:
     options = router.options()
     config = MoE(options=options)
-    claims = {f.name: router.claim(f.name, config) for f in dataclasses.fields(router.about)}
+    return _filled(router.name, {f: router.claim(f, config) for f in _CLAIMS}, options)
+
+
+_CLAIMS = tuple(f.name for f in dataclasses.fields(About))
+
+
+def _filled(name: str, claims: dict, options: object) -> dict:
     return {
-        "name": router.name,
+        "name": name,
         **claims,
         "losses": list(claims["losses"]),
         "state": "yes" if claims["stateful"] else "no",
@@ -46,12 +68,12 @@ def _cells(row: dict) -> dict:
     return row | {"causal": f"{row['causal']}; {evaluation} in evaluation" if evaluation else row["causal"]}
 
 
-def format_table(rows: list[dict]) -> Table:
+def format_table(rows: list[dict], title: str = "Routing strategies") -> Table:
     """The rows for a terminal of 120 columns: year and arXiv numbers stand under the name."""
     under = ("year", "paper")
     table = Table(
         *("name, year, paper" if column == "name" else column for column in COLUMNS if column not in under),
-        title="Routing strategies",
+        title=title,
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 1, 0),
     )
@@ -65,15 +87,19 @@ def format_table(rows: list[dict]) -> Table:
     return table
 
 
-def format_markdown(rows: list[dict]) -> str:
+def format_markdown(rows: list[dict], blocks: list[dict]) -> str:
     """The page docs/routers.md: all columns, then every strategy's options with their defaults and its losses."""
-    lines = [HEADER, _line(COLUMNS), _line(["---"] * len(COLUMNS))]
+    return "\n".join([HEADER, *_tables(rows), BLOCKS_HEADER, *_tables(blocks)])
+
+
+def _tables(rows: list[dict]) -> list[str]:
+    lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
     lines += [_line([f"`{row['name']}`", *(row[column] for column in COLUMNS[1:])]) for row in map(_cells, rows)]
     lines += ["", _line(["name", "options", "losses"]), _line(["---"] * 3)]
     for row in rows:
         options = ", ".join(f"`{name}={value!r}`" for name, value in row["options"].items())
         lines.append(_line([f"`{row['name']}`", options, ", ".join(f"`{name}`" for name in row["losses"])]))
-    return "\n".join(lines)
+    return lines
 
 
 def _line(cells: Iterable[object]) -> str:

@@ -21,6 +21,11 @@ from frugalmoe.routing.contract import Inputs, State, TokenPlan
 ROUNDING = 1e-4  # a number of slots this little above an integer is that integer
 
 
+def slots(size: int, share: float) -> int:
+    """C = ceil(share * n) of a pool of n tokens."""
+    return min(size, math.ceil(size * share - ROUNDING))
+
+
 class Ranked(NamedTuple):
     """The C best tokens of every pool for every expert, best first; no gradient passes."""
 
@@ -33,7 +38,7 @@ def rank(score_PnE: Array, valid_Pn: Array, share: float) -> Ranked:
     """C = ceil(share * n) of a pool's n valid tokens, so that padding changes nothing."""
     size = score_PnE.shape[1]
     score_PEn = jnp.where(valid_Pn[..., None], jax.lax.stop_gradient(score_PnE), -jnp.inf).swapaxes(1, 2)
-    value_PEC, token_PEC = jax.lax.top_k(score_PEn, min(size, math.ceil(size * share - ROUNDING)))
+    value_PEC, token_PEC = jax.lax.top_k(score_PEn, slots(size, share))
     tokens_P11 = valid_Pn.sum(-1, dtype=jnp.int32)[:, None, None]
     slots_P11 = jnp.minimum(tokens_P11, jnp.ceil(tokens_P11 * share - ROUNDING).astype(jnp.int32))
     last_PE1 = jnp.broadcast_to(jnp.maximum(slots_P11 - 1, 0), (*value_PEC.shape[:2], 1))

@@ -30,6 +30,7 @@ class Scores(NamedTuple):
     loss: dict[str, float]  # nats per token, by domain, and their mean
     bits_per_byte: dict[str, float]
     stats: dict[str, np.ndarray]  # routing statistics [L, ...] summed over all domains
+    depths: dict[str, np.ndarray]  # the same of the blocks that mixture of depths routes; empty without
 
 
 def put_batch(mesh: jax.sharding.Mesh, batch: Batch, letters: str) -> Batch:
@@ -50,7 +51,7 @@ def evaluate(
     trace: list[Traced] | None = None,
 ) -> Scores:
     """Every domain's loss on its held-out documents. With `trace`, appends what it saw of every batch to it."""
-    loss, bits, stats = {}, {}, None
+    loss, bits, stats = {}, {}, None  # (of the routers, of mixture of depths)
     token_bytes = data.tokenizer.token_bytes
     for domain in data.domains:
         nats = targets = size = 0.0
@@ -60,14 +61,15 @@ def evaluate(
             nats += float(out.ce_BT.sum(dtype=np.float64))
             targets += int(batch.loss_mask_BT.sum())
             size += int(token_bytes[batch.targets_BT[batch.loss_mask_BT]].sum())
-            stats = out.stats if stats is None else jax.tree.map(np.add, stats, out.stats)
+            found = (out.stats, out.depths)
+            stats = found if stats is None else jax.tree.map(np.add, stats, found)
             if trace is not None:
                 trace.append(Traced(batch, documents_BT, out))
         loss[domain] = nats / max(targets, 1)
         bits[domain] = nats / np.log(2) / max(size, 1)
     loss["mean"] = float(np.mean(list(loss.values())))
     bits["mean"] = float(np.mean(list(bits.values())))
-    return Scores(loss, bits, stats)
+    return Scores(loss, bits, *stats)
 
 
 def write_probe(path: Path, trace: list[Traced], layers: list[int], num_experts: int) -> None:

@@ -22,6 +22,7 @@ from frugalmoe.data.batches import Batch
 from frugalmoe.errors import UserError
 from frugalmoe.files import read_json, write_json
 from frugalmoe.generate import sample_text
+from frugalmoe.model import depths
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
@@ -197,6 +198,7 @@ class Run:
         self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
         model = config.model
         self.layers = list(range(model.num_dense_layers, model.num_layers))
+        self.routed_blocks = [layer for layers in depths.routed_layers(model) for layer in layers]
         self.manager = checkpoint.open_manager(workdir, config.checkpoint, cleanup=True)
         saved = self.manager.latest_step()
         self.state = init(config) if saved is None else checkpoint.restore(self.manager, saved, abstract(config))
@@ -247,7 +249,8 @@ class Run:
         counts_LE = values.pop("counts_LE", None)
         if step % self.config.train.log_every and step != self.config.train.steps:
             return
-        row = _flatten(values, self.layers)
+        of_blocks = {name: values.pop(name) for name in list(values) if name.startswith("depth/")}
+        row = _flatten(values, self.layers) | _flatten(of_blocks, self.routed_blocks)
         if seconds:  # absent at the first step, which compiles
             self.tokens_per_second.append(tokens / seconds)
             row |= {"speed/tokens_per_second": tokens / seconds, "speed/step_seconds": seconds}
@@ -276,12 +279,9 @@ class Run:
     def _summary(self, scores: Scores, seconds: float) -> dict[str, Any]:
         moe = self.config.model.moe
         router = strategies.get(moe.router)
-        layers = {f"layer_{layer:02d}": {} for layer in self.layers}
-        if scores.stats:
-            metrics = jax.vmap(routing_stats.metrics)(scores.stats)
-            for name, value in _flatten(jax.device_get(metrics), self.layers).items():
-                metric, _, layer = name.partition("/")
-                layers[layer][metric] = value
+        layers = _by_layer(routing_stats.metrics, scores.stats, self.layers)
+        blocks = _by_layer(depths.metrics, scores.depths, self.routed_blocks)
+        about = {"causal": depths.ABOUT.causal, "causal_in_evaluation": depths.ABOUT.causal_in_evaluation}
         speed = float(np.median(self.tokens_per_second)) if self.tokens_per_second else None
         return {
             "domains": list(self.data.domains),
@@ -289,8 +289,19 @@ class Run:
             "parameters": count_parameters(self.config.model),
             "speed": {"tokens_per_second": speed, "train_seconds": seconds},
             "router": {"name": router.name, "causal": router.about.causal, "layers": layers},
+            **({"mixture_of_depths": about | {"layers": blocks}} if blocks else {}),
             "sample": sample_text(self.config, self.state, self.data.tokenizer),
         }
+
+
+def _by_layer(metrics: Callable, stats: Mapping[str, Any], layers: list[int]) -> dict[str, dict[str, float]]:
+    """Metrics of summed statistics [L, ...] under layer_03 -> name."""
+    found = {f"layer_{layer:02d}": {} for layer in layers}
+    if stats:
+        for name, value in _flatten(jax.device_get(jax.vmap(metrics)(stats)), layers).items():
+            metric, _, layer = name.partition("/")
+            found[layer][metric] = value
+    return found
 
 
 class _Clock:

@@ -33,7 +33,7 @@ def decay_mask(params: dict) -> dict:
 
     def is_matrix(path, leaf) -> bool:
         names = [str(getattr(k, "key", k)) for k in path]
-        stacked = names[0].endswith("blocks")
+        stacked = names[0].endswith(("blocks", "depths"))
         return leaf.ndim - stacked >= 2 and "bias" not in names[-1]
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)

@@ -1,5 +1,6 @@
 """The run directory: who owns it, what config it holds, and its append-only logs. Analysis needs nothing else."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any, TextIO
 
 import jax
 
+from frugalmoe.config import Config, to_dict
 from frugalmoe.errors import UserError
 from frugalmoe.files import read_json, write_atomically
 
@@ -39,13 +41,24 @@ def check_config(workdir: Path, config: Mapping[str, Any], force: bool) -> None:
         if workdir.is_dir() and any(p.name != ".lock" for p in workdir.iterdir()):
             raise UserError(f"--workdir={workdir}: holds files but no config.json; give an empty or new directory")
         return
-    differing = _differences(read_json(path), config, "")
+    differing = _differences(_completed(read_json(path), Config()), config, "")
     if differing and not force:
         shown = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
         raise UserError(
             f"--workdir={workdir}: holds a run with another config ({shown}); "
             "give another --workdir, or --resume=force to continue it with this one"
         )
+
+
+def _completed(saved: Any, section: Any) -> Any:
+    """A run's config with the fields that are younger than it, at their defaults: those leave things as they were."""
+    if not isinstance(saved, Mapping):
+        return saved
+    new = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+    fill = lambda name, value: (
+        _completed(saved.get(name, {}), value) if dataclasses.is_dataclass(value) else saved.get(name, to_dict(value))
+    )
+    return {**saved, **{name: fill(name, value) for name, value in new.items()}}
 
 
 def _differences(old: Any, new: Any, path: str) -> list[str]:

@@ -18,6 +18,7 @@ from jax import Array
 from frugalmoe import sharding
 from frugalmoe.config.schema import Config, FrozenDict
 from frugalmoe.data.batches import Batch
+from frugalmoe.model import depths
 from frugalmoe.model.cross_entropy import cross_entropy
 from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import Output, Transformer, split, structure
@@ -100,7 +101,7 @@ def make_train_step(config: Config) -> Callable[..., tuple[State, dict]]:
     def train_step(state: State, batch: Batch, knobs: Knobs = own) -> tuple[State, dict]:
         grads, sums, denominators = gradient(state.params, state.router_state, batch, state.step, knobs)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        metrics = _metrics(sums, denominators, knobs)
+        metrics = _metrics(sums, denominators, knobs, config)
         metrics["optim/gradient_norm"] = optax.tree.norm(grads)
         metrics["optim/learning_rate"] = rate(state.step)
         new_state = State(
@@ -202,8 +203,15 @@ def _micro_loss(params, router_state, graphdef, batch: Batch, index, step, knobs
     if out.routed is not None:
         total += aux_losses.total(out.routed.losses, knobs.losses, denominators).loss
         routed = {"losses": out.routed.losses, "stats": out.routed.stats}
+    if out.depths is not None:
+        total += _depth_losses(out.depths, denominators, config).loss
     ce = jnp.sum(ce_BT * batch.loss_mask_BT)
-    return total, jax.lax.stop_gradient({"total": total, "ce": ce, "lse_sq": lse_sq, **routed})
+    return total, jax.lax.stop_gradient({"total": total, "ce": ce, "lse_sq": lse_sq, "depths": out.depths, **routed})
+
+
+def _depth_losses(report: depths.Report, denominators: dict, config: Config) -> aux_losses.Total:
+    coefficients = {"depth_predictor": config.model.mixture_of_depths.predictor_loss}
+    return aux_losses.total(report.losses, coefficients, denominators)
 
 
 def update_router_state(router_state: dict, stats: Mapping[str, Array], config: Config) -> dict:
@@ -216,8 +224,8 @@ def update_router_state(router_state: dict, stats: Mapping[str, Array], config: 
     return {"moe_blocks": {"moe": {"router_state": update(state, stats)}}}
 
 
-def _metrics(sums: dict, denominators: dict, knobs: Knobs) -> dict[str, Array]:
-    """Device arrays under the names of metrics.jsonl; those of layers have a leading axis L."""
+def _metrics(sums: dict, denominators: dict, knobs: Knobs, config: Config) -> dict[str, Array]:
+    """Device arrays under the names of metrics.jsonl; those of layers, or of routed blocks, have a leading axis."""
     metrics = {
         "loss/total": sums["total"],
         "loss/ce": sums["ce"] / denominators["target"],
@@ -230,12 +238,16 @@ def _metrics(sums: dict, denominators: dict, knobs: Knobs) -> dict[str, Array]:
         for name, value_L in jax.vmap(routing_stats.metrics)(sums["stats"]).items():
             metrics[f"router/{name}"] = value_L
         metrics["counts_LE"] = sums["stats"]["counts"]
+    if sums["depths"] is not None:
+        metrics |= {f"loss/{k}": v for k, v in _depth_losses(sums["depths"], denominators, config).metrics.items()}
+        metrics |= {f"depth/{k}": v for k, v in depths.metrics(sums["depths"].stats).items()}
     return metrics
 
 
 class Evaluated(NamedTuple):
     ce_BT: Array  # nats; 0 where there is no target
     stats: Mapping[str, Array]  # of each layer [L, ...]; additive over batches
+    depths: Mapping[str, Array]  # the same of the blocks that mixture of depths routes; empty without
     selected_LBTE: Array | None  # bool, with `trace`, as the next two
     plan: TokenPlan | None  # token-major [L, B, T, K], after an intervention
     predicted_BT: Array | None  # int32, the most likely next token
@@ -255,9 +267,10 @@ def make_eval_step(config: Config, trace: bool = False, as_in_training: int | No
         out = _forward(model, batch, jnp.int32(0), jnp.int32(at), EVAL_SEED, train, trace, intervention)
         _, ce_BT, _ = _losses(model, out.hidden_BTD, batch, config)
         routed = out.routed
-        traced = (routed.stats, routed.selected_BTE, routed.plan) if routed is not None else ({}, None, None)
+        stats, *traced = (routed.stats, routed.selected_BTE, routed.plan) if routed is not None else ({}, None, None)
+        passed = {} if out.depths is None else out.depths.stats
         predicted = _predicted(model, out.hidden_BTD, config) if trace else None
-        return Evaluated(ce_BT * batch.loss_mask_BT, *traced, predicted)
+        return Evaluated(ce_BT * batch.loss_mask_BT, stats, passed, *traced, predicted)
 
     return eval_step
 
