@@ -199,6 +199,7 @@ def test_the_seed_changes_where_documents_are_cut(corpus):
     assert len(rows[0] & rows[1]) < len(rows[0]) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
 def test_another_process_makes_the_same_batch(corpus, hash_seed):
     data = config(corpus)
@@ -253,6 +254,7 @@ def test_without_weights_sources_are_one_stream_of_all_tokens(corpus):
     assert len(words) == len(set(words)) and opened.remainder == opened.train_tokens % T
 
 
+@pytest.mark.slow
 def test_the_fingerprint_tells_data_sets_apart(corpus, tmp_path):
     fingerprints = {
         dataset(data).fingerprint

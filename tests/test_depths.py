@@ -274,6 +274,7 @@ def test_runs_trained_at_once_are_the_runs():
     assert largest_difference(*(np.asarray(a) for a in metrics["depth/predictor_accuracy"])) > 0
 
 
+@pytest.mark.slow
 def test_other_parameters_start_as_without_it():
     """So that arms with and without it are paired."""
     with_it, without = (structure_of(fields) for fields in (CAPACITY, {"model.mixture_of_depths.capacity": 0.0}))

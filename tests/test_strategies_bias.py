@@ -135,6 +135,7 @@ HASHED = make_case("sigmoid_bias", hash_layers=1, score="sqrt_softplus")
 STEERED_ONLY = {"expert_permutation", "balance_direction", "state", "ties"}  # of layers that compare scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", sorted(set(LAWS) - STEERED_ONLY))
 def test_a_hash_layer_obeys_the_laws(law: str) -> None:
     LAWS[law](HASHED)
