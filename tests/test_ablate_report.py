@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_report import read
 
-from frugalmoe.ablate import load_comparison, results, write_study_report
+from frugalmoe.ablate import load_comparison, publish_study, results, write_study_report
 from frugalmoe.cli import main
 from frugalmoe.files import write_json
 
@@ -175,3 +175,9 @@ def test_a_published_study_is_made_again_from_what_is_published(planted, tmp_pat
     table = (root / "RESULTS.md").read_text()
     assert "[planted](planted/RESULTS.md)" in table and "good: better by 0.2" in table
     assert f"frugalmoe report {planted} --publish={root}" in page.read_text()
+
+
+@pytest.mark.slow
+def test_a_study_can_be_published_where_it_was_trained(tmp_path):
+    path = write_planted_study(tmp_path / "planted")
+    assert f"frugalmoe report {path} --publish={tmp_path}" in publish_study(path, tmp_path).read_text()

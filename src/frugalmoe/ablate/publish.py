@@ -1,9 +1,10 @@
 """Published studies: what a repository keeps of a study, enough to make its report again, and the index of them.
 
-experiments/RESULTS.md           the index: one row for each published study
-experiments/NAME/RESULTS.md      question, expectation, tables and pictures; what is written by hand stays
-experiments/NAME/*.png           its pictures
-experiments/NAME/study.json, results.parquet    what the tables are made from
+| under experiments/ | |
+|---|---|
+| RESULTS.md | the index: one row for each published study |
+| NAME/RESULTS.md, *.png | question, expectation, tables and pictures; what is written by hand stays |
+| NAME/study.json, results.parquet | what they are made from |
 """
 
 import shutil
@@ -37,7 +38,9 @@ def publish_study(workdir: str | Path, root: str | Path) -> Path:
 
 def page(c: Comparison, drawn: Iterable[str]) -> str:
     """The generated part of a study's RESULTS.md; `drawn`: names of its pictures."""
-    return markdown(c, drawn, f"frugalmoe report {c.study['workdir']} --publish={c.workdir.parent}")
+    # A study that is published where it was trained names no other place.
+    trained_in = c.study.get("workdir", c.workdir)
+    return markdown(c, drawn, f"frugalmoe report {trained_in} --publish={c.workdir.parent}")
 
 
 def index(root: str | Path) -> str:
