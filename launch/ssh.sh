@@ -12,21 +12,28 @@ HOSTS=($hosts)
 PORT=${PORT:-8476}
 SSH=${SSH:-ssh -o BatchMode=yes -o ServerAliveInterval=15}
 
-# What a host runs; its input stays open for as long as it shall run.
+# What a host runs. It reads this whole (hence the braces), then waits for the end of its input, which says stop.
 remote() {
   echo "COORDINATOR=${HOSTS[0]#*@}:$PORT COUNT=${#HOSTS[@]} INDEX=$1"
   cat << 'END'
-cd $directory && source .venv/bin/activate || exit
-exec 3<&0
-$train \
-  --coordinator="$COORDINATOR" --num_processes="$COUNT" --process_id="$INDEX" < /dev/null &
-TRAIN=$!
-{ while read -r; do :; done; kill -TERM "$TRAIN"; sleep 120; kill -KILL "$TRAIN"; } <&3 > /dev/null 2>&1 &
-WATCH=$!
-wait "$TRAIN"
-STATUS=$?
-kill "$WATCH"
-exit "$STATUS"
+{
+  cd $directory && source .venv/bin/activate || exit
+  exec 3<&0
+  $train \
+    --coordinator="$COORDINATOR" --num_processes="$COUNT" --process_id="$INDEX" < /dev/null &
+  TRAIN=$!
+  {
+    while read -r; do :; done
+    kill -TERM "$TRAIN"
+    for _ in {1..120}; do sleep 1; done
+    kill -KILL "$TRAIN"
+  } <&3 > /dev/null 2>&1 &
+  WATCH=$!
+  wait "$TRAIN"
+  STATUS=$?
+  kill "$WATCH"
+  exit "$STATUS"
+}
 END
 }
 
@@ -38,8 +45,10 @@ exec 8< "$PIPES/input" 7> "$PIPES/input" 5>&-
 rm -r "$PIPES"
 
 run_on() {
+  exec 7>&-
+  trap '' INT TERM HUP # which a terminal sends to all of us: the host's last lines and its status are still to come
   { remote "$1"; cat <&8; } \
-    | { $SSH "$2" bash -s 2>&1; echo "$2 $?" >&6; } \
+    | { (trap - TERM; exec $SSH "$2" bash -s 2>&1); echo "$2 $?" >&6; } \
     | while IFS= read -r LINE; do printf '[%s] %s\n' "$2" "$LINE"; done
 }
 
@@ -50,7 +59,7 @@ stop() {
 trap stop INT TERM HUP
 
 for INDEX in "${!HOSTS[@]}"; do
-  run_on "$INDEX" "${HOSTS[$INDEX]}" 7>&- &
+  run_on "$INDEX" "${HOSTS[$INDEX]}" &
 done
 
 FAILED=0
