@@ -1,6 +1,7 @@
 """Every config resolves, published shapes have the published sizes, and bad values give one clear line."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -115,18 +116,49 @@ def test_a_field_that_is_younger_than_a_run_leaves_it_as_it_was(tmp_path):
         rundir.check_config(tmp_path, to_dict(Config()), force=False)
 
 
+HEADS = {"model.num_heads": 8, "model.num_kv_heads": 2}  # of the default config beside: E=8, D=256, T=256, batch 16
+
+
 @pytest.mark.parametrize(
     "fields, devices, message",
     [
-        ({"mesh.data": 3}, 8, "mesh.data=3: must equal the number of devices, 8"),
-        ({"train.batch_size": 12}, 8, "must be a multiple of the 8 data devices"),
-        ({"mesh.expert": 2}, 8, "mesh.expert=2"),
+        (
+            {"mesh.data": 3},
+            8,
+            "mesh='data=3*fsdp=1*expert=1*tensor=1*context=1': multiplies to 3, which must equal the",
+        ),
         ({"mesh.data": 0}, 1, "mesh.data=0: must be a positive size"),
+        ({"mesh.fsdp": -1}, 8, "mesh.fsdp=-1: only one axis may be -1, and mesh.data is too"),
+        ({"mesh.expert": 3}, 8, "mesh.data=-1: the other axes multiply to 3, which does not divide the 8 devices"),
+        ({"train.batch_size": 12}, 8, "mesh.data*fsdp*expert=8: must divide the 12 sequences of a micro-batch"),
+        ({"train.batch_size": 12}, 8, "nearest valid: 6, 12"),
+        (
+            {"mesh.expert": 16, "mesh.data": 1},
+            16,
+            "mesh.expert=16: must divide model.moe.num_experts=8; nearest valid: 8",
+        ),
+        ({"mesh.tensor": 4} | HEADS, 4, "mesh.tensor=4: must divide model.num_kv_heads=2; nearest valid: 2"),
+        ({"mesh.tensor": 3}, 3, "mesh.tensor=3: must divide model.num_heads=8; nearest valid: 2, 4"),
+        ({"mesh.context": 16}, 16, "mesh.context=16: must divide the 8 of model.num_heads=8 on a tensor device"),
+        (
+            {"mesh.context": 3, "model.num_heads": 6, "model.num_kv_heads": 6, "model.dim": 192},
+            3,
+            "mesh.context*tensor=3",
+        ),
+        ({"mesh.fsdp": 16, "mesh.data": 1, "model.dim": 200}, 16, "model.dim=200, which parameters are stored by"),
+        ({"mesh.context": 2, "model.mixture_of_depths.capacity": 0.5}, 2, "mesh.context=2: must be 1 with"),
+        ({"model.moe.exchange": "all2all"}, 1, "model.moe.exchange='all2all': unknown; did you mean"),
+        ({"model.moe.exchange_room": 0.5}, 1, "model.moe.exchange_room=0.5: must be at least 1, or 0"),
     ],
 )
-def test_mesh_must_fit_devices_and_batch(fields, devices, message):
-    with pytest.raises(UserError, match=message.split(":")[0]):
+def test_mesh_must_fit_devices_and_what_it_spreads(fields, devices, message):
+    with pytest.raises(UserError, match=re.escape(message)):
         check_devices(resolve(override(default(), fields)), devices)
+
+
+def test_the_open_axis_takes_what_remains():
+    config = resolve(override(default(), {"mesh.data": 2, "mesh.fsdp": -1, "mesh.expert": 2}))
+    assert check_devices(config, 8) == {"data": 2, "fsdp": 2, "expert": 2, "tensor": 1, "context": 1}
 
 
 def test_a_missing_config_file_lists_the_ones_there_are():

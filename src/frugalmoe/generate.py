@@ -65,7 +65,7 @@ def generate(config: Config, weights: Weights, prompt_ids: np.ndarray, sampling:
     slots = -(-(padded + sampling.max_tokens) // 256) * 256
     prompt = np.zeros(padded, np.int32)
     prompt[:length] = prompt_ids
-    prefill, decode = _steps(config.model, slots, jax.sharding.get_mesh().shape["data"])
+    prefill, decode = _steps(config.model, slots, sharding.axis_size(*sharding.BATCH_AXES))
     key = jax.random.key(sampling.seed)
     settings = (jnp.float32(sampling.temperature), jnp.float32(sampling.top_p))
     token, caches = prefill(*weights, prompt, jnp.int32(length), key, *settings)
@@ -154,12 +154,7 @@ def load(run: Path, step: int | None = None) -> tuple[Config, Weights, Tokenizer
     if not config.model.vocab_size:
         size = -(-tokenizer.size // 64) * 64
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
-    mesh = jax.make_mesh(
-        (1,) * len(sharding.AXES),
-        sharding.AXES,
-        axis_types=(jax.sharding.AxisType.Explicit,) * len(sharding.AXES),
-        devices=jax.devices()[:1],
-    )
+    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
     with checkpoint.open_manager(run, config.checkpoint) as manager, jax.set_mesh(mesh):
         if manager.latest_step() is None:
             raise UserError(f"{run}: holds no checkpoint yet")

@@ -78,6 +78,7 @@ def _depths(config: Config) -> None:
 def _moe(config: Config) -> None:
     # Imported here: strategies and executors import the config's schema.
     from frugalmoe import experts
+    from frugalmoe.experts import parallel
     from frugalmoe.routing import strategies
 
     moe: MoE = config.model.moe
@@ -118,6 +119,14 @@ def _moe(config: Config) -> None:
     )
     _one_of("model.moe.executor", moe.executor, experts.EXECUTORS)
     _one_of("model.moe.drop_order", moe.drop_order, experts.ORDERS)
+    _one_of("model.moe.exchange", moe.exchange, parallel.EXCHANGES)
+    _each("model.moe", moe, "exchange_room", lambda v: v == 0 or v >= 1, "must be at least 1, or 0 for room for all")
+    _require(
+        not (moe.exchange_room and moe.executor == "dense"),
+        "model.moe.exchange_room",
+        moe.exchange_room,
+        "must be 0 with model.moe.executor=dense, which has no rows",
+    )
     _one_of("model.moe.load_balance_scope", moe.load_balance_scope, ("sequence", "micro_batch", "global"))
     if rule := router.check(moe):
         raise UserError(f"model.moe.router={moe.router!r}: {rule}")
@@ -188,22 +197,72 @@ def _train(config: Config) -> None:
 
 
 def check_devices(config: Config, num_devices: int) -> dict[str, int]:
-    """Mesh axis sizes for this many devices; raises where they do not multiply up or do not divide the batch."""
+    """Mesh axis sizes for this many devices; raises where they do not multiply up or do not divide what they share."""
     axes = {name: getattr(config.mesh, name) for name in ("data", "fsdp", "expert", "tensor", "context")}
     for name, size in axes.items():
         _require(size == -1 or size > 0, f"mesh.{name}", size, "must be a positive size, or -1 for all that remain")
-        if name != "data":
-            _require(size == 1, f"mesh.{name}", size, "only mesh.data can be larger than 1 in this version")
-    if axes["data"] == -1:
-        axes["data"] = num_devices
-    _require(axes["data"] == num_devices, "mesh.data", axes["data"], f"must equal the number of devices, {num_devices}")
-    t = config.train
-    micro = t.batch_size // t.accumulate_steps
+    open_axes = [name for name, size in axes.items() if size == -1]
     _require(
-        micro % axes["data"] == 0,
-        "train.batch_size",
-        t.batch_size,
-        f"divided by train.accumulate_steps={t.accumulate_steps} must be a multiple of the {axes['data']} data devices",
+        len(open_axes) <= 1,
+        f"mesh.{open_axes[-1] if open_axes else ''}",
+        -1,
+        f"only one axis may be -1, and mesh.{open_axes[0] if open_axes else ''} is too: give it a size",
     )
-    _check_scope(config, devices=axes["data"])
+    given = math.prod(size for size in axes.values() if size != -1)
+    if open_axes:
+        path, rule = f"mesh.{open_axes[0]}", f"the other axes multiply to {given}, which does not divide"
+        _require(
+            num_devices % given == 0, path, -1, f"{rule} the {num_devices} devices; {_nearest(given, num_devices)}"
+        )
+        axes[open_axes[0]] = num_devices // given
+    else:
+        product = "*".join(f"{name}={size}" for name, size in axes.items())
+        rule = f"must equal the number of devices, {num_devices}"
+        _require(given == num_devices, "mesh", product, f"multiplies to {given}, which {rule}; one axis may be -1")
+    _check_layout(config, axes)
     return axes
+
+
+def _check_layout(config: Config, axes: dict[str, int]) -> None:
+    """Every mesh axis divides what is spread over it."""
+    m, moe, t, d = config.model, config.model.moe, config.train, config.data
+    tensor, context = axes["tensor"], axes["context"]
+    batch = axes["data"] * axes["fsdp"] * axes["expert"]
+    micro = t.batch_size // t.accumulate_steps
+    what = f"the {micro} sequences of a micro-batch (train.batch_size={t.batch_size})"
+    _divides("mesh.data*fsdp*expert", batch, what, micro)
+    _divides("mesh.tensor", tensor, f"model.num_heads={m.num_heads}", m.num_heads)
+    _divides("mesh.tensor", tensor, f"model.num_kv_heads={m.num_kv_heads}", m.num_kv_heads)
+    if m.num_dense_layers:
+        _divides("mesh.tensor", tensor, f"model.dense_dim={m.dense_dim}", m.dense_dim)
+    if m.num_dense_layers < m.num_layers:
+        _divides("mesh.expert", axes["expert"], f"model.moe.num_experts={moe.num_experts}", moe.num_experts)
+        _divides("mesh.tensor", tensor, f"model.moe.expert_dim={moe.expert_dim}", moe.expert_dim)
+    stored = axes["fsdp"] * axes["expert"] * context
+    _divides("mesh.fsdp*expert*context", stored, f"model.dim={m.dim}, which parameters are stored by", m.dim)
+    length = f"data.sequence_length={d.sequence_length}"
+    _divides("mesh.context*tensor", context * tensor, length, d.sequence_length)
+    heads, kv_heads = m.num_heads // tensor, m.num_kv_heads // tensor
+    _divides("mesh.context", context, f"the {heads} of model.num_heads={m.num_heads} on a tensor device", heads)
+    if context % kv_heads:
+        what = f"the {kv_heads} of model.num_kv_heads={m.num_kv_heads} on a tensor device, or be a multiple of them"
+        _divides("mesh.context", context, what, kv_heads)
+    depths = m.mixture_of_depths.capacity
+    _require(
+        not depths or context == 1,
+        "mesh.context",
+        context,
+        f"must be 1 with model.mixture_of_depths.capacity={depths}, which chooses among the tokens of whole sequences",
+    )
+    _check_scope(config, devices=batch)
+
+
+def _divides(path: str, size: int, what: str, total: int) -> None:
+    _require(total % size == 0, path, size, f"must divide {what}; {_nearest(size, total)}")
+
+
+def _nearest(size: int, total: int) -> str:
+    """The divisors of a total on both sides of a size that is none."""
+    valid = [n for n in range(1, total + 1) if total % n == 0]
+    near = [*[n for n in valid if n < size][-1:], *[n for n in valid if n > size][:1]]
+    return f"nearest valid: {', '.join(map(str, near))}"

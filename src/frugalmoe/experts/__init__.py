@@ -11,7 +11,6 @@
 `lax.ragged_dot` is not among them: on CPUs, on most TPUs and on GPUs it is a masked dense product, E times the work.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -21,6 +20,7 @@ from frugalmoe.experts import blocks, capacity, dense, grouped
 from frugalmoe.experts.capacity import ORDERS
 from frugalmoe.experts.rows import sort_rows
 from frugalmoe.routing.contract import Plan
+from frugalmoe.sharding import platform
 
 EXECUTORS = ("auto", "dense", "grouped", "capacity", "blocks", "tpu", "gpu")  # choices of model.moe.executor
 GROUPED = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu"}  # platform -> its kernels; others: `blocks`
@@ -38,19 +38,31 @@ def pick(config: MoE, platform: str) -> str:
 
 
 def execute(
-    plan: Plan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, config: MoE, num_sequences: int
+    plan: Plan,
+    x_ND: Array,
+    gate_up_ED2F: Array,
+    down_EFD: Array,
+    config: MoE,
+    num_sequences: int,
+    room: int | None = None,
 ) -> tuple[Array, Array]:
-    """-> (y[N, D] in x's dtype, int32 [] rows that a capacity dropped). Weights are float32 or of x's dtype."""
+    """-> (y[N, D] in x's dtype, int32 [] dropped rows). Weights are float32 or of x's dtype.
+
+    room: the most rows of a token-major plan that a grouped executor holds.
+    """
     weights = gate_up_ED2F, down_EFD
-    executor = pick(config, jax.default_backend())
+    executor = pick(config, platform())
     if executor == "capacity":
         return capacity.run(plan, x_ND, *weights, config, num_sequences)
     if executor == "dense":
         return dense.run(plan, x_ND, *weights), jnp.int32(0)
-    rows = sort_rows(plan, down_EFD.shape[0])
+    rows, dropped = sort_rows(plan, down_EFD.shape[0], room), jnp.int32(0)
+    if room is not None:
+        wanted = jnp.sum(plan.expert_NK < down_EFD.shape[0], dtype=jnp.int32)
+        dropped = wanted - rows.group_sizes_E.sum(dtype=jnp.int32)
     if executor == "blocks":
-        return blocks.run(rows, x_ND, *weights), jnp.int32(0)
-    return grouped.run(_kernels(executor, rows.token_R.size), rows, x_ND, *weights), jnp.int32(0)
+        return blocks.run(rows, x_ND, *weights), dropped
+    return grouped.run(_kernels(executor, rows.token_R.size), rows, x_ND, *weights), dropped
 
 
 def _kernels(executor: str, num_rows: int):

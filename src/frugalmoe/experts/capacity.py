@@ -69,6 +69,14 @@ def to_slots(plan: TokenPlan, slots: int, num_sequences: int, num_experts: int) 
     return ExpertPlan(token_QC.reshape(num_experts, -1), weight_QC.reshape(num_experts, -1))
 
 
+def slots_of(plan: TokenPlan, config: MoE, num_sequences: int) -> tuple[ExpertPlan, Array]:
+    """What the capacity leaves of a plan, in expert-major form, and how many rows it drops, int32 []."""
+    num_tokens, num_rows = plan.expert_NK.shape[0], plan.expert_NK.size
+    slots = capacity(num_tokens // num_sequences, num_rows // num_sequences, config)
+    plan, dropped = limit(plan, config, num_sequences)
+    return to_slots(plan, slots, num_sequences, config.num_experts), dropped
+
+
 def padded(plan: ExpertPlan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array) -> Array:
     """All slots, full or empty, as products batched over experts."""
     x_EQD = x_ND.at[plan.token_EC].get(mode="fill", fill_value=0)
@@ -85,7 +93,5 @@ def run(
     """-> (y[N, D], dropped rows int32 []). An expert-major plan has its capacity already and loses nothing."""
     dropped = jnp.int32(0)
     if isinstance(plan, TokenPlan):
-        slots = capacity(x_ND.shape[0] // num_sequences, plan.expert_NK.size // num_sequences, config)
-        plan, dropped = limit(plan, config, num_sequences)
-        plan = to_slots(plan, slots, num_sequences, config.num_experts)
+        plan, dropped = slots_of(plan, config, num_sequences)
     return padded(plan, x_ND, gate_up_ED2F, down_EFD), dropped

@@ -20,8 +20,11 @@ class Rows(NamedTuple):
     group_sizes_E: Array  # int32
 
 
-def sort_rows(plan: Plan, num_experts: int) -> Rows:
-    """One stable sort of the expert ids. An expert-major plan is sorted already."""
+def sort_rows(plan: Plan, num_experts: int, room: int | None = None) -> Rows:
+    """One stable sort of the expert ids. An expert-major plan is sorted already.
+
+    room: of a token-major plan at most this many rows are kept, the first ones.
+    """
     if not isinstance(plan, TokenPlan):
         sizes_E = jnp.full((num_experts,), plan.token_EC.shape[1], jnp.int32)
         return Rows(plan.token_EC.reshape(-1), plan.weight_EC.reshape(-1), sizes_E)
@@ -29,4 +32,7 @@ def sort_rows(plan: Plan, num_experts: int) -> Rows:
     iota_R = jax.lax.iota(jnp.int32, expert_R.size)
     _, order_R = jax.lax.sort((expert_R, iota_R), num_keys=1, is_stable=True)
     sizes_E = jnp.zeros((num_experts,), jnp.int32).at[expert_R].add(1, mode="drop")  # the null id E falls outside
+    if room is not None and room < order_R.size:
+        order_R = order_R[:room]
+        sizes_E = jnp.diff(jnp.minimum(jnp.cumsum(sizes_E), room), prepend=0).astype(jnp.int32)
     return Rows(order_R // plan.expert_NK.shape[1], plan.weight_NK.reshape(-1)[order_R], sizes_E)

@@ -14,7 +14,7 @@ from jax import Array
 from frugalmoe.config.schema import Model
 from frugalmoe.model.attention_ops import cache_attention, causal_attention
 from frugalmoe.model.layers import RMSNorm, Rotary, normal, rotate
-from frugalmoe.sharding import local
+from frugalmoe.sharding import axis_size, local, spec, whole_sequences
 
 
 class Cache(NamedTuple):
@@ -61,13 +61,14 @@ class Attention(nnx.Module):
         q_BTHd, k_BTKd, v_BTKd = self._project(x_BTD)
         q_BTHd, k_BTKd = rotate(q_BTHd, angles), rotate(k_BTKd, angles)
         if cache is None:
-            attend = local(causal_attention, ("BTHd", "BTHd", "BTHd", "BT"), "BTHd")
+            attend = local(_attend, ("BTHd", "BTKd", "BTKd", "BT"), "BTHd")
             o_BTHd = attend(q_BTHd, k_BTKd, v_BTKd, segment_ids_BT)
         else:
             k_BSKd, v_BSKd = (_write(old, new, start) for old, new in zip(cache[:2], (k_BTKd, v_BTKd)))
             cache = cache._replace(k_BSKd=k_BSKd, v_BSKd=v_BSKd)
             o_BTHd = cache_attention(q_BTHd, k_BSKd, v_BSKd, start)
-        return jnp.einsum("bthk,hkd->btd", o_BTHd, self.out_HdD.astype(x_BTD.dtype)), cache
+        out_HdD = self.out_HdD.astype(x_BTD.dtype)
+        return jnp.einsum("bthk,hkd->btd", o_BTHd, out_HdD, out_sharding=spec("BTD")), cache
 
     def _project(self, x_BTD: Array) -> tuple[Array, Array, Array]:
         dtype = x_BTD.dtype
@@ -85,6 +86,23 @@ class Attention(nnx.Module):
                 for norm, a in ((self.query_norm, q_BTHd), (self.key_norm, k_BTKd))
             )
         return q_BTHd, k_BTKd, v_BTKd
+
+
+def _attend(q_BTHd: Array, k_BTKd: Array, v_BTKd: Array, segment_ids_BT: Array) -> Array:
+    """Attention of local shards. Where sequences are spread over devices, these exchange tokens for heads.
+
+    Each device then attends whole sequences with its share of the heads (Ulysses, Jacobs et al. 2023, arXiv
+    2309.14509): any kernel serves unchanged, and causality leaves no device idle. Key-value heads are repeated where
+    there are fewer of them than devices.
+    """
+    devices = axis_size("context")
+    if devices == 1:
+        return causal_attention(q_BTHd, k_BTKd, v_BTKd, segment_ids_BT)
+    repeats = -(-devices // k_BTKd.shape[2])
+    k_BTKd, v_BTKd = (jnp.repeat(a, repeats, axis=2) for a in (k_BTKd, v_BTKd))
+    q, k, v = (jax.lax.all_to_all(a, "context", 2, 1, tiled=True) for a in (q_BTHd, k_BTKd, v_BTKd))
+    o = causal_attention(q, k, v, whole_sequences(segment_ids_BT))
+    return jax.lax.all_to_all(o, "context", 1, 2, tiled=True)
 
 
 def _write(old_BSKd: Array, new_BTKd: Array, start: Array) -> Array:

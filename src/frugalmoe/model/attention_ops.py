@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from frugalmoe.sharding import platform
+
 _MASKED = -1e30
 _SCORES_IN_CACHE = 2**18  # float32 scores of one block of rows (1 MiB): they stay in a core's cache; measured
 _UNROLLED = 16  # at most this many query chunks, to bound compile time
@@ -31,7 +33,7 @@ def causal_attention(
     implementation: auto, or a name in `IMPLEMENTATIONS`. Shapes are local, so call it inside `shard_map`.
     """
     if implementation == "auto":
-        implementation = choose_implementation(q_BTHd.shape, q_BTHd.dtype, _platform())
+        implementation = choose_implementation(q_BTHd.shape, q_BTHd.dtype, platform())
     first_BT = _first_of_document(segment_ids_BT)
     o_BTHd = IMPLEMENTATIONS[implementation](q_BTHd, k_BTKd, v_BTKd, first_BT)
     # A product, because the gradient of `where` would keep a mask of the whole output.
@@ -64,12 +66,6 @@ def cache_attention(q_BTHd: Array, k_BSKd: Array, v_BSKd: Array, start: Array) -
     p_BKGTS = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], score_BKGTS, _MASKED), axis=-1)
     o_BTKGd = _einsum("bkgts,bskd->btkgd", p_BKGTS.astype(v_BSKd.dtype), v_BSKd)
     return o_BTKGd.reshape(q_BTHd.shape).astype(q_BTHd.dtype)
-
-
-def _platform() -> str:
-    """Of the mesh in context, which may be one of absent devices that the program is compiled for."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
 
 
 def _first_of_document(segment_ids_BT: Array) -> Array:
@@ -113,7 +109,7 @@ def _splash(q_BTHd: Array, k_BTKd: Array, v_BTKd: Array, first_BT: Array) -> Arr
         block_kv_dq=block,
     )
     mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((T, T))] * H)
-    interpret = jax.default_backend() == "cpu" and _platform() == "cpu"  # how the tests run it without a TPU
+    interpret = jax.default_backend() == "cpu" and platform() == "cpu"  # how the tests run it without a TPU
     kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
     q_BHTd, k_BKTd, v_BKTd = (a.swapaxes(1, 2) for a in (q_BTHd * d**-0.5, k_BTKd, v_BTKd))
     return jax.vmap(kernel)(q_BHTd, k_BKTd, v_BKTd, splash.SegmentIds(first_BT, first_BT)).swapaxes(1, 2)

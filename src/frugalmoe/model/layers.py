@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from frugalmoe.sharding import spec
+
 
 def normal(key: Array, shape: tuple[int, ...], std: float) -> nnx.Param:
     return nnx.Param(jax.random.normal(key, shape, jnp.float32) * std)
@@ -84,4 +86,4 @@ class FeedForward(nnx.Module):
     def __call__(self, x_BTD: Array) -> Array:
         gate_up, down = self.gate_up_D2F.astype(x_BTD.dtype), self.down_FD.astype(x_BTD.dtype)
         hidden = jnp.einsum("btd,dgf->btgf", x_BTD, gate_up)
-        return swiglu(hidden) @ down
+        return jnp.einsum("btf,fd->btd", swiglu(hidden), down, out_sharding=spec("BTD"))

@@ -12,8 +12,8 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from frugalmoe import experts
 from frugalmoe.config.schema import FrozenDict, Model, MoE
+from frugalmoe.experts import parallel
 from frugalmoe.model.layers import FeedForward, normal
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import (
@@ -26,7 +26,7 @@ from frugalmoe.routing.contract import (
     selection_matrix,
     token_major,
 )
-from frugalmoe.sharding import BATCH_AXES, local
+from frugalmoe.sharding import BATCH_AXES, local, own_tokens, whole_sequences
 
 
 class RouterState(nnx.Variable):
@@ -60,15 +60,17 @@ class Routed(NamedTuple):
 def execute(
     routing: Routing, x_BTD: Array, valid_BT: Array, gate_up_ED2F: Array, down_EFD: Array, config: MoE
 ) -> tuple[Array, Array]:
-    """-> (y_n = sum_e G[n, e] * expert_e(s_n * x_n) + a_n in x's dtype, int32 [] rows that a capacity dropped)."""
+    """-> (y_n = sum_e G[n, e] * expert_e(s_n * x_n) + a_n in x's dtype, int32 [] rows that were dropped).
+
+    Arguments are of whole sequences, the result is of this device's tokens.
+    """
     scaled_BTD = x_BTD
     if routing.input_scale_BT is not None:
         scale_BT1 = routing.input_scale_BT[..., None].astype(x_BTD.dtype)
         scaled_BTD = jnp.where(valid_BT[..., None], x_BTD, 0) * scale_BT1
-    x_ND = scaled_BTD.reshape(-1, x_BTD.shape[-1])
-    y_ND, dropped = experts.execute(routing.plan, x_ND, gate_up_ED2F, down_EFD, config, x_BTD.shape[0])
-    y_BTD = y_ND.reshape(x_BTD.shape)
-    return y_BTD if routing.added_BTD is None else y_BTD + routing.added_BTD.astype(y_BTD.dtype), dropped
+    y_BTD, dropped = parallel.execute(routing.plan, scaled_BTD, gate_up_ED2F, down_EFD, config)
+    added_BTD = own_tokens(routing.added_BTD)
+    return y_BTD if added_BTD is None else y_BTD + added_BTD.astype(y_BTD.dtype), dropped
 
 
 class MoELayer(nnx.Module):
@@ -95,8 +97,9 @@ class MoELayer(nnx.Module):
         ):
             def run_experts(plan: ExpertPlan, x_RD: Array) -> Array:
                 detached = jax.lax.stop_gradient((gate_up, down))
-                return experts.execute(plan, x_RD.astype(x.dtype), *detached, moe, 1)[0]
+                return parallel.execute_slots(plan, x_RD.astype(x.dtype), *detached, moe)
 
+            x, token_ids, segment_ids, positions, carry = whole_sequences((x, token_ids, segment_ids, positions, carry))
             inputs = Inputs(
                 x, token_ids, segment_ids, positions, keys, step, layer, context.train, carry, BATCH_AXES, run_experts
             )
@@ -106,16 +109,17 @@ class MoELayer(nnx.Module):
             if intervention is not None:
                 plan = intervention(plan, inputs, moe.num_experts, routing.added_BTD is not None)
             y, dropped = execute(routing._replace(plan=plan), x, inputs.valid_BT, gate_up, down, moe)
-            losses, stats = jax.lax.psum((routing.losses, {**routing.stats, "dropped": dropped}), BATCH_AXES)
+            stats = {**routing.stats, "dropped": dropped, **parallel.load_of_devices(plan, inputs.valid_BT, moe)}
+            losses, stats = jax.lax.psum((routing.losses, stats), BATCH_AXES)
             traced = (None, None)
             if context.trace:
                 traced = (f(plan, token_ids.size, moe.num_experts) for f in (selection_matrix, token_major))
-                traced = jax.tree.map(lambda a: a.reshape(*x.shape[:2], -1), tuple(traced))
-            return y, losses, stats, traced, routing.carry
+                traced = own_tokens(jax.tree.map(lambda a: a.reshape(*x.shape[:2], -1), tuple(traced)))
+            return y, losses, stats, traced, own_tokens(routing.carry)
 
         apply = local(
             route_and_execute,
-            in_letters=("", "", "", "", "", "", "", "BTD", "BT", "BT", "BT", "B", "BT"),
+            in_letters=("", "", "ED2F", "EFD", "", "", "", "BTD", "BT", "BT", "BT", "B", "BT"),
             out_letters=("BTD", "", "", "BTE", "BT"),
         )
         y_BTD, losses, stats, traced, carry = apply(

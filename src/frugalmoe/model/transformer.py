@@ -101,16 +101,16 @@ class Transformer(nnx.Module):
         """Hidden states of every token; `caches` and `start` are given in generation only."""
         config = self.config
         batch, time = context.token_ids_BT.shape
-        x_BTD = (
-            self.embed_VD.astype(config.compute_dtype).at[context.token_ids_BT].get(out_sharding=sharding.spec("BTD"))
-        )
+        embed_VD = sharding.gather({"embed_VD": self.embed_VD[...]}, config.compute_dtype)["embed_VD"]
+        x_BTD = embed_VD.astype(config.compute_dtype).at[context.token_ids_BT].get(out_sharding=sharding.spec("BTD"))
         routed, new_caches, reports = None, [None, None], [None, None]
         if config.num_dense_layers:
             x_BTD, _, _, new_caches[0], reports[0] = self._scan("dense", x_BTD, context, None, caches[0], start)
         if config.num_dense_layers < config.num_layers:
             carry = strategies.get(config.moe.router).init_carry(config.moe, batch, time)
             carry = jax.tree.map(lambda a: sharding.reshard(a, "BT" + "." * (a.ndim - 2)), carry)
-            context = context._replace(shared_router={k: v[...] for k, v in self.shared_router.items()})
+            shared = {"shared_router": {k: v[...] for k, v in self.shared_router.items()}}
+            context = context._replace(**sharding.gather(shared, config.compute_dtype))
             x_BTD, routed, _, new_caches[1], reports[1] = self._scan("moe", x_BTD, context, carry, caches[1], start)
         return Output(self.final_norm(x_BTD), routed, tuple(new_caches), depths.join(*reports))
 
@@ -120,11 +120,14 @@ class Transformer(nnx.Module):
 
         def body(state, xs):
             block, layer, cache = xs
+            block = sharding.gather(block, config.compute_dtype)
             x, routed, carry, cache = block(state[0], context, angles, layer, state[1], cache, start)
             return (x, carry), (routed, cache)
 
         def through(state, xs):
             depth, (block, layer, cache) = xs
+            depth = sharding.gather({"depths": depth}, config.compute_dtype)["depths"]
+            block = sharding.gather(block, config.compute_dtype)
             x, routed, carry, cache, report = depth.through(block, state[0], context, angles, layer, state[1], cache)
             return (x, carry), ((routed, cache), report)
 
@@ -149,7 +152,8 @@ class Transformer(nnx.Module):
         head_DV = self.embed_VD[...].T if self.config.tie_embeddings else self.head_DV[...]
         if self.config.norm_head:
             head_DV = head_DV / (jax.lax.stop_gradient(jnp.linalg.norm(head_DV, axis=1, keepdims=True)) + 1e-7)
-        return head_DV.astype(self.config.compute_dtype)
+        dtype = self.config.compute_dtype
+        return sharding.gather({"head_DV": head_DV}, dtype)["head_DV"].astype(dtype)
 
     def logits(self, hidden: Array) -> Array:
         """float32 logits [..., V]; for generation and tests, where the whole matrix may exist."""
@@ -162,10 +166,14 @@ class Transformer(nnx.Module):
 
 
 def _remat(body: Callable, policy: str) -> Callable:
-    """`dots` keeps matrix products without a batch dimension; `full` keeps a layer's input and its routing plan."""
-    if policy == "none":
+    """`dots` keeps matrix products without a batch dimension; `full` keeps a layer's input and its routing plan.
+
+    None keeps parameters that were gathered from other devices.
+    """
+    if policy == "none" and not sharding.gathers():
         return body
     keep = {
+        "none": jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED),
         "dots": jax.checkpoint_policies.save_from_both_policies(
             jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
             jax.checkpoint_policies.save_only_these_names("routing_plan"),

@@ -13,6 +13,7 @@ Letters: B batch, T time, N tokens (B*T), E experts, K choices, C slots per expe
 | lse_sum, lse_sq_sum | float32 [] | logsumexp of the logits and its square, where the router has logits |
 | overflow | int32 [] | experts wanted beyond a token's slots, where the number of experts varies per token |
 | ties | int32 [] | 1 if the k-th and the next selection score are equal, where the router ranks scores per token |
+| busiest | int32 [] | slots that the busiest device of each exchange executes, over all of its devices (the layer) |
 | cut_sum | float32 [E] | the score at which the expert's share of the token's pool is cut off (`threshold.py`) |
 
 Counts are integers: a count that is rounded flips the sign of a bias update (Megatron-LM PR 7081).
@@ -84,6 +85,8 @@ def metrics(stats: Mapping[str, Array]) -> dict[str, Array]:
         "active_per_token": (assigned - dropped) / tokens,
         "drop_rate": dropped / jnp.maximum(assigned, 1),
     }
+    if "busiest" in stats:  # 1 where the experts of every device get equally many slots; a step waits for the busiest
+        values["device_load"] = jnp.asarray(stats["busiest"], jnp.float32) / jnp.maximum(assigned, 1)
     if "overflow" in stats:
         overflow = jnp.asarray(stats["overflow"], jnp.float32)
         values["overflow_rate"] = overflow / jnp.maximum(assigned + overflow, 1)

@@ -1,33 +1,81 @@
-"""The mesh, and one table from shape letters to mesh axes. Only this file names mesh axes.
+"""The mesh, and one table from shape letters to mesh axes. Only this package names mesh axes.
 
-Letters: A micro-batch of a step, B batch, T time, V vocabulary, D model, F expert hidden, E experts, H heads, L layers;
-'.' any unsharded dimension. A mesh of one device runs the same code.
+Letters: A micro-batch of a step, B batch, T time, V vocabulary, D model, F expert hidden, E experts, H heads,
+K key-value heads, L layers; '.' any unsharded dimension.
+
+| axis | what is spread over it |
+|---|---|
+| data | sequences |
+| fsdp | sequences; parameters, gradients and optimizer state (ZeRO-3, Rajbhandari et al. 1910.02054) |
+| expert | sequences; experts, whose tokens are exchanged |
+| tensor | heads, and the hidden width of feed-forwards (Megatron, Shoeybi et al. 1909.08053) |
+| context | tokens of a sequence |
+
+An axis is used once per array, by the first letter that may have it, and an axis of one device by none: the same
+program runs on one device, and its arrays have no sharding at all.
 """
 
-from collections.abc import Callable, Mapping
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "expert", "tensor", "context")
-BATCH_AXES = ("data",)  # axes over which sequences are spread: sums over tokens are summed over these
-_AXIS_OF_LETTER = {"B": "data"}
+BATCH_AXES = ("data", "fsdp", "expert")  # axes over which sequences are spread
+TOKEN_AXES = (*BATCH_AXES, "context")  # sums over tokens are summed over these
+_AXES_OF_LETTER = {
+    "B": BATCH_AXES,
+    "T": ("context",),
+    "E": ("expert",),
+    "H": ("tensor",),
+    "K": ("tensor",),
+    "F": ("tensor",),
+}
+_STORED = ("fsdp", "expert", "context")  # of the letter D of a parameter: a layer gathers it for the time of its use
+_LETTERS = re.compile(r"(?<![^_])(?=.*[A-Z])[A-Z0-9d]+$")  # ED2F of gate_up_ED2F
+GATHERED = "gathered"  # name of gathered parameters: a backward pass gathers them again
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with explicit axis types: shardings are part of array types and mistakes are trace-time errors."""
-    return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    shape = tuple(sizes[a] for a in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
 
 
-def spec(letters: str) -> P:
-    """`spec("BTD")` -> P("data", None, None)."""
-    return P(*(_AXIS_OF_LETTER.get(letter) for letter in letters))
+def axis_size(*axes: str, mesh: Mesh | None = None) -> int:
+    """The number of devices along axes, of the mesh in context by default."""
+    shape = (mesh or jax.sharding.get_abstract_mesh()).shape
+    return math.prod(shape.get(axis, 1) for axis in axes)
+
+
+def spec(letters: str, stored: bool = False, mesh: Mesh | None = None) -> P:
+    """`spec("BTD")` -> P(("data", "fsdp"), "context", None) on a mesh with these three axes larger than 1.
+
+    stored: as a parameter is kept between its uses. mesh: by default the one in context.
+    """
+    free, entries = {axis for axis in AXES if axis_size(axis, mesh=mesh) > 1}, []
+    for letter in letters:
+        wanted = _STORED if stored and letter == "D" else _AXES_OF_LETTER.get(letter, ())
+        taken = tuple(axis for axis in wanted if axis in free)
+        free -= set(taken)
+        entries.append(taken[0] if len(taken) == 1 else taken or None)
+    return P(*entries)
+
+
+def platform() -> str:
+    """Of the mesh in context, which may be one of absent devices that the program is compiled for."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def put(mesh: Mesh, array: Array, letters: str) -> Array:
-    return jax.device_put(array, NamedSharding(mesh, spec(letters)))
+    return jax.device_put(array, NamedSharding(mesh, spec(letters, mesh=mesh)))
 
 
 def reshard(array: Array, letters: str) -> Array:
@@ -36,10 +84,93 @@ def reshard(array: Array, letters: str) -> Array:
 
 
 def local(fn: Callable, in_letters: tuple[str, ...], out_letters: tuple[str, ...] | str) -> Callable:
-    """`fn` as seen by one device: its arguments are local shards, and collectives over `BATCH_AXES` are allowed in it.
+    """`fn` as seen by one device: its arguments are local shards, and collectives are allowed in it.
 
     An entry of the letters may stand for a whole pytree of arrays of that shape. Kernels (sorting, loops, Pallas) run
-    inside this, where every shape is static and local. Outputs without 'B' must be equal on all devices.
+    inside this, where every shape is static and local. An output must be equal on all devices of the axes that its
+    letters do not name.
     """
     out = spec(out_letters) if isinstance(out_letters, str) else tuple(map(spec, out_letters))
     return jax.shard_map(fn, in_specs=tuple(map(spec, in_letters)), out_specs=out, check_vma=False)
+
+
+def whole_sequences(tree: Any) -> Any:
+    """Inside `local`: arrays [B, T, ...] of this device's tokens -> of all tokens of their sequences."""
+    if axis_size("context") == 1:
+        return tree
+    return jax.tree.map(lambda a: jax.lax.all_gather(a, "context", axis=1, tiled=True), tree)
+
+
+def own_tokens(tree: Any) -> Any:
+    """Inside `local`: the inverse, this device's tokens of arrays [B, T, ...]."""
+    return jax.tree.map(lambda a: own_part(a, "context", 1), tree)
+
+
+def own_part(array: Array, name: str, dim: int) -> Array:
+    """Inside `local`: this device's share of a dimension that all devices of a mesh axis hold whole."""
+    size = axis_size(name)
+    if size == 1:
+        return array
+    length = array.shape[dim] // size
+    return jax.lax.dynamic_slice_in_dim(array, jax.lax.axis_index(name) * length, length, dim)
+
+
+# Parameters, and what has their names and shapes: gradients, optimizer state
+
+
+def parameter_spec(path: tuple, ndim: int, stored: bool = True) -> P:
+    """Of a leaf, from the letters that end its name; axes before those are layers. No letters: whole everywhere.
+
+    Parameters of a router, of mixture of depths too, are whole when used; a router's state is always.
+    """
+    names = _names(path)
+    letters = _LETTERS.search(names[-1])
+    letters = letters[0] if letters and "router_state" not in names else ""
+    if _routes(names):
+        letters = "".join(letter if letter == "D" and stored else "." for letter in letters)
+    return spec("." * (ndim - len(letters)) + letters, stored)
+
+
+def _names(path: tuple) -> list[str]:
+    """Of the keys of a leaf, without the `value` in which a module keeps an array."""
+    names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+    return names[:-1] if names[-1] == "value" else names
+
+
+def _routes(names: list[str]) -> bool:
+    return any("router" in name or name.endswith("depths") for name in names)
+
+
+def placed(tree: Any) -> Any:
+    """Abstract arrays with the shardings that they have between steps on the mesh in context."""
+    mesh = jax.sharding.get_mesh()
+
+    def place(path: tuple, a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, parameter_spec(path, a.ndim)))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def store(tree: Any) -> Any:
+    """Inside jit: arrays as they are kept between steps."""
+    return jax.tree_util.tree_map_with_path(lambda p, a: jax.sharding.reshard(a, parameter_spec(p, a.ndim)), tree)
+
+
+def gathers() -> bool:
+    """Whether parameters are spread over devices between their uses."""
+    return axis_size(*_STORED) > 1
+
+
+def gather(tree: Any, dtype: Any) -> Any:
+    """Inside jit: parameters as one layer uses them. What devices exchange is in `dtype`, in the backward pass too,
+    but for routers, which are float32.
+    """
+
+    def whole(path: tuple, a: Array) -> Array:
+        kept, used = (parameter_spec(path, a.ndim, stored) for stored in (True, False))
+        if kept == used:
+            return a
+        a = a if _routes(_names(path)) else a.astype(dtype)
+        return checkpoint_name(jax.sharding.reshard(a, used), GATHERED)
+
+    return jax.tree_util.tree_map_with_path(whole, tree)

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import checkpoint_managers as policies
 
+from frugalmoe import sharding
 from frugalmoe.config.schema import Checkpoint
 from frugalmoe.errors import UserError
 from frugalmoe.train.step import State
@@ -60,20 +59,18 @@ def check_space(directory: Path, state: State) -> None:
 
 
 def restore(manager: ocp.CheckpointManager, step: int, abstract: State, items: tuple[str, ...] = _ITEMS) -> State:
-    """The saved state on the mesh in context, whatever mesh it was saved from. `abstract` gives shapes and dtypes.
+    """The saved state placed as `abstract` is, whatever mesh it was saved from.
 
     Items that are not asked for come back as in `abstract`.
     """
-    mesh = jax.sharding.get_mesh()
-    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P())), abstract)
-    wanted = {k: v for k, v in _nonempty(placed).items() if k in items}
+    wanted = {k: v for k, v in _nonempty(abstract).items() if k in items}
     _check_same_model(manager, step, wanted)
     restored = manager.restore(
         step, args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in wanted.items()})
     )
     # Through a jitted function, so that the arrays' types are written as those of a step's results are (P(None, None)
     # and P() mean the same but compare unequal): else the first step and the others would each be compiled.
-    values = jax.jit(lambda tree: tree, donate_argnums=0)({k: restored[k] for k in wanted})
+    values = jax.jit(sharding.store, donate_argnums=0)({k: restored[k] for k in wanted})
     return abstract._replace(**values | ({"step": values["step"]["step"]} if "step" in values else {}))
 
 

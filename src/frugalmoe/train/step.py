@@ -50,7 +50,7 @@ class State(NamedTuple):
 
 
 def init(config: Config) -> State:
-    """The state before the first step, replicated on the mesh in context."""
+    """The state before the first step, on the mesh in context."""
     return _compiled_fresh(without_knobs(config))(np.uint32(config.train.seed))
 
 
@@ -58,15 +58,15 @@ def init(config: Config) -> State:
 def _compiled_fresh(config: Config) -> Callable[[Array], State]:
     def fresh(seed: Array) -> State:
         # Else a stacked scalar state has the type P(), a step's result P(None), and the step would compile twice.
-        return jax.tree.map(lambda a: sharding.reshard(a, "." * a.ndim), _fresh(config, seed))
+        return sharding.store(_fresh(config, seed))
 
     # It runs once: an optimized program would take longer to compile than it saves.
     return jax.jit(fresh, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def abstract(config: Config) -> State:
-    """Shapes and dtypes of the state; nothing is allocated."""
-    return jax.eval_shape(lambda: _fresh(config, config.train.seed))
+    """Shapes, dtypes and shardings of the state on the mesh in context; nothing is allocated."""
+    return sharding.placed(jax.eval_shape(lambda: _fresh(config, config.train.seed)))
 
 
 def knobs(config: Config) -> Knobs:
@@ -142,7 +142,7 @@ def make_gradient(config: Config) -> Callable[..., tuple[dict, dict, dict]]:
 def _accumulate(micro: Callable, count: int, batch: Batch):
     """Sums of gradients and statistics over micro-batches, one after the other."""
     shapes = jax.eval_shape(micro, jnp.int32(0), jax.tree.map(lambda a: a[0], batch))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec), shapes)
 
     def body(total, xs):
         return jax.tree.map(jnp.add, total, micro(*xs)), None
@@ -181,13 +181,17 @@ def _losses(model: Transformer, hidden_BTD: Array, batch: Batch, config: Config)
     coefficient, chunk = config.optim.logit_z_loss, config.train.loss_chunk
 
     def on_shard(hidden_BTD, head_DV, targets_BT, mask_BT):
-        hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-        weights_N = mask_BT.reshape(-1).astype(jnp.float32)
-        out = cross_entropy(
-            hidden_ND, head_DV, targets_BT.reshape(-1), weights_N, z_coefficient=coefficient, chunk=chunk
+        # Devices that hold the same tokens compute the logits of a part of them each.
+        hidden_TD, targets_T, weights_T = (
+            sharding.own_part(a, "tensor", 1) for a in (hidden_BTD, targets_BT, mask_BT.astype(jnp.float32))
         )
-        loss, lse_sq = jax.lax.psum((out.loss, out.lse_sq_sum), sharding.BATCH_AXES)
-        return loss, out.ce_N.reshape(mask_BT.shape), lse_sq
+        hidden_ND = hidden_TD.reshape(-1, hidden_BTD.shape[-1])
+        out = cross_entropy(
+            hidden_ND, head_DV, targets_T.reshape(-1), weights_T.reshape(-1), z_coefficient=coefficient, chunk=chunk
+        )
+        loss, lse_sq = jax.lax.psum((out.loss, out.lse_sq_sum), (*sharding.TOKEN_AXES, "tensor"))
+        ce_BT = jax.lax.all_gather(out.ce_N.reshape(targets_T.shape), "tensor", axis=1, tiled=True)
+        return loss, ce_BT, lse_sq
 
     apply = sharding.local(on_shard, ("BTD", "DV", "BT", "BT"), ("", "BT", ""))
     return apply(hidden_BTD, model.head(), batch.targets_BT, batch.loss_mask_BT)

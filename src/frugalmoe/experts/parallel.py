@@ -1,0 +1,182 @@
+"""Expert, tensor and context parallelism: the plan of one device's sequences, executed by all that hold its experts.
+
+Every function here runs inside `sharding.local`: a device of the `expert` axis holds E/X experts, one of the `tensor`
+axis a part of their hidden width, one of the `context` axis a part of the tokens.
+
+| plan | exchange | rows of D that a device sends, in each direction |
+|---|---|---|
+| token-major | all_gather | (X - 1) N: every token goes to every device, partial sums come back |
+| token-major | all_to_all | about K N (X - 1) / X, one for each choice of a token; padded on CPUs |
+| expert-major, or capacity | slots | E C (X - 1) / X: all slots, full or empty (GShard, Lepikhin et al. 2006.16668) |
+
+The first two drop nothing unless `model.moe.exchange_room` says so. The work of shared experts depends on none of
+these, so that a compiler may do it while rows travel.
+
+Letters: B batch, T time, N tokens, D model, E experts, F expert hidden, K choices, C slots per expert, R rows,
+X devices of the expert axis, Q rows that a device has room for; 2 = (gate, up).
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from frugalmoe import experts
+from frugalmoe.config.schema import MoE
+from frugalmoe.experts import capacity
+from frugalmoe.experts.rows import sort_rows
+from frugalmoe.routing.contract import ExpertPlan, Plan, TokenPlan
+from frugalmoe.sharding import axis_size, own_part, platform
+
+RAGGED = ("tpu", "gpu", "cuda", "rocm")  # platforms with `ragged_all_to_all`; XLA has none for CPUs
+EXCHANGES = ("auto", "all_gather", "all_to_all")  # choices of model.moe.exchange
+
+
+def execute(plan: Plan, x_BTD: Array, gate_up_ED2F: Array, down_EFD: Array, config: MoE) -> tuple[Array, Array]:
+    """Plan and x of whole sequences -> (y [B, T, D] of this device's tokens in x's dtype, int32 [] dropped rows)."""
+    batch, time, dim = x_BTD.shape
+    x_ND, weights = x_BTD.reshape(-1, dim), (gate_up_ED2F, down_EFD)
+    if axis_size("expert", "tensor", "context") == 1:
+        y_ND, dropped = experts.execute(plan, x_ND, *weights, config, batch)
+        return y_ND.reshape(x_BTD.shape), dropped
+    dropped = jnp.int32(0)
+    if isinstance(plan, TokenPlan) and experts.pick(config, platform()) == "capacity":
+        plan, dropped = capacity.slots_of(plan, config, batch)
+    if isinstance(plan, ExpertPlan):
+        # Each device of the context axis executes a part of the slots, which may be of anybody's tokens.
+        y_BTD = execute_slots(_share(plan, x_ND.shape[0]), x_ND, *weights, config).reshape(x_BTD.shape)
+        return lax.psum_scatter(y_BTD, "context", scatter_dimension=1, tiled=True), dropped
+    own = lambda a: own_part(a.reshape(batch, time, -1), "context", 1)
+    plan = TokenPlan(*(own(a).reshape(-1, a.shape[-1]) for a in plan))
+    y_ND, lost = _execute_tokens(plan, own(x_ND).reshape(-1, dim), *weights, config)
+    return lax.psum(y_ND, "tensor").reshape(batch, -1, dim), dropped + lax.psum(lost, "context")
+
+
+def execute_slots(plan: ExpertPlan, x_RD: Array, gate_up_ED2F: Array, down_EFD: Array, config: MoE) -> Array:
+    """y[R, D] in x's dtype of a plan that names this device's rows: the slots travel, their weights do not."""
+    devices, dim = axis_size("expert"), x_RD.shape[1]
+    if devices == 1:
+        return lax.psum(experts.execute(plan, x_RD, gate_up_ED2F, down_EFD, config, 1)[0], "tensor")
+    x_ECD = x_RD.at[plan.token_EC].get(mode="fill", fill_value=0)
+    x_EQD = lax.all_to_all(x_ECD, "expert", 0, 1, tiled=True)
+    row_EQ = jnp.arange(math.prod(x_EQD.shape[:2]), dtype=jnp.int32).reshape(x_EQD.shape[:2])
+    each = ExpertPlan(row_EQ, jnp.ones(row_EQ.shape, jnp.float32))
+    y_QD, _ = experts.execute(each, x_EQD.reshape(-1, dim), gate_up_ED2F, down_EFD, config, 1)
+    y_ECD = lax.all_to_all(y_QD.reshape(x_EQD.shape), "expert", 1, 0, tiled=True)
+    y_RD = jnp.zeros(x_RD.shape, jnp.float32)
+    y_RD = y_RD.at[plan.token_EC].add(y_ECD * plan.weight_EC[..., None], mode="drop")
+    return lax.psum(y_RD.astype(x_RD.dtype), "tensor")
+
+
+def load_of_devices(plan: Plan, valid_BT: Array, config: MoE) -> dict[str, Array]:
+    """`busiest`: see routing/stats.py; nothing where experts are not spread over devices."""
+    devices = axis_size("expert")
+    if devices == 1:
+        return {}
+    valid_N = jnp.append(valid_BT.reshape(-1), False)
+    if isinstance(plan, TokenPlan):
+        expert_R, live_R = plan.expert_NK.reshape(-1), jnp.repeat(valid_N[:-1], plan.expert_NK.shape[1])
+    else:
+        expert_R = jnp.repeat(jnp.arange(config.num_experts), plan.token_EC.shape[1])
+        live_R = valid_N[plan.token_EC.reshape(-1)]
+    device_R = jnp.where(live_R, expert_R // (config.num_experts // devices), devices)
+    load_X = lax.psum(jnp.zeros(devices, jnp.int32).at[device_R].add(1, mode="drop"), "expert")
+    return {"busiest": load_X.max()}
+
+
+def _share(plan: ExpertPlan, nowhere: int) -> ExpertPlan:
+    """This device's part of the slots of every expert."""
+    spare = ((0, 0), (0, -plan.token_EC.shape[1] % axis_size("context")))
+    return ExpertPlan(
+        own_part(jnp.pad(plan.token_EC, spare, constant_values=nowhere), "context", 1),
+        own_part(jnp.pad(plan.weight_EC, spare), "context", 1),
+    )
+
+
+def _execute_tokens(
+    plan: TokenPlan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, config: MoE
+) -> tuple[Array, Array]:
+    """-> (y[N, D], this device's part of a sum over the tensor axis; int32 [] rows that found no room)."""
+    devices, num_choices = axis_size("expert"), plan.expert_NK.shape[1]
+    weights = gate_up_ED2F, down_EFD
+    if devices == 1:
+        return experts.execute(plan, x_ND, *weights, config, 1)
+    exchange = config.exchange
+    if exchange == "auto":  # the one that sends less; without a ragged collective, rows are padded to the worst case
+        exchange = "all_to_all" if devices > num_choices and platform() in RAGGED else "all_gather"
+    run = _by_all_gather if exchange == "all_gather" else _by_all_to_all
+    return run(plan, x_ND, *weights, config)
+
+
+def _room(plan: TokenPlan, num_experts: int, config: MoE) -> int:
+    """Rows that a device has room for: those of the worst case, or `exchange_room` times its fair share."""
+    num_tokens, num_choices = plan.expert_NK.shape
+    worst = axis_size("expert") * num_tokens * min(num_choices, num_experts)
+    fair = num_tokens * num_choices
+    return min(worst, math.ceil(config.exchange_room * fair)) if config.exchange_room else worst
+
+
+def _by_all_gather(plan, x_ND, gate_up_ED2F, down_EFD, config):
+    """Every device of the axis runs its own experts on the tokens of all; the results are summed where they belong."""
+    num_experts = down_EFD.shape[0]
+    x_MD, expert_MK, weight_MK = (lax.all_gather(a, "expert", tiled=True) for a in (x_ND, *plan))
+    own_MK = expert_MK - lax.axis_index("expert") * num_experts
+    held_MK = (own_MK >= 0) & (own_MK < num_experts)
+    own = TokenPlan(jnp.where(held_MK, own_MK, num_experts), jnp.where(held_MK, weight_MK, 0))
+    room = _room(plan, num_experts, config)
+    y_MD, lost = experts.execute(own, x_MD, gate_up_ED2F, down_EFD, config, 1, room=room)
+    return lax.psum_scatter(y_MD, "expert", scatter_dimension=0, tiled=True), lost
+
+
+def _by_all_to_all(plan, x_ND, gate_up_ED2F, down_EFD, config):
+    """A row for each choice of a token travels to the device of its expert, and its result back."""
+    num_experts, room = down_EFD.shape[0], _room(plan, down_EFD.shape[0], config)
+    me, most = lax.axis_index("expert"), x_ND.shape[0] * min(plan.expert_NK.shape[1], num_experts)
+    rows = sort_rows(plan, config.num_experts)
+    size_XXE = lax.all_gather(rows.group_sizes_E, "expert").reshape(-1, axis_size("expert"), num_experts)
+    there, back = _moves(size_XXE.sum(-1, dtype=jnp.int32), me, room)
+    x_RD = x_ND.at[rows.token_R].get(mode="fill", fill_value=0)
+    x_QD = _move(x_RD, there, room, most)
+    end_XE = there.landing_X[:, None] + jnp.cumsum(size_XXE[:, me], axis=1, dtype=jnp.int32)
+    row_Q = jnp.arange(room, dtype=jnp.int32)
+    expert_Q = jnp.searchsorted(end_XE.reshape(-1), row_Q, side="right").astype(jnp.int32) % num_experts
+    expert_Q = jnp.where(row_Q < there.taken_X.sum(), expert_Q, num_experts)
+    each = TokenPlan(expert_Q[:, None], jnp.ones((room, 1), jnp.float32))
+    y_QD, _ = experts.execute(each, x_QD, gate_up_ED2F, down_EFD, config, 1)
+    y_RD = _move(y_QD, back, rows.token_R.size, most).astype(jnp.float32) * rows.weight_R[:, None]
+    y_ND = jnp.zeros(x_ND.shape, jnp.float32).at[rows.token_R].add(y_RD, mode="drop")
+    return y_ND.astype(x_ND.dtype), rows.group_sizes_E.sum(dtype=jnp.int32) - there.count_X.sum()
+
+
+class _Move(NamedTuple):
+    """One device's part in an exchange of consecutive rows with each device; int32 [X]."""
+
+    start_X: Array  # its first row for that device
+    count_X: Array  # how many it sends there
+    place_X: Array  # where they begin in that device's result
+    taken_X: Array  # how many come from that device
+    landing_X: Array  # where they begin in its own result
+
+
+def _moves(wanted_XX: Array, me: Array, room: int) -> tuple[_Move, _Move]:
+    """There and back, from the rows that each device (first axis) has for each other; those beyond the room stay."""
+    landing_XX = jnp.cumsum(wanted_XX, axis=0) - wanted_XX
+    start_XX = jnp.cumsum(wanted_XX, axis=1) - wanted_XX
+    count_XX = jnp.clip(room - landing_XX, 0, wanted_XX)
+    there = _Move(start_XX[me], count_XX[me], landing_XX[me], count_XX[:, me], landing_XX[:, me])
+    back = _Move(landing_XX[:, me], count_XX[:, me], start_XX[:, me], count_XX[me], start_XX[me])
+    return there, back
+
+
+def _move(x_RD: Array, move: _Move, num_rows: int, most: int) -> Array:
+    """-> [num_rows, D], zeros where nothing lands. Without a ragged collective, `most` rows go to each device."""
+    result = jnp.zeros((num_rows, x_RD.shape[1]), x_RD.dtype)
+    if platform() in RAGGED:
+        sizes = (move.start_X, move.count_X, move.place_X, move.taken_X)
+        return lax.ragged_all_to_all(x_RD, result, *sizes, axis_name="expert")
+    index_P = jnp.arange(most, dtype=jnp.int32)
+    from_XP = jnp.where(index_P < move.count_X[:, None], move.start_X[:, None] + index_P, x_RD.shape[0])
+    x_XPD = lax.all_to_all(x_RD.at[from_XP].get(mode="fill", fill_value=0), "expert", 0, 0, tiled=True)
+    to_XP = jnp.where(index_P < move.taken_X[:, None], move.landing_X[:, None] + index_P, num_rows)
+    return result.at[to_XP].set(x_XPD, mode="drop")
