@@ -129,7 +129,11 @@ HEADS = {"model.num_heads": 8, "model.num_kv_heads": 2}  # of the default config
         ),
         ({"mesh.data": 0}, 1, "mesh.data=0: must be a positive size"),
         ({"mesh.fsdp": -1}, 8, "mesh.fsdp=-1: only one axis may be -1, and mesh.data is too"),
-        ({"mesh.expert": 3}, 8, "mesh.data=-1: the other axes multiply to 3, which does not divide the 8 devices"),
+        (
+            {"mesh.expert": 3},
+            8,
+            "mesh.expert=3: must divide the 8 devices, of which mesh.data=-1 takes the rest; nearest valid: 2, 4",
+        ),
         ({"train.batch_size": 12}, 8, "mesh.data*fsdp*expert=8: must divide the 12 sequences of a micro-batch"),
         ({"train.batch_size": 12}, 8, "nearest valid: 6, 12"),
         (

@@ -210,9 +210,12 @@ def check_devices(config: Config, num_devices: int) -> dict[str, int]:
     )
     given = math.prod(size for size in axes.values() if size != -1)
     if open_axes:
-        path, rule = f"mesh.{open_axes[0]}", f"the other axes multiply to {given}, which does not divide"
-        _require(
-            num_devices % given == 0, path, -1, f"{rule} the {num_devices} devices; {_nearest(given, num_devices)}"
+        named = "*".join(name for name, size in axes.items() if size > 1)
+        _divides(
+            f"mesh.{named}",
+            given,
+            f"the {num_devices} devices, of which mesh.{open_axes[0]}=-1 takes the rest",
+            num_devices,
         )
         axes[open_axes[0]] = num_devices // given
     else:
