@@ -5,12 +5,15 @@
 #
 # fills this in and runs it. Each host needs this checkout with its .venv at the same path (edit the `cd` below where it
 # is another) and the same runs/; the others must reach the first at PORT.
-# When one host fails, or at Ctrl-C, or when this script dies, all are told to save and end; after two minutes they are
+# When one host fails, at Ctrl-C, or when this script dies, all are told to save and end; after two minutes they are
 # killed. Exit code: of the first host that failed; 75: saved, the same command goes on.
 set -u
 HOSTS=($hosts)
 PORT=${PORT:-8476}
 SSH=${SSH:-ssh -o BatchMode=yes -o ServerAliveInterval=15}
+STATE=$(mktemp -d)
+touch "$STATE/go" # the hosts train for as long as this is there
+trap 'rm -r "$STATE"' EXIT
 
 # What a host runs. It reads this whole (hence the braces), then waits for the end of its input, which says stop.
 remote() {
@@ -37,23 +40,23 @@ remote() {
 END
 }
 
-# Lines of "host status" come back through ended; every host's input is open for as long as descriptor 7 is.
-PIPES=$(mktemp -d)
-mkfifo "$PIPES/input" "$PIPES/ended"
-exec 5<> "$PIPES/input" 6<> "$PIPES/ended"
-exec 8< "$PIPES/input" 7> "$PIPES/input" 5>&-
-rm -r "$PIPES"
+input() {
+  remote "$1"
+  while [ -e "$STATE/go" ] && kill -0 $$ 2> /dev/null; do sleep 0.2; done
+}
 
 run_on() {
-  exec 7>&-
-  trap '' INT TERM HUP # which a terminal sends to all of us: the host's last lines and its status are still to come
-  { remote "$1"; cat <&8; } \
-    | { (trap - TERM; exec $SSH "$2" bash -s 2>&1); echo "$2 $?" >&6; } \
-    | while IFS= read -r LINE; do printf '[%s] %s\n' "$2" "$LINE"; done
+  trap '' INT HUP # which a terminal sends to all of us: the last lines and the status are still to come
+  $SSH "$2" bash -s < <(input "$1") 2>&1 | while IFS= read -r LINE; do printf '[%s] %s\n' "$2" "$LINE"; done
+  local STATUS=${PIPESTATUS[0]}
+  if [ "$STATUS" -ne 0 ] && (set -C && echo "$STATUS" > "$STATE/failed") 2> /dev/null; then # the first
+    [ ! -e "$STATE/go" ] || echo "[$2] ended with $STATUS; ending the others" >&2
+    rm -f "$STATE/go"
+  fi
 }
 
 stop() {
-  exec 7>&-
+  rm -f "$STATE/go"
   trap 'exit 130' INT TERM HUP # the second time without waiting
 }
 trap stop INT TERM HUP
@@ -61,16 +64,5 @@ trap stop INT TERM HUP
 for INDEX in "${!HOSTS[@]}"; do
   run_on "$INDEX" "${HOSTS[$INDEX]}" &
 done
-
-FAILED=0
-for _ in "${HOSTS[@]}"; do
-  read -r HOST STATUS <&6
-  if [ "$STATUS" -ne 0 ] && [ "$FAILED" -eq 0 ]; then
-    FAILED=$STATUS
-    echo "[$HOST] ended with $STATUS; ending the others" >&2
-    stop
-  fi
-done
-exec 7>&-
-wait # for the last lines
-exit "$FAILED"
+until wait; do :; done # a signal interrupts it
+exit "$(cat "$STATE/failed" 2> /dev/null || echo 0)"

@@ -1,6 +1,7 @@
-"""The templates of `launch/`: what they become is held to the schedulers' own documents, and ssh.sh runs processes."""
+"""The templates of `launch/`: filled in they say what was asked for, bad ones are refused, and their scripts run."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,12 @@ import yaml
 
 from frugalmoe.cli import main
 from frugalmoe.errors import UserError
-from frugalmoe.launch import checks
+from frugalmoe.launch.cli import SCHEDULERS
 from frugalmoe.launch.job import Job, fill, read_hosts
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 CONFIG = "--config=configs/quickstart.py"
-SIZES = {"slurm": (4, 2), "jobset": (4, 2), "jobset-tpu": (4, 4), "skypilot": (4, 2)}
+TPU = "--template=launch/jobset-tpu.yaml"
 TRAIN = "frugalmoe train --config=configs/quickstart.py --config.train.batch_size=64 --workdir=runs/quickstart"
 
 
@@ -26,9 +27,8 @@ def checkout(monkeypatch):
 
 
 def dry_run(capsys, scheduler: str, *flags: str) -> str:
-    nodes, devices = SIZES.get(scheduler, (None, 2))
-    sizes = [f"--devices-per-node={devices}"] + ([f"--nodes={nodes}"] if nodes else [])
-    assert main(["launch", scheduler, CONFIG, "--config.train.batch_size=64", "--dry-run", *sizes, *flags]) == 0
+    argv = [CONFIG, "--config.train.batch_size=64", "--devices-per-node=4", *flags, "--dry-run"]
+    assert main(["launch", scheduler, *argv]) == 0
     return capsys.readouterr().out
 
 
@@ -39,46 +39,35 @@ def error(capsys, *argv: str) -> str:
 
 
 def test_slurm(capsys):
-    text = dry_run(capsys, "slurm")
-    options = [line.split()[1] for line in text.splitlines() if line.startswith("#SBATCH")]
-    # JAX gives process i of a node device SLURM_LOCALID, so 2 devices are 2 tasks of a node.
-    assert {"--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--requeue", "--signal=TERM@120"} <= set(options)
+    text = dry_run(capsys, "slurm", "--nodes=2")
+    # JAX gives process i of a node device SLURM_LOCALID, so 4 devices are 4 tasks of a node.
+    for option in ("nodes=2", "ntasks-per-node=4", "gpus-per-node=4", "requeue", "signal=TERM@120"):
+        assert f"\n#SBATCH --{option}\n" in text
     assert text.startswith("#!/bin/bash\n")
     assert f"  {TRAIN}\n" in text
-    assert 'scontrol requeue "$SLURM_JOB_ID"' in text  # the shell's words are left to the shell
 
 
-@pytest.mark.parametrize("scheduler", ["jobset", "jobset-tpu"])
-def test_jobset_has_only_fields_of_the_published_types(capsys, scheduler):
-    """The generated types of JobSet and of Kubernetes: what they do not know is lost on the way through them."""
-    from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
-
-    document = yaml.safe_load(dry_run(capsys, scheduler))
-    assert JobsetV1alpha2JobSet.from_dict(document).to_dict() == document
-
-
-def test_jobset_names_its_first_pod(capsys):
-    """JAX's own rule for a JobSet (`jax._src.clusters.k8s_cluster`) is JOB-0.JOBSET, with JOB = JOBSET-REPLICATED-0."""
-    document = yaml.safe_load(dry_run(capsys, "jobset"))
-    (replicated,) = document["spec"]["replicatedJobs"]
-    jobset = document["metadata"]["name"]
-    pod = replicated["template"]["spec"]["template"]["spec"]
-    assert f"--coordinator={jobset}-{replicated['name']}-0-0.{jobset}:" in pod["containers"][0]["command"][2]
-
-
-@pytest.mark.parametrize("scheduler", ["jobset", "jobset-tpu"])
-def test_jobset_goes_on_after_preemption(capsys, scheduler):
-    spec = yaml.safe_load(dry_run(capsys, scheduler))["spec"]
-    rules = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
-    assert rules[0]["onExitCodes"]["values"] == [75]
-    assert {rule["action"] for rule in rules} == {"FailJob"}
-    (rule,) = spec["failurePolicy"]["rules"]
+@pytest.mark.parametrize("flags", [(), (TPU,)], ids=["gpu", "tpu"])
+def test_jobset(capsys, flags):
+    jobset = yaml.safe_load(dry_run(capsys, "jobset", "--nodes=4", *flags))
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert (job["parallelism"], job["completions"], job["completionMode"]) == (4, 4, "Indexed")
+    assert list(container["resources"]["limits"].values()) == [4]
+    assert f"exec {TRAIN}" in container["command"][2]
+    # What was stopped from outside (a process that saved ends with 75) starts again as often as that happens.
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [75]
+    (rule,) = jobset["spec"]["failurePolicy"]["rules"]
     assert (rule["action"], rule["onJobFailureReasons"]) == ("RestartJobSetAndIgnoreMaxRestarts", ["PodFailurePolicy"])
+    if not flags:  # the name of the first pod, by JAX's rule (`jax._src.clusters.k8s_cluster`): JOB-0.JOBSET
+        name = jobset["metadata"]["name"]
+        assert f"--coordinator={name}-{replicated['name']}-0-0.{name}:" in container["command"][2]
 
 
 def test_skypilot(capsys):
-    task = yaml.safe_load(dry_run(capsys, "skypilot"))
-    assert (task["num_nodes"], task["resources"]["accelerators"]) == (4, "H100:2")
+    task = yaml.safe_load(dry_run(capsys, "skypilot", "--nodes=2"))
+    assert (task["num_nodes"], task["resources"]["accelerators"]) == (2, "H100:4")
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
     assert f"exec {TRAIN} \\\n" in task["run"]
 
@@ -90,7 +79,7 @@ def test_ssh(capsys):
 
 
 def test_what_waits_for_the_user_is_named_and_not_submitted(capsys):
-    line = error(capsys, "jobset", CONFIG, "--nodes=1", "--devices-per-node=1")
+    line = error(capsys, "jobset", CONFIG, "--devices-per-node=1")
     assert line.startswith("frugalmoe: launch/jobset.yaml: put your own values in place of EDIT-ME, in lines ")
     numbers = [int(n) for n in line.rpartition("lines ")[2].split(", ")]
     lines = (LAUNCH / "jobset.yaml").read_text().splitlines()
@@ -98,18 +87,19 @@ def test_what_waits_for_the_user_is_named_and_not_submitted(capsys):
 
 
 def test_without_the_scheduler_nothing_is_written(capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", os.pathsep.join(["/usr/bin", "/bin"]))
-    line = error(capsys, "slurm", CONFIG, "--devices-per-node=1", f"--workdir={tmp_path}/run")
+    (tmp_path / "bash").symlink_to(shutil.which("bash"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    line = error(capsys, "slurm", CONFIG, "--devices-per-node=1", f"--workdir={tmp_path}/runs/x")
     assert "sbatch: not found on this machine" in line
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
+        (["slrum", CONFIG, "--devices-per-node=1"], "slrum: unknown scheduler; did you mean 'slurm'? valid: jobset, "),
         # 2 nodes x 3 devices = 6 do not divide the batch of 16; the config's own check, before any cluster.
         (["slurm", CONFIG, "--nodes=2", "--devices-per-node=3", "--config.train.batch_size=16"], "batch_size=16"),
-        (["slurm", CONFIG, "--nodes=2", "--devices-per-node=2", "--config.mesh.data=3"], "mesh.data=3"),
         (["slurm", CONFIG, "--nodes=0", "--devices-per-node=2"], "--nodes=0"),
         (["slurm", CONFIG, "--devices-per-node=0"], "--devices-per-node=0"),
         (["slurm", "--config=configs/none.py", "--devices-per-node=1"], "configs/none.py"),
@@ -120,8 +110,9 @@ def test_without_the_scheduler_nothing_is_written(capsys, monkeypatch, tmp_path)
         (["jobset", CONFIG, "--devices-per-node=1", "--workdir=/data/run"], "must lie in runs/"),
         (["skypilot", f"--config={LAUNCH.parent}/configs/quickstart.py", "--devices-per-node=1"], "in the checkout"),
         # the template's slice has 4 x 4 = 16 chips
-        (["jobset-tpu", CONFIG, "--nodes=2", "--devices-per-node=4"], "gke-tpu-topology=4x4: has 16 chips"),
+        (["jobset", CONFIG, TPU, "--nodes=2", "--devices-per-node=4"], "gke-tpu-topology=4x4: has 16 chips"),
         (["ssh", CONFIG, "--devices-per-node=1"], "--hosts=None"),
+        (["ssh", CONFIG, "--devices-per-node=1", "--hosts="], "names no host"),
         (["ssh", CONFIG, "--devices-per-node=1", "--hosts=a,a"], "'a' twice"),
         (["ssh", CONFIG, "--devices-per-node=1", "--hosts=-oProxyCommand=x"], "is no host"),
         (["ssh", CONFIG, "--devices-per-node=1", "--hosts=a,b", "--nodes=3"], "--nodes=3"),
@@ -139,25 +130,21 @@ JOB = Job(nodes=4, devices_per_node=4, train=("train",), workdir=Path("runs/x"),
 @pytest.mark.parametrize(
     ("template", "old", "new", "said"),
     [
-        ("slurm.sbatch", "--requeue", "--requeu", "#SBATCH --requeu: unknown; did you mean 'requeue'"),
+        ("slurm.sbatch", "--nodes=4", "--nodes=2", "#SBATCH --nodes='2': must be '4'"),
         ("slurm.sbatch", "--ntasks-per-node=4", "--ntasks-per-node=1", "#SBATCH --ntasks-per-node='1': must be '4'"),
-        ("slurm.sbatch", "source .venv", "true\n#SBATCH --qos=x\nsource .venv", "after the first command"),
-        ("slurm.sbatch", "fi\n", "", "bash cannot read it"),
-        ("jobset.yaml", "parallelism: 4", "parallelism: 3", "template.spec.parallelism=3: must be 4"),
-        ("jobset.yaml", "completionMode: Indexed", "", "template.spec.completionMode=None: must be 'Indexed'"),
-        ("jobset.yaml", "nvidia.com/gpu: 4", "nvidia.com/gpu: 8", "limits.nvidia.com/gpu=8: must be 4"),
-        ("jobset.yaml", "kind: JobSet", "kind: [", "not valid YAML"),
+        ("slurm.sbatch", "source .venv", "true\n#SBATCH --mem=0\nsource .venv", "#SBATCH --mem=0: stands after"),
+        ("slurm.sbatch", "then\n", "\n", "the script: bash cannot read it"),
+        ("jobset.yaml", "completions: 4", "completions: 2", "template.spec.completions=2: must be 4"),
+        ("jobset.yaml", "gpu: 4", "gpu: 8", "limits.nvidia.com/gpu=8: must be 4"),
+        ("jobset.yaml", "kind: JobSet", "kind: {", "not valid YAML"),
         ("jobset.yaml", "exec train", "exec (train", "command: bash cannot read it"),
-        ("skypilot.yaml", "num_nodes: 4", "nodes: 4", "nodes: unknown; did you mean 'num_nodes'"),
-        ("skypilot.yaml", "recover_on_exit_codes", "exit_codes", "resources.job_recovery.exit_codes: unknown"),
+        ("skypilot.yaml", "num_nodes: 4", "num_nodes: 1", "num_nodes=1: must be 4"),
         ("skypilot.yaml", "H100:4", "A100:8", "resources.accelerators='A100:8': must be 'A100:4'"),
         ("ssh.sh", "done\n", "", "bash cannot read it"),
     ],
 )
 def test_an_edit_that_breaks_a_template_is_found(template, old, new, said):
-    check = {"slurm": checks.check_slurm, "jobset": checks.check_jobset, "skypilot": checks.check_skypilot}.get(
-        template.partition(".")[0], checks.check_ssh
-    )
+    check = SCHEDULERS[template.partition(".")[0]].check
     text = fill(LAUNCH / template, JOB)
     check(text, JOB)
     assert old in text
@@ -178,15 +165,48 @@ def test_hosts_of_a_file(tmp_path):
     assert read_hosts(str(tmp_path / "hosts")) == ("node1", "me@node2")
 
 
+def program(path: Path, *lines: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(("#!/bin/bash", *lines)) + "\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(75, "requeue 7\n"), (0, ""), (3, "")])
+def test_slurm_requeues_what_was_saved(tmp_path, status, requeued):
+    program(tmp_path / ".venv/bin/activate")
+    program(tmp_path / "srun", f"exit {status}")
+    program(tmp_path / "scontrol", 'echo "$@"')
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "1"}
+    script = fill(LAUNCH / "slurm.sbatch", JOB)
+    done = subprocess.run(["bash"], input=script, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, requeued, "")
+
+
+@pytest.mark.slow
+def test_submits_the_file_beside_the_run(tmp_path):
+    program(tmp_path / "sbatch", 'echo "submitted $(head -n 1 "$1")"', "exit 5")
+    command = [sys.executable, "-m", "frugalmoe.cli", "launch", "slurm", CONFIG, "--devices-per-node=1"]
+    done = subprocess.run(
+        [*command, f"--workdir={tmp_path}/runs/x"],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    file = tmp_path / "runs/x.slurm.sbatch"
+    assert (done.returncode, done.stdout) == (5, f"sbatch {file}\nsubmitted #!/bin/bash\n")
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+
+
 # What runs in place of training: says who it is, and on SIGTERM "saves" and ends with 75, or does as it is told.
 PROCESS = """
 import os, signal, sys, time
-flags = dict(a[2:].split("=") for a in sys.argv[1:] if "=" in a)
-print(f"process {flags['process_id']} of {flags['num_processes']} at {flags['coordinator']}", flush=True)
 def stop(*_):
     print("saved", flush=True)
     sys.exit(75)
 signal.signal(signal.SIGTERM, stop)
+flags = dict(a[2:].split("=") for a in sys.argv[1:] if "=" in a)
+print(f"process {flags['process_id']} of {flags['num_processes']} at {flags['coordinator']}", flush=True)
 for _ in range(600):
     if os.path.exists(f"fail{flags['process_id']}"): sys.exit(3)
     if os.path.exists("finish"): sys.exit(0)
@@ -197,33 +217,32 @@ for _ in range(600):
 @pytest.fixture
 def started(tmp_path):
     """ssh.sh over two hosts, where the ssh program leaves the host's name out and runs the command here."""
-    (tmp_path / ".venv/bin").mkdir(parents=True)
-    (tmp_path / ".venv/bin/activate").touch()
-    ssh = tmp_path / "ssh"
-    ssh.write_text('#!/bin/bash\nshift\nexec "$@"\n')
-    ssh.chmod(0o755)
+    program(tmp_path / ".venv/bin/activate")
+    ssh = program(tmp_path / "ssh", "shift", 'exec "$@"')
     job = Job(2, 1, (sys.executable, "-c", PROCESS), tmp_path / "run", tmp_path, ("me@one", "two"))
     (tmp_path / "ssh.sh").write_text(fill(LAUNCH / "ssh.sh", job))
     process = subprocess.Popen(
         ["env", "--default-signal=INT", "bash", tmp_path / "ssh.sh"],  # tests in a background job ignore it
-        env=os.environ | {"SSH": str(ssh), "PORT": "1234"},
+        env=os.environ | {"SSH": str(ssh), "PORT": "1234", "TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    first = sorted(process.stdout.readline() for _ in range(2))
-    assert first == ["[me@one] process 0 of 2 at one:1234\n", "[two] process 1 of 2 at one:1234\n"]
     with process:
-        yield process
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        try:
+            first = sorted(process.stdout.readline() for _ in range(2))
+            assert first == ["[me@one] process 0 of 2 at one:1234\n", "[two] process 1 of 2 at one:1234\n"]
+            yield process
+        finally:
+            process.kill()  # no more than a second later its hosts' processes have ended
 
 
 def test_ssh_ends_well_when_all_do(started, tmp_path):
     (tmp_path / "finish").touch()
     assert started.communicate(timeout=20) == ("", "")
     assert started.returncode == 0
+    assert not list(tmp_path.glob("tmp.*"))
 
 
 def test_ssh_ends_the_others_when_one_fails(started, tmp_path):
@@ -234,6 +253,7 @@ def test_ssh_ends_the_others_when_one_fails(started, tmp_path):
     assert started.returncode == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_ssh_forwards_ctrl_c(started, number):
     os.killpg(started.pid, number)  # to the whole group, as a terminal does
@@ -242,6 +262,8 @@ def test_ssh_forwards_ctrl_c(started, number):
     assert started.returncode == 75
 
 
+@pytest.mark.slow
 def test_ssh_ends_all_when_it_is_killed(started):
     started.kill()
+    started.wait()
     assert sorted(started.stdout.read().splitlines()) == ["[me@one] saved", "[two] saved"]

@@ -3,11 +3,11 @@
 import dataclasses
 import re
 import shlex
-import string
 from pathlib import Path
 
 from frugalmoe.errors import UserError, did_you_mean
 
+EDIT = "EDIT-ME"
 LONGEST_NAME = 40  # Kubernetes adds to it, and ends at 63
 
 
@@ -32,32 +32,36 @@ class Job:
         return label
 
 
-class Template(string.Template):
-    """`$lower_case` words are filled in; `$UPPER_CASE`, `$1`, `$(...)` and the like are the shell's."""
-
-    idpattern = "[a-z_]+"
-    flags = 0
-
-
 def fill(path: Path, job: Job) -> str:
-    """The template at `path` with the job's values in it."""
+    """The template at `path` with the job's values for its `$lower_case` words; `$UPPER_CASE`, `$1`, `$(...)` and the
+    like are the shell's.
+    """
     try:
-        template = Template(path.read_text())
+        text = path.read_text()
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}; run it in the checkout, or name a --template") from e
     values = {
         "name": job.name,
-        "nodes": job.nodes,
-        "devices_per_node": job.devices_per_node,
+        "nodes": str(job.nodes),
+        "devices_per_node": str(job.devices_per_node),
         "train": shlex.join(job.train),
-        "workdir": job.workdir,
+        "workdir": str(job.workdir),
         "directory": shlex.quote(str(job.directory)),
         "hosts": shlex.join(job.hosts),
     }
-    for word in template.get_identifiers():
-        if word not in values:
-            raise UserError(f"{path}: ${word}: unknown; {did_you_mean(word, values)}")
-    return template.safe_substitute(values)
+
+    def value(match: re.Match) -> str:
+        if match[1] not in values:
+            raise UserError(f"{path}: {match[0]}: unknown; {did_you_mean(match[1], values)}")
+        return values[match[1]]
+
+    return re.sub(r"\$([a-z_]+)", value, text)
+
+
+def unedited(text: str) -> str:
+    """What the user has still to do; comments do not count."""
+    lines = [str(i) for i, line in enumerate(text.splitlines(), start=1) if EDIT in line.partition("#")[0]]
+    return f"put your own values in place of {EDIT}, in lines {', '.join(lines)}" if lines else ""
 
 
 def read_hosts(text: str) -> tuple[str, ...]:
@@ -67,11 +71,11 @@ def read_hosts(text: str) -> tuple[str, ...]:
     else:
         names = text.split(",")
     hosts = tuple(name for name in names if name)
+    if not hosts:
+        raise UserError(f"--hosts={text}: names no host")
     for host in hosts:
-        if not re.fullmatch(r"[A-Za-z0-9_][\w.@:-]*", host):
+        if not re.fullmatch(r"[A-Za-z0-9_][\w.@-]*", host):
             raise UserError(f"--hosts={text}: {host!r} is no host; give a file of hosts, or HOST,USER@HOST")
         if hosts.count(host) > 1:
             raise UserError(f"--hosts={text}: {host!r} twice; a host runs one process with all its devices")
-    if not hosts:
-        raise UserError(f"--hosts={text}: names no host")
     return hosts
