@@ -46,7 +46,7 @@ input() {
 }
 
 run_on() {
-  trap '' INT HUP # which a terminal sends to all of us: the last lines and the status are still to come
+  trap '' INT TERM HUP # which a terminal sends to all of us: the last lines and the status are still to come
   $SSH "$2" bash -s < <(input "$1") 2>&1 | while IFS= read -r LINE; do printf '[%s] %s\n' "$2" "$LINE"; done
   local STATUS=${PIPESTATUS[0]}
   if [ "$STATUS" -ne 0 ] && (set -C && echo "$STATUS" > "$STATE/failed") 2> /dev/null; then # the first
