@@ -16,7 +16,7 @@ from frugalmoe.data.batches import Batch
 from frugalmoe.train.evaluate import put_batch
 from frugalmoe.train.step import make_eval_step, make_train_step, without_knobs
 
-PROGRAMS_KEPT = 64  # the runs of a study come back to the same few
+PROGRAMS_KEPT = 4  # of each kind. On CPUs one is mapped in thousands of pieces, and Linux gives a process 65,530
 
 
 @functools.lru_cache(PROGRAMS_KEPT)
