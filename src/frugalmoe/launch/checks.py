@@ -17,7 +17,7 @@ from frugalmoe.launch.job import Job
 def check_slurm(text: str, job: Job) -> None:
     """A process per device, as JAX counts them on SLURM, and no option below the first command, where none is read."""
     _check_shell("the script", text)
-    head = re.match(r"(?:#.*\n|\s*\n)*", text)[0]
+    head = re.match(r"(?:#.*\n|[ \t]*\n)*", text)[0]
     if late := re.search(r"^#SBATCH.*", text[len(head) :], re.M):
         raise UserError(f"{late[0]}: stands after the first command, where sbatch reads no more options")
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", head, re.M))
@@ -27,32 +27,32 @@ def check_slurm(text: str, job: Job) -> None:
 
 def check_jobset(text: str, job: Job) -> None:
     """A pod per node with the devices that were asked for, on a TPU slice of that size."""
-    pods = "spec.replicatedJobs.0.template.spec"
-    pod = f"{pods}.template.spec"
     document = _read_yaml(text)
+    pods = ("spec", "replicatedJobs", 0, "template", "spec")
+    pod = (*pods, "template", "spec")
+    container = (*pod, "containers", 0)
     for field in ("parallelism", "completions"):
-        _expect(f"{pods}.{field}", _at(document, f"{pods}.{field}"), job.nodes)
-    limits = f"{pod}.containers.0.resources.limits"
-    for name, count in (_at(document, limits) or {}).items():
-        if name.endswith(("/gpu", "/tpu")):
-            _expect(f"{limits}.{name}", count, job.devices_per_node)
-    if topology := (_at(document, f"{pod}.nodeSelector") or {}).get("cloud.google.com/gke-tpu-topology"):
-        chips, devices = math.prod(map(int, topology.split("x"))), job.nodes * job.devices_per_node
-        if chips != devices:
-            raise UserError(
-                f"gke-tpu-topology={topology}: has {chips} chips, must have --nodes x --devices-per-node = {devices}"
-            )
-    _check_shell("command", (_at(document, f"{pod}.containers.0.command") or [""])[-1])
+        _expect(field, _at(document, *pods, field), job.nodes)
+    for device in ("nvidia.com/gpu", "google.com/tpu"):
+        count = _at(document, *container, "resources", "limits", device)
+        if count is not None:
+            _expect(device, count, job.devices_per_node)
+    topology = _at(document, *pod, "nodeSelector", "cloud.google.com/gke-tpu-topology")
+    chips, devices = math.prod(map(int, re.findall(r"\d+", str(topology)))), job.nodes * job.devices_per_node
+    if topology and chips != devices:
+        rule = f"has {chips} chips, must have --nodes x --devices-per-node = {devices}"
+        raise UserError(f"gke-tpu-topology={topology}: {rule}")
+    _check_shell("command", str((_at(document, *container, "command") or [""])[-1]))
 
 
 def check_skypilot(text: str, job: Job) -> None:
     """The nodes and GPUs that were asked for."""
     document = _read_yaml(text)
     _expect("num_nodes", _at(document, "num_nodes"), job.nodes)
-    accelerators = str(_at(document, "resources.accelerators"))
+    accelerators = str(_at(document, "resources", "accelerators"))
     _expect("resources.accelerators", accelerators, f"{accelerators.partition(':')[0]}:{job.devices_per_node}")
     for part in ("setup", "run"):
-        _check_shell(part, _at(document, part) or "")
+        _check_shell(part, str(_at(document, part) or ""))
 
 
 def check_ssh(text: str, job: Job) -> None:
@@ -73,12 +73,12 @@ def _read_yaml(text: str) -> Any:
         raise UserError(f"not valid YAML ({' '.join(str(e).split())})") from e
 
 
-def _at(node: Any, path: str) -> Any:
-    """The value at a dotted path; None where there is none."""
+def _at(node: Any, *path: str | int) -> Any:
+    """The value at the end of a path of keys and places; None where there is none."""
     try:
-        for key in path.split("."):
-            node = node[int(key) if isinstance(node, list) else key]
-    except (KeyError, IndexError, TypeError, ValueError):
+        for key in path:
+            node = node[key]
+    except (KeyError, IndexError, TypeError):
         return None
     return node
 
