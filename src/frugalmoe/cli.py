@@ -64,11 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     from frugalmoe.ablate import cli as ablate_cli
     from frugalmoe.analysis import report, tracing
     from frugalmoe.data import cli as data_cli
+    from frugalmoe.launch import cli as launch_cli
 
     ablate_cli.add_parsers(commands)
     report.add_parsers(commands)
     tracing.add_parsers(commands)
     data_cli.add_parsers(commands)
+    launch_cli.add_parsers(commands)
     return parser
 
 
