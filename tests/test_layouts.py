@@ -88,6 +88,14 @@ def layouts_of(form: str) -> list[str]:
     return met if "ALL_LAYOUTS" in os.environ else LAYOUTS_OF[form].split()
 
 
+def without_ties(batch: Batch) -> Batch:
+    """Each document of a row begins with a token of its own: where `a` or `a a` begins two places, the model's states
+    are equal there, and an expert that chooses one of them has to draw.
+    """
+    own_BT = 62 + (batch.segment_ids_BT == 2)
+    return batch._replace(tokens_BT=np.where(batch.positions_BT == 0, own_BT, batch.tokens_BT % 62))
+
+
 @functools.cache
 def start(form: str, num_kv_heads: int) -> State:
     with jax.set_mesh(mesh_of()):
@@ -108,7 +116,7 @@ def trained(form: str, layout: str, num_kv_heads: int) -> dict:
         state = jax.device_put(start(form, num_kv_heads), jax.tree.map(lambda a: a.sharding, abstract(config)))
         metrics, first = [], None
         for i in range(STEPS):
-            split = Batch(*(x.reshape(a, -1, *x.shape[1:]) for x in batch(i, B=config.train.batch_size)))
+            split = Batch(*(x.reshape(a, -1, *x.shape[1:]) for x in without_ties(batch(i, B=config.train.batch_size))))
             state, of_step = step(state, Batch(*(sharding.put(mesh, x, "ABT") for x in split)))
             first = jax.device_get(state.opt_state) if first is None else first
             metrics.append(jax.device_get(of_step))
