@@ -27,7 +27,9 @@ from frugalmoe.errors import UserError
 from frugalmoe.train.program import compiled_train_step
 from frugalmoe.train.step import abstract, knobs
 
-_TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
+# What the TPU compiler says of a program that is too large: all that it needs, or its temporaries alone.
+_TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", re.IGNORECASE)
+_TOO_MANY_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM")
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
@@ -68,7 +70,7 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
         try:
             executable = compiled_train_step(config).lower(*arguments).compile()
         except jax.errors.JaxRuntimeError as e:
-            if not (needed := _needed(str(e))):
+            if not (needed := _needed(str(e), sum(memory.values()))):
                 raise
     available, collectives = usable(topology.device), None
     if executable is not None:
@@ -109,10 +111,13 @@ def _bytes(tree: Any) -> int:
     return sum(shards)
 
 
-def _needed(message: str) -> int:
+def _needed(message: str, arguments: int) -> int:
     """Bytes, from a TPU compiler's refusal; 0 for any other error."""
-    match = _TOO_LARGE.search(message)
-    return int(float(match[1]) * 2 ** _UNITS[match[2]]) if match else 0
+    if match := _TOO_LARGE.search(message):
+        return int(float(match[1]) * 2 ** _UNITS[match[2]])
+    if match := _TOO_MANY_TEMPORARIES.search(message):
+        return int(float(match[1]) * 2 ** _UNITS[match[2]]) + arguments
+    return 0
 
 
 def _rest(stats: Any, arguments: int) -> dict[str, int]:
