@@ -227,11 +227,13 @@ def test_a_gpu_keeps_some_memory_for_itself():
 
 
 def test_layouts_use_every_device_and_keep_the_batch():
-    """4400 sequences on 64 devices: 68.75 micro-batches of 64, so 69."""
+    """4400 sequences on 64 devices: 68.75 micro-batches of 64, so 69; four that share heads: 275 micro-batches of 16."""
     topology = topologies.parse("v5e:8x8")
     found = list(layouts(load("configs/ling_mini_2.py"), topology))
-    assert [(c.mesh.fsdp, c.mesh.expert) for c in found] == [(64, 1), (8, 8), (1, 64)]
-    assert {(c.train.batch_size, c.train.accumulate_steps) for c in found} == {(69 * 64, 69)}
+    sizes = [(c.mesh.fsdp, c.mesh.expert, c.mesh.tensor) for c in found]
+    assert sizes == [(64, 1, 1), (8, 8, 1), (1, 64, 1), (2, 8, 4)]
+    batches = [(c.train.batch_size, c.train.accumulate_steps) for c in found]
+    assert batches == [(69 * 64, 69)] * 3 + [(4400, 275)]
 
 
 # The command
@@ -253,11 +255,11 @@ def test_bad_input_is_one_line(flags, says, capsys):
 
 
 @pytest.mark.slow
-def test_a_tpu_that_is_not_there():
-    """Four v5e chips, data 2 x expert 2."""
+def test_tpus_that_are_not_there():
+    """Two slices of four v5e chips: data 2, the slices, x expert 4, the chips of one."""
     fields = {"model.vocab_size": 512, "model.num_layers": 1, "model.num_dense_layers": 0, "data.sequence_length": 64}
-    overrides = [f"--config.{name}={value}" for name, value in (fields | {"mesh.expert": 2}).items()]
-    flags = (LAPTOP, "--topology=v5e:2x2", "--format=json", *overrides)
+    overrides = [f"--config.{name}={value}" for name, value in (fields | {"mesh.expert": 4}).items()]
+    flags = (LAPTOP, "--topology=v5e:2x2", "--slices=2", "--format=json", *overrides)
     compiler = Path(sys.prefix) / "aot"  # `make test` keeps it apart: JAX would look for a TPU in every other process
     done = run("compile", *flags, PYTHONPATH=os.pathsep.join([*filter(None, sys.path), str(compiler)]))
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ from frugalmoe.cost.topologies import Topology, parse
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.model.transformer import count_parameters
 
+HOST = 8  # devices that are near each other
 BYTES_OF_PARAMETER = 16  # itself, its gradient and Adam's two moments, in float32: no layout needs less
 
 
@@ -20,7 +21,7 @@ def search(
 ) -> Compiled:
     """The first layout that fits on the smallest usual slice that has one. `tried` sees every compilation.
 
-    The batch stays as near to `train.batch_size` as the slice lets it, in micro-batches of one sequence per device.
+    The batch stays as near to `train.batch_size` as micro-batches of the layout let it.
     """
     if kind not in DEVICES:
         rule = "--search finds the shape: give the kind alone" if ":" in kind else "unknown device"
@@ -40,13 +41,14 @@ def search(
 def layouts(config: Config, topology: Topology) -> Iterator[Config]:
     """The config with meshes that are worth a try and valid, those first that exchange least.
 
-    Parameters are spread over all devices in each. The more the experts are, the fewer a device gathers for a layer.
+    Parameters are spread over all devices in each. The more ways experts and tensors are cut, the less a device holds
+    of a layer that it computes.
     """
-    moe, devices = config.model.moe, topology.num_devices
-    most = math.gcd(devices, moe.num_experts)
-    for expert in sorted({1, math.gcd(8, most), most}):
-        mesh = Mesh(data=1, fsdp=devices // expert, expert=expert)
-        candidate = dataclasses.replace(config, mesh=mesh, train=_with_batch_for(config, devices))
+    model, devices = config.model, topology.num_devices
+    most = math.gcd(devices, model.moe.num_experts)
+    few, tensor = math.gcd(HOST, most), math.gcd(HOST, model.num_kv_heads)
+    for expert, tensor in dict.fromkeys([(1, 1), (few, 1), (most, 1), (few, tensor)]):
+        candidate = _laid_out(config, devices, expert, tensor)
         try:
             check_devices(candidate, devices)
         except UserError:
@@ -54,6 +56,10 @@ def layouts(config: Config, topology: Topology) -> Iterator[Config]:
         yield candidate
 
 
-def _with_batch_for(config: Config, devices: int):
-    steps = max(1, round(config.train.batch_size / devices))
-    return dataclasses.replace(config.train, batch_size=steps * devices, accumulate_steps=steps)
+def _laid_out(config: Config, devices: int, expert: int, tensor: int) -> Config:
+    """One sequence per device in a micro-batch, or per group of devices that share its heads."""
+    sequences = devices // tensor
+    steps = max(1, round(config.train.batch_size / sequences))
+    train = dataclasses.replace(config.train, batch_size=steps * sequences, accumulate_steps=steps)
+    mesh = Mesh(data=1, fsdp=sequences // expert, expert=expert, tensor=tensor)
+    return dataclasses.replace(config, mesh=mesh, train=train)
