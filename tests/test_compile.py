@@ -227,7 +227,7 @@ def test_a_gpu_keeps_some_memory_for_itself():
 
 
 def test_layouts_use_every_device_and_keep_the_batch():
-    """4400 sequences on 64 devices: 68.75 micro-batches of 64, so 69; four that share heads: 275 micro-batches of 16."""
+    """4400 sequences on 64 devices: 68.75 micro-batches of 64, so 69. Sixteen groups of 4: 275 micro-batches."""
     topology = topologies.parse("v5e:8x8")
     found = list(layouts(load("configs/ling_mini_2.py"), topology))
     sizes = [(c.mesh.fsdp, c.mesh.expert, c.mesh.tensor) for c in found]
