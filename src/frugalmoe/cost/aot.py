@@ -20,7 +20,7 @@ from frugalmoe import sharding
 from frugalmoe.config.checks import check_devices
 from frugalmoe.config.schema import Config
 from frugalmoe.cost import hlo, topologies
-from frugalmoe.cost.devices import Tpu, usable
+from frugalmoe.cost.devices import Gpu, Tpu, usable
 from frugalmoe.cost.topologies import Topology
 from frugalmoe.data.batches import Batch
 from frugalmoe.errors import UserError
@@ -74,7 +74,7 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
                 raise
     available, collectives = usable(topology.device), None
     if executable is not None:
-        memory |= _rest(executable.memory_analysis(), sum(memory.values()))
+        memory |= _rest(executable.memory_analysis(), sum(memory.values()), topology.device)
         needed, collectives = sum(memory.values()), _collectives(executable)
     return Compiled(
         topology=topology,
@@ -120,12 +120,19 @@ def _needed(message: str, arguments: int) -> int:
     return 0
 
 
-def _rest(stats: Any, arguments: int) -> dict[str, int]:
-    """The parts that only a compiler knows. Results that overwrite arguments need no memory of their own."""
+def _rest(stats: Any, arguments: int, device: Tpu | Gpu) -> dict[str, int]:
+    """The parts that only a compiler knows.
+
+    A GPU program gets its temporaries in one piece; results that overwrite arguments need no memory of their own. What
+    libtpu says of temporaries comes from several memories: the peak of the main one includes arguments and results.
+    """
+    given = stats.argument_size_in_bytes
+    temporaries = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    if isinstance(device, Tpu):
+        temporaries = max(stats.peak_memory_in_bytes - given, 0)
     return {
-        "padding": stats.argument_size_in_bytes - arguments,
-        "temporaries": stats.temp_size_in_bytes,
-        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        "padding": given - arguments,
+        "temporaries": temporaries,
         "program": stats.generated_code_size_in_bytes,
     }
 
