@@ -65,7 +65,8 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
         memory = {
             "parameters": _bytes(state.params),
             "optimizer state": _bytes(state.opt_state),
-            "inputs": _bytes((state.step, state.router_state, *arguments[1:])),
+            # The step does not look at domain ids, and what it does not look at is no argument of the program.
+            "inputs": _bytes((state.step, state.router_state, batch._replace(domain_ids_BT=()), arguments[2])),
         }
         try:
             executable = compiled_train_step(config).lower(*arguments).compile()
@@ -131,7 +132,7 @@ def _rest(stats: Any, arguments: int, device: Tpu | Gpu) -> dict[str, int]:
     if isinstance(device, Tpu):
         temporaries = max(stats.peak_memory_in_bytes - given, 0)
     return {
-        "padding": given - arguments,
+        "padding": max(given - arguments, 0),
         "temporaries": temporaries,
         "program": stats.generated_code_size_in_bytes,
     }
