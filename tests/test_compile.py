@@ -120,6 +120,13 @@ def test_collectives_of_a_tpu_program():
     ]
 
 
+def test_largest_arrays_of_a_program():
+    """Of 8*64 float32; what only exists inside a fusion, as `all-reduce.1`, is not among them."""
+    gathered, halved, part = hlo.largest(TPU)[:3]
+    assert gathered == hlo.Value("f32[8,64]", 8 * 64 * 4, "s")
+    assert (halved.type, halved.bytes, part.type) == ("bf16[8,64]", 8 * 64 * 2, "bf16[2,64]")
+
+
 def test_a_loop_of_unknown_length_is_not_guessed():
     with pytest.raises(ValueError, match="rounds of loop w"):
         hlo.collectives(TPU.replace("direction=LT", "direction=NE"))

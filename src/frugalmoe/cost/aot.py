@@ -44,7 +44,8 @@ class Compiled(NamedTuple):
     needed: int  # all parts together; what the compiler said where it refused the program
     memory: dict[str, int]  # by part; of a refused program the first three only
     gradients: int  # those of all parameters: a part of the temporaries
-    collectives: list[hlo.Collective] | None  # of a step; None: of a refused program, or the text cannot be read
+    collectives: list[hlo.Collective] | None  # of a step; None: of a refused program, or its text cannot be read
+    largest: list[hlo.Value] | None  # arrays that the program makes; None likewise
     seconds: float  # that tracing and compiling took
 
 
@@ -73,10 +74,10 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
         except jax.errors.JaxRuntimeError as e:
             if not (needed := _needed(str(e), sum(memory.values()))):
                 raise
-    available, collectives = usable(topology.device), None
+    available, collectives, largest = usable(topology.device), None, None
     if executable is not None:
         memory |= _rest(executable.memory_analysis(), sum(memory.values()), topology.device)
-        needed, collectives = sum(memory.values()), _collectives(executable)
+        needed, (collectives, largest) = sum(memory.values()), _read(executable)
     return Compiled(
         topology=topology,
         mesh=axes,
@@ -87,6 +88,7 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
         memory=memory,
         gradients=memory["parameters"],
         collectives=collectives,
+        largest=largest,
         seconds=time.perf_counter() - began,
     )
 
@@ -138,8 +140,10 @@ def _rest(stats: Any, arguments: int, device: Tpu | Gpu) -> dict[str, int]:
     }
 
 
-def _collectives(executable: jax.stages.Compiled) -> list[hlo.Collective] | None:
+def _read(executable: jax.stages.Compiled) -> tuple[list[hlo.Collective] | None, list[hlo.Value] | None]:
+    """Its collectives and largest arrays. The text of some programs cannot be had: that is no reason to say nothing."""
     try:
-        return hlo.collectives(executable.as_text())
-    except (jax.errors.JaxRuntimeError, ValueError):  # a plan without them is better than none
-        return None
+        text = executable.as_text()
+        return hlo.collectives(text), hlo.largest(text)
+    except (jax.errors.JaxRuntimeError, ValueError):
+        return None, None

@@ -69,13 +69,14 @@ def _compile(args: argparse.Namespace) -> int:
 
 def _row(result) -> dict:
     """Everything that is known, ready for JSON."""
-    row = {name: value for name, value in result._asdict().items() if name != "collectives"}
+    row = {name: value for name, value in result._asdict().items() if name not in ("collectives", "largest")}
     packages = ("jax", "jaxlib", *_PACKAGES[result.topology.device.platform])
     return row | {
         "topology": str(result.topology),
         "devices": result.topology.num_devices,
         "overrides": _overrides(result),
         "collectives": result.collectives and [c._asdict() for c in result.collectives],
+        "largest": result.largest and [value._asdict() for value in result.largest],
         "date": datetime.date.today().isoformat(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
@@ -117,6 +118,10 @@ def _tables(result) -> list:
         for kind, count, size in result.collectives:
             sent.add_row(kind, f"{count:,}", _gib(size))
         parts.append(sent)
+        largest = Table("largest arrays that it makes", "GiB", "made by", box=box.SIMPLE_HEAD)
+        for of_type, size, source in result.largest:
+            largest.add_row(of_type, _gib(size), source.removeprefix("jit(train_step)/")[-60:])
+        parts.append(largest)
     return [*parts, f"this layout: {_overrides(result)}"]
 
 

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, from the text that XLA prints for it.
+"""Collectives and large arrays of a compiled program, from the text that XLA prints for it.
 
 A body of a loop is printed once and counted as often as it runs. TPU programs print one collective in several
 computations, those that start it, advance it and end it; they have a `chain_id` in common. A reduce-scatter of theirs
@@ -32,6 +32,8 @@ _GROUPS_IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]")
 _GROUPS_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\].*?\{((?:'[^}]*)?)\}")
 _AXIS_SIZE = re.compile(r"('[^']+')=(\d+)")
 _PART_OF_AXIS = re.compile(r"('[^']+')(?::\(\d+\)(\d+))?")
+_SOURCE = re.compile(r'op_name="([^"]*)"')
+_MADE_ELSEWHERE = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call")
 _PAIRS = re.compile(r"source_target_pairs=\{\{")
 
 
@@ -43,6 +45,14 @@ class Collective(NamedTuple):
     bytes: int  # that a device sends at least; of `ragged-all-to-all`, if all devices get equally many
 
 
+class Value(NamedTuple):
+    """An array that exists while a program runs."""
+
+    type: str
+    bytes: int
+    source: str  # the operation that made it, under the names of the functions around it
+
+
 class _Instruction(NamedTuple):
     name: str
     opcode: str
@@ -50,8 +60,8 @@ class _Instruction(NamedTuple):
     text: str  # behind the name
 
     @property
-    def bytes(self) -> int:
-        return _bytes(self.text[: _CALL.search(self.text).start()])
+    def type(self) -> str:
+        return self.text[: _CALL.search(self.text).start()]
 
 
 class _Computation(NamedTuple):
@@ -75,6 +85,20 @@ def collectives(text: str) -> list[Collective]:
         count[kind] += times
         sent[kind] += times * _sent(kind, instruction, computation)
     return [Collective(kind, count[kind], sent[kind]) for kind in KINDS if count[kind]]
+
+
+def largest(text: str, count: int = 6) -> list[Value]:
+    """The largest arrays that a program makes, one of each type, with where in the source they come from."""
+    computations, _ = _parse(text)
+    instructions = [i for computation in computations.values() for i in computation.instructions.values()]
+    fused = {name for i in instructions if i.opcode == "fusion" for name in _CALLED.findall(i.text)}
+    found: dict[str, Value] = {}
+    for name, computation in computations.items():
+        for i in computation.instructions.values() if name not in fused else ():
+            source = _SOURCE.search(i.text)
+            for match in _ARRAY.finditer(i.type) if i.opcode not in _MADE_ELSEWHERE else ():
+                found.setdefault(match[0], Value(match[0], _bytes(match[0]), source[1] if source else i.name))
+    return sorted(found.values(), key=lambda value: -value.bytes)[:count]
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
@@ -147,7 +171,7 @@ def _constant(instruction: _Instruction) -> int:
 def _sent(kind: str, instruction: _Instruction, computation: _Computation) -> int:
     """Bytes that a device of a group of n has to send, however clever the algorithm."""
     operands = instruction.operands[:1] if kind == "ragged-all-to-all" else instruction.operands
-    size, n = sum(computation.instructions[name].bytes for name in operands), _group_size(instruction.text)
+    size, n = sum(_bytes(computation.instructions[name].type) for name in operands), _group_size(instruction.text)
     if kind in ("collective-permute", "collective-broadcast"):
         return size
     if kind == "all-gather":
