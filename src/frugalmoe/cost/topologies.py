@@ -14,7 +14,7 @@ import jax
 from jax.experimental import topologies
 
 from frugalmoe.cost.devices import DEVICES, GPUS, TPUS, Gpu, Tpu, target_config
-from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.errors import UserError
 
 _SLICES = re.compile(r"^(.*?)x?(\d+)slices?$")
 # The package, the module that is there when it is installed, and the extra that installs it.
@@ -51,7 +51,7 @@ def parse(text: str, slices: int | None = None) -> Topology:
     """`slices` is that of a flag of its own; it may also end the text."""
     kind, _, shape = text.partition(":")
     if kind not in DEVICES:
-        raise _unknown(text, f"unknown device {kind!r}; {did_you_mean(kind, DEVICES)}")
+        raise _unknown(text, f"unknown device {kind!r}")
     if match := _SLICES.match(shape):
         shape, in_text = match[1], int(match[2])
         if slices not in (None, in_text):
