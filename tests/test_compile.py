@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from runs import run
+from runs import config_file, run, write_text
 
 from frugalmoe.cli import EXIT_USER_ERROR, main
 from frugalmoe.config import load
@@ -15,6 +16,7 @@ from frugalmoe.cost import aot, hlo, topologies
 from frugalmoe.cost.devices import GIB, GPUS, usable
 from frugalmoe.cost.search import layouts
 from frugalmoe.errors import UserError
+from frugalmoe.model.transformer import count_parameters
 
 LAPTOP = "--config=configs/ling_mini_2.py:laptop"
 
@@ -246,11 +248,25 @@ def test_layouts_use_every_device_and_keep_the_batch():
 # The command
 
 
+@pytest.mark.slow
+def test_a_dry_run_says_what_a_run_needs_here_and_writes_nothing(tmp_path):
+    """Two of eight devices along fsdp hold a half of the parameters each, and norms, which are under 1%, whole."""
+    config = config_file(tmp_path, write_text(tmp_path / "text"), tmp_path / "cache", {"model.dim": 256})
+    flags = (f"--config={config}", "--dry-run", "--config.mesh.fsdp=2", f"--workdir={tmp_path / 'run'}")
+    done = run("train", *flags, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert done.returncode == 0, done.stderr
+    half = 2 * count_parameters(aot.settled(load(str(config))).model)["total"]
+    parts = {k: float(v) * 2**20 for k, v in re.findall(r"(parameters|optimizer state) +([\d.]+) MiB", done.stdout)}
+    assert 0.99 < parts["parameters"] / half < 1.01
+    assert abs(parts["optimizer state"] - 2 * parts["parameters"]) < 0.02 * 2**20
+    assert "data 4 x fsdp 2" in done.stdout and re.search(r"all-gather +\d", done.stdout)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (("--topology=v5e:2x2",), "model.vocab_size=0: the tokenizer's size is not known"),
-        (("--topology=v5e:2x2", "--config.model.vocab_size=512", "--config.mesh.expert=3"), "multiply to 3"),
+        (("--topology=v5e:2x2", "--config.mesh.expert=3"), "mesh.expert=3: must divide the 4 devices"),
         (("--topology=v5e:2x2", "--search"), "--search finds the shape: give the kind alone"),
         (("--topology=v9", "--search"), "unknown device"),
     ],

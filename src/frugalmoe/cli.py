@@ -96,7 +96,7 @@ def _add_train(commands) -> None:
         help="auto: continue a run of the same config; force: whatever its config; never: refuse an existing run",
     )
     parser.add_argument("--fresh", action="store_true", help="delete the run in the directory and start over")
-    parser.add_argument("--dry-run", action="store_true", help="check the config and print what it would train")
+    parser.add_argument("--dry-run", action="store_true", help="compile the step and say what it needs; train nothing")
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -130,22 +130,23 @@ def _train(args: argparse.Namespace) -> int:
 
 def _dry_run(config, workdir: Path) -> int:
     import jax
+    from rich.console import Console
 
     from frugalmoe.config import check_devices
+    from frugalmoe.cost.aot import compile_step, settled
+    from frugalmoe.cost.cli import tables
+    from frugalmoe.model.transformer import count_parameters
 
-    axes = check_devices(config, jax.device_count())
-    model, train = config.model, config.train
-    per_step = train.batch_size * config.data.sequence_length
+    check_devices(config, jax.device_count())
+    config = settled(config)
+    train, data = config.train, config.data
+    counts, per_step = count_parameters(config.model), train.batch_size * data.sequence_length
     print(f"run directory  {workdir}")
-    print(f"devices        {jax.device_count()} x {jax.devices()[0].device_kind}, mesh {axes}")
+    print(f"devices        {jax.device_count()} x {jax.devices()[0].device_kind}")
     print(f"tokens         {per_step:,} per step, {per_step * train.steps:,} in {train.steps:,} steps")
-    if model.vocab_size:
-        from frugalmoe.model.transformer import count_parameters
-
-        counts = count_parameters(model)
-        print(f"parameters     {counts['total']:,} total, {counts['active']:,} active")
-    else:
-        print("parameters     known with the tokenizer (model.vocab_size=0)")
+    print(f"parameters     {counts['total']:,} total, {counts['active']:,} active")
+    print("compiling the step, which makes the start of the run shorter", flush=True)
+    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(*tables(compile_step(config)), sep="\n")
     return 0
 
 

@@ -9,13 +9,12 @@ import jax
 
 from frugalmoe.ablate.results import known_metrics
 from frugalmoe.ablate.study import Arm, Study, arms_of, choose
-from frugalmoe.config import Config, check_devices, to_dict
+from frugalmoe.config import Config, check_devices, to_dict, with_vocabulary
 from frugalmoe.cost import forward_flops
 from frugalmoe.data import open_data
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.files import read_json, write_json
 from frugalmoe.model.transformer import count_parameters
-from frugalmoe.train.loop import with_vocabulary
 
 
 class Pair(NamedTuple):
@@ -63,7 +62,7 @@ def make_plan(
             raise UserError(f"{study.name}: metrics={metric!r}: unknown metric; {did_you_mean(metric, known)}")
     if not study.metrics or not study.metrics[0].startswith("eval/"):
         raise UserError(f"{study.name}: metrics={study.metrics}: the first one decides and must be one of eval/...")
-    models = {name: with_vocabulary(arm.config, data).model for name, arm in all_arms.items()}
+    models = {name: with_vocabulary(arm.config, data.tokenizer.size).model for name, arm in all_arms.items()}
     flops = {name: forward_flops(model, config.data.sequence_length) for name, model in models.items()}
     check_budgets(study, flops)
     return Plan(

@@ -21,12 +21,11 @@ On an accelerator a small model leaves most of the chip idle, and one program of
 than one run: there as many as memory holds. This has not been measured.
 """
 
-import dataclasses
-
 import jax
 
 from frugalmoe.ablate.plan import Pair, Plan
-from frugalmoe.config import Config
+from frugalmoe.config import Config, with_vocabulary
+from frugalmoe.data.tokenizer import expected_size
 from frugalmoe.model.transformer import structure
 from frugalmoe.train.step import without_knobs
 
@@ -60,11 +59,9 @@ def bytes_of_run(config: Config) -> int:
     Per token and layer about 16 rows of the model's width (residuals, norms, queries, keys, values) and, for each
     active expert, 6 of the expert's (gate, up, their product, and gradients); logits of `loss_chunk` tokens twice.
     """
-    m, t = config.model, config.train
-    vocab = m.vocab_size or int(config.data.tokenizer.partition(":")[2] or 320)
-    settled = dataclasses.replace(m, vocab_size=vocab)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(structure(settled)[1]))
+    m, t = with_vocabulary(config, expected_size(config.data.tokenizer)).model, config.train
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(structure(m)[1]))
     tokens = t.batch_size // t.accumulate_steps * config.data.sequence_length
     active = (m.moe.num_experts_per_token + m.moe.num_shared_experts) * m.moe.expert_dim
     per_token = m.num_layers * (16 * m.dim + 6 * max(active, m.dense_dim))
-    return 4 * (4 * parameters + tokens * per_token + 2 * t.loss_chunk * vocab)
+    return 4 * (4 * parameters + tokens * per_token + 2 * t.loss_chunk * m.vocab_size)

@@ -142,6 +142,18 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> schema.Config:
     return resolved
 
 
+def with_vocabulary(config: schema.Config, tokens: int) -> schema.Config:
+    """`model.vocab_size` settled by a tokenizer's size: rounded up to a multiple of 64 where it is 0."""
+    size = config.model.vocab_size
+    if size and size < tokens:
+        raise UserError(
+            f"model.vocab_size={size}: smaller than the {tokens} tokens of "
+            f"data.tokenizer={config.data.tokenizer!r}; give at least that, or 0"
+        )
+    model = dataclasses.replace(config.model, vocab_size=size or -(-tokens // 64) * 64)
+    return dataclasses.replace(config, model=model)
+
+
 def build(cls: type, values: Any, path: str) -> Any:
     """An instance of dataclass `cls` from a mapping, with the types of its annotations enforced."""
     if isinstance(values, cls):

@@ -1,6 +1,6 @@
-"""The train step compiled ahead of time for devices that are not there: what it needs, what it sends, whether it fits.
+"""The train step compiled ahead of time: what it needs of a device, what it sends, whether it fits.
 
-The program is that of `frugalmoe train`: the same functions on a mesh of absent devices. Its time is not estimated:
+The program is that of `frugalmoe train`, for the devices that are here or for absent ones. Its time is not estimated:
 what compilers say about it is of no use.
 
 Letters: A micro-batches of a step, B sequences, T time.
@@ -17,13 +17,12 @@ from jax import ShapeDtypeStruct
 from jax.sharding import NamedSharding
 
 from frugalmoe import sharding
-from frugalmoe.config.checks import check_devices
-from frugalmoe.config.schema import Config
+from frugalmoe.config import Config, check_devices, with_vocabulary
 from frugalmoe.cost import hlo, topologies
-from frugalmoe.cost.devices import Gpu, Tpu, usable
+from frugalmoe.cost.devices import usable
 from frugalmoe.cost.topologies import Topology
 from frugalmoe.data.batches import Batch
-from frugalmoe.errors import UserError
+from frugalmoe.data.tokenizer import expected_size
 from frugalmoe.train.program import compiled_train_step
 from frugalmoe.train.step import abstract, knobs
 
@@ -36,11 +35,11 @@ _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 class Compiled(NamedTuple):
     """What is known of one compilation. Memory is in bytes of one device."""
 
-    topology: Topology
+    topology: Topology | None  # None: the devices that are here
     mesh: dict[str, int]
     sequences: tuple[int, int]  # micro-batches of a step, sequences in each
     fits: bool
-    available: int  # what a program may take
+    available: int | None  # what a program may take; None: not known
     needed: int  # all parts together; what the compiler said where it refused the program
     memory: dict[str, int]  # by part; of a refused program the first three only
     gradients: int  # those of all parameters: a part of the temporaries
@@ -49,17 +48,16 @@ class Compiled(NamedTuple):
     seconds: float  # that tracing and compiling took
 
 
-def compile_step(config: Config, topology: Topology) -> Compiled:
-    """Compiles `config`'s train step for all devices of a topology, laid out as its `mesh` says.
+def compile_step(config: Config, topology: Topology | None = None) -> Compiled:
+    """Compiles `config`'s train step for all devices of a topology, or for those here, laid out as its `mesh` says.
 
     Raises UserError where the config does not suit that many devices or the compiler is not installed. A program that
     is too large is a result.
     """
-    if not config.model.vocab_size:
-        rule = "the tokenizer's size is not known before its text is: give it"
-        raise UserError(f"model.vocab_size=0: {rule}, as --config.model.vocab_size=N")
-    axes = check_devices(config, topology.num_devices)
-    mesh = sharding.make_mesh(axes, topologies.devices(topology))
+    config, num_devices = settled(config), topology.num_devices if topology else jax.device_count()
+    axes = check_devices(config, num_devices)
+    devices = topologies.devices(topology) if topology else jax.devices()
+    mesh = sharding.make_mesh(axes, devices)
     began, executable = time.perf_counter(), None
     with jax.set_mesh(mesh):
         arguments = state, batch, _ = abstract(config), _abstract_batch(config, mesh), _abstract_knobs(config, mesh)
@@ -74,15 +72,16 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
         except jax.errors.JaxRuntimeError as e:
             if not (needed := _needed(str(e), sum(memory.values()))):
                 raise
-    available, collectives, largest = usable(topology.device), None, None
+    available = usable(topology.device) if topology else (devices[0].memory_stats() or {}).get("bytes_limit")
+    of_tpu, collectives, largest = devices[0].platform == "tpu", None, None
     if executable is not None:
-        memory |= _rest(executable.memory_analysis(), sum(memory.values()), topology.device)
+        memory |= _rest(executable.memory_analysis(), sum(memory.values()), of_tpu)
         needed, (collectives, largest) = sum(memory.values()), _read(executable)
     return Compiled(
         topology=topology,
         mesh=axes,
         sequences=batch.tokens_BT.shape[:2],
-        fits=executable is not None and (isinstance(topology.device, Tpu) or needed <= available),
+        fits=executable is not None and (of_tpu or available is None or needed <= available),
         available=available,
         needed=needed,
         memory=memory,
@@ -91,6 +90,11 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
         largest=largest,
         seconds=time.perf_counter() - began,
     )
+
+
+def settled(config: Config) -> Config:
+    """With a vocabulary as large as the tokenizer may make it, where the config leaves that to the tokenizer."""
+    return config if config.model.vocab_size else with_vocabulary(config, expected_size(config.data.tokenizer))
 
 
 def _abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:
@@ -123,7 +127,7 @@ def _needed(message: str, arguments: int) -> int:
     return 0
 
 
-def _rest(stats: Any, arguments: int, device: Tpu | Gpu) -> dict[str, int]:
+def _rest(stats: Any, arguments: int, of_tpu: bool) -> dict[str, int]:
     """The parts that only a compiler knows.
 
     A GPU program gets its temporaries in one piece; results that overwrite arguments need no memory of their own. What
@@ -131,7 +135,7 @@ def _rest(stats: Any, arguments: int, device: Tpu | Gpu) -> dict[str, int]:
     """
     given = stats.argument_size_in_bytes
     temporaries = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    if isinstance(device, Tpu):
+    if of_tpu:
         temporaries = max(stats.peak_memory_in_bytes - given, 0)
     return {
         "padding": max(given - arguments, 0),

@@ -4,6 +4,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import sys
 
 from rich import box
@@ -63,7 +64,7 @@ def _compile(args: argparse.Namespace) -> int:
     elif args.format == "markdown":
         print(_markdown(results))
     else:
-        Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(*_tables(results[-1]), sep="\n")
+        Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(*tables(results[-1]), sep="\n")
     return 0
 
 
@@ -98,29 +99,38 @@ def _gib(size: int) -> str:
     return f"{size / GIB:.2f}"
 
 
+def _size(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
+
+
 def _headline(result) -> str:
-    needed = f"{_gib(result.needed)} of {_gib(result.available)} GiB"
-    verdict = "fits" if result.fits else "does not fit"
-    return f"{result.topology}, {_mesh(result)}: {verdict}, {needed} per device, compiled in {result.seconds:.0f} s"
+    where = f"{result.topology}, {_mesh(result)}" if result.topology else _mesh(result)
+    known = result.available is not None
+    needed = f"{_size(result.needed)} of {_size(result.available)}" if known else _size(result.needed)
+    verdict = (": fits," if result.fits else ": does not fit,") if known else ":"
+    return f"{where}{verdict} {needed} per device, compiled in {result.seconds:.0f} s"
 
 
-def _tables(result) -> list:
-    memory = Table("memory of one device", "GiB", box=box.SIMPLE_HEAD)
+def tables(result) -> list:
+    """For people: the headline, memory by part, collectives, the largest arrays."""
+    table = lambda *columns: Table(*columns, box=box.SIMPLE_HEAD)
+    memory = table("memory of one device", "")
     for part, size in result.memory.items():
-        memory.add_row(part, _gib(size))
+        memory.add_row(part, _size(size))
         if part == "temporaries":
-            memory.add_row("  gradients among them", _gib(result.gradients))
-    memory.add_row("all", _gib(result.needed))
-    memory.add_row("available", _gib(result.available))
+            memory.add_row("  gradients among them", _size(result.gradients))
+    memory.add_row("all", _size(result.needed))
+    if result.available is not None:
+        memory.add_row("available", _size(result.available))
     parts = [_headline(result), f"{result.sequences[0]} micro-batches of {result.sequences[1]} sequences", memory]
     if result.collectives is not None:
-        sent = Table("collectives of a step", "count", "GiB that a device sends", box=box.SIMPLE_HEAD)
+        sent = table("collectives of a step", "count", "sent by a device")
         for kind, count, size in result.collectives:
-            sent.add_row(kind, f"{count:,}", _gib(size))
-        parts.append(sent)
-        largest = Table("largest arrays that it makes", "GiB", "made by", box=box.SIMPLE_HEAD)
+            sent.add_row(kind, f"{count:,}", _size(size))
+        parts += [sent] if math.prod(result.mesh.values()) > 1 else []
+        largest = table("largest arrays that it makes", "", "made by")
         for of_type, size, source in result.largest:
-            largest.add_row(of_type, _gib(size), source.removeprefix("jit(train_step)/")[-60:])
+            largest.add_row(of_type, _size(size), source.removeprefix("jit(train_step)/")[-60:])
         parts.append(largest)
     return [*parts, f"this layout: {_overrides(result)}"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from frugalmoe.config.checks import check_devices
 from frugalmoe.config.schema import Config, Mesh
-from frugalmoe.cost.aot import Compiled, compile_step
+from frugalmoe.cost.aot import Compiled, compile_step, settled
 from frugalmoe.cost.devices import DEVICES, usable
 from frugalmoe.cost.topologies import Topology, parse
 from frugalmoe.errors import UserError, did_you_mean
@@ -26,6 +26,7 @@ def search(
     if kind not in DEVICES:
         rule = "--search finds the shape: give the kind alone" if ":" in kind else "unknown device"
         raise UserError(f"--topology={kind}: {rule}; {did_you_mean(kind, DEVICES)}")
+    config = settled(config)
     least = BYTES_OF_PARAMETER * count_parameters(config.model)["total"]
     for shape in DEVICES[kind].usual:
         topology = parse(f"{kind}:{shape}", slices)

@@ -161,6 +161,14 @@ def parse(spec: str) -> int | Path | None:
     return path
 
 
+def expected_size(spec: str) -> int:
+    """The vocabulary of `data.tokenizer` before its text is read; a trained one may turn out smaller."""
+    found = parse(spec)
+    if isinstance(found, int):
+        return found
+    return load_json(found, f"data.tokenizer={spec!r}").size if found else ByteTokenizer.size
+
+
 def train_bpe(texts: Iterable[str], size: int) -> JsonTokenizer:
     """Byte-level BPE (Sennrich et al., arXiv 1508.07909; on bytes as in GPT-2); the order of the texts does not matter.
 

@@ -3,7 +3,6 @@
 Metrics are read one step late, so that the device never waits for the host.
 """
 
-import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from frugalmoe import sharding
-from frugalmoe.config import Config, check_devices, to_dict
+from frugalmoe.config import Config, check_devices, to_dict, with_vocabulary
 from frugalmoe.data import Dataset, open_data
 from frugalmoe.data.batches import Batch
 from frugalmoe.errors import UserError
@@ -71,7 +70,7 @@ def opened(
     Raises `rundir.Busy` if another process has it, or had it until it was `done`.
     """
     data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
-    model_config = with_vocabulary(config, data)
+    model_config = with_vocabulary(config, data.tokenizer.size)
     with rundir.locked(workdir):
         if done():
             raise rundir.Busy(f"--workdir={workdir}: another process has just completed this run")
@@ -83,18 +82,6 @@ def opened(
             yield run
         finally:
             run.close()
-
-
-def with_vocabulary(config: Config, data: Dataset) -> Config:
-    """The config with `model.vocab_size` settled: the tokenizer's size rounded up to a multiple of 64 where it is 0."""
-    size = config.model.vocab_size
-    if size and size < data.tokenizer.size:
-        raise UserError(
-            f"model.vocab_size={size}: smaller than the {data.tokenizer.size} tokens of "
-            f"data.tokenizer={config.data.tokenizer!r}; give at least that, or 0"
-        )
-    size = size or -(-data.tokenizer.size // 64) * 64
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
 def _describe(workdir: Path, config: Config, data: Dataset) -> None:
