@@ -23,6 +23,7 @@ from frugalmoe.errors import UserError, one_line
 from frugalmoe.train.rundir import differences
 
 EXIT_USER_ERROR, EXIT_PEER_LOST = 2, 1
+_SECONDS_OF_SILENCE = 60  # after which a process counts as dead, and JAX ends those that wait for it
 _SECONDS_TO_SPEAK = 2.0  # in which the others find out by themselves that one of them is gone, and say so
 _FLAGS = "--coordinator=HOST:PORT --num_processes=N --process_id=I"
 _ALONE = "--num_processes=1 trains in this process alone"
@@ -43,7 +44,8 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     where = flags | {"cluster_detection_method": "deactivate"} if given else {}
     with _time_limit(timeout, f"{told_by}: the processes did not all meet within {timeout} s (--connect_timeout)"):
         try:
-            jax.distributed.initialize(**where, initialization_timeout=timeout + 60)
+            limits = dict(initialization_timeout=timeout + 60, heartbeat_timeout_seconds=_SECONDS_OF_SILENCE)
+            jax.distributed.initialize(**where, **limits)
         except Exception as e:
             rule = f"cannot join the other processes ({_first_line(e)}); give {_FLAGS}, or {_ALONE}"
             raise UserError(f"{told_by}: {rule}") from e
