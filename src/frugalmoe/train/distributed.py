@@ -26,6 +26,7 @@ EXIT_USER_ERROR, EXIT_PEER_LOST = 2, 1
 _SECONDS_OF_SILENCE = 60  # after which a process counts as dead, and JAX ends those that wait for it
 _SECONDS_TO_SPEAK = 2.0  # in which the others find out by themselves that one of them is gone, and say so
 _FLAGS = "--coordinator=HOST:PORT --num_processes=N --process_id=I"
+_PERHAPS_A_POD = "TPU VM"
 _ALONE = "--num_processes=1 trains in this process alone"
 
 
@@ -47,6 +48,8 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
             limits = dict(initialization_timeout=timeout + 60, heartbeat_timeout_seconds=_SECONDS_OF_SILENCE)
             jax.distributed.initialize(**where, **limits)
         except Exception as e:
+            if told_by == _PERHAPS_A_POD:
+                return
             rule = f"cannot join the other processes ({_first_line(e)}); give {_FLAGS}, or {_ALONE}"
             raise UserError(f"{told_by}: {rule}") from e
 
@@ -89,7 +92,7 @@ def _told_by_environment() -> str:
         return f"JOB_COMPLETION_INDEX={values['JOB_COMPLETION_INDEX']}"
     # Set by `import jax` where it finds TPU chips; only the metadata of a TPU VM tells whether it is a part of a pod.
     if "TPU_ML_PLATFORM" in values and "TPU_SKIP_MDS_QUERY" not in values and "TPU_WORKER_HOSTNAMES" not in values:
-        return "TPU VM"
+        return _PERHAPS_A_POD
     return ""
 
 
@@ -153,7 +156,7 @@ def check_same(values: Mapping[str, Any]) -> None:
     """Raises UserError in all processes where one has other values than process 0, and names them."""
     first, *others = exchange(values)
     for number, other in enumerate(others, 1):
-        if differing := differences(first, other, "process 0", f"process {number}"):
+        if differing := differences(first, other, "in process 0", f"in process {number}"):
             raise UserError(f"processes must be started alike: {', '.join(differing[:5])}")
 
 
