@@ -30,8 +30,10 @@ clean:
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	touch $@
 
-.venv/dev.stamp: .venv/run.stamp requirements-dev.txt
+.venv/dev.stamp: .venv/run.stamp requirements-dev.txt requirements-aot.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target .venv/aot \
+		-r requirements-aot.txt
 	touch $@
 
 .venv-bench/stamp: requirements-bench.txt

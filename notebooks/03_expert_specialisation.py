@@ -31,14 +31,17 @@ from frugalmoe.analysis import (
     RandomChoice,
     coactivation,
     effects_table,
+    gradients,
     information,
     intervene,
     load_experts,
+    load_gradients,
     load_run,
     load_trace,
     plots,
     similarity,
     specialisation,
+    try_swaps,
     vocabulary,
     write_trace,
 )
@@ -179,3 +182,37 @@ plots.effects(effects)
 
 # %%
 effects_table(effects)
+
+# %% [markdown]
+# ## Was the choice a good one?
+#
+# With hindsight: what a token's loss would have been with one of its slots given to another expert of that layer. The
+# gain of the best single swap, the same for each slot, and for a slot whose expert was drawn: a router that always
+# takes the best has a ratio of 0, one that draws has 1. `better_K` is the share of the other experts that would have
+# been better than the one it took, 1/2 by chance. Nats, with intervals over documents.
+
+# %%
+try_swaps(path, layer, tokens=tokens // 4, progress=False)
+
+# %% [markdown]
+# ## Who moves the router?
+#
+# Gradients of 16 training batches at the newest checkpoint. The language-model loss's share of the router's gradient
+# per layer (1: no auxiliary loss acts), and the cosine between the two: below 0 they pull against each other.
+
+# %%
+moved = load_gradients(path, progress=False)
+(
+    gradients.language_share(moved.language_SL, moved.auxiliary_SL),
+    gradients.agreement(moved.language_SL, moved.auxiliary_SL, moved.product_SL),
+)
+
+# %% [markdown]
+# And which experts learn: an expert's share of the gradient's norm, beside its share of the tokens, in the last layer.
+#
+# Two more questions need a run that has the thing asked about: `train_causal_gap` says what a rule that looks ahead is
+# worth to the loss, `load_drops` whom a capacity drops.
+
+# %%
+counts_E = moved.counts_SLE[:, -1].sum(0)
+gradients.expert_share(moved.expert_SLE).value[-1], counts_E / counts_E.sum()

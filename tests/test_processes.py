@@ -1,7 +1,9 @@
 """One run in several real processes over loopback: stopped, killed, continued by other numbers of them, refused."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,6 +17,8 @@ import pytest
 from runs import command, config_file, rows, without_times, write_text
 
 from frugalmoe import generate
+from frugalmoe.errors import UserError
+from frugalmoe.train import distributed
 
 pytestmark = pytest.mark.slow
 STEPS, SAVE_EVERY = 12, 4
@@ -38,18 +42,45 @@ def place(tmp_path_factory):
     return root, config_file(root, write_text(root / "text"), root / "cache", FIELDS)
 
 
-def start(place, workdir: str, processes: int, devices: int, flags_of=lambda i: ()) -> list[subprocess.Popen]:
-    """One run in so many processes of so many devices each; `flags_of(i)` are process i's own."""
+LOWEST_PORT = 65536 - 4096  # of those that JAX derives from the number of a job
+
+
+def free_port() -> int:
+    """One that nobody listens at, and that JAX can derive."""
+    for port in np.random.default_rng().permutation(np.arange(LOWEST_PORT, 65536)).tolist():
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
+    raise OSError("no port is free")
+
+
+def by_flags(i: int, processes: int, port: int) -> tuple[list[str], dict[str, str]]:
+    return [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={i}"], {}
+
+
+def by_slurm(i: int, processes: int, port: int) -> tuple[list[str], dict[str, str]]:
+    """What srun sets, from which JAX takes the number of the job for the port."""
+    own = {"PROCID": i, "LOCALID": i, "NTASKS": processes, "STEP_NUM_TASKS": processes}
+    of_step = {"JOB_ID": port - LOWEST_PORT, "STEP_NODELIST": "127.0.0.1"}
+    return [], {f"SLURM_{name}": str(value) for name, value in (own | of_step).items()}
+
+
+def by_open_mpi(i: int, processes: int, port: int) -> tuple[list[str], dict[str, str]]:
+    """What mpirun sets; a number of a job of Open MPI is a multiple of 4096."""
+    world = {"SIZE": processes, "RANK": i, "LOCAL_RANK": i}
+    address = f"{(port - LOWEST_PORT) * 4096}.0;tcp://127.0.0.1:9"
+    return [], {f"OMPI_COMM_WORLD_{k}": str(v) for k, v in world.items()} | {"OMPI_MCA_orte_hnp_uri": address}
+
+
+def start(place, workdir: str, processes: int, devices: int, by=by_flags, own=lambda i: ()) -> list[subprocess.Popen]:
+    """One run in so many processes of so many devices each, which learn of each other `by`; `own(i)` are more flags."""
     xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    with socket.create_server(("", 0)) as free:
-        coordinator = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
-    together = lambda i: (coordinator, f"--num_processes={processes}", f"--process_id={i}") if processes > 1 else ()
-    flags = lambda i: (f"--config={place[1]}", f"--workdir={place[0] / workdir}", *together(i), *flags_of(i))
-    started = []
+    port, started = free_port(), []
     for i in range(processes):
+        flags, environment = by(i, processes, port) if processes > 1 else ([], {})
+        line = command("train", f"--config={place[1]}", f"--workdir={place[0] / workdir}", *flags, *own(i))
+        environment |= os.environ | {"XLA_FLAGS": xla}
         with (place[0] / f"{workdir}.{i}.out").open("w") as out, (place[0] / f"{workdir}.{i}.err").open("w") as error:
-            environment = os.environ | {"XLA_FLAGS": xla}
-            started.append(subprocess.Popen(command("train", *flags(i)), stdout=out, stderr=error, env=environment))
+            started.append(subprocess.Popen(line, stdout=out, stderr=error, env=environment))
     return started
 
 
@@ -107,8 +138,8 @@ def stopped(place):
 
 @pytest.fixture(scope="module")
 def killed(place, stopped):
-    """Two processes go on with the stopped run, and the second is killed after step 7: (both, when)."""
-    started = start(place, "run", 2, 4)
+    """Two processes, as of mpirun, go on with the stopped run; the second is killed after step 7: (both, when)."""
+    started = start(place, "run", 2, 4, by_open_mpi)
     wait_for_step(place, "run", 7)
     started[1].kill()
     yield started, time.monotonic()
@@ -134,6 +165,7 @@ def test_killed_it_goes_on_in_any_number_of_processes(place, undisturbed, killed
     assert "nats per token" in said(place, name, 0)
     assert all("nats per token" not in said(place, name, i) for i in range(1, processes))
     assert_same_run(place[0] / name, undisturbed)
+    assert len(list((place[0] / name / "tensorboard").iterdir())) == 3, "one process writes, at each of three starts"
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
@@ -157,16 +189,9 @@ def test_the_first_process_does_not_wait_for_a_dead_one(killed):
     assert code not in (0, 2, 75)
 
 
-def test_one_process_writes(place, undisturbed, killed):
-    """No file is there that one process alone does not write."""
-    # Orbax's own files are one per process; their number is its business.
-    files = lambda workdir: {p.relative_to(workdir).parts[0] for p in workdir.rglob("*")}
-    assert files(place[0] / "continued4") == files(undisturbed)
-
-
-def refused(place, workdir: str, processes: int, flags_of, *texts: str) -> None:
+def refused(place, workdir: str, processes: int, by, own, *texts: str) -> None:
     """Exit code 2 in all processes, one line each, and nothing is written."""
-    codes = end(start(place, workdir, processes, 1, flags_of))
+    codes = end(start(place, workdir, processes, 1, by, own))
     for i, code in enumerate(codes):
         error = said(place, workdir, i, "err")
         assert code == 2, error[-3000:]
@@ -177,12 +202,57 @@ def refused(place, workdir: str, processes: int, flags_of, *texts: str) -> None:
 
 
 def test_processes_with_different_configs_are_refused(place):
-    flags = lambda i: ("--config.mesh.fsdp=1", f"--config.optim.learning_rate={0.25 * (i + 1)}")
-    refused(place, "unlike", 2, flags, "optim.learning_rate: 0.25 process 0, 0.5 process 1")
+    """Started as by srun, before anything else that may differ is looked at: the mesh is wrong too."""
+    own = lambda i: (f"--config.optim.learning_rate={0.25 * (i + 1)}",)
+    refused(place, "unlike", 2, by_slurm, own, "optim.learning_rate: 0.25 in process 0, 0.5 in process 1")
 
 
 def test_processes_that_do_not_meet_give_up(place):
     """Of two processes only the second is there: nobody answers at the coordinator's address."""
     flags = ("--coordinator=127.0.0.1:9", "--num_processes=2", "--process_id=1", "--connect_timeout=2")
     message = "--coordinator=127.0.0.1:9: the processes did not all meet within 2 s"
-    refused(place, "lonely", 1, lambda i: flags, message, "is process 0 running")
+    refused(place, "lonely", 1, by_flags, lambda i: flags, message, "is process 0 running")
+
+
+BAD = [
+    (("h:1", None, None), "--coordinator=h:1: needs --num_processes, --process_id too"),
+    ((None, 4, None), "--num_processes=4: needs --coordinator, --process_id too"),
+    ((None, 1, 0), "needs --coordinator too"),
+    (("h", 2, 0), "--coordinator=h: must be HOST:PORT"),
+    (("h:70000", 2, 0), "--coordinator=h:70000: must be HOST:PORT"),
+    (("h:1", 0, 0), "--num_processes=0: must be at least 1"),
+    (("h:1", 2, 2), "--process_id=2: must be from 0 to 1"),
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD, ids=str)
+def test_bad_flags_are_named(flags, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        distributed.start(*flags, timeout=1)
+
+
+ALONE = [
+    {},
+    by_slurm(0, 1, LOWEST_PORT)[1],
+    {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # the script of a job, not a step of it
+    by_open_mpi(0, 1, LOWEST_PORT)[1],
+    {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},  # any pod
+    {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ML_PLATFORM": "JAX"},  # one TPU host
+]
+
+
+@pytest.mark.parametrize("environment", ALONE, ids=lambda e: next(iter(e), "none"))
+def test_one_process_meets_nobody(environment, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    distributed.start(None, None, None, timeout=1)
+    assert not jax.distributed.is_initialized()
+
+
+def test_a_cluster_that_jax_does_not_know_is_named(monkeypatch):
+    """Open MPI 5 tells nobody where the first process is: each would train the run by itself."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "8")
+    with pytest.raises(UserError, match=r"OMPI_COMM_WORLD_SIZE=8: .*--coordinator=HOST:PORT.*--num_processes=1"):
+        distributed.start(None, None, None, timeout=1)
+    distributed.start(None, 1, None, timeout=1)
+    assert not jax.distributed.is_initialized()

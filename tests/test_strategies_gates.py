@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from routing_cases import D, T, combine, make_case, make_inputs, make_params, probe, route
 from test_strategies_bias import logits_of, refused_in_one_line, softmax
-from test_train_step import largest_difference, on_eight_devices, trained
+from test_train_step import largest_difference, trained
 
 from frugalmoe.config.schema import MoE
 from frugalmoe.routing import losses, select
@@ -178,20 +178,6 @@ def test_the_loss_of_a_gate_does_not_grow_with_micro_batches() -> None:
     assert largest_difference(whole.params, parts.params) < 1e-4
     weaker, _ = trained(ORTHOGONAL | {"model.moe.losses.orthogonality": 0.025})
     assert largest_difference(whole.params, weaker.params) > 1e-3  # a factor of 4 would have been seen
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "extra",
-    [
-        ORTHOGONAL,
-        {"model.moe.router": "noisy_topk", "model.moe.losses.load": 0.1, "model.moe.load_balance_scope": "global"},
-    ],
-    ids=["similarity_preserving", "noisy_topk, global"],
-)
-def test_losses_of_a_gate_are_those_of_one_device_on_eight(extra: dict) -> None:
-    differences = on_eight_devices(extra)
-    assert differences["metrics"] < 2e-4 and differences["params"] < 1e-4, differences
 
 
 # norm_logits

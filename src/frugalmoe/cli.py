@@ -56,12 +56,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_routers(commands)
     from frugalmoe.ablate import cli as ablate_cli
     from frugalmoe.analysis import report, tracing
+    from frugalmoe.cost import cli as cost_cli
     from frugalmoe.data import cli as data_cli
+    from frugalmoe.launch import cli as launch_cli
 
     ablate_cli.add_parsers(commands)
+    cost_cli.add_parsers(commands)
     report.add_parsers(commands)
     tracing.add_parsers(commands)
     data_cli.add_parsers(commands)
+    launch_cli.add_parsers(commands)
     return parser
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from frugalmoe import experts
+from frugalmoe import experts, sharding
 from frugalmoe.analysis.effects import Lab
 from frugalmoe.analysis.interventions import Nothing
 from frugalmoe.analysis.tracing import TOKENS
@@ -68,7 +68,7 @@ def load_drops(run: str | Path, *, checkpoint: int | None = None, tokens: int = 
     """
     lab = Lab(Path(run), checkpoint, tokens)
     moe = lab.config.model.moe
-    if experts.pick(moe, jax.default_backend()) != "capacity":
+    if experts.pick(moe, sharding.platform()) != "capacity":
         raise UserError(f"{run}: model.moe.executor={moe.executor!r}: drops nothing; valid: capacity")
     if lab.router.about.form == "expert":
         raise UserError(f"{run}: router {moe.router!r} gives each expert a list of tokens, of which nothing is dropped")

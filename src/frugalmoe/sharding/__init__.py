@@ -25,9 +25,11 @@ import jax
 import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from frugalmoe.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "tensor", "context")
 BATCH_AXES = ("data", "fsdp", "expert")  # axes over which sequences are spread
@@ -46,9 +48,31 @@ GATHERED = "gathered"  # name of gathered parameters: a backward pass gathers th
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with explicit axis types: shardings are part of array types and mistakes are trace-time errors."""
-    shape = tuple(sizes[a] for a in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    """A mesh with explicit axis types: shardings are part of array types and mistakes are trace-time errors.
+
+    Several TPU slices share the first axis that their number divides: it alone crosses the network between them.
+    """
+    shape = tuple(sizes[axis] for axis in AXES)
+    devices = (jax.devices() if devices is None else devices)[: math.prod(shape)]
+    # Not `jax.make_mesh`: it takes no slices, and on v5p and v6e no axis that needs a part of a physical one.
+    of_tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if of_tpu else 1
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        outside = _across(slices, shape)
+        inside = tuple(size // part for size, part in zip(shape, outside))
+        placed = mesh_utils.create_hybrid_device_mesh(inside, outside, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def _across(slices: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Slices along each axis of the mesh."""
+    for axis, size in enumerate(shape):
+        if size % slices == 0:
+            return tuple(slices if i == axis else 1 for i in range(len(shape)))
+    axes = "*".join(f"{name}={size}" for name, size in zip(AXES, shape))
+    raise UserError(f"mesh={axes}: one axis must be a multiple of the number of slices, {slices}")
 
 
 def axis_size(*axes: str, mesh: Mesh | None = None) -> int:

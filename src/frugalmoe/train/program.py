@@ -35,6 +35,11 @@ def compiled_eval_step(config: Config, trace: bool = False) -> Callable:
     return _compiled_eval_step(without_knobs(config), trace)
 
 
+def compiled_train_step(config: Config, together: bool = False) -> Callable:
+    """The jitted `make_train_step`, shared likewise. `together`: for several runs, stacked along a first axis."""
+    return _compiled_train_step(without_knobs(config), together)
+
+
 class Program:
     """Steps `loop.Run`s that differ in `Knobs` alone. Several are one vmapped program: their states, batches and knobs
     are stacked along a new first axis.
@@ -42,7 +47,7 @@ class Program:
 
     def __init__(self, runs: Sequence[Any]):
         self.runs, self.together = runs, len(runs) > 1
-        self.train_step = _compiled_train_step(without_knobs(runs[0].config), self.together)
+        self.train_step = compiled_train_step(runs[0].config, self.together)
         self.compiled_before = self.train_step._cache_size()
         self.state, self.knobs = runs[0].state, runs[0].knobs
         if self.together:

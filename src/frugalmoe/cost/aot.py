@@ -1,0 +1,149 @@
+"""The train step compiled ahead of time for devices that are not there: what it needs, what it sends, whether it fits.
+
+The program is that of `frugalmoe train`: the same functions on a mesh of absent devices. Its time is not estimated:
+what compilers say about it is of no use.
+
+Letters: A micro-batches of a step, B sequences, T time.
+"""
+
+import math
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import ShapeDtypeStruct
+from jax.sharding import NamedSharding
+
+from frugalmoe import sharding
+from frugalmoe.config.checks import check_devices
+from frugalmoe.config.schema import Config
+from frugalmoe.cost import hlo, topologies
+from frugalmoe.cost.devices import Gpu, Tpu, usable
+from frugalmoe.cost.topologies import Topology
+from frugalmoe.data.batches import Batch
+from frugalmoe.errors import UserError
+from frugalmoe.train.program import compiled_train_step
+from frugalmoe.train.step import abstract, knobs
+
+# What the TPU compiler says of a program that is too large: all that it needs, or its temporaries alone.
+_TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", re.IGNORECASE)
+_TOO_MANY_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM")
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+class Compiled(NamedTuple):
+    """What is known of one compilation. Memory is in bytes of one device."""
+
+    topology: Topology
+    mesh: dict[str, int]
+    sequences: tuple[int, int]  # micro-batches of a step, sequences in each
+    fits: bool
+    available: int  # what a program may take
+    needed: int  # all parts together; what the compiler said where it refused the program
+    memory: dict[str, int]  # by part; of a refused program the first three only
+    gradients: int  # those of all parameters: a part of the temporaries
+    collectives: list[hlo.Collective] | None  # of a step; None: of a refused program, or its text cannot be read
+    largest: list[hlo.Value] | None  # arrays that the program makes; None likewise
+    seconds: float  # that tracing and compiling took
+
+
+def compile_step(config: Config, topology: Topology) -> Compiled:
+    """Compiles `config`'s train step for all devices of a topology, laid out as its `mesh` says.
+
+    Raises UserError where the config does not suit that many devices or the compiler is not installed. A program that
+    is too large is a result.
+    """
+    if not config.model.vocab_size:
+        rule = "the tokenizer's size is not known before its text is: give it"
+        raise UserError(f"model.vocab_size=0: {rule}, as --config.model.vocab_size=N")
+    axes = check_devices(config, topology.num_devices)
+    mesh = sharding.make_mesh(axes, topologies.devices(topology))
+    began, executable = time.perf_counter(), None
+    with jax.set_mesh(mesh):
+        arguments = state, batch, _ = abstract(config), _abstract_batch(config, mesh), _abstract_knobs(config, mesh)
+        memory = {
+            "parameters": _bytes(state.params),
+            "optimizer state": _bytes(state.opt_state),
+            # The step does not look at domain ids, and what it does not look at is no argument of the program.
+            "inputs": _bytes((state.step, state.router_state, batch._replace(domain_ids_BT=()), arguments[2])),
+        }
+        try:
+            executable = compiled_train_step(config).lower(*arguments).compile()
+        except jax.errors.JaxRuntimeError as e:
+            if not (needed := _needed(str(e), sum(memory.values()))):
+                raise
+    available, collectives, largest = usable(topology.device), None, None
+    if executable is not None:
+        memory |= _rest(executable.memory_analysis(), sum(memory.values()), topology.device)
+        needed, (collectives, largest) = sum(memory.values()), _read(executable)
+    return Compiled(
+        topology=topology,
+        mesh=axes,
+        sequences=batch.tokens_BT.shape[:2],
+        fits=executable is not None and (isinstance(topology.device, Tpu) or needed <= available),
+        available=available,
+        needed=needed,
+        memory=memory,
+        gradients=memory["parameters"],
+        collectives=collectives,
+        largest=largest,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:
+    """Shapes, dtypes and shardings of a step's batch, as `Program.next_batch` makes it."""
+    train = config.train
+    micro = train.batch_size // train.accumulate_steps
+    shape = (train.accumulate_steps, micro, config.data.sequence_length)
+    dtypes = Batch(*(bool if name == "loss_mask_BT" else np.int32 for name in Batch._fields))
+    place = NamedSharding(mesh, sharding.spec("ABT", mesh=mesh))
+    return Batch(*(ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in dtypes))
+
+
+def _abstract_knobs(config: Config, mesh: jax.sharding.Mesh) -> Any:
+    place = NamedSharding(mesh, sharding.spec("", mesh=mesh))
+    return jax.tree.map(lambda number: ShapeDtypeStruct((), number.dtype, sharding=place), knobs(config))
+
+
+def _bytes(tree: Any) -> int:
+    """Of one device's shards."""
+    shards = (a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(tree))
+    return sum(shards)
+
+
+def _needed(message: str, arguments: int) -> int:
+    """Bytes, from a TPU compiler's refusal; 0 for any other error."""
+    if match := _TOO_LARGE.search(message):
+        return int(float(match[1]) * 2 ** _UNITS[match[2]])
+    if match := _TOO_MANY_TEMPORARIES.search(message):
+        return int(float(match[1]) * 2 ** _UNITS[match[2]]) + arguments
+    return 0
+
+
+def _rest(stats: Any, arguments: int, device: Tpu | Gpu) -> dict[str, int]:
+    """The parts that only a compiler knows.
+
+    A GPU program gets its temporaries in one piece; results that overwrite arguments need no memory of their own. What
+    libtpu says of temporaries comes from several memories: the peak of the main one includes arguments and results.
+    """
+    given = stats.argument_size_in_bytes
+    temporaries = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    if isinstance(device, Tpu):
+        temporaries = max(stats.peak_memory_in_bytes - given, 0)
+    return {
+        "padding": max(given - arguments, 0),
+        "temporaries": temporaries,
+        "program": stats.generated_code_size_in_bytes,
+    }
+
+
+def _read(executable: jax.stages.Compiled) -> tuple[list[hlo.Collective] | None, list[hlo.Value] | None]:
+    """Its collectives and largest arrays. The text of some programs cannot be had: that is no reason to say nothing."""
+    try:
+        text = executable.as_text()
+        return hlo.collectives(text), hlo.largest(text)
+    except (jax.errors.JaxRuntimeError, ValueError):
+        return None, None

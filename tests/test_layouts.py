@@ -1,0 +1,194 @@
+"""The law of layouts: training on any layout of eight devices is training on one.
+
+By hand, with XLA_FLAGS as below: `python tests/test_layouts.py carry 41112` prints the differences.
+"""
+
+import functools
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_train_step import DEPTHS, STATEFUL, batch, config_of, largest_difference, mesh_of
+
+from frugalmoe import sharding
+from frugalmoe.config import check_devices
+from frugalmoe.data import Batch
+from frugalmoe.train import checkpoint
+from frugalmoe.train.step import State, abstract, init, make_train_step
+
+# Sizes of the axes data, fsdp, expert, tensor, context.
+LAYOUTS = ["".join(map(str, s)) for s in itertools.product((1, 2, 4, 8), repeat=5) if math.prod(s) == 8]
+HALVED = {"train.accumulate_steps": 2}
+WIDE = {
+    "model.num_layers": 3,
+    "model.num_heads": 8,
+    "model.num_kv_heads": 4,
+    "model.head_dim": 8,
+    "model.qkv_bias": True,
+    "model.qk_norm": "head",
+    "model.dense_dim": 64,
+    "model.moe.num_shared_experts": 1,
+    "data.sequence_length": 32,
+    "train.batch_size": 16,
+}
+# Every form of plan, executor, exchange, state and carry; with and without accumulation and each kind of remat.
+FORMS = {
+    "all_gather": {
+        "model.moe.router": "noisy_topk",
+        "model.moe.losses.load": 0.1,
+        "model.moe.load_balance_scope": "global",
+        "model.moe.exchange": "all_gather",
+    },
+    "all_to_all": HALVED
+    | {
+        "model.moe.router": "similarity_preserving",
+        "model.moe.losses.orthogonality": 0.1,
+        "model.moe.exchange": "all_to_all",
+        "model.remat": "full",
+    },
+    "capacity": {"model.moe.executor": "capacity", "model.moe.capacity_factor": 1.0, "model.remat": "dots"} | HALVED,
+    "expert_choice": {"model.moe.router": "expert_choice", "model.remat": "full"},
+    "state": STATEFUL | {"model.moe.losses.sequence_balance": 0.01, "model.moe.exchange": "all_to_all"} | HALVED,
+    "carry": {"model.moe.router": "recurrent", "model.moe.options.hidden": 8, "model.remat": "full"} | HALVED,
+    "variable": {"model.moe.router": "relu", "model.moe.losses.l1": 1.0, "model.moe.exchange": "all_to_all"},
+    "noise, experts run, added": {
+        "model.moe.router": "stochastic_warmup",
+        "model.moe.options.base": "default_moe",
+        "model.moe.options.steps": 2,
+        "model.remat": "dots",
+    },
+    "depths": DEPTHS | {"model.remat": "full"},
+}
+# Which form is trained on which layouts: each layout has a form, each form meets each axis, and the expert axis twice
+# where it has an exchange of its own. ALL_LAYOUTS=1 trains every form on every layout.
+LAYOUTS_OF = {
+    "all_gather": "21122 12212 11421 11124",
+    "all_to_all": "41211 14121 12141 11214",
+    "capacity": "24111 12411 11222 11142",
+    "expert_choice": "42111 21221 21212 11118",
+    "state": "21114 12114 11412 11241",
+    "carry": "41112 22211 12122 11181",
+    "variable": "81111 22112 21411 12221",
+    "noise, experts run, added": "41121 18111 14112 11811",
+    "depths": "22121 21141 14211",
+}
+STEPS = 5
+TOLERANCE = 1e-5  # of the largest value of an array, float32
+
+
+def layouts_of(form: str) -> list[str]:
+    met = [layout for layout in LAYOUTS if form != "depths" or layout.endswith("1")]  # it wants whole sequences
+    return met if "ALL_LAYOUTS" in os.environ else LAYOUTS_OF[form].split()
+
+
+def without_ties(batch: Batch) -> Batch:
+    """Each document of a row begins with a token of its own: where `a` or `a a` begins two places, the model's states
+    are equal there, and an expert that chooses one of them has to draw.
+    """
+    own_BT = 62 + (batch.segment_ids_BT == 2)
+    return batch._replace(tokens_BT=np.where(batch.positions_BT == 0, own_BT, batch.tokens_BT % 62))
+
+
+@functools.cache
+def start(form: str, num_kv_heads: int) -> State:
+    with jax.set_mesh(mesh_of()):
+        return jax.device_get(init(config_of(WIDE | FORMS[form] | {"model.num_kv_heads": num_kv_heads})))
+
+
+@functools.cache
+def trained(form: str, layout: str, num_kv_heads: int) -> dict:
+    """The gradient as the first step's Adam has it, what follows after some steps, and every step's metrics."""
+    sizes = [int(size) for size in layout]
+    mesh = {f"mesh.{axis}": size for axis, size in zip(sharding.AXES, sizes)}
+    config = config_of(WIDE | FORMS[form] | mesh | {"model.num_kv_heads": num_kv_heads})
+    num_devices, a = math.prod(sizes), config.train.accumulate_steps
+    mesh = sharding.make_mesh(check_devices(config, num_devices), jax.devices()[:num_devices])
+    options = {"xla_backend_optimization_level": 0}  # most of the time is the compiler's
+    with jax.set_mesh(mesh):
+        step = jax.jit(make_train_step(config), compiler_options=options)
+        state = jax.device_put(start(form, num_kv_heads), jax.tree.map(lambda a: a.sharding, abstract(config)))
+        metrics, first = [], None
+        for i in range(STEPS):
+            split = Batch(*(x.reshape(a, -1, *x.shape[1:]) for x in without_ties(batch(i, B=config.train.batch_size))))
+            state, of_step = step(state, Batch(*(sharding.put(mesh, x, "ABT") for x in split)))
+            first = jax.device_get(state.opt_state) if first is None else first
+            metrics.append(jax.device_get(of_step))
+        assert step._cache_size() == 1, "compiled twice"
+    of_devices = [m.pop("router/device_load") for m in metrics if "router/device_load" in m]
+    assert len(of_devices) == STEPS * (sizes[2] > 1)
+    parts = {"gradient": first, "parameters": state.params, "optimizer": state.opt_state, "metrics": metrics}
+    return jax.device_get(parts | {"router state": state.router_state})
+
+
+def differences(form: str, layout: str) -> dict[str, float]:
+    num_kv_heads = max(4, int(layout[3]))
+    one, eight = (trained(form, of, num_kv_heads) for of in ("11111", layout))
+    return {part: largest_difference(one[part], eight[part]) for part in one if jax.tree.leaves(one[part])}
+
+
+def moved(directory: Path) -> dict[str, bool]:
+    """A state made on one layout, saved there and restored on others: the bits of the one made on one device."""
+    config, equal = config_of(WIDE | FORMS["state"]), {}
+    bits = lambda tree: [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    of_one_device = bits(start("state", WIDE["model.num_kv_heads"]))
+    with checkpoint.open_manager(directory, config.checkpoint) as manager:
+        for layout in ("12212", "21141", "11111"):
+            sizes = [int(size) for size in layout]
+            mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)), jax.devices()[: math.prod(sizes)])
+            with jax.set_mesh(mesh):
+                state = init(config) if not equal else checkpoint.restore(manager, 0, abstract(config))
+                if not equal:
+                    checkpoint.save(manager, 0, state)
+                    manager.wait_until_finished()
+                places = jax.tree.map(lambda a, b: a.sharding == b.sharding, state, abstract(config))
+            equal[layout] = jax.tree.all(places) and all(map(np.array_equal, of_one_device, bits(state)))
+    return equal
+
+
+def test_every_layout_has_a_form_and_every_form_meets_every_axis():
+    assert len(LAYOUTS) == math.comb(3 + 4, 4) == 35
+    of_form = {form: layouts.split() for form, layouts in LAYOUTS_OF.items()}
+    assert sorted(itertools.chain(*of_form.values())) == LAYOUTS and of_form.keys() == FORMS.keys()
+    for form, layouts in of_form.items():
+        assert all(max(sizes) > "1" for sizes in list(zip(*layouts))[: 4 if form == "depths" else 5]), form
+
+
+def on_eight_devices(*arguments: object) -> dict:
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, __file__, *map(str, arguments)]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    assert out.returncode == 0, out.stderr[-3000:]
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_eight_devices_equal_one(form):
+    """The same loss, gradient, statistics, router state and parameters after five steps."""
+    found = on_eight_devices(form, *layouts_of(form))
+    assert list(found) == layouts_of(form)
+    wrong = {layout: parts for layout, parts in found.items() if max(parts.values()) > TOLERANCE}
+    assert not wrong, wrong
+
+
+@pytest.mark.slow
+def test_a_state_is_the_same_on_every_layout_and_moves_between_them(tmp_path):
+    assert on_eight_devices("moved", tmp_path) == {"12212": True, "21141": True, "11111": True}
+
+
+def test_nothing_sorts_by_jnp_argsort():
+    """Its gradient is silently wrong under `shard_map` on jax 0.10.2, where `lax.sort` of pairs is right."""
+    sources = {path: path.read_text() for path in Path(sharding.__file__).parents[1].rglob("*.py")}
+    assert len(sources) > 100 and not [path for path, text in sources.items() if "jnp.argsort" in text]
+
+
+if __name__ == "__main__":
+    what, *rest = sys.argv[1:]
+    print(json.dumps(moved(Path(rest[0])) if what == "moved" else {of: differences(what, of) for of in rest}))
