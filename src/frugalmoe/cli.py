@@ -1,7 +1,6 @@
 """`frugalmoe COMMAND ...`: flags only. Each command calls one function that a notebook can call too."""
 
 import argparse
-import errno
 import json
 import os
 import sys
@@ -9,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from frugalmoe.commands import add_command, add_config_flag, load_config, set_up_training
-from frugalmoe.errors import UserError
+from frugalmoe.errors import UserError, one_line
 
 EXIT_USER_ERROR, EXIT_PREEMPTED = 2, 75
 
@@ -23,17 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if overrides and not hasattr(args, "config"):
             raise UserError(f"--config.{overrides[0]}: frugalmoe {args.command} takes no config")
         return args.handler(args) or 0
-    except UserError as e:
-        print(f"frugalmoe: {e}", file=sys.stderr)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
+    except Exception as e:
+        if not (line := one_line(e)):
             raise
-        print(f"frugalmoe: {e.filename or 'write'}: {e.strerror}", file=sys.stderr)
-    except ValueError as e:  # how TensorStore reports a write that failed
-        if "RESOURCE_EXHAUSTED" not in str(e):
-            raise
-        print("frugalmoe: checkpoint: No space left on device; the last whole one is kept", file=sys.stderr)
-    return EXIT_USER_ERROR
+        print(f"frugalmoe: {line}", file=sys.stderr)
+        return EXIT_USER_ERROR
 
 
 def _take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -85,7 +78,8 @@ def _add_train(commands) -> None:
         "  frugalmoe train --config=configs/quickstart.py\n"
         "  frugalmoe train --config=configs/quickstart.py:laptop --workdir=/tmp/run\n"
         "  frugalmoe train --config=configs/quickstart.py --config.model.moe.router=hash --workdir=runs/hash\n"
-        "  frugalmoe train --config=configs/small.py --dry-run",
+        "  frugalmoe train --config=configs/small.py --dry-run\n"
+        "  frugalmoe train --config=configs/small.py --coordinator=node1:8476 --num_processes=4 --process_id=0",
     )
     add_config_flag(parser)
     parser.add_argument("--workdir", type=Path, help="run directory (default: runs/<config name>)")
@@ -97,6 +91,17 @@ def _add_train(commands) -> None:
     )
     parser.add_argument("--fresh", action="store_true", help="delete the run in the directory and start over")
     parser.add_argument("--dry-run", action="store_true", help="compile the step and say what it needs; train nothing")
+    several = parser.add_argument_group(
+        "several processes",
+        "One run over the devices of all of them, which share the run directory. SLURM, Open MPI, Kubernetes and TPU "
+        "pods are found without flags.",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="the host of process 0, and a port free there")
+    several.add_argument("--num_processes", type=int, metavar="N", help="1: this process alone, wherever it runs")
+    several.add_argument("--process_id", type=int, metavar="I", help="of this process, from 0 to N - 1")
+    several.add_argument(
+        "--connect_timeout", type=int, default=300, metavar="SECONDS", help="to find all others in (default: 300)"
+    )
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -105,14 +110,16 @@ def _train(args: argparse.Namespace) -> int:
     set_up_training(config)
     from rich.console import Console
 
+    from frugalmoe.train import distributed, rundir
     from frugalmoe.train.loop import train
 
+    distributed.start(args.coordinator, args.num_processes, args.process_id, args.connect_timeout)
     if args.dry_run:
-        return _dry_run(config, workdir)
-    from frugalmoe.train import rundir
-
+        return _dry_run(config, workdir, distributed.is_main())
     was_complete = rundir.is_complete(workdir) and not args.fresh
     summary = train(config, workdir, resume=args.resume, fresh=args.fresh)
+    if not distributed.is_main():
+        return EXIT_PREEMPTED if summary["status"] == "stopped" else 0
     if summary["status"] == "stopped":
         print(f"stopped at step {summary['step']} of {summary['steps']} after saving; the same command continues it")
         return EXIT_PREEMPTED
@@ -128,7 +135,7 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _dry_run(config, workdir: Path) -> int:
+def _dry_run(config, workdir: Path, talks: bool) -> int:
     import jax
     from rich.console import Console
 
@@ -139,6 +146,9 @@ def _dry_run(config, workdir: Path) -> int:
 
     check_devices(config, jax.device_count())
     config = settled(config)
+    if not talks:  # a program for several processes is compiled by all of them
+        compile_step(config)
+        return 0
     train, data = config.train, config.data
     counts, per_step = count_parameters(config.model), train.batch_size * data.sequence_length
     print(f"run directory  {workdir}")

@@ -1,7 +1,10 @@
 """The one exception that a user can cause. The command line prints its message on one line and exits with code 2."""
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
 
 
 class UserError(ValueError):
@@ -13,3 +16,14 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     valid = sorted(valid)
     near = difflib.get_close_matches(name, valid, n=1)
     return (f"did you mean {near[0]!r}? " if near else "") + f"valid: {', '.join(valid) or 'none'}"
+
+
+def one_line(error: BaseException) -> str:
+    """What to tell a user who can do something about an error; empty for one that only a traceback explains."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        return f"{error.filename or 'write'}: {error.strerror}"
+    if isinstance(error, ValueError) and "RESOURCE_EXHAUSTED" in str(error):  # how TensorStore reports a failed write
+        return "checkpoint: No space left on device; the last whole one is kept"
+    return ""

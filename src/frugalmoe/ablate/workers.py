@@ -15,7 +15,7 @@ from pathlib import Path
 
 from frugalmoe.ablate.progress import StudyProgress
 from frugalmoe.errors import UserError
-from frugalmoe.train.loop import stop_signals
+from frugalmoe.train.distributed import stop_signals
 
 _POLL_SECONDS = 0.2
 

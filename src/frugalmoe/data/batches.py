@@ -117,8 +117,7 @@ class Dataset:
             grain.MapDataset.source(rows).shuffle(seed=_seed(seed, f"rows {n}")).repeat()
             for n, rows in enumerate(streams)
         ]
-        rows = shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, weights=list(weights))
-        self._batches = rows.batch(batch_size)
+        self._rows = shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, weights=list(weights))
 
     def _streams(self, weights: Sequence[float], seed: int) -> list[Rows]:
         train, source = ~self._store.columns["validation"], self._store.columns["source"]
@@ -131,14 +130,17 @@ class Dataset:
                 raise UserError(f"data.sequence_length={self._length}: {rule}")
         return list(streams.values())
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, in any order, at the cost of reading its rows."""
-        return self._batches[step]
+    def batch(self, step: int, rows: Sequence[int] | None = None) -> Batch:
+        """The batch of a step, or some of its rows, in any order, at the cost of reading them."""
+        first = step * self._batch_size
+        chosen = range(self._batch_size) if rows is None else rows
+        return Batch(*map(np.stack, zip(*(self._rows[first + int(row)] for row in chosen))))
 
-    def train_batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """batch(start_step), batch(start_step + 1), ... without end, read ahead by two threads."""
+    def train_batches(self, start_step: int = 0, rows: Sequence[int] | None = None) -> Iterator[Batch]:
+        """batch(start_step, rows), batch(start_step + 1, rows), ... without end, read ahead by two threads."""
         ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-        return iter(self._batches.slice(slice(start_step, sys.maxsize)).to_iter_dataset(ahead))
+        steps = grain.MapDataset.range(start_step, sys.maxsize)
+        return iter(steps.map(lambda step: self.batch(step, rows)).to_iter_dataset(ahead))
 
     def eval_batches(self, domain: str, batch_size: int, max_batches: int | None = None) -> Iterator[Batch]:
         """Validation rows of one domain in an order that no seed changes; the last batch is padded with segment 0."""

@@ -17,13 +17,15 @@ program runs on one device, and its arrays have no sharding at all.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -99,8 +101,39 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def put(mesh: Mesh, array: Array, letters: str) -> Array:
-    return jax.device_put(array, NamedSharding(mesh, spec(letters, mesh=mesh)))
+def put(mesh: Mesh, array: Array, letters: str, shape: tuple[int, ...] | None = None) -> Array:
+    """An array of the host on the mesh; of an array of `shape` it may be no more than this process's devices hold."""
+    wanted = NamedSharding(mesh, spec(letters, mesh=mesh))
+    return jax.make_array_from_process_local_data(wanted, array, shape or array.shape)
+
+
+def own_rows(mesh: Mesh, letters: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Which sequences of an array of `shape` this process's devices hold: indices along B, in order."""
+    b = letters.index("B")
+    held = NamedSharding(mesh, spec(letters, mesh=mesh)).addressable_devices_indices_map(shape).values()
+    return np.unique([np.arange(shape[b])[slices[b]] for slices in held])
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays whole on the host, of whatever devices and processes hold them; every process must call it."""
+    return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+
+
+def fits_one_device(tree: Any) -> bool:
+    """Whether arrays take at most a quarter of its memory, where that is known: as much is in use, and for copying."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) <= limit / 4
+
+
+@contextmanager
+def one_device(tree: Any) -> Iterator[Any]:
+    """Arrays whole on one device of this process, and a mesh of that device alone in context. As `fetch`."""
+    if jax.sharding.get_mesh().size == 1:
+        yield tree
+        return
+    whole, mesh = fetch(tree), make_mesh(dict.fromkeys(AXES, 1), jax.local_devices()[:1])
+    with jax.set_mesh(mesh):
+        yield jax.tree.map(lambda a: put(mesh, a, "." * a.ndim), whole)
 
 
 def reshard(array: Array, letters: str) -> Array:

@@ -33,8 +33,11 @@ class Scores(NamedTuple):
     depths: dict[str, np.ndarray]  # the same of the blocks that mixture of depths routes; empty without
 
 
-def put_batch(mesh: jax.sharding.Mesh, batch: Batch, letters: str) -> Batch:
-    return Batch(*(sharding.put(mesh, a, letters) for a in batch))
+def put_batch(mesh: jax.sharding.Mesh, batch: Batch, letters: str, size: int | None = None) -> Batch:
+    """`size`: of the dimension B, where the batch holds no more of it than the rows of this process's devices."""
+    b = letters.index("B")
+    shape = lambda a: (*a.shape[:b], size or a.shape[b], *a.shape[b + 1 :])
+    return Batch(*(sharding.put(mesh, a, letters, shape(a)) for a in batch))
 
 
 def _batches(config: Config) -> tuple[int, int]:
@@ -57,7 +60,7 @@ def evaluate(
         nats = targets = size = 0.0
         documents = data.eval_documents(domain, *_batches(config))
         for batch, documents_BT in zip(data.eval_batches(domain, *_batches(config)), documents):
-            out: Evaluated = jax.device_get(eval_step(state.params, state.router_state, put_batch(mesh, batch, "BT")))
+            out: Evaluated = sharding.fetch(eval_step(state.params, state.router_state, put_batch(mesh, batch, "BT")))
             nats += float(out.ce_BT.sum(dtype=np.float64))
             targets += int(batch.loss_mask_BT.sum())
             size += int(token_bytes[batch.targets_BT[batch.loss_mask_BT]].sum())

@@ -3,10 +3,11 @@
 Metrics are read one step late, so that the device never waits for the host.
 """
 
-import signal
+import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from frugalmoe.data import Dataset, open_data
 from frugalmoe.data.batches import Batch
 from frugalmoe.errors import UserError
 from frugalmoe.files import read_json, write_json
-from frugalmoe.generate import sample_text
+from frugalmoe.generate import Weights, sample_text
 from frugalmoe.model import depths
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
-from frugalmoe.train import checkpoint, rundir
+from frugalmoe.train import checkpoint, distributed, rundir
 from frugalmoe.train.evaluate import Scores, evaluate, write_probe
 from frugalmoe.train.program import Program, compiled_eval_step
 from frugalmoe.train.progress import Progress
@@ -47,18 +48,27 @@ def train(
     """Trains, or continues, the run in `workdir` and returns its summary. `status` is complete or stopped.
 
     resume: auto continues a run of the same config; force continues it whatever its config; never refuses.
-    Raises UserError for input that cannot be run; nothing is written then.
+    Raises UserError for input that cannot be run; nothing is written then. With several processes (`distributed.start`)
+    all call it, alike.
     """
+    flags = {"--workdir": str(workdir), "--resume": resume, "--fresh": fresh}
+    distributed.check_same(to_dict(config) | flags)
     axes = check_devices(config, jax.device_count())
+    with distributed.together():
+        if distributed.is_main():
+            _check_directory(config, workdir, resume, fresh)
+    if distributed.exchange(rundir.is_complete(workdir))[0] and resume != "force":
+        return read_json(workdir / "summary.json")
+    with jax.set_mesh(sharding.make_mesh(axes)), opened(config, workdir, force=resume == "force") as run:
+        return train_runs([run], progress)[0]
+
+
+def _check_directory(config: Config, workdir: Path, resume: str, fresh: bool) -> None:
     if fresh:
         rundir.start_over(workdir)
     elif resume == "never" and (workdir / "config.json").is_file():
         raise UserError(f"--workdir={workdir}: holds a run and --resume=never was given")
     rundir.check_config(workdir, to_dict(config), force=resume == "force")
-    if rundir.is_complete(workdir) and resume != "force":
-        return read_json(workdir / "summary.json")
-    with jax.set_mesh(sharding.make_mesh(axes)), opened(config, workdir, force=resume == "force") as run:
-        return train_runs([run], progress)[0]
 
 
 @contextmanager
@@ -69,19 +79,27 @@ def opened(
 
     Raises `rundir.Busy` if another process has it, or had it until it was `done`.
     """
-    data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
-    model_config = with_vocabulary(config, data.tokenizer.size)
-    with rundir.locked(workdir):
-        if done():
-            raise rundir.Busy(f"--workdir={workdir}: another process has just completed this run")
-        rundir.check_config(workdir, to_dict(config), force=force)
-        checkpoint.check_space(workdir, abstract(model_config))
-        _describe(workdir, config, data)
-        run = Run(model_config, workdir, data, jax.sharding.get_mesh())
-        try:
+    main = distributed.is_main()
+    with distributed.together():
+        data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed, progress=main)
+        model_config = with_vocabulary(config, data.tokenizer.size)
+    distributed.check_same({"fingerprint of the data": data.fingerprint})
+    with ExitStack() as held:
+        with distributed.together():
+            if main:
+                held.enter_context(rundir.locked(workdir))
+                if done():
+                    raise rundir.Busy(f"--workdir={workdir}: another process has just completed this run")
+                rundir.check_config(workdir, to_dict(config), force=force)
+                checkpoint.check_space(workdir, abstract(model_config))
+                _describe(workdir, config, data)
+        with distributed.together():
+            if not (workdir / "config.json").is_file():
+                rule = "all processes must share it, but what process 0 wrote is not there"
+                raise UserError(f"--workdir={workdir}: {rule}")
+        with distributed.all_or_none(shared=NotFinite):
+            run = held.enter_context(closing(Run(model_config, workdir, data, jax.sharding.get_mesh())))
             yield run
-        finally:
-            run.close()
 
 
 def _describe(workdir: Path, config: Config, data: Dataset) -> None:
@@ -105,42 +123,24 @@ def _describe(workdir: Path, config: Config, data: Dataset) -> None:
     write_json(workdir / "config.json", to_dict(config))  # last: it marks the directory as a run
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT; a second one ends the process at once."""
-    received: list[int] = []
-
-    def handle(number, frame):
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    previous = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def train_runs(runs: Sequence["Run"], progress: Callable[[Config, int], Any]) -> list[dict[str, Any]]:
     """Trains runs to the end and returns their summaries; several at once where they stand at one step and their
     configs differ in `Knobs` and name only.
     """
     began, config = time.perf_counter(), runs[0].config
-    with stop_signals() as stop, progress(config, runs[0].start) as shown:
-        _loop(runs, stop, shown)
-        stopped = bool(stop) and runs[0].step < config.train.steps
+    with distributed.stop_requests() as stop, progress(config, runs[0].start) as shown:
+        stopped = _loop(runs, stop, shown)
         if not stopped:
             shown.say("evaluating on held-out documents")
         return [run.finish(stopped, (time.perf_counter() - began) / len(runs)) for run in runs]
 
 
-def _loop(runs: Sequence["Run"], stop: list[int], shown: Any) -> None:
+def _loop(runs: Sequence["Run"], stop: Callable[[int], bool], shown: Any) -> bool:
+    """Trains to the end, or to the step where `stop` says so: True then."""
     config, step = runs[0].config.train, runs[0].step
     save_every = runs[0].config.checkpoint.every_steps
     program = Program(runs)
-    pending, clock = None, _Clock()
+    pending, clock, stopped = None, _Clock(), False
 
     def log_pending() -> None:
         """Reads the metrics of the step before, which waits for it."""
@@ -153,7 +153,7 @@ def _loop(runs: Sequence["Run"], stop: list[int], shown: Any) -> None:
         for run, own in zip(runs, values):
             run.log(logged, own, seconds / len(runs))
 
-    while step < config.steps and not stop:
+    while step < config.steps and not (stopped := stop(step)):
         batch = program.next_batch()
         with jax.transfer_guard("disallow"):
             metrics = program.step(batch)
@@ -176,6 +176,7 @@ def _loop(runs: Sequence["Run"], stop: list[int], shown: Any) -> None:
     log_pending()
     program.settle(step)
     program.check_compiled_once()
+    return stopped
 
 
 class Run:
@@ -191,11 +192,13 @@ class Run:
         self.state = init(config) if saved is None else checkpoint.restore(self.manager, saved, abstract(config))
         self.start = self.step = int(self.state.step)
         self.knobs = jax.tree.map(lambda number: sharding.put(mesh, number, ""), knobs(config))
-        self.metrics_log = rundir.Log(workdir / "metrics.jsonl", self.start)
-        self.load_log = rundir.Log(workdir / "expert_load.jsonl", self.start)
-        self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=self.start + 1)
+        main = distributed.is_main()
+        log = lambda name: rundir.Log(workdir / name if main else Path(os.devnull), self.start)
+        self.metrics_log, self.load_log = log("metrics.jsonl"), log("expert_load.jsonl")
+        tensorboard = str(workdir / "tensorboard")
+        self.tensorboard = SummaryWriter(tensorboard, purge_step=self.start + 1, write_to_disk=main)
         self.eval_step = compiled_eval_step(config)
-        self.batches = data.train_batches(self.start)
+        self.batches = data.train_batches(self.start, self._own_rows())
         self.tokens_per_second: list[float] = []
 
     def finish(self, stopped: bool, seconds: float) -> dict[str, Any]:
@@ -206,7 +209,8 @@ class Run:
         summary = {"status": "stopped" if stopped else "complete", "step": self.step, "steps": self.config.train.steps}
         if scores:
             summary |= self._summary(scores, seconds)
-            write_json(self.workdir / "summary.json", summary)
+            if distributed.is_main():
+                write_json(self.workdir / "summary.json", summary)
         return summary
 
     def close(self) -> None:
@@ -219,8 +223,18 @@ class Run:
     def save(self) -> None:
         checkpoint.save(self.manager, self.step, self.state)
 
+    @property
+    def micro_batch(self) -> int:
+        """Sequences in a micro-batch, over all processes."""
+        return self.config.train.batch_size // self.config.train.accumulate_steps
+
+    def _own_rows(self) -> np.ndarray:
+        """The rows of a step's batch that this process's devices work on."""
+        shape = (self.config.train.accumulate_steps, self.micro_batch, self.config.data.sequence_length)
+        return np.arange(math.prod(shape[:2])).reshape(shape[:2])[:, sharding.own_rows(self.mesh, "ABT", shape)].ravel()
+
     def next_batch(self) -> Batch:
-        """[A, B / A, T] on the host: a micro-batch per entry of the first axis."""
+        """[A, B / A, T] on the host, of B what is this process's: a micro-batch per entry of the first axis."""
         a = self.config.train.accumulate_steps
         return Batch(*(x.reshape(a, x.shape[0] // a, *x.shape[1:]) for x in next(self.batches)))
 
@@ -255,7 +269,7 @@ class Run:
         self._write(self.step, {f"eval/{k}/{d}": v for k, by_domain in named.items() for d, v in by_domain.items()})
 
     def _finish(self) -> Scores:
-        trace: list | None = [] if self.layers else None
+        trace: list | None = [] if self.layers and distributed.is_main() else None
         eval_step = compiled_eval_step(self.config, trace=True) if self.layers else self.eval_step
         scores = evaluate(eval_step, self.state, self.data, self.config, self.mesh, trace)
         self._log_scores(scores)
@@ -277,8 +291,16 @@ class Run:
             "speed": {"tokens_per_second": speed, "train_seconds": seconds},
             "router": {"name": router.name, "causal": router.about.causal, "layers": layers},
             **({"mixture_of_depths": about | {"layers": blocks}} if blocks else {}),
-            "sample": sample_text(self.config, self.state, self.data.tokenizer),
+            "sample": self._sample(),
         }
+
+    def _sample(self) -> dict[str, str]:
+        """On one device: decoding is the work of one, and knows no mesh that splits sequences."""
+        weights = Weights(self.state.params, self.state.router_state)
+        if self.mesh.size > 1 and not sharding.fits_one_device(weights):
+            return {"prompt": "", "text": "", "why": "no sample: the parameters do not fit on one device"}
+        with sharding.one_device(weights) as weights:
+            return sample_text(self.config, weights, self.data.tokenizer) if distributed.is_main() else {}
 
 
 def _by_layer(metrics: Callable, stats: Mapping[str, Any], layers: list[int]) -> dict[str, dict[str, float]]:

@@ -58,10 +58,10 @@ class Program:
             self.knobs = jax.tree.map(stack, *filled)
 
     def next_batch(self) -> Batch:
-        batches = [run.next_batch() for run in self.runs]
+        run, batches = self.runs[0], [run.next_batch() for run in self.runs]
         if self.together:
-            return put_batch(self.runs[0].mesh, Batch(*map(np.stack, zip(*batches))), ".ABT")
-        return put_batch(self.runs[0].mesh, batches[0], "ABT")
+            return put_batch(run.mesh, Batch(*map(np.stack, zip(*batches))), ".ABT", run.micro_batch)
+        return put_batch(run.mesh, batches[0], "ABT", run.micro_batch)
 
     def step(self, batch: Batch) -> dict[str, jax.Array]:
         self.state, metrics = self.train_step(self.state, batch, self.knobs)

@@ -7,13 +7,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 from frugalmoe.config.schema import Config
+from frugalmoe.train.distributed import is_main
 
 _SECONDS_BETWEEN_LINES = 15.0
 
 
 class Progress:
     def __init__(self, config: Config, start: int):
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, quiet=not is_main())
         self.steps, self.last_line = config.train.steps, 0.0
         self.speed = 0.0  # smoothed tokens/s
         self.bar = RichProgress(

@@ -41,7 +41,7 @@ def check_config(workdir: Path, config: Mapping[str, Any], force: bool) -> None:
         if workdir.is_dir() and any(p.name != ".lock" for p in workdir.iterdir()):
             raise UserError(f"--workdir={workdir}: holds files but no config.json; give an empty or new directory")
         return
-    differing = _differences(_completed(read_json(path), Config()), config, "")
+    differing = differences(_completed(read_json(path), Config()), config, "there", "here")
     if differing and not force:
         shown = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
         raise UserError(
@@ -61,11 +61,12 @@ def _completed(saved: Any, section: Any) -> Any:
     return {**saved, **{name: fill(name, value) for name, value in new.items()}}
 
 
-def _differences(old: Any, new: Any, path: str) -> list[str]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = sorted(old.keys() | new.keys())
-        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
-    return [] if old == new else [f"{path}: {old!r} there, {new!r} here"]
+def differences(ours: Any, theirs: Any, where: str, elsewhere: str, path: str = "") -> list[str]:
+    """The fields in which two nested mappings differ, with both values and where each is."""
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        keys, prefix = sorted(ours.keys() | theirs.keys()), f"{path}." if path else ""
+        return [d for k in keys for d in differences(ours.get(k), theirs.get(k), where, elsewhere, f"{prefix}{k}")]
+    return [] if ours == theirs else [f"{path}: {ours!r} {where}, {theirs!r} {elsewhere}"]
 
 
 class Busy(UserError):
@@ -105,6 +106,7 @@ def environment() -> dict[str, Any]:
         "git_commit": _git_commit(),
         "platform": devices[0].platform,
         "devices": [d.device_kind for d in devices],
+        "processes": jax.process_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 

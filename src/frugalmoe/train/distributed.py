@@ -1,0 +1,234 @@
+"""One run in several processes: how they meet, agree, and end together.
+
+Each process runs the same program on its own devices; a step is one computation over all of them. What happens outside
+of steps is agreed on by `exchange`: no process may leave the others waiting.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from frugalmoe.errors import UserError, one_line
+from frugalmoe.train.rundir import differences
+
+EXIT_USER_ERROR, EXIT_PEER_LOST = 2, 1
+_SECONDS_OF_SILENCE = 60  # after which a process counts as dead, and JAX ends those that wait for it
+_SECONDS_TO_SPEAK = 2.0  # in which the others find out by themselves that one of them is gone, and say so
+_FLAGS = "--coordinator=HOST:PORT --num_processes=N --process_id=I"
+_PERHAPS_A_POD = "TPU VM"
+_ALONE = "--num_processes=1 trains in this process alone"
+
+
+def start(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> None:
+    """Meets the other processes that the flags, or else the environment, tell of; returns at once where none do.
+
+    To be called before JAX has made a device. The process ends with exit code 2 if they do not meet in `timeout`
+    seconds.
+    """
+    given = _check(coordinator, num_processes, process_id, timeout)
+    told_by = f"--coordinator={coordinator}" if given else _told_by_environment()
+    if num_processes == 1 or not told_by:
+        return
+    # With flags nothing is looked up: all devices that the process sees are its own.
+    flags = dict(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)
+    where = flags | {"cluster_detection_method": "deactivate"} if given else {}
+    with _time_limit(timeout, f"{told_by}: the processes did not all meet within {timeout} s (--connect_timeout)"):
+        try:
+            limits = dict(initialization_timeout=timeout + 60, heartbeat_timeout_seconds=_SECONDS_OF_SILENCE)
+            jax.distributed.initialize(**where, **limits)
+        except Exception as e:
+            if told_by == _PERHAPS_A_POD:
+                return
+            rule = f"cannot join the other processes ({_first_line(e)}); give {_FLAGS}, or {_ALONE}"
+            raise UserError(f"{told_by}: {rule}") from e
+
+
+def _check(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> bool:
+    """Whether flags name the processes; all three or none do."""
+    flags = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
+    given = [f"{name}={value}" for name, value in flags.items() if value is not None]
+    if timeout <= 0:
+        raise UserError(f"--connect_timeout={timeout}: must be positive, in seconds")
+    if not given or given == ["--num_processes=1"]:
+        return False
+    if len(given) < len(flags):
+        missing = ", ".join(name for name, value in flags.items() if value is None)
+        raise UserError(f"{' '.join(given)}: needs {missing} too; {_ALONE}")
+    host, _, port = coordinator.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f"--coordinator={coordinator}: must be HOST:PORT, the host of process 0 and a port free there")
+    if num_processes < 1:
+        raise UserError(f"--num_processes={num_processes}: must be at least 1")
+    if not 0 <= process_id < num_processes:
+        raise UserError(f"--process_id={process_id}: must be from 0 to {num_processes - 1} (--num_processes - 1)")
+    return True
+
+
+def _told_by_environment() -> str:
+    """The variable that says that there are other processes; empty if none does.
+
+    Who they are is for JAX to find out. It would take one task of SLURM for a cluster too, hide all but one of its GPUs
+    and open a port; and it asks Kubernetes in any pod.
+    """
+    values = os.environ
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"):
+        if values.get(name, "1") not in ("", "0", "1"):
+            return f"{name}={values[name]}"
+    for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
+        if "," in values.get(name, ""):
+            return f"{name}={values[name]}"
+    if "KUBERNETES_SERVICE_HOST" in values and "JOB_COMPLETION_INDEX" in values:
+        return f"JOB_COMPLETION_INDEX={values['JOB_COMPLETION_INDEX']}"
+    # Set by `import jax` where it finds TPU chips; only the metadata of a TPU VM tells whether it is a part of a pod.
+    if "TPU_ML_PLATFORM" in values and "TPU_SKIP_MDS_QUERY" not in values and "TPU_WORKER_HOSTNAMES" not in values:
+        return _PERHAPS_A_POD
+    return ""
+
+
+@contextmanager
+def _time_limit(seconds: int, message: str) -> Iterator[None]:
+    """JAX would abort the process with a page of C++."""
+
+    def give_up() -> None:
+        print(f"frugalmoe: {message}; is process 0 running, and its port open to the others?", file=sys.stderr)
+        _leave(EXIT_USER_ERROR)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _leave(code: int) -> None:
+    """Without JAX's orderly end, which waits for processes that may never come."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes logs and talks to the user."""
+    return jax.process_index() == 0
+
+
+def exchange(value: Any) -> list[Any]:
+    """The JSON-able values of all processes, in the order of their ids. All must call it."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(data.size))
+    padded = np.pad(data, (0, int(sizes.max()) - data.size))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(multihost_utils.process_allgather(padded), sizes)]
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A block that every process runs by itself, without collectives: an error in one is an error in all."""
+    try:
+        yield
+    except Exception as e:
+        exchange(one_line(e) or _first_line(e))
+        raise
+    for number, error in enumerate(exchange("")):
+        if error:
+            raise UserError(f"process {number}: {error}")
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Raises UserError in all processes where one has other values than process 0, and names them."""
+    first, *others = exchange(values)
+    for number, other in enumerate(others, 1):
+        if differing := differences(first, other, "in process 0", f"in process {number}"):
+            raise UserError(f"processes must be started alike: {', '.join(differing[:5])}")
+
+
+@contextmanager
+def all_or_none(shared: type[Exception]) -> Iterator[None]:
+    """A block of steps: an error ends this process at once, and with it the others, unless all have it (`shared`).
+
+    The devices of the others wait for ours in the middle of a step, and would do so for as long as this process waits
+    for them to end in order. With one process errors are just raised.
+    """
+    try:
+        yield
+    except shared:
+        raise
+    except BaseException as e:
+        if jax.process_count() == 1:
+            raise
+        print(f"frugalmoe: process {jax.process_index()}: {_what_happened(e)}", file=sys.stderr, flush=True)
+        if is_main():  # the others lose the service that holds them together, which would cut them short
+            time.sleep(_SECONDS_TO_SPEAK)
+        _leave(EXIT_USER_ERROR if one_line(e) else EXIT_PEER_LOST)
+
+
+def _what_happened(error: BaseException) -> str:
+    if line := one_line(error):
+        return line
+    if _is_loss_of_peer(error):
+        how = "the same command in all processes goes on from the last checkpoint"
+        return f"another process has ended, or cannot be reached ({_first_line(error)}); {how}"
+    return "".join(traceback.format_exception(error))
+
+
+def _is_loss_of_peer(error: BaseException) -> bool:
+    return isinstance(error, ValueError | RuntimeError) and "gloo" in str(error).lower()
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT; a second one ends the process at once."""
+    received: list[int] = []
+
+    def handle(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[int], bool]]:
+    """`stop(step)`, asked after each step: whether a signal ends the run there, in all processes.
+
+    One process's signal is enough: JAX's coordination service, which listens for SIGTERM, picks a step that none has
+    reached. Asking costs a look at a number.
+    """
+    if jax.process_count() == 1:
+        with stop_signals() as received:
+            yield lambda step: bool(received)
+        return
+
+    def interrupt(number, frame):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one ends the process at once
+        signal.raise_signal(signal.SIGTERM)
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield multihost_utils.reached_preemption_sync_point
+    finally:
+        signal.signal(signal.SIGINT, previous)
