@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from runs import run
 
 from frugalmoe.cli import EXIT_USER_ERROR, main
 from frugalmoe.config import load
-from frugalmoe.cost import aot, hlo, topologies
+from frugalmoe.cost import aot, cli, hlo, topologies
 from frugalmoe.cost.devices import GIB, GPUS, usable
 from frugalmoe.cost.search import layouts
 from frugalmoe.errors import UserError
@@ -244,6 +245,39 @@ def test_layouts_use_every_device_and_keep_the_batch():
 
 
 # The command
+
+
+RESULT = aot.Compiled(
+    topology=topologies.parse("v5e:2x2"),
+    mesh={"data": 1, "fsdp": 2, "expert": 2, "tensor": 1, "context": 1},
+    sequences=(3, 4),
+    fits=True,
+    available=16 * GIB,
+    needed=7 * GIB,
+    memory={"parameters": GIB, "optimizer state": 2 * GIB, "temporaries": 4 * GIB},
+    gradients=GIB,
+    collectives=[hlo.Collective("all-gather", 1500, GIB // 2)],
+    largest=[hlo.Value("f32[8,64]", GIB // 4, "jit(train_step)/jvp()/dot_general")],
+    seconds=7.4,
+)
+
+
+def test_what_is_printed():
+    console = Console(width=120, highlight=False)
+    with console.capture() as printed:
+        console.print(*cli._tables(RESULT), sep="\n")
+    lines = [" ".join(line.split()) for line in printed.get().splitlines()]
+    assert lines[0] == "v5e:2x2, fsdp 2 x expert 2: fits, 7.00 of 16.00 GiB per device, compiled in 7 s"
+    assert {"temporaries 4.00", "gradients among them 1.00", "all 7.00", "all-gather 1,500 0.50"} <= set(lines)
+    assert "f32[8,64] 0.25 jvp()/dot_general" in lines
+    flags = ["mesh.data=1", "mesh.fsdp=2", "mesh.expert=2", "train.batch_size=12", "train.accumulate_steps=3"]
+    assert cli._overrides(RESULT) == " ".join(f"--config.{flag}" for flag in flags)
+
+
+def test_what_is_printed_of_a_refused_program():
+    refused = RESULT._replace(fits=False, memory={"parameters": GIB}, collectives=None, largest=None)
+    *_, row = cli._markdown([RESULT, refused]).splitlines()
+    assert row == "| v5e:2x2 | fsdp 2 x expert 2 | 3 x 4 | no | 7.00 / 16.00 | 1.00 |  |  | 1.00 |  | 7 |"
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ def _headline(result) -> str:
 
 
 def _tables(result) -> list:
+    """What a person reads about one compilation."""
     memory = Table("memory of one device", "GiB", box=box.SIMPLE_HEAD)
     for part, size in result.memory.items():
         memory.add_row(part, _gib(size))
@@ -112,16 +113,18 @@ def _tables(result) -> list:
             memory.add_row("  gradients among them", _gib(result.gradients))
     memory.add_row("all", _gib(result.needed))
     memory.add_row("available", _gib(result.available))
-    parts = [_headline(result), f"{result.sequences[0]} micro-batches of {result.sequences[1]} sequences", memory]
+    micro_batches, sequences = result.sequences
+    parts = [_headline(result), f"micro-batches of a step: {micro_batches}, of {sequences} sequences", memory]
     if result.collectives is not None:
         sent = Table("collectives of a step", "count", "GiB that a device sends", box=box.SIMPLE_HEAD)
         for kind, count, size in result.collectives:
             sent.add_row(kind, f"{count:,}", _gib(size))
-        parts.append(sent)
         largest = Table("largest arrays that it makes", "GiB", "made by", box=box.SIMPLE_HEAD)
         for of_type, size, source in result.largest:
             largest.add_row(of_type, _gib(size), source.removeprefix("jit(train_step)/")[-60:])
-        parts.append(largest)
+        parts += [sent, largest]
+    elif result.fits:
+        parts.append("collectives: unknown, for the text of this program cannot be read")
     return [*parts, f"this layout: {_overrides(result)}"]
 
 
