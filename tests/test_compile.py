@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from runs import config_file, run, write_text
 
 from frugalmoe.cli import EXIT_USER_ERROR, main
 from frugalmoe.config import load
-from frugalmoe.cost import aot, hlo, topologies
+from frugalmoe.cost import aot, cli, hlo, topologies
 from frugalmoe.cost.devices import GIB, GPUS, usable
 from frugalmoe.cost.search import layouts
 from frugalmoe.errors import UserError
@@ -263,6 +264,44 @@ def test_a_dry_run_says_what_a_run_needs_here_and_writes_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+RESULT = aot.Compiled(
+    topology=topologies.parse("v5e:2x2"),
+    mesh={"data": 1, "fsdp": 2, "expert": 2, "tensor": 1, "context": 1},
+    sequences=(3, 4),
+    fits=True,
+    available=16 * GIB,
+    needed=7 * GIB,
+    memory={"parameters": GIB, "optimizer state": 2 * GIB, "temporaries": 4 * GIB},
+    gradients=GIB,
+    collectives=[hlo.Collective("all-gather", 1500, GIB // 2)],
+    largest=[hlo.Value("f32[8,64]", GIB // 4, "jit(train_step)/jvp()/dot_general")],
+    seconds=7.4,
+)
+
+
+def test_what_is_printed():
+    console = Console(width=120, highlight=False)
+    with console.capture() as printed:
+        console.print(*cli.tables(RESULT), sep="\n")
+    lines = [" ".join(line.split()) for line in printed.get().splitlines()]
+    assert lines[0] == "v5e:2x2, fsdp 2 x expert 2: fits, 7.00 GiB of 16.00 GiB per device, compiled in 7 s"
+    assert {
+        "temporaries 4.00 GiB",
+        "gradients among them 1.00 GiB",
+        "all 7.00 GiB",
+        "all-gather 1,500 0.50 GiB",
+    } <= set(lines)
+    assert "f32[8,64] 0.25 GiB jvp()/dot_general" in lines
+    flags = ["mesh.data=1", "mesh.fsdp=2", "mesh.expert=2", "train.batch_size=12", "train.accumulate_steps=3"]
+    assert cli._overrides(RESULT) == " ".join(f"--config.{flag}" for flag in flags)
+
+
+def test_what_is_printed_of_a_refused_program():
+    refused = RESULT._replace(fits=False, memory={"parameters": GIB}, collectives=None, largest=None)
+    *_, row = cli._markdown([RESULT, refused]).splitlines()
+    assert row == "| v5e:2x2 | fsdp 2 x expert 2 | 3 x 4 | no | 7.00 / 16.00 | 1.00 |  |  | 1.00 |  | 7 |"
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -292,4 +331,4 @@ def test_tpus_that_are_not_there():
     assert memory["optimizer state"] == 2 * memory["parameters"] + 2 * 4  # moments; two counts of steps
     assert sum(memory.values()) == result["needed"]
     assert all(size >= 0 for size in memory.values())
-    assert {c["kind"] for c in result["collectives"]} >= {"all-gather", "all-reduce"}
+    assert {c["kind"] for c in result["collectives"]} >= {"all-gather", "all-reduce", "send"}

@@ -122,7 +122,8 @@ def tables(result) -> list:
     memory.add_row("all", _size(result.needed))
     if result.available is not None:
         memory.add_row("available", _size(result.available))
-    parts = [_headline(result), f"{result.sequences[0]} micro-batches of {result.sequences[1]} sequences", memory]
+    micro_batches, sequences = result.sequences
+    parts = [_headline(result), f"micro-batches of a step: {micro_batches}, of {sequences} sequences", memory]
     if result.collectives is not None:
         sent = table("collectives of a step", "count", "sent by a device")
         for kind, count, size in result.collectives:
@@ -132,6 +133,8 @@ def tables(result) -> list:
         for of_type, size, source in result.largest:
             largest.add_row(of_type, _size(size), source.removeprefix("jit(train_step)/")[-60:])
         parts.append(largest)
+    elif result.fits:
+        parts.append("collectives: unknown, for the text of this program cannot be read")
     return [*parts, f"this layout: {_overrides(result)}"]
 
 

@@ -18,6 +18,7 @@ KINDS = (
     "ragged-all-to-all",
     "collective-permute",
     "collective-broadcast",
+    "send",  # of TPU programs: what goes to other slices
 )
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) (?:\(.*)?\{$")
@@ -34,7 +35,6 @@ _AXIS_SIZE = re.compile(r"('[^']+')=(\d+)")
 _PART_OF_AXIS = re.compile(r"('[^']+')(?::\(\d+\)(\d+))?")
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 _MADE_ELSEWHERE = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call")
-_PAIRS = re.compile(r"source_target_pairs=\{\{")
 
 
 class Collective(NamedTuple):
@@ -171,9 +171,10 @@ def _constant(instruction: _Instruction) -> int:
 def _sent(kind: str, instruction: _Instruction, computation: _Computation) -> int:
     """Bytes that a device of a group of n has to send, however clever the algorithm."""
     operands = instruction.operands[:1] if kind == "ragged-all-to-all" else instruction.operands
-    size, n = sum(_bytes(computation.instructions[name].type) for name in operands), _group_size(instruction.text)
-    if kind in ("collective-permute", "collective-broadcast"):
+    size = sum(_bytes(computation.instructions[name].type) for name in operands)
+    if kind in ("collective-permute", "collective-broadcast", "send"):
         return size
+    n = _group_size(instruction.text)
     if kind == "all-gather":
         return size * (n - 1)
     return size * (n - 1) * (2 if kind == "all-reduce" else 1) // n
@@ -187,8 +188,6 @@ def _group_size(text: str) -> int:
     if match := _GROUPS_MESH.search(text):
         sizes = {axis: int(size) for axis, size in _AXIS_SIZE.findall(match[1])}
         return math.prod(int(part) if part else sizes[axis] for axis, part in _PART_OF_AXIS.findall(match[2]))
-    if _PAIRS.search(text):
-        return 1
     raise ValueError(f"no replica groups in: {text}")
 
 

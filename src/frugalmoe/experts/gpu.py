@@ -72,7 +72,8 @@ def _rows_kernel(start_E, end_E, a_RI, b_RJ, y_EIJ, *, tile_i: int, tile_j: int)
         return sum_IJ + _dot(a.T, b)
 
     zeros = jnp.zeros((tile_i, tile_j), jnp.float32)
-    plt.store(y_EIJ.at[expert, across, columns], jax.lax.fori_loop(0, pl.cdiv(end - start, ROWS), step, zeros))
+    sum_IJ = jax.lax.fori_loop(0, pl.cdiv(end - start, ROWS), step, zeros)
+    plt.store(y_EIJ.at[expert, across, columns], sum_IJ.astype(y_EIJ.dtype))
 
 
 def _rows_by_weights(a_RI: Array, w_EIJ: Array, sizes_E: Array, transpose: bool, interpret: bool) -> Array:
@@ -95,13 +96,13 @@ def _rows_by_weights(a_RI: Array, w_EIJ: Array, sizes_E: Array, transpose: bool,
     )(expert_T, start_T, end_T, a_RI, w_EIJ)
 
 
-def _rows_by_rows(a_RI: Array, b_RJ: Array, sizes_E: Array, interpret: bool) -> Array:
+def _rows_by_rows(a_RI: Array, b_RJ: Array, sizes_E: Array, dtype: jnp.dtype, interpret: bool) -> Array:
     end_E = jnp.cumsum(sizes_E)
     tile_i, tile_j = _tile(a_RI.shape[1]), _tile(b_RJ.shape[1])
     return pl.pallas_call(
         partial(_rows_kernel, tile_i=tile_i, tile_j=tile_j),
         grid=(sizes_E.size, a_RI.shape[1] // tile_i, b_RJ.shape[1] // tile_j),
-        out_shape=jax.ShapeDtypeStruct((sizes_E.size, a_RI.shape[1], b_RJ.shape[1]), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((sizes_E.size, a_RI.shape[1], b_RJ.shape[1]), dtype),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
     )(end_E - sizes_E, end_E, a_RI, b_RJ)

@@ -17,9 +17,9 @@ def _rows_by_weights(a_RI: Array, w_EIJ: Array, sizes_E: Array, transpose: bool,
     return gmm(a_RI, w_EIJ, sizes_E, a_RI.dtype, tiling, transpose_rhs=transpose, interpret=interpret)
 
 
-def _rows_by_rows(a_RI: Array, b_RJ: Array, sizes_E: Array, tile: int, interpret: bool) -> Array:
+def _rows_by_rows(a_RI: Array, b_RJ: Array, sizes_E: Array, dtype: jnp.dtype, tile: int, interpret: bool) -> Array:
     tiling = (tile, min(tile, a_RI.shape[1]), min(tile, b_RJ.shape[1]))
-    return tgmm(a_RI.T, b_RJ, sizes_E, jnp.float32, tiling, interpret=interpret)
+    return tgmm(a_RI.T, b_RJ, sizes_E, dtype, tiling, interpret=interpret)
 
 
 def kernels(num_rows: int, interpret: bool = False) -> Kernels:
