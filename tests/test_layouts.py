@@ -96,6 +96,14 @@ def without_ties(batch: Batch) -> Batch:
     return batch._replace(tokens_BT=np.where(batch.positions_BT == 0, own_BT, batch.tokens_BT % 62))
 
 
+def replicas_agree(array: jax.Array) -> bool:
+    """Whether all devices that hold the same part of it hold the same bits."""
+    parts = {}
+    for shard in array.addressable_shards:
+        parts.setdefault(str(shard.index), []).append(np.asarray(shard.data))
+    return all(np.array_equal(first, other) for first, *others in parts.values() for other in others)
+
+
 @functools.cache
 def start(form: str, num_kv_heads: int) -> State:
     with jax.set_mesh(mesh_of()):
@@ -121,6 +129,7 @@ def trained(form: str, layout: str, num_kv_heads: int) -> dict:
             first = jax.device_get(state.opt_state) if first is None else first
             metrics.append(jax.device_get(of_step))
         assert step._cache_size() == 1, "compiled twice"
+        assert all(map(replicas_agree, jax.tree.leaves(state)))
     of_devices = [m.pop("router/device_load") for m in metrics if "router/device_load" in m]
     assert len(of_devices) == STEPS * (sizes[2] > 1)
     parts = {"gradient": first, "parameters": state.params, "optimizer": state.opt_state, "metrics": metrics}
