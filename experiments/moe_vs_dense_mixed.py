@@ -14,8 +14,8 @@ def experts(count: int) -> dict:
 STUDY = Study(
     question="Does a mixture of experts gain more over a dense model on many kinds of text than on four?",
     expectation=(
-        "OLMoE (2409.02060) finds experts that belong to domains such as GitHub, arXiv and Wikipedia, and a loss that a "
-        "dense model of equal active parameters needs three times the tokens for. On four kinds of text in one "
+        "OLMoE (2409.02060) finds experts that belong to domains such as GitHub, arXiv and Wikipedia, and a loss for "
+        "which a dense model of equal active parameters needs three times the tokens. On four kinds of text in one "
         "language 64 experts are ahead of dense by 0.03 nats, within the noise (moe_vs_dense). Expected: fifteen kinds "
         "in several languages widen the gap at the same number of tokens."
     ),
