@@ -26,8 +26,10 @@ from frugalmoe.train.step import State, abstract, init, make_train_step
 # Sizes of the axes data, fsdp, expert, tensor, context.
 LAYOUTS = ["".join(map(str, s)) for s in itertools.product((1, 2, 4, 8), repeat=5) if math.prod(s) == 8]
 HALVED = {"train.accumulate_steps": 2}
+DENSE_TOO = {"model.num_layers": 3, "model.num_dense_layers": 1}
 WIDE = {
-    "model.num_layers": 3,
+    "model.num_layers": 2,
+    "model.num_dense_layers": 0,
     "model.num_heads": 8,
     "model.num_kv_heads": 4,
     "model.head_dim": 8,
@@ -40,7 +42,8 @@ WIDE = {
 }
 # Every form of plan, executor, exchange, state and carry; with and without accumulation and each kind of remat.
 FORMS = {
-    "all_gather": {
+    "all_gather": DENSE_TOO
+    | {
         "model.moe.router": "noisy_topk",
         "model.moe.losses.load": 0.1,
         "model.moe.load_balance_scope": "global",
@@ -56,7 +59,8 @@ FORMS = {
     "capacity": {"model.moe.executor": "capacity", "model.moe.capacity_factor": 1.0, "model.remat": "dots"} | HALVED,
     "expert_choice": {"model.moe.router": "expert_choice", "model.remat": "full"},
     "state": STATEFUL | {"model.moe.losses.sequence_balance": 0.01, "model.moe.exchange": "all_to_all"} | HALVED,
-    "carry": {"model.moe.router": "recurrent", "model.moe.options.hidden": 8, "model.remat": "full"} | HALVED,
+    "carry": {"model.moe.router": "recurrent", "model.moe.options.hidden": 8, "model.remat": "full"}
+    | (HALVED | DENSE_TOO),
     "variable": {"model.moe.router": "relu", "model.moe.losses.l1": 1.0, "model.moe.exchange": "all_to_all"},
     "noise, experts run, added": {
         "model.moe.router": "stochastic_warmup",
@@ -64,7 +68,7 @@ FORMS = {
         "model.moe.options.steps": 2,
         "model.remat": "dots",
     },
-    "depths": DEPTHS | {"model.remat": "full"},
+    "depths": DEPTHS | DENSE_TOO | {"model.remat": "full"},
 }
 # Which form is trained on which layouts: each layout has a form, each form meets each axis, and the expert axis twice
 # where it has an exchange of its own. ALL_LAYOUTS=1 trains every form on every layout.
