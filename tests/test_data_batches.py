@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from frugalmoe.config.schema import Data, Source
-from frugalmoe.data import open_data
+from frugalmoe.data import Batch, open_data
 from frugalmoe.errors import UserError
 
 T = 64
@@ -181,6 +181,16 @@ def test_random_access_equals_iteration_from_anywhere(corpus):
         batches = opened.train_batches(start)
         for step in range(start, start + 6):
             np.testing.assert_equal(next(batches), opened.batch(step))
+
+
+def test_some_rows_of_a_batch_are_those_of_the_whole(corpus):
+    """What a process of several loads of a step's batch."""
+    opened, rows = dataset(config(corpus)), [3, 0]
+    ours = opened.train_batches(7, rows)
+    for step in range(7, 10):
+        whole = opened.batch(step)
+        assert len(whole.tokens_BT) > 3
+        np.testing.assert_equal(next(ours), Batch(*(column[rows] for column in whole)))
 
 
 def test_the_seed_changes_the_order_and_nothing_else(corpus):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -25,10 +26,11 @@ STEPS, SAVE_EVERY = 12, 4
 # Eight devices: parameters and sequences are spread over processes, tokens of a sequence over the devices of one.
 FIELDS = {
     "train.steps": STEPS,
-    "train.batch_size": 16,
-    "train.accumulate_steps": 2,
+    "train.eval_batches": 1,
     "checkpoint.every_steps": SAVE_EVERY,
     "model.num_layers": 2,
+    "model.num_dense_layers": 0,
+    "model.moe.num_shared_experts": 0,
     "model.moe.router": "sigmoid_bias",
     "mesh.fsdp": 2,
     "mesh.expert": 2,
@@ -187,6 +189,53 @@ def test_the_first_process_does_not_wait_for_a_dead_one(killed):
     (first, _), since = killed
     code = first.wait(max(since + 90 - time.monotonic(), 0.1))
     assert code not in (0, 2, 75)
+
+
+PARTS = """
+import sys
+import jax, numpy as np
+from frugalmoe import sharding
+from frugalmoe.config import default, override, resolve
+from frugalmoe.data import Batch
+from frugalmoe.errors import UserError
+from frugalmoe.train import distributed
+from frugalmoe.train.evaluate import own_rows, put_rows
+
+distributed.start(sys.argv[1], 2, int(sys.argv[2]), 60)
+config = resolve(override(default(), {"train.batch_size": 16, "train.accumulate_steps": 2, "data.sequence_length": 8}))
+whole = [np.arange(16 * 8).reshape(16, 8) + 1000 * i for i in range(len(Batch._fields))]
+for sizes in eval(sys.argv[3]):
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)))
+    rows = own_rows(mesh, config)
+    read = Batch(*(column[rows].reshape(2, -1, 8) for column in whole))
+    for ours, column in zip(sharding.fetch(put_rows(mesh, read, "ABT", config)), whole):
+        np.testing.assert_array_equal(ours, column.reshape(2, 8, 8))
+    print("rows", len(rows))
+try:
+    with distributed.together():
+        if jax.process_index() == 1:
+            raise UserError("no such file")
+except UserError as e:
+    print("error", e)
+"""
+ROWS = {(8, 1, 1, 1, 1): 8, (2, 2, 1, 1, 2): 8, (1, 1, 2, 2, 2): 8, (1, 1, 1, 8, 1): 16, (1, 1, 1, 1, 8): 16}
+
+
+def test_each_process_reads_its_rows_and_errors_are_shared(place):
+    """Half of 16 rows where processes have sequences of their own, all where they share them; whole on the devices."""
+    xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    line = (sys.executable, "-c", PARTS, f"127.0.0.1:{free_port()}")
+    started = [
+        subprocess.Popen(
+            [*line, str(i), str([*ROWS])], stdout=subprocess.PIPE, env=os.environ | {"XLA_FLAGS": xla}, text=True
+        )
+        for i in range(2)
+    ]
+    outs = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    for out, error in zip(outs, ("process 1: no such file", "no such file"), strict=True):
+        assert [int(n) for n in re.findall(r"rows (\d+)", out)] == [*ROWS.values()]
+        assert f"error {error}\n" in out
 
 
 def refused(place, workdir: str, processes: int, by, own, *texts: str) -> None:

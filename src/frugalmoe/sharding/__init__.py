@@ -107,11 +107,11 @@ def put(mesh: Mesh, array: Array, letters: str, shape: tuple[int, ...] | None = 
     return jax.make_array_from_process_local_data(wanted, array, shape or array.shape)
 
 
-def own_rows(mesh: Mesh, letters: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Which sequences of an array of `shape` this process's devices hold: indices along B, in order."""
-    b = letters.index("B")
+def own_indices(mesh: Mesh, shape: tuple[int, ...], letters: str, letter: str) -> np.ndarray:
+    """What of a dimension this process's devices hold, in order."""
+    dim = letters.index(letter)
     held = NamedSharding(mesh, spec(letters, mesh=mesh)).addressable_devices_indices_map(shape).values()
-    return np.unique([np.arange(shape[b])[slices[b]] for slices in held])
+    return np.unique([np.arange(shape[dim])[slices[dim]] for slices in held])
 
 
 def fetch(tree: Any) -> Any:

@@ -33,16 +33,30 @@ class Scores(NamedTuple):
     depths: dict[str, np.ndarray]  # the same of the blocks that mixture of depths routes; empty without
 
 
-def put_batch(mesh: jax.sharding.Mesh, batch: Batch, letters: str, size: int | None = None) -> Batch:
-    """`size`: of the dimension B, where the batch holds no more of it than the rows of this process's devices."""
-    b = letters.index("B")
-    shape = lambda a: (*a.shape[:b], size or a.shape[b], *a.shape[b + 1 :])
-    return Batch(*(sharding.put(mesh, a, letters, shape(a)) for a in batch))
+def own_rows(mesh: jax.sharding.Mesh, config: Config) -> np.ndarray:
+    """The rows of a step's batch that this process's devices work on: of each micro-batch the same ones."""
+    shape = (config.train.accumulate_steps, _micro_batch(config), config.data.sequence_length)
+    rows_AB = np.arange(config.train.batch_size).reshape(shape[:2])
+    return rows_AB[:, sharding.own_indices(mesh, shape, "ABT", "B")].reshape(-1)
+
+
+def put_rows(mesh: jax.sharding.Mesh, batch: Batch, letters: str, config: Config) -> Batch:
+    """Micro-batches of which each process has the rows that are its own."""
+    b, size = letters.index("B"), _micro_batch(config)
+    return Batch(*(sharding.put(mesh, a, letters, (*a.shape[:b], size, *a.shape[b + 1 :])) for a in batch))
+
+
+def put_batch(mesh: jax.sharding.Mesh, batch: Batch, letters: str) -> Batch:
+    return Batch(*(sharding.put(mesh, a, letters) for a in batch))
+
+
+def _micro_batch(config: Config) -> int:
+    return config.train.batch_size // config.train.accumulate_steps
 
 
 def _batches(config: Config) -> tuple[int, int]:
     """(size of an evaluation batch, which is that of a training micro-batch; how many of each domain)."""
-    return config.train.batch_size // config.train.accumulate_steps, config.train.eval_batches
+    return _micro_batch(config), config.train.eval_batches
 
 
 def evaluate(

@@ -3,7 +3,6 @@
 Metrics are read one step late, so that the device never waits for the host.
 """
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
 from frugalmoe.train import checkpoint, distributed, rundir
-from frugalmoe.train.evaluate import Scores, evaluate, write_probe
+from frugalmoe.train.evaluate import Scores, evaluate, own_rows, write_probe
 from frugalmoe.train.program import Program, compiled_eval_step
 from frugalmoe.train.progress import Progress
 from frugalmoe.train.step import abstract, init, knobs
@@ -198,7 +197,7 @@ class Run:
         tensorboard = str(workdir / "tensorboard")
         self.tensorboard = SummaryWriter(tensorboard, purge_step=self.start + 1, write_to_disk=main)
         self.eval_step = compiled_eval_step(config)
-        self.batches = data.train_batches(self.start, self._own_rows())
+        self.batches = data.train_batches(self.start, own_rows(mesh, config))
         self.tokens_per_second: list[float] = []
 
     def finish(self, stopped: bool, seconds: float) -> dict[str, Any]:
@@ -223,18 +222,8 @@ class Run:
     def save(self) -> None:
         checkpoint.save(self.manager, self.step, self.state)
 
-    @property
-    def micro_batch(self) -> int:
-        """Sequences in a micro-batch, over all processes."""
-        return self.config.train.batch_size // self.config.train.accumulate_steps
-
-    def _own_rows(self) -> np.ndarray:
-        """The rows of a step's batch that this process's devices work on."""
-        shape = (self.config.train.accumulate_steps, self.micro_batch, self.config.data.sequence_length)
-        return np.arange(math.prod(shape[:2])).reshape(shape[:2])[:, sharding.own_rows(self.mesh, "ABT", shape)].ravel()
-
     def next_batch(self) -> Batch:
-        """[A, B / A, T] on the host, of B what is this process's: a micro-batch per entry of the first axis."""
+        """[A, B / A, T] on the host, of B / A what is this process's: a micro-batch per entry of the first axis."""
         a = self.config.train.accumulate_steps
         return Batch(*(x.reshape(a, x.shape[0] // a, *x.shape[1:]) for x in next(self.batches)))
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from frugalmoe.config.schema import Config
 from frugalmoe.data.batches import Batch
-from frugalmoe.train.evaluate import put_batch
+from frugalmoe.train.evaluate import put_rows
 from frugalmoe.train.step import make_eval_step, make_train_step, without_knobs
 
 PROGRAMS_KEPT = 4  # of each kind. On CPUs one is mapped in thousands of pieces, and Linux gives a process 65,530
@@ -60,8 +60,8 @@ class Program:
     def next_batch(self) -> Batch:
         run, batches = self.runs[0], [run.next_batch() for run in self.runs]
         if self.together:
-            return put_batch(run.mesh, Batch(*map(np.stack, zip(*batches))), ".ABT", run.micro_batch)
-        return put_batch(run.mesh, batches[0], "ABT", run.micro_batch)
+            return put_rows(run.mesh, Batch(*map(np.stack, zip(*batches))), ".ABT", run.config)
+        return put_rows(run.mesh, batches[0], "ABT", run.config)
 
     def step(self, batch: Batch) -> dict[str, jax.Array]:
         self.state, metrics = self.train_step(self.state, batch, self.knobs)
