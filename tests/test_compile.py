@@ -85,7 +85,7 @@ HloModule step
   %m = bf16[] parameter(0)
   %n = bf16[] parameter(1)
   ROOT %sum = bf16[] add(%m, %n)
-}
+}, execution_thread="sparsecore"
 
 %all-reduce-scatter.1.clone (c: bf16[8,64]) -> bf16[2,64] {
   %c = bf16[8,64]{1,0:T(8,128)(2,1)} parameter(0)

@@ -22,6 +22,7 @@ KINDS = (
 )
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) (?:\(.*)?\{$")
+_END = re.compile(r'^\}(, execution_thread="\w+")?$')
 _CALL = re.compile(r" ([a-z][a-z0-9-]*)\(([^()]*)\)")  # opcode, operands
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
@@ -71,7 +72,7 @@ class _Computation(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """In the order of `KINDS`. Raises ValueError for a loop with collectives whose number of rounds is not known."""
+    """In the order of `KINDS`. Raises ValueError where the text does not say how often a loop runs."""
     computations, entry = _parse(text)
     count, sent = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
     seen: set[tuple[str, str]] = set()
@@ -108,7 +109,7 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
             name = match[2]
             entry = name if match[1] else entry
             instructions, root = {}, ""
-        elif line == "}" and name:
+        elif name and _END.match(line):
             computations[name], name = _Computation(name, instructions, root), ""
         elif name and (match := _INSTRUCTION.match(line)) and (call := _CALL.search(match[3])):
             operands = re.findall(r"%([\w.-]+)", call[2])
@@ -121,6 +122,8 @@ def _executed(
     computations: dict[str, _Computation], name: str, times: int = 1
 ) -> Iterator[tuple[int, _Computation, _Instruction]]:
     """Every instruction that runs, with how often; each branch of a conditional as if it were taken."""
+    if name not in computations:
+        raise ValueError(f"computation {name} is not in the text")
     computation = computations[name]
     for instruction in computation.instructions.values():
         yield times, computation, instruction
