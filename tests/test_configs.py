@@ -116,6 +116,13 @@ def test_a_field_that_is_younger_than_a_run_leaves_it_as_it_was(tmp_path):
         rundir.check_config(tmp_path, to_dict(Config()), force=False)
 
 
+def test_a_run_continues_on_another_mesh_and_not_with_another_seed(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(resolve(default()))))
+    rundir.check_config(tmp_path, to_dict(resolve(override(default(), {"mesh.fsdp": 4}))), force=False)
+    with pytest.raises(UserError, match=r"\(train.seed: 0 there, 1 here\)"):
+        rundir.check_config(tmp_path, to_dict(resolve(override(default(), {"train.seed": 1}))), force=False)
+
+
 HEADS = {"model.num_heads": 8, "model.num_kv_heads": 2}  # of the default config beside: E=8, D=256, T=256, batch 16
 
 

@@ -35,13 +35,14 @@ def start_over(workdir: Path) -> None:
 
 
 def check_config(workdir: Path, config: Mapping[str, Any], force: bool) -> None:
-    """Refuses to continue a run of another config or data, and names what differs."""
+    """Refuses to continue a run of another config, and names what differs. The mesh may: it changes no answer."""
     path = workdir / "config.json"
     if not path.is_file():
         if workdir.is_dir() and any(p.name != ".lock" for p in workdir.iterdir()):
             raise UserError(f"--workdir={workdir}: holds files but no config.json; give an empty or new directory")
         return
-    differing = differences(_completed(read_json(path), Config()), config, "there", "here")
+    saved = _completed(read_json(path), Config()) | {"mesh": config["mesh"]}
+    differing = differences(saved, config, "there", "here")
     if differing and not force:
         shown = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
         raise UserError(
