@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from frugalmoe.ablate.comparison import Comparison
 from frugalmoe.analysis.plots import GREY, INK, OKABE_ITO, STYLE
 
-NAMED = len(OKABE_ITO) - 1  # arms in colours of their own, beside the baseline in black
+UNNAMED = "#bbbbbb"
 
 
 def _styled(draw: Callable) -> Callable:
@@ -24,10 +24,15 @@ def _styled(draw: Callable) -> Callable:
 
 
 def colours(c: Comparison) -> dict[str, str]:
-    """The baseline black, then the arms in order of their result; what has no colour left is grey."""
+    """The baseline black, then the arms in order of their result. Where there are more than colours, those in the
+    middle are grey: the best and the worst are looked for.
+    """
     others = sorted((a for a in c.arms[1:]), key=lambda a: (np.isnan(c.mean(c.metric, a)), c.mean(c.metric, a)))
-    named = dict(zip(others, [colour for colour in OKABE_ITO if colour != "#000000"]))
-    return {c.arms[0]: INK, **{a: named.get(a, "#bbbbbb") for a in others}}
+    free = [colour for colour in OKABE_ITO if colour != "#000000"]
+    best, worst = len(free) - len(free) // 2, len(free) // 2
+    ends = others if len(others) <= len(free) else [*others[:best], *others[-worst:]]
+    named = dict(zip(ends, free))
+    return {c.arms[0]: INK, **{a: named.get(a, UNNAMED) for a in others}}
 
 
 @_styled
@@ -74,10 +79,11 @@ def learning_curves(c: Comparison) -> Figure | None:
         if arm != c.arms[0]:
             _band(right, curves[common[0]][0], values - np.array([baseline[s][1] for s in common]), colour, "_")
     right.axhline(0, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-    for axes, label in ((left, c.metric), (right, f"difference to {c.arms[0]}")):
+    for axes, label in ((left, c.metric), (right, f"difference\nto {c.arms[0]}")):
         axes.set(xlabel="optimizer step", ylabel=label)
         axes.grid(axis="y")
         axes.set_axisbelow(True)
+    _label_unnamed(left, c)
     figure.legend(loc="outside upper left", ncols=4)
     return figure
 
@@ -96,11 +102,20 @@ def balance(c: Comparison) -> Figure | None:
     axes.set(xlabel="optimizer step", ylabel="max violation", ylim=(0, None))
     axes.grid(axis="y")
     axes.set_axisbelow(True)
+    _label_unnamed(axes, c)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
 def _band(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:
-    """Mean over the first axis, and its range."""
+    """Mean over the first axis, and its range; of an unnamed arm a thin line behind the others."""
+    if colour == UNNAMED:
+        axes.plot(steps, values.mean(0), color=colour, linewidth=0.8, zorder=1)
+        return
     axes.plot(steps, values.mean(0), color=colour, label=label)
     axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
+
+
+def _label_unnamed(axes: Axes, c: Comparison) -> None:
+    if count := list(colours(c).values()).count(UNNAMED):
+        axes.plot([], [], color=UNNAMED, linewidth=0.8, label=f"{count} others")
