@@ -2,12 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from test_report import read
 
-from frugalmoe.ablate import load_comparison, publish_study, results, write_study_report
+from frugalmoe.ablate import load_comparison, plots, publish_study, results, write_study_report
 from frugalmoe.cli import main
 from frugalmoe.files import write_json
 
@@ -181,3 +182,14 @@ def test_a_published_study_is_made_again_from_what_is_published(planted, tmp_pat
 def test_a_study_can_be_published_where_it_was_trained(tmp_path):
     path = write_planted_study(tmp_path / "planted")
     assert f"frugalmoe report {path} --publish={tmp_path}" in publish_study(path, tmp_path).read_text()
+
+
+def test_of_many_arms_the_best_and_the_worst_have_colours():
+    """The baseline and seven of thirty arms: the four with the lowest loss, the three with the highest."""
+    comparison = load_comparison(Path(__file__).parents[1] / "experiments/league")
+    found = plots.colours(comparison)
+    ranked = sorted(comparison.arms[1:], key=lambda arm: comparison.mean(comparison.metric, arm))
+    named = [arm for arm, colour in found.items() if colour != plots.UNNAMED]
+    assert named == ["topk_softmax", *ranked[:4], *ranked[-3:]] and len(set(map(found.get, named))) == 8
+    labels = [text.get_text() for text in plots.balance(comparison).axes[0].get_legend().get_texts()]
+    assert labels == [*named, "23 others"]
