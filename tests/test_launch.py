@@ -222,7 +222,7 @@ def started(tmp_path):
     job = Job(2, 1, (sys.executable, "-c", PROCESS), tmp_path / "run", tmp_path, ("me@one", "two"))
     (tmp_path / "ssh.sh").write_text(fill(LAUNCH / "ssh.sh", job))
     process = subprocess.Popen(
-        ["env", "--default-signal=INT", "bash", tmp_path / "ssh.sh"],  # tests in a background job ignore it
+        ["env", "--default-signal=INT,HUP", "bash", tmp_path / "ssh.sh"],  # which tests in a background job ignore
         env=os.environ | {"SSH": str(ssh), "PORT": "1234", "TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
