@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from frugalmoe.commands import add_command, add_config_flag, load_config, set_up_training
-from frugalmoe.errors import UserError, one_line
+from frugalmoe.errors import EXIT_USER_ERROR, UserError, one_line
 
-EXIT_USER_ERROR, EXIT_PREEMPTED = 2, 75
+EXIT_PREEMPTED = 75
 
 
 def main(argv: Sequence[str] | None = None) -> int:

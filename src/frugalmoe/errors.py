@@ -4,6 +4,7 @@ import difflib
 import errno
 from collections.abc import Iterable
 
+EXIT_USER_ERROR = 2
 _OF_THE_DISK = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
 
 

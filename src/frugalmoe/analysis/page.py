@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 CSS = """
 :root { color-scheme: light; --ink: #222; --grey: #666; --line: #ddd; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 50rem; padding: 1.5rem 1rem 4rem; background: #fff; color: var(--ink);
+body { margin: 0 auto; max-width: 56rem; padding: 1.5rem 1rem 4rem; background: #fff; color: var(--ink);
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", "Liberation Sans", sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.2rem; margin: 2.6rem 0 .4rem; padding-top: .8rem; border-top: 1px solid var(--line); }

@@ -19,10 +19,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from frugalmoe.errors import UserError, one_line
+from frugalmoe.errors import EXIT_USER_ERROR, UserError, one_line
 from frugalmoe.train.rundir import differences
 
-EXIT_USER_ERROR, EXIT_PEER_LOST = 2, 1
+EXIT_PEER_LOST = 1
 _SECONDS_OF_SILENCE = 60  # after which a process counts as dead, and JAX ends those that wait for it
 _SECONDS_TO_SPEAK = 2.0  # in which the others find out by themselves that one of them is gone, and say so
 _FLAGS = "--coordinator=HOST:PORT --num_processes=N --process_id=I"
