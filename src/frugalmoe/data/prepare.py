@@ -74,8 +74,8 @@ def _prepare_into(directory: Path, data: Data, inputs: list[Input], key: str, wo
     shards = _shards(inputs, split, domains, survey.bytes)
     paths = _write(directory, shards, tokenizer, workers, lambda size: bar.advance(task, size))
     files = {file.name: file.stat().st_size for path in paths for file in (path, path.with_suffix(".npz"))}
-    for file in directory.glob("shard-*"):
-        if file.name not in files:  # left by an interrupted preparation of other data
+    for file in directory.iterdir():
+        if file.name not in files:  # left by an interrupted preparation: a part of a file, or shards of other data
             file.unlink()
     tokenizer.save_into(directory)
     manifest = {
