@@ -34,13 +34,16 @@ LARGEST = 16  # beyond it a program gains little and takes long to compile
 
 
 def groups(plan: Plan, at_once: int | None = None) -> list[list[Pair]]:
-    """The plan's runs in groups that share a program: equal configs up to name, seed and loss coefficients."""
+    """The plan's runs in groups that share a program: equal configs up to name, seed and loss coefficients.
+
+    Runs that accumulate gradients are alone: they do it in place, in a way that `jax.vmap` does not know.
+    """
     by_program: dict[Config, list[Pair]] = {}
     for pair in plan.pairs:
         by_program.setdefault(without_knobs(plan.config(pair)), []).append(pair)
     found = []
     for config, pairs in by_program.items():
-        size = at_once or fit(config)
+        size = 1 if config.train.accumulate_steps > 1 else at_once or fit(config)
         found += [pairs[i : i + size] for i in range(0, len(pairs), size)]
     return sorted(found, key=lambda group: plan.pairs.index(group[0]))
 

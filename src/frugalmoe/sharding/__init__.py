@@ -15,6 +15,7 @@ An axis is used once per array, by the first letter that may have it, and an axi
 program runs on one device, and its arrays have no sharding at all.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -247,16 +248,36 @@ def gather(tree: Any, dtype: Any) -> Any:
             return a
         a = a if _routes(_names(path)) else a.astype(dtype)
         summed = {axis for axis in TOKEN_AXES if axis_size(axis) > 1}
-        a = jax.sharding.reshard(a, P(*kept, reduced=summed - _axes(kept)))
-        dims = [dim for dim in range(a.ndim) if kept[dim] != used[dim]]
-
-        def gathered(a: Array) -> Array:
-            for dim in dims:
-                a = jax.lax.all_gather(a, kept[dim], axis=dim, tiled=True)
-            return a
-
+        kept = P(*kept, reduced=summed - _axes(kept))
         used = P(*used, reduced=summed - _axes(used))
-        a = jax.shard_map(gathered, in_specs=jax.typeof(a).sharding.spec, out_specs=used, check_vma=False)(a)
-        return checkpoint_name(a, GATHERED)
+        return checkpoint_name(_gathered(kept, used, jax.sharding.reshard(a, kept)), GATHERED)
 
     return jax.tree_util.tree_map_with_path(whole, tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gathered(kept: P, used: P, a: Array) -> Array:
+    def gather(a: Array) -> Array:
+        for dim, axes in _spread(kept, used):
+            a = jax.lax.all_gather(a, axes, axis=dim, tiled=True)
+        return a
+
+    return jax.shard_map(gather, in_specs=kept, out_specs=used, check_vma=False)(a)
+
+
+def _scattered(kept: P, used: P, _: None, gradient: Array) -> tuple[Array]:
+    def scatter(a: Array) -> Array:
+        for dim, axes in _spread(kept, used):
+            a = jax.lax.psum_scatter(a, axes, scatter_dimension=dim, tiled=True)
+        return a
+
+    kept_ct, used_ct = (P(*entries.partitions, unreduced=entries.reduced) for entries in (kept, used))
+    return (jax.shard_map(scatter, in_specs=used_ct, out_specs=kept_ct, check_vma=False)(gradient),)
+
+
+def _spread(kept: P, used: P) -> list[tuple[int, str | tuple[str, ...]]]:
+    """Dimensions that are spread over devices only as they are kept, and over which axes."""
+    return [(dim, axes) for dim, axes in enumerate(kept.partitions) if axes != used.partitions[dim]]
+
+
+_gathered.defvjp(lambda kept, used, a: (_gathered(kept, used, a), None), _scattered)

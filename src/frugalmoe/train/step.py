@@ -125,29 +125,41 @@ def make_gradient(config: Config) -> Callable[..., tuple[dict, dict, dict]]:
         params: dict, router_state: dict, batch: Batch, step: Array, knobs: Knobs
     ) -> tuple[dict, dict, dict[str, Array]]:
         denominators = _denominators(batch, config)
-        grad_fn = jax.value_and_grad(_micro_loss, has_aux=True)
+        of_step = (step, knobs, denominators, config)
 
-        def micro(index: Array, micro_batch: Batch):
-            of_step = (index, step, knobs, denominators, config)
-            (_, sums), grads = grad_fn(params, router_state, graphdef, micro_batch, *of_step)
-            return grads, sums
+        def loss(params: dict, index: Array, micro_batch: Batch) -> tuple[Array, dict]:
+            return _micro_loss(params, router_state, graphdef, micro_batch, index, *of_step)
 
         if config.train.accumulate_steps == 1:
-            return *micro(jnp.int32(0), jax.tree.map(lambda a: a[0], batch)), denominators
-        return *_accumulate(micro, config.train.accumulate_steps, batch), denominators
+            first = jax.tree.map(lambda a: a[0], batch)
+            (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, jnp.int32(0), first)
+        else:
+            grads, sums = _accumulate(loss, params, config.train.accumulate_steps, batch)
+        return grads, sums, denominators
 
     return gradient
 
 
-def _accumulate(micro: Callable, count: int, batch: Batch):
-    """Sums of gradients and statistics over micro-batches, one after the other."""
+def _accumulate(loss: Callable, params: dict, count: int, batch: Batch) -> tuple[dict, dict]:
+    """Sums of gradients and statistics over micro-batches, one after the other.
+
+    A micro-batch has no gradients of its own: its backward pass adds to the sums in place, layer by layer.
+    """
+    totals = jax.tree.map(lambda a: jax.new_ref(jnp.zeros_like(a)), params)
+
+    def micro(index: Array, micro_batch: Batch) -> dict:
+        _, backward, sums = jax.vjp(lambda params: loss(params, index, micro_batch), params, has_aux=True)
+        backward.with_refs(totals)(jnp.float32(1))
+        return sums
+
     shapes = jax.eval_shape(micro, jnp.int32(0), jax.tree.map(lambda a: a[0], batch))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec), shapes)
 
-    def body(total, xs):
+    def body(total: dict, xs: tuple) -> tuple[dict, None]:
         return jax.tree.map(jnp.add, total, micro(*xs)), None
 
-    return jax.lax.scan(body, zeros, (jnp.arange(count, dtype=jnp.int32), batch))[0]
+    sums, _ = jax.lax.scan(body, zeros, (jnp.arange(count, dtype=jnp.int32), batch))
+    return jax.tree.map(jax.freeze, totals), sums
 
 
 def _denominators(batch: Batch, config: Config) -> dict[str, Array]:
