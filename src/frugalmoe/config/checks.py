@@ -236,6 +236,8 @@ def _check_layout(config: Config, axes: dict[str, int]) -> None:
     _divides("mesh.data*fsdp*expert", batch, what, micro)
     _divides("mesh.tensor", tensor, f"model.num_heads={m.num_heads}", m.num_heads)
     _divides("mesh.tensor", tensor, f"model.num_kv_heads={m.num_kv_heads}", m.num_kv_heads)
+    vocabulary = m.vocab_size or 64  # it will be a multiple of that
+    _divides("mesh.tensor", tensor, f"model.vocab_size={vocabulary}", vocabulary)
     if m.num_dense_layers:
         _divides("mesh.tensor", tensor, f"model.dense_dim={m.dense_dim}", m.dense_dim)
     if m.num_dense_layers < m.num_layers:

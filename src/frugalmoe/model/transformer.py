@@ -102,7 +102,8 @@ class Transformer(nnx.Module):
         config = self.config
         batch, time = context.token_ids_BT.shape
         embed_VD = sharding.gather({"embed_VD": self.embed_VD[...]}, config.compute_dtype)["embed_VD"]
-        x_BTD = embed_VD.astype(config.compute_dtype).at[context.token_ids_BT].get(out_sharding=sharding.spec("BTD"))
+        look_up = sharding.local(_look_up, ("VD", "BT"), "BTD")
+        x_BTD = look_up(embed_VD.astype(config.compute_dtype), context.token_ids_BT)
         routed, new_caches, reports = None, [None, None], [None, None]
         if config.num_dense_layers:
             x_BTD, _, _, new_caches[0], reports[0] = self._scan("dense", x_BTD, context, None, caches[0], start)
@@ -163,6 +164,14 @@ class Transformer(nnx.Module):
         dense = self.config.num_dense_layers
         counts = (dense, self.config.num_layers - dense)
         return tuple(empty_cache(self.config, n, batch, slots) if n else None for n in counts)
+
+
+def _look_up(embed_VD: Array, token_ids_BT: Array) -> Array:
+    """Rows of the embedding; a device of the tensor axis has those of a part of the vocabulary."""
+    first = jax.lax.axis_index("tensor") * embed_VD.shape[0]
+    own_BT = token_ids_BT - first
+    own_BT = jnp.where(own_BT < 0, embed_VD.shape[0], own_BT)
+    return jax.lax.psum(embed_VD.at[own_BT].get(mode="fill", fill_value=0), "tensor")
 
 
 def _remat(body: Callable, policy: str) -> Callable:

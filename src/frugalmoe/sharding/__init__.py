@@ -8,7 +8,7 @@ K key-value heads, L layers; '.' any unsharded dimension.
 | data | sequences |
 | fsdp | sequences; parameters, gradients and optimizer state (ZeRO-3, Rajbhandari et al. 1910.02054) |
 | expert | sequences; experts, whose tokens are exchanged |
-| tensor | heads, and the hidden width of feed-forwards (Megatron, Shoeybi et al. 1909.08053) |
+| tensor | heads, the hidden width of feed-forwards, the vocabulary (Megatron, Shoeybi et al. 1909.08053) |
 | context | tokens of a sequence |
 
 An axis is used once per array, by the first letter that may have it, and an axis of one device by none: the same
@@ -42,6 +42,7 @@ _AXES_OF_LETTER = {
     "H": ("tensor",),
     "K": ("tensor",),
     "F": ("tensor",),
+    "V": ("tensor",),
 }
 _STORED = ("fsdp", "expert", "context")  # of the letter D of a parameter: a layer gathers it for the time of its use
 _LETTERS = re.compile(r"(?<![^_])(?=.*[A-Z])[A-Z0-9d]+$")  # ED2F of gate_up_ED2F
@@ -152,7 +153,7 @@ def local(fn: Callable, in_letters: tuple[str, ...], out_letters: tuple[str, ...
     out = spec(out_letters) if isinstance(out_letters, str) else tuple(map(spec, out_letters))
 
     def apply(*args):
-        entries = [jax.tree.map(lambda a: _typed(letters, a), arg) for letters, arg in zip(in_letters, args)]
+        entries = [jax.tree.map(functools.partial(_typed, letters), arg) for letters, arg in zip(in_letters, args)]
         return jax.shard_map(fn, in_specs=tuple(entries), out_specs=out, check_vma=False)(*args)
 
     return apply

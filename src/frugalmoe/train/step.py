@@ -193,17 +193,13 @@ def _losses(model: Transformer, hidden_BTD: Array, batch: Batch, config: Config)
     coefficient, chunk = config.optim.logit_z_loss, config.train.loss_chunk
 
     def on_shard(hidden_BTD, head_DV, targets_BT, mask_BT):
-        # Devices that hold the same tokens compute the logits of a part of them each.
-        hidden_TD, targets_T, weights_T = (
-            sharding.own_part(a, "tensor", 1) for a in (hidden_BTD, targets_BT, mask_BT.astype(jnp.float32))
-        )
-        hidden_ND = hidden_TD.reshape(-1, hidden_BTD.shape[-1])
+        hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+        targets_N, weights_N = targets_BT.reshape(-1), mask_BT.reshape(-1).astype(jnp.float32)
         out = cross_entropy(
-            hidden_ND, head_DV, targets_T.reshape(-1), weights_T.reshape(-1), z_coefficient=coefficient, chunk=chunk
+            hidden_ND, head_DV, targets_N, weights_N, z_coefficient=coefficient, chunk=chunk, axis="tensor"
         )
         loss, lse_sq = jax.lax.psum((out.loss, out.lse_sq_sum), (*sharding.TOKEN_AXES, "tensor"))
-        ce_BT = jax.lax.all_gather(out.ce_N.reshape(targets_T.shape), "tensor", axis=1, tiled=True)
-        return loss, ce_BT, lse_sq
+        return loss, out.ce_N.reshape(targets_BT.shape), lse_sq
 
     apply = sharding.local(on_shard, ("BTD", "DV", "BT", "BT"), ("", "BT", ""))
     return apply(hidden_BTD, model.head(), batch.targets_BT, batch.loss_mask_BT)
@@ -299,4 +295,5 @@ def _predicted(model: Transformer, hidden_BTD: Array, config: Config) -> Array:
         hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
         return jax.lax.map(best, hidden_ND, batch_size=config.train.loss_chunk).reshape(hidden_BTD.shape[:2])
 
-    return sharding.local(on_shard, ("BTD", "DV"), "BT")(hidden_BTD, model.head())
+    whole_head = sharding.reshard(model.head(), "D.")
+    return sharding.local(on_shard, ("BTD", "D."), "BT")(hidden_BTD, whole_head)
