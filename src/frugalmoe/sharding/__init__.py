@@ -270,7 +270,8 @@ def _scattered(kept: P, used: P, _: None, gradient: Array) -> tuple[Array]:
     def scatter(a: Array) -> Array:
         for dim, axes in _spread(kept, used):
             a = jax.lax.psum_scatter(a, axes, scatter_dimension=dim, tiled=True)
-        return a
+        # Else XLA may add up whole gradients of a matrix outside the layers, and scatter their sum after the last one.
+        return jax.lax.optimization_barrier(a)
 
     kept_ct, used_ct = (P(*entries.partitions, unreduced=entries.reduced) for entries in (kept, used))
     return (jax.shard_map(scatter, in_specs=used_ct, out_specs=kept_ct, check_vma=False)(gradient),)
