@@ -20,10 +20,10 @@ from frugalmoe.experts import blocks, capacity, dense, grouped
 from frugalmoe.experts.capacity import ORDERS
 from frugalmoe.experts.rows import sort_rows
 from frugalmoe.routing.contract import Plan
-from frugalmoe.sharding import platform
+from frugalmoe.sharding import GPUS, platform
 
 EXECUTORS = ("auto", "dense", "grouped", "capacity", "blocks", "tpu", "gpu")  # choices of model.moe.executor
-GROUPED = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu"}  # platform -> its kernels; others: `blocks`
+GROUPED = {"tpu": "tpu"} | dict.fromkeys(GPUS, "gpu")  # platform -> its kernels; others: `blocks`
 
 __all__ = ["EXECUTORS", "ORDERS", "execute", "pick"]
 

@@ -27,9 +27,9 @@ from frugalmoe.config.schema import MoE
 from frugalmoe.experts import capacity
 from frugalmoe.experts.rows import sort_rows
 from frugalmoe.routing.contract import ExpertPlan, Plan, TokenPlan
-from frugalmoe.sharding import axis_size, own_part, platform
+from frugalmoe.sharding import GPUS, axis_size, own_part, platform
 
-RAGGED = ("tpu", "gpu", "cuda", "rocm")  # platforms with `ragged_all_to_all`; XLA has none for CPUs
+RAGGED = ("tpu", *GPUS)  # platforms with `ragged_all_to_all`; XLA has none for CPUs
 EXCHANGES = ("auto", "all_gather", "all_to_all")  # choices of model.moe.exchange
 
 

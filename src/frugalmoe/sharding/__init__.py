@@ -34,6 +34,7 @@ from frugalmoe.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "tensor", "context")
 BATCH_AXES = ("data", "fsdp", "expert")  # axes over which sequences are spread
+GPUS = ("gpu", "cuda", "rocm")  # names of one platform: of a backend, of its devices
 TOKEN_AXES = (*BATCH_AXES, "context")  # sums over tokens are summed over these
 _AXES_OF_LETTER = {
     "B": BATCH_AXES,

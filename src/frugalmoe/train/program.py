@@ -13,16 +13,21 @@ import numpy as np
 
 from frugalmoe.config.schema import Config
 from frugalmoe.data.batches import Batch
+from frugalmoe.sharding import AXES, GPUS, axis_size, platform
 from frugalmoe.train.evaluate import put_rows
 from frugalmoe.train.step import make_eval_step, make_train_step, without_knobs
 
 PROGRAMS_KEPT = 4  # of each kind. On CPUs one is mapped in thousands of pieces, and Linux gives a process 65,530
 
 
+# Else XLA orders a GPU program for little memory: shared experts were done before rows were exchanged, not meanwhile.
+_OVERLAP = (("xla_gpu_enable_latency_hiding_scheduler", True),)
+
+
 @functools.lru_cache(PROGRAMS_KEPT)
-def _compiled_train_step(config: Config, together: bool) -> Callable:
+def _compiled_train_step(config: Config, together: bool, options: tuple) -> Callable:
     step = make_train_step(config)
-    return jax.jit(jax.vmap(step) if together else step, donate_argnums=0)
+    return jax.jit(jax.vmap(step) if together else step, donate_argnums=0, compiler_options=dict(options))
 
 
 @functools.lru_cache(PROGRAMS_KEPT)
@@ -36,8 +41,12 @@ def compiled_eval_step(config: Config, trace: bool = False) -> Callable:
 
 
 def compiled_train_step(config: Config, together: bool = False) -> Callable:
-    """The jitted `make_train_step`, shared likewise. `together`: for several runs, stacked along a first axis."""
-    return _compiled_train_step(without_knobs(config), together)
+    """The jitted `make_train_step` for the mesh in context, shared likewise.
+
+    `together`: for several runs, stacked along a first axis.
+    """
+    exchanges = platform() in GPUS and axis_size(*AXES) > 1
+    return _compiled_train_step(without_knobs(config), together, _OVERLAP if exchanges else ())
 
 
 class Program:
