@@ -26,9 +26,10 @@ from frugalmoe.data.tokenizer import expected_size
 from frugalmoe.train.program import compiled_train_step
 from frugalmoe.train.step import abstract, knobs
 
-# What the TPU compiler says of a program that is too large: all that it needs, or its temporaries alone.
-_TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", re.IGNORECASE)
-_TOO_MANY_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM")
+# What the TPU compiler says of a program that is too large. Its "temporaries" include arguments.
+_TOO_LARGE = re.compile(
+    r"(?:Used |HLO temporaries \()([\d.]+)([KMGT]?)(?: of [\d.]+[KMGT]? hbm|\) exceeds available HBM)", re.IGNORECASE
+)
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
@@ -70,7 +71,7 @@ def compile_step(config: Config, topology: Topology | None = None) -> Compiled:
         try:
             executable = compiled_train_step(config).lower(*arguments).compile()
         except jax.errors.JaxRuntimeError as e:
-            if not (needed := _needed(str(e), sum(memory.values()))):
+            if not (needed := _needed(str(e))):
                 raise
     available = usable(topology.device) if topology else (devices[0].memory_stats() or {}).get("bytes_limit")
     of_tpu, collectives, largest = devices[0].platform == "tpu", None, None
@@ -118,13 +119,10 @@ def _bytes(tree: Any) -> int:
     return sum(shards)
 
 
-def _needed(message: str, arguments: int) -> int:
+def _needed(message: str) -> int:
     """Bytes, from a TPU compiler's refusal; 0 for any other error."""
-    if match := _TOO_LARGE.search(message):
-        return int(float(match[1]) * 2 ** _UNITS[match[2]])
-    if match := _TOO_MANY_TEMPORARIES.search(message):
-        return int(float(match[1]) * 2 ** _UNITS[match[2]]) + arguments
-    return 0
+    match = _TOO_LARGE.search(message)
+    return int(float(match[1]) * 2 ** _UNITS[match[2]]) if match else 0
 
 
 def _rest(stats: Any, arguments: int, of_tpu: bool) -> dict[str, int]:

@@ -6,7 +6,7 @@ axis a part of their hidden width, one of the `context` axis a part of the token
 | plan | exchange | rows of D that a device sends, in each direction |
 |---|---|---|
 | token-major | all_gather | (X - 1) N: every token goes to every device, partial sums come back |
-| token-major | all_to_all | about K N (X - 1) / X, one for each choice of a token; padded on CPUs |
+| token-major | all_to_all | about K N (X - 1) / X, one for each choice of a token; padded without a ragged collective |
 | expert-major, or capacity | slots | E C (X - 1) / X: all slots, full or empty (GShard, Lepikhin et al. 2006.16668) |
 
 The first two drop nothing unless `model.moe.exchange_room` says so. The work of shared experts depends on none of
@@ -27,9 +27,8 @@ from frugalmoe.config.schema import MoE
 from frugalmoe.experts import capacity
 from frugalmoe.experts.rows import sort_rows
 from frugalmoe.routing.contract import ExpertPlan, Plan, TokenPlan
-from frugalmoe.sharding import GPUS, axis_size, own_part, platform
+from frugalmoe.sharding import axis_size, has_ragged_all_to_all, own_part, platform
 
-RAGGED = ("tpu", *GPUS)  # platforms with `ragged_all_to_all`; XLA has none for CPUs
 EXCHANGES = ("auto", "all_gather", "all_to_all")  # choices of model.moe.exchange
 
 
@@ -104,7 +103,7 @@ def _execute_tokens(
         return experts.execute(plan, x_ND, *weights, config, 1)
     exchange = config.exchange
     if exchange == "auto":  # the one that sends less; without a ragged collective, rows are padded to the worst case
-        exchange = "all_to_all" if devices > num_choices and platform() in RAGGED else "all_gather"
+        exchange = "all_to_all" if devices > num_choices and has_ragged_all_to_all() else "all_gather"
     run = _by_all_gather if exchange == "all_gather" else _by_all_to_all
     return run(plan, x_ND, *weights, config)
 
@@ -172,7 +171,7 @@ def _moves(wanted_XX: Array, me: Array, room: int) -> tuple[_Move, _Move]:
 def _move(x_RD: Array, move: _Move, num_rows: int, most: int) -> Array:
     """-> [num_rows, D], zeros where nothing lands. Without a ragged collective, `most` rows go to each device."""
     result = jnp.zeros((num_rows, x_RD.shape[1]), x_RD.dtype)
-    if platform() in RAGGED:
+    if has_ragged_all_to_all():
         sizes = (move.start_X, move.count_X, move.place_X, move.taken_X)
         return lax.ragged_all_to_all(x_RD, result, *sizes, axis_name="expert")
     index_P = jnp.arange(most, dtype=jnp.int32)

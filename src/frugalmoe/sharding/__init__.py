@@ -104,6 +104,14 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
+def has_ragged_all_to_all() -> bool:
+    """Whether XLA can compile that collective for the mesh in context: not for CPUs, nor for v5e beyond 16 chips
+    ("not supported in limited ICI routing settings", libtpu 0.0.42.1).
+    """
+    device, chips = jax.sharding.get_abstract_mesh().abstract_device, axis_size(*AXES)
+    return platform() in ("tpu", *GPUS) and not (device and device.device_kind == "TPU v5 lite" and chips > 16)
+
+
 def put(mesh: Mesh, array: Array, letters: str, shape: tuple[int, ...] | None = None) -> Array:
     """An array of the host on the mesh; of an array of `shape` it may be no more than this process's devices hold."""
     wanted = NamedSharding(mesh, spec(letters, mesh=mesh))
