@@ -154,8 +154,9 @@ HEADS = {"model.num_heads": 8, "model.num_kv_heads": 2}  # of the default config
         (
             {"mesh.context": 3, "model.num_heads": 6, "model.num_kv_heads": 6, "model.dim": 192},
             3,
-            "mesh.context*tensor=3",
+            "mesh.context=3: must divide data.sequence_length=256; nearest valid: 2, 4",
         ),
+        ({"mesh.tensor": 2, "model.vocab_size": 4099}, 2, "mesh.tensor=2: must divide model.vocab_size=4099"),
         ({"mesh.fsdp": 16, "mesh.data": 1, "model.dim": 200}, 16, "model.dim=200, which parameters are stored by"),
         ({"mesh.context": 2, "model.mixture_of_depths.capacity": 0.5}, 2, "mesh.context=2: must be 1 with"),
         ({"model.moe.exchange": "all2all"}, 1, "model.moe.exchange='all2all': unknown; did you mean"),

@@ -246,7 +246,7 @@ def _check_layout(config: Config, axes: dict[str, int]) -> None:
     stored = axes["fsdp"] * axes["expert"] * context
     _divides("mesh.fsdp*expert*context", stored, f"model.dim={m.dim}, which parameters are stored by", m.dim)
     length = f"data.sequence_length={d.sequence_length}"
-    _divides("mesh.context*tensor", context * tensor, length, d.sequence_length)
+    _divides("mesh.context", context, length, d.sequence_length)
     heads, kv_heads = m.num_heads // tensor, m.num_kv_heads // tensor
     _divides("mesh.context", context, f"the {heads} of model.num_heads={m.num_heads} on a tensor device", heads)
     if context % kv_heads:
