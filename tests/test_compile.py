@@ -301,6 +301,15 @@ def test_what_is_printed_of_a_refused_program():
     assert row == "| v5e:2x2 | fsdp 2 x expert 2 | 3 x 4 | no | 7.00 / 16.00 | 1.00 |  |  | 1.00 |  | 7 |"
 
 
+def test_a_search_that_finds_nothing_says_what_it_tried(monkeypatch, capsys):
+    refused = RESULT._replace(fits=False, memory={"parameters": GIB}, collectives=None, largest=None)
+    monkeypatch.setattr("frugalmoe.cost.search.compile_step", lambda config, topology: refused)
+    assert main(["compile", LAPTOP, "--topology=v5e", "--search", "--format=markdown"]) == EXIT_USER_ERROR
+    out, err = capsys.readouterr()
+    assert out.count("| no | 7.00 / 16.00 |") == err.count("does not fit") > 1
+    assert err.splitlines()[-1] == "frugalmoe: --topology=v5e: no slice up to v5e:16x16 has a layout that fits"
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

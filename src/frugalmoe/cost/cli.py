@@ -13,6 +13,7 @@ from rich.table import Table
 
 from frugalmoe.commands import add_command, add_config_flag, load_config
 from frugalmoe.cost.devices import GIB
+from frugalmoe.errors import UserError
 
 _PACKAGES = {"tpu": ("libtpu",), "cuda": ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")}
 
@@ -49,14 +50,19 @@ def _compile(args: argparse.Namespace) -> int:
     from frugalmoe.cost.search import search
     from frugalmoe.cost.topologies import parse
 
-    config, results = load_config(args), []
+    config, results, none = load_config(args), [], None
 
     def tried(result):
         results.append(result)
         print(_headline(result), file=sys.stderr, flush=True)
 
     if args.search:
-        search(config, args.topology, args.slices, tried)
+        try:
+            search(config, args.topology, args.slices, tried)
+        except UserError as e:
+            if not results:
+                raise
+            none = e  # what was tried is worth its minutes all the same
     else:
         results = [compile_step(config, parse(args.topology, args.slices))]
     if args.format == "json":
@@ -65,6 +71,8 @@ def _compile(args: argparse.Namespace) -> int:
         print(_markdown(results))
     else:
         Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(*tables(results[-1]), sep="\n")
+    if none:
+        raise none
     return 0
 
 
