@@ -47,7 +47,8 @@ def layouts(config: Config, topology: Topology) -> Iterator[Config]:
     """
     model, devices = config.model, topology.num_devices
     most = math.gcd(devices, model.moe.num_experts)
-    few, heads = math.gcd(HOST, most), math.gcd(HOST, model.num_kv_heads)
+    few = math.gcd(HOST, most)
+    heads = math.gcd(HOST, model.num_kv_heads, devices // few)
     for expert, tensor in dict.fromkeys([(1, 1), (few, 1), (most, 1), (few, heads)]):
         candidate = _laid_out(config, devices, expert, tensor)
         try:
