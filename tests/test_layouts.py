@@ -71,7 +71,7 @@ FORMS = {
     "depths": DEPTHS | DENSE_TOO | {"model.remat": "full"},
 }
 # Which form is trained on which layouts: each layout has a form, each form meets each axis, and the expert axis twice
-# where it has an exchange of its own. ALL_LAYOUTS=1 trains every form on every layout.
+# where it has an exchange of its own. ALL_LAYOUTS=1 trains every form on every layout, inverted too.
 LAYOUTS_OF = {
     "all_gather": "21122 12212 11421 11124",
     "all_to_all": "41211 14121 12141 11214",
@@ -83,13 +83,26 @@ LAYOUTS_OF = {
     "noise, experts run, added": "41121 18111 14112 11811",
     "depths": "22121 21141 14211",
 }
+
+
+def inverted(fields: dict) -> dict:
+    """Accumulation and remat where the form has none, and none where it has."""
+    steps = 3 - fields.get("train.accumulate_steps", 1)
+    scope = {"model.moe.load_balance_scope": "micro_batch"} if steps == 2 else {}  # no micro-batch knows the whole step
+    remat = "none" if "model.remat" in fields else "full"
+    return fields | scope | {"train.accumulate_steps": steps, "model.remat": remat}
+
+
+INVERTED = {f"{form}, inverted": inverted(fields) for form, fields in FORMS.items()}
+EVERYTHING = "ALL_LAYOUTS" in os.environ
 STEPS = 5
 TOLERANCE = 1e-5  # of the largest value of an array, float32
 
 
 def layouts_of(form: str) -> list[str]:
-    met = [layout for layout in LAYOUTS if form != "depths" or layout.endswith("1")]  # it wants whole sequences
-    return met if "ALL_LAYOUTS" in os.environ else LAYOUTS_OF[form].split()
+    if not EVERYTHING:
+        return LAYOUTS_OF[form].split()
+    return [layout for layout in LAYOUTS if "depths" not in form or layout.endswith("1")]  # it wants whole sequences
 
 
 def without_ties(batch: Batch) -> Batch:
@@ -111,7 +124,7 @@ def replicas_agree(array: jax.Array) -> bool:
 @functools.cache
 def start(form: str, num_kv_heads: int) -> State:
     with jax.set_mesh(mesh_of()):
-        return jax.device_get(init(config_of(WIDE | FORMS[form] | {"model.num_kv_heads": num_kv_heads})))
+        return jax.device_get(init(config_of(WIDE | (FORMS | INVERTED)[form] | {"model.num_kv_heads": num_kv_heads})))
 
 
 @functools.cache
@@ -119,7 +132,7 @@ def trained(form: str, layout: str, num_kv_heads: int) -> dict:
     """The gradient as the first step's Adam has it, what follows after some steps, and every step's metrics."""
     sizes = [int(size) for size in layout]
     mesh = {f"mesh.{axis}": size for axis, size in zip(sharding.AXES, sizes)}
-    config = config_of(WIDE | FORMS[form] | mesh | {"model.num_kv_heads": num_kv_heads})
+    config = config_of(WIDE | (FORMS | INVERTED)[form] | mesh | {"model.num_kv_heads": num_kv_heads})
     num_devices, a = math.prod(sizes), config.train.accumulate_steps
     mesh = sharding.make_mesh(check_devices(config, num_devices), jax.devices()[:num_devices])
     options = {"xla_backend_optimization_level": 0}  # most of the time is the compiler's
@@ -182,7 +195,7 @@ def on_eight_devices(*arguments: object) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, *(INVERTED if EVERYTHING else ())])
 def test_eight_devices_equal_one(form):
     """The same loss, gradient, statistics, router state and parameters after five steps."""
     found = on_eight_devices(form, *layouts_of(form))
