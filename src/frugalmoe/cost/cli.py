@@ -50,7 +50,7 @@ def _compile(args: argparse.Namespace) -> int:
     from frugalmoe.cost.search import search
     from frugalmoe.cost.topologies import parse
 
-    config, results, none = load_config(args), [], None
+    config, results, nothing_fits = load_config(args), [], None
 
     def tried(result):
         results.append(result)
@@ -62,7 +62,7 @@ def _compile(args: argparse.Namespace) -> int:
         except UserError as e:
             if not results:
                 raise
-            none = e  # what was tried is worth its minutes all the same
+            nothing_fits = e  # what was tried is worth its minutes all the same
     else:
         results = [compile_step(config, parse(args.topology, args.slices))]
     if args.format == "json":
@@ -71,8 +71,8 @@ def _compile(args: argparse.Namespace) -> int:
         print(_markdown(results))
     else:
         Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(*tables(results[-1]), sep="\n")
-    if none:
-        raise none
+    if nothing_fits:
+        raise nothing_fits
     return 0
 
 

@@ -113,10 +113,11 @@ def _probabilities(h_CD: Array, head_DV: Array, targets_C: Array, axis: str | No
     over = (lambda reduce, a: a) if axis is None else (lambda reduce, a: reduce(a, axis))
     logits_CV = _dot(h_CD, head_DV)
     first = 0 if axis is None else jax.lax.axis_index(axis) * head_DV.shape[1]
-    is_target_CV = jnp.arange(head_DV.shape[1]) == (targets_C - first)[:, None]
+    targets_C -= first
+    is_target_CV = jnp.arange(head_DV.shape[1]) == targets_C[:, None]
     top_C1 = over(jax.lax.pmax, jnp.max(logits_CV, axis=-1, keepdims=True))
     unnormalised_CV = jnp.exp(logits_CV - top_C1)
-    own = jnp.sum(unnormalised_CV, axis=-1), _at_target(logits_CV, targets_C - first)
+    own = jnp.sum(unnormalised_CV, axis=-1), _at_target(logits_CV, targets_C)
     total_C, at_target_C = over(jax.lax.psum, own)
     lse_C = top_C1[:, 0] + jnp.log(total_C)
     return _Probabilities(unnormalised_CV, total_C[:, None], is_target_CV, lse_C, lse_C - at_target_C)
