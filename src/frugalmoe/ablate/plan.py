@@ -157,7 +157,8 @@ def read_study(workdir: Path) -> dict[str, Any]:
         raise UserError(f"{path}: baseline={described['baseline']!r}: no such arm")
     for arm in described["arms"]:
         flops, active = described["forward_flops"].get(arm), described["experts_per_token"].get(arm)
-        if not (isinstance(flops, dict) and flops and all(map(_positive_or_zero, flops.values())) and _positive(active)):
+        whole = isinstance(flops, dict) and any(map(_positive, flops.values())) and "routed experts" in flops
+        if not (whole and all(map(_positive_or_zero, flops.values())) and _positive(active)):
             raise UserError(f"{path}: forward_flops, experts_per_token: must hold the numbers of arm {arm!r}")
     return described
 

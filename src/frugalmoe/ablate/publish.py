@@ -13,9 +13,11 @@ from typing import Any
 
 from frugalmoe.ablate.comparison import Comparison, load_comparison
 from frugalmoe.ablate.plan import read_study
-from frugalmoe.ablate.report import Grid, markdown, pictures, pipes, state_line, verdict_lines
+from frugalmoe.ablate.report import Grid, markdown, pictures, pipes, state_line, summary_line, verdict_lines
 from frugalmoe.errors import UserError
 from frugalmoe.files import write_atomically, write_generated, write_json
+
+FEW_ARMS = 8  # of more the index lists those only that differ
 
 
 def publish_study(workdir: str | Path, root: str | Path) -> Path:
@@ -64,5 +66,7 @@ def index(root: str | Path) -> str:
     for path in sorted(Path(root).glob("*/results.parquet")):
         c = load_comparison(path.parent)
         name = path.parent.name
-        rows.append([f"[{name}]({name}/RESULTS.md)", c.study["question"], state_line(c), "<br>".join(verdict_lines(c))])
+        found = [line for line in verdict_lines(c) if len(c.arms) <= FEW_ARMS or ": not disting" not in line]
+        found = "<br>".join([summary_line(c), *found])
+        rows.append([f"[{name}]({name}/RESULTS.md)", c.study["question"], state_line(c), found])
     return pipes(Grid("", ["study", "question", "run", "found"], rows, text_columns=4))

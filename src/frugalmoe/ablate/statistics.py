@@ -149,14 +149,15 @@ def verdict(result: Paired, unit: str = "nats") -> str:
         return f"identical at n={result.n}{lost}"
     if word == "not distinguishable":
         interval = f"{figure(result.mean, signed=True)} ± {figure(result.half_width)} {unit}"
-        return f"not distinguishable at n={result.n} ({interval}; {needed(result)}){lost}"
+        seeds = f"about {n}" if (n := needed(result)) else f"more than {MOST_SEEDS}"
+        return f"not distinguishable at n={result.n} ({interval}; {seeds} seeds would be needed){lost}"
     return f"{word} by {size} ± {figure(result.half_width)} {unit} (n={result.n}){lost}"
 
 
-def needed(result: Paired) -> str:
-    """How many seeds would tell a difference like the one that is seen."""
+def needed(result: Paired) -> int | None:
+    """How many seeds would tell a difference like the one that is seen; None for more than 100."""
     n = seeds_needed(result.mean / result.deviation, result.level) if result.deviation else None
-    return f"about {max(n, result.n + 1)} seeds would be needed" if n else f"more than {MOST_SEEDS} seeds would be needed"
+    return n and max(n, result.n + 1)
 
 
 def figure(value: float, signed: bool = False) -> str:

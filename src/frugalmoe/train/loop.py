@@ -205,8 +205,8 @@ class Run:
         self.tokens_per_second: list[float] = []
 
     def finish(self, stopped: bool, seconds: float, sample: bool) -> dict[str, Any]:
-        """Saves the state; unless stopped, evaluates, and samples where asked. Returns the summary, which a complete run
-        also writes.
+        """Saves the state; unless stopped, evaluates, and samples if asked to. Returns the summary, which a complete
+        run also writes.
         """
         scores = None if stopped else self._finish()
         self.save()
