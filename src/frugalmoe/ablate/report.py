@@ -87,8 +87,8 @@ def statistics_note(c: Comparison) -> str:
         f"worse holds at 5% over all {compared} comparisons (paired t tests, Holm's correction). ±: the t interval "
         f"over seeds at the confidence that the correction asks of the arm{_confidences(c)}; it holds 0 exactly where "
         "the verdict is not distinguishable. Seeds needed: with which the same test would find a difference like the "
-        "one that is seen in 80% of studies, if the spread between seeds is the one that is seen: from few seeds a rough "
-        "estimate."
+        "one that is seen in 80% of studies, if the spread between seeds is the one that is seen: from few seeds a "
+        "rough estimate."
     )
 
 
