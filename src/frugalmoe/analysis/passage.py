@@ -12,9 +12,9 @@ from frugalmoe.analysis.page import Html, folded, join, listed, percent, tag, te
 from frugalmoe.analysis.probe import Probe
 from frugalmoe.data.tokenizer import Tokenizer
 
-# Light tints of Okabe-Ito: dark text keeps a contrast of more than 9 to 1 on each. The number under a token says the
+# Light tints of Okabe-Ito: dark text keeps a contrast of 7 to 1 or more on each. The number under a token says the
 # same to eyes that cannot tell them apart, and where there is no colour.
-TINTS = ("#a9d3ee", "#f6bd94", "#97dcc4", "#ecc6dd", "#f3d58c", "#d3ecfb", "#d9a9c1", "#cfcfcf")
+TINTS = ("#8fc1ec", "#f6bd94", "#8fdcc0", "#f0c4e0", "#f2d06b", "#dcf3ff", "#d29db9", "#cfcfcf")
 TOKENS, PASSAGES, LAYERS = 90, 3, 6
 
 

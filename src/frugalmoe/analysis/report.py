@@ -270,7 +270,9 @@ def _domain_parts(found: Specialisation, probe: Probe, domains: list[str]) -> li
     present = np.flatnonzero(found.tokens_G)
     if len(present) < 2:
         return [_missing("fewer than two domains in its probe")]
-    sizes = ", ".join(f"{domains[g]} {found.tokens_G[g]:,} tokens in {found.units_G[g]:,} units" for g in present)
+    few = sorted(present, key=lambda g: found.tokens_G[g])[:8]
+    sizes = ", ".join(f"{domains[g]} {found.tokens_G[g]:,} tokens in {found.units_G[g]:,} units" for g in sorted(few))
+    sizes += f", and more of {len(present) - 8} other domains" if len(present) > 8 else ""
     return [
         _how(HOW_DOMAINS),
         Picture("domains", partial(plots.domain_heatmaps, found, probe.layers_L, domains)),

@@ -52,17 +52,19 @@ def loss_curves(run: Run, width: float = WIDE) -> Figure | None:
     if (others := len(curves) - len(OKABE_ITO)) > 0:
         axes.plot([], [], color=UNNAMED, marker="o", markersize=2, label=f"{others} other domains between them")
     lines(axes, "optimizer step", "cross-entropy (nats per token)")
-    _zoom_past_start(axes, train)
+    _zoom_past_start(axes, train, [series.values[-1] for series in curves.values()])
     legend(figure, axes)
     return figure
 
 
-def _zoom_past_start(axes: Axes, train: Series | None) -> None:
-    """Cuts the first fall off the y axis, which otherwise flattens everything that comes later; says so."""
+def _zoom_past_start(axes: Axes, train: Series | None, ends: list[float]) -> None:
+    """Cuts the first fall off the y axis, which otherwise flattens everything that comes later; says so. Where the
+    other curves end stays in the picture.
+    """
     if train is None or len(train.values) < 40:
         return
     low, high = axes.get_ylim()
-    top = np.nanmax(train.values[len(train.values) // 20 :])
+    top = np.nanmax([*train.values[len(train.values) // 20 :], *ends])
     if np.isfinite(top) and top + 0.1 * (top - low) < high - 0.2 * (high - low):
         axes.set_ylim(low, top + 0.1 * (top - low))
         axes.set_title("the first steps lie above the picture", color=GREY, loc="right")
