@@ -56,13 +56,15 @@ def load_study(path: str | Path) -> Study:
     if not path.is_file():
         near = [str(p) for p in Path("experiments").glob("*.py")]
         raise UserError(f"{path}: no such study; {did_you_mean(str(path), near)}")
+    if path.suffix != ".py":
+        raise UserError(f"{path}: a study is a Python file, and ends in .py")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except UserError:
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise UserError(f"{path}: {type(e).__name__}: {' '.join(str(e).split())}") from e
     study = getattr(module, "STUDY", None)
     if not isinstance(study, Study):
@@ -92,11 +94,13 @@ def shrunk(study: Study, *, steps: int | None = None, laptop: bool = False) -> S
     `laptop` puts the base in its laptop mode and takes the first two seeds. A study that sets sizes of the model keeps
     its model and its tokens, and is smaller in training only: its arms stand in proportion to the base that it names.
     """
+    if steps is None and not laptop:
+        return study
     if steps is not None and steps < 1:
         raise UserError(f"--steps={steps}: must be at least 1")
     base = override(_base(study), study.overrides)
     fields = _laptop_fields(study) if laptop else {}
-    in_steps = _in_steps(base, steps or min(base.train.steps, LAPTOP_STEPS)) if steps or laptop else {}
+    in_steps = _in_steps(base, steps or min(base.train.steps, LAPTOP_STEPS))
     name = study.name + "-laptop" * laptop + (f"-{steps}-steps" if steps else "")
     seeds = study.seeds[:2] if laptop else study.seeds
     return dataclasses.replace(study, name=name, seeds=seeds, overrides={**fields, **study.overrides, **in_steps})
