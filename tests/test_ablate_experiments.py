@@ -30,7 +30,7 @@ def test_an_experiment_is_a_whole_study(path, monkeypatch):
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: path.name)
 def test_a_published_page_is_made_from_the_published_results(folder, monkeypatch):
-    """The whole study, none missing, with a comment by hand; a strategy that is younger than the league is no arm yet."""
+    """The whole study, none missing, with a comment by hand; a strategy younger than the league is no arm of it yet."""
     monkeypatch.chdir(ROOT)
     comparison, text = load_comparison(folder.relative_to(ROOT)), (folder / "RESULTS.md").read_text()
     pictures = [name for name in ("differences", "curves", "balance") if (folder / f"{name}.png").is_file()]
