@@ -16,11 +16,10 @@ from flax import nnx
 from jax import Array
 
 from frugalmoe import sharding
-from frugalmoe.config import Config
+from frugalmoe.config import RECORD, Config, check_seed, record, resolve
 from frugalmoe.config.schema import Model
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
-from frugalmoe.files import read_json
 from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import structure
 from frugalmoe.routing import strategies
@@ -44,6 +43,7 @@ class Sampling:
         ):
             if not ok:
                 raise UserError(f"--{name.replace('_', '-')}={getattr(self, name)}: {rule}")
+        check_seed("--seed", self.seed)
 
 
 class Weights(NamedTuple):
@@ -142,14 +142,13 @@ def stream(config: Config, weights: Weights, tokenizer: Tokenizer, prompt: str, 
 
 def load(run: Path, step: int | None = None) -> tuple[Config, Weights, Tokenizer, jax.sharding.Mesh]:
     """The config, weights and tokenizer of a run directory's checkpoint, the newest by default, on one device."""
-    from frugalmoe.config import resolve
     from frugalmoe.data.tokenizer import load_from
     from frugalmoe.train import checkpoint
     from frugalmoe.train.step import abstract
 
-    if not (run / "config.json").is_file():
-        raise UserError(f"{run}: not a run directory (it holds no config.json)")
-    config = resolve(read_json(run / "config.json"))
+    if not (run / RECORD).is_file():
+        raise UserError(f"{run}: not a run directory (it holds no {RECORD})")
+    config = resolve(record(run / RECORD))
     tokenizer = load_from(run / "tokenizer")
     if not config.model.vocab_size:
         size = -(-tokenizer.size // 64) * 64
@@ -158,11 +157,17 @@ def load(run: Path, step: int | None = None) -> tuple[Config, Weights, Tokenizer
     with checkpoint.open_manager(run, config.checkpoint) as manager, jax.set_mesh(mesh):
         if manager.latest_step() is None:
             raise UserError(f"{run}: holds no checkpoint yet")
+        items = ("params", "router_state")
         if step is None:
-            step = manager.latest_step()
-        elif step not in manager.all_steps():
+            state, *_ = checkpoint.restore_newest(manager, abstract(config), items)
+        elif step in manager.all_steps():
+            state = checkpoint.restore(manager, step, abstract(config), items)
+            state = state if checkpoint.is_finite(state, items) else None
+        else:
             raise UserError(f"{run}: no checkpoint of step {step}; valid: {sorted(manager.all_steps())}")
-        state = checkpoint.restore(manager, step, abstract(config), ("params", "router_state"))
+        if state is None:
+            which = "no checkpoint" if step is None else f"not the checkpoint of step {step}"
+            raise UserError(f"{run}: holds finite numbers in {which}, so there is no model")
     return config, Weights(state.params, state.router_state), tokenizer, mesh
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from frugalmoe.ablate.results import known_metrics
-from frugalmoe.ablate.study import Arm, Study, arms_of, choose
+from frugalmoe.ablate.study import Arm, Study, arms_of, check_seeds, choose
 from frugalmoe.config import Config, check_devices, to_dict, with_vocabulary
 from frugalmoe.cost import forward_flops
 from frugalmoe.data import open_data
@@ -53,6 +53,8 @@ def make_plan(
     """Checks everything that can be checked before a step is trained; prepares the data."""
     all_arms = {arm.name: arm for arm in arms_of(study, overrides)}
     chosen = choose("--arms", arms, list(all_arms))
+    if seeds is not None:
+        check_seeds("--seeds", seeds)
     config = all_arms[study.baseline].config
     check_devices(config, jax.device_count())
     data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from frugalmoe.config import Config, override, read, resolve, to_dict
+from frugalmoe.config import Config, check_seed, override, read, resolve, to_dict
 from frugalmoe.errors import UserError, did_you_mean
 
 # What every arm shares, so that seed s means the same start and the same batches in each of them.
@@ -97,12 +97,19 @@ def _check_declaration(study: Study) -> None:
         raise UserError(
             f"{study.name}: baseline={study.baseline!r}: no such arm; {did_you_mean(study.baseline, study.arms)}"
         )
-    if not study.seeds or len(set(study.seeds)) < len(study.seeds) or not all(type(s) is int for s in study.seeds):
-        raise UserError(f"{study.name}: seeds={study.seeds}: must be different integers, at least one")
+    check_seeds(f"{study.name}: seeds", study.seeds)
     for field in study.varies:
         if field.partition(".")[0] in SHARED:
             rule = "arms share data, batches, steps and seeds"
             raise UserError(f"{study.name}: varies={field!r}: {rule}; only model and optim may vary")
+
+
+def check_seeds(path: str, seeds: Sequence[int]) -> None:
+    """Raises `UserError` unless these are seeds, at least one, and no two are equal."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"{path}={seeds}: must be different integers, at least one")
+    for seed in seeds:
+        check_seed(path, seed)
 
 
 def _resolve(base: ConfigDict, study: Study, name: str) -> Config:

@@ -29,6 +29,19 @@ def _each(prefix: str, section: object, names: str, ok: Callable[[float], bool],
         _require(math.isfinite(value) and ok(value), f"{prefix}.{name}", value, rule)
 
 
+def check_integer(path: str, value: int, least: int = -(2**31)) -> None:
+    """Raises `UserError` for an integer that 32 bits with a sign, as in JAX and in tables of results, do not hold."""
+    if not least <= value < 2**31:
+        shown = repr(value) if value.bit_length() < 128 else f"(an integer of {value.bit_length()} bits)"
+        raise UserError(f"{path}={shown}: must be from {least} to {2**31 - 1}")
+
+
+def check_seed(path: str, seed: int) -> None:
+    """Raises `UserError` for what is no seed, wherever one is given."""
+    _require(type(seed) is int, path, seed, "must be an integer")
+    check_integer(path, seed, least=0)
+
+
 def _model(config: Config) -> None:
     m: Model = config.model
     positive = "dim num_layers num_heads num_kv_heads head_dim norm_eps init_std rope_theta"
@@ -103,8 +116,8 @@ def _moe(config: Config) -> None:
         known = {*strategies.loss_names(), *router.about.losses}
         if name not in known:
             raise UserError(f"{path}: unknown loss; {did_you_mean(name, known)}")
-        _require(isinstance(coefficient, int | float), path, coefficient, "must be a number")
-        _require(coefficient >= 0, path, coefficient, "must not be negative")
+        _require(type(coefficient) in (int, float), path, coefficient, "must be a number")
+        _require(0 <= coefficient < math.inf, path, coefficient, "must not be negative or infinite")
     _require(
         moe.load_balance_devices > 0 and moe.num_experts % moe.load_balance_devices == 0,
         "model.moe.load_balance_devices",
@@ -157,7 +170,9 @@ def _data(config: Config) -> None:
         "must be bytes, bpe:SIZE with SIZE > 256, or the path of a tokenizer.json",
     )
     weights = [s.weight for s in d.sources.values()]
-    _require(all(w >= 0 for w in weights), "data.sources", weights, "weights must not be negative")
+    _require(
+        all(0 <= w < math.inf for w in weights), "data.sources", weights, "weights must not be negative or infinite"
+    )
     _require(
         all(w == 0 for w in weights) or all(w > 0 for w in weights),
         "data.sources",
@@ -183,9 +198,10 @@ def _optim(config: Config) -> None:
 
 def _train(config: Config) -> None:
     t, c = config.train, config.checkpoint
-    positive = "steps batch_size accumulate_steps log_every eval_batches loss_chunk"
+    positive = "steps batch_size accumulate_steps log_every eval_rows loss_chunk"
     _each("train", t, positive, lambda v: v > 0, "must be positive")
-    _each("train", t, "seed eval_every", lambda v: v >= 0, "must not be negative")
+    check_seed("train.seed", t.seed)
+    _each("train", t, "eval_every", lambda v: v >= 0, "must not be negative")
     _each("checkpoint", c, "every_steps keep_every_steps", lambda v: v >= 0, "must not be negative")
     _each("checkpoint", c, "keep_last", lambda v: v > 0, "must be positive")
     _require(

@@ -12,17 +12,77 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from frugalmoe.config import schema
-from frugalmoe.config.checks import check
+from frugalmoe.config.checks import check, check_integer
 from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.files import read_json
+
+RECORD = "config.json"  # of a run's directory: the config that it was trained with
 
 
 def default() -> ConfigDict:
     """A locked ConfigDict with every field at its default; a config file edits it and returns it."""
-    config = ConfigDict(to_dict(schema.Config())).lock()
+    return _open(ConfigDict(to_dict(schema.Config())))
+
+
+def _open(config: ConfigDict) -> ConfigDict:
+    """Locks a config but for the sections whose keys the user names."""
+    config.lock()
     config.model.moe.options.unlock()
     config.model.moe.losses.unlock()
     config.data.sources.unlock()
     return config
+
+
+def record(path: Path) -> dict[str, Any]:
+    """The config that a run's config.json holds, in the fields of today.
+
+    Fields that are younger than the run have the defaults, which leave things as they were. Raises `UserError` for a
+    file that is no record of a run.
+    """
+    saved = read_json(path)
+    if not _is_record(saved):
+        raise UserError(f"{path}: not the config of a run; it needs a name and the sections {', '.join(_SECTIONS)}")
+    try:
+        train = dict(saved["train"])
+        if "eval_batches" in train:  # older runs count held-out rows in micro-batches
+            micro_batch = train["batch_size"] // train["accumulate_steps"]
+            train["eval_rows"] = train.pop("eval_batches") * micro_batch
+        return completed({**saved, "train": train})
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as e:
+        raise UserError(f"{path}: a damaged config ({type(e).__name__}: {e})") from e
+
+
+_SECTIONS = ("model", "data", "optim", "train", "checkpoint", "mesh")
+
+
+def _is_record(saved: Any) -> bool:
+    """Whether the content of a config.json is a config of ours, of whatever age."""
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("name"), str):
+        return False
+    sections = [saved.get(name) for name in _SECTIONS]
+    return all(isinstance(s, Mapping) for s in sections) and isinstance(sections[0].get("moe"), Mapping)
+
+
+def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """`saved` with the fields that it lacks at their defaults; those that are no fields stay."""
+    from frugalmoe.routing import strategies
+
+    filled = _filled(saved, schema.Config())
+    data, moe = filled["data"], filled["model"]["moe"]
+    data["sources"] = {name: _filled(source, schema.Source()) for name, source in data["sources"].items()}
+    if moe["router"] in strategies.names():
+        moe["options"] = {**to_dict(strategies.get(moe["router"]).options()), **moe["options"]}
+    return filled
+
+
+def _filled(saved: Any, section: Any) -> Any:
+    if not isinstance(saved, Mapping):
+        return saved
+    new = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+    fill = lambda name, value: (
+        _filled(saved.get(name, {}), value) if dataclasses.is_dataclass(value) else saved.get(name, to_dict(value))
+    )
+    return {**saved, **{name: fill(name, value) for name, value in new.items()}}
 
 
 def to_dict(config: Any) -> Any:
@@ -43,12 +103,14 @@ def _is_router(value: Any) -> bool:
 
 
 def load(spec: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> schema.Config:
-    """`FILE[:ARG]` -> its `get_config(ARG)`, overridden, resolved and checked."""
+    """`FILE[:ARG]` -> its `get_config(ARG)`, or the config of a run, overridden, resolved and checked."""
     return resolve(override(read(spec), overrides))
 
 
 def read(spec: str) -> ConfigDict:
-    """`FILE[:ARG]` -> its `get_config(ARG)`."""
+    """`FILE[:ARG]` -> its `get_config(ARG)`; the directory of a run, or its config.json -> what it was trained with."""
+    if Path(spec).is_dir() or spec.endswith(".json"):
+        return _open(ConfigDict(record(Path(spec) / RECORD if Path(spec).is_dir() else Path(spec))))
     file, _, arg = spec.partition(":")
     path = Path(file)
     if not path.is_file():
@@ -187,8 +249,9 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
         if origin is not None and origin is not types.UnionType and not isinstance(value, tuple):
             raise UserError(f"{path}={value!r}: expected a mapping")
         return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if kind in (int, float) and type(value) is int:
+        check_integer(path, value)
+        return kind(value)
     if path == "model.moe.router" and _is_router(value):
         return value  # a strategy that is no file of the package: a notebook's
     if type(value) is not kind:

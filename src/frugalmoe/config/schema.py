@@ -134,7 +134,7 @@ class Train:
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0  # 0: at the end only
-    eval_batches: int = 8  # per domain
+    eval_rows: int = 128  # held-out sequences of each domain, whatever batches they are computed in
     loss_chunk: int = 1024  # tokens whose logits exist at one time
 
 
