@@ -15,6 +15,9 @@ from frugalmoe.config import schema
 from frugalmoe.config.checks import check
 from frugalmoe.errors import UserError, did_you_mean
 
+# What runs did that are older than a field, where its default makes new ones do something else.
+_BEFORE = {"data": {"document_start": "none"}}
+
 
 def default() -> ConfigDict:
     """A locked ConfigDict with every field at its default; a config file edits it and returns it."""
@@ -140,6 +143,17 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> schema.Config:
     )
     check(resolved)
     return resolved
+
+
+def of_run(saved: Any) -> Any:
+    """What a run's `config.json` holds, with what the run does where it is older than a field: not always its default.
+
+    Every reader of such a file goes through this. What is no config comes back as it is, to be refused by `resolve`.
+    """
+    if not isinstance(saved, Mapping):
+        return saved
+    older = {name: fields for name, fields in _BEFORE.items() if isinstance(saved.get(name, {}), Mapping)}
+    return {**saved, **{name: {**fields, **saved.get(name, {})} for name, fields in older.items()}}
 
 
 def with_vocabulary(config: schema.Config, tokens: int) -> schema.Config:

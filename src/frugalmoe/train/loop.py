@@ -50,6 +50,7 @@ def train(
     Raises UserError for input that cannot be run; nothing is written then. With several processes (`distributed.start`)
     all call it, alike.
     """
+    config = config if fresh else rundir.as_begun(config, workdir)
     flags = {"--workdir": str(workdir), "--resume": resume, "--fresh": fresh}
     distributed.check_same(to_dict(config) | flags)
     axes = check_devices(config, jax.device_count())

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import jax
 
-from frugalmoe.config import Config, to_dict
+from frugalmoe.config import Config, of_run, to_dict
 from frugalmoe.errors import UserError
 from frugalmoe.files import read_json, write_atomically
 
@@ -41,7 +41,7 @@ def check_config(workdir: Path, config: Mapping[str, Any], force: bool) -> None:
         if workdir.is_dir() and any(p.name != ".lock" for p in workdir.iterdir()):
             raise UserError(f"--workdir={workdir}: holds files but no config.json; give an empty or new directory")
         return
-    saved = _completed(read_json(path), Config()) | {"mesh": config["mesh"]}
+    saved = _completed(of_run(read_json(path)), Config()) | {"mesh": config["mesh"]}
     differing = differences(saved, config, "there", "here")
     if differing and not force:
         shown = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
@@ -51,8 +51,22 @@ def check_config(workdir: Path, config: Mapping[str, Any], force: bool) -> None:
         )
 
 
+def as_begun(config: Config, workdir: Path) -> Config:
+    """The config with what a run in the directory does where it is older than a field: it goes on as it began.
+
+    Nobody can have asked for that with a flag: the same command meant it then.
+    """
+    path = workdir / "config.json"
+    saved = read_json(path) if path.is_file() else None
+    data = saved.get("data") if isinstance(saved, Mapping) else None
+    if not isinstance(data, Mapping) or "document_start" in data:
+        return config
+    data = dataclasses.replace(config.data, document_start=of_run(saved)["data"]["document_start"])
+    return dataclasses.replace(config, data=data)
+
+
 def _completed(saved: Any, section: Any) -> Any:
-    """A run's config with the fields that are younger than it, at their defaults: those leave things as they were."""
+    """A run's config after `of_run`, with other fields that it lacks at defaults: those leave things as they were."""
     if not isinstance(saved, Mapping):
         return saved
     new = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
