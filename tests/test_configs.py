@@ -1,6 +1,9 @@
 """Every config resolves, published shapes have the published sizes, and bad values give one clear line."""
 
+import copy
 import json
+import operator
+import pickle
 import re
 from pathlib import Path
 
@@ -188,3 +191,25 @@ def test_an_error_inside_a_config_file_is_one_line(tmp_path, body, message):
     with pytest.raises(UserError) as error:
         load(str(path))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.__setitem__("z", 9.0),
+        lambda d: d.__delitem__("z"),
+        lambda d: d.update(z=9.0),
+        lambda d: d.setdefault("new", 9.0),
+        lambda d: d.pop("z"),
+        lambda d: d.popitem(),
+        lambda d: d.clear(),
+        lambda d: operator.ior(d, {"z": 9.0}),
+    ],
+)
+def test_a_config_shares_no_mapping_that_can_be_changed(change):
+    """One config's edit would change every later config of the process, and the keys of caches."""
+    with pytest.raises(TypeError, match="cannot be changed"):
+        change(Config().model.moe.losses)
+    assert dict(Config().model.moe.losses) == {"load_balance": 0.01, "z": 0.001}
+    for copied in (copy.deepcopy(Config()), pickle.loads(pickle.dumps(Config()))):
+        assert copied == Config() and hash(copied) == hash(Config())

@@ -12,8 +12,8 @@ import yaml
 
 from frugalmoe.cli import main
 from frugalmoe.errors import UserError
-from frugalmoe.launch.cli import SCHEDULERS
 from frugalmoe.launch.job import Job, fill, read_hosts
+from frugalmoe.launch.schedulers import SCHEDULERS
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 CONFIG = "--config=configs/quickstart.py"

@@ -5,6 +5,7 @@ import errno
 from collections.abc import Iterable
 
 EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75  # a signal stopped a run after it saved; the same command continues it (EX_TEMPFAIL of sysexits.h)
 _OF_THE_DISK = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-from argparse import Namespace, _SubParsersAction
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +29,6 @@ from frugalmoe.analysis.specialisation import Specialisation, group_units, speci
 from frugalmoe.analysis.table import balance_rows, headline_rows, loss_rows
 from frugalmoe.analysis.trace import load_trace, trace_files
 from frugalmoe.analysis.vocabulary import TypicalToken, hash_likeness, typical_tokens
-from frugalmoe.commands import add_command
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.files import write_atomically
 
@@ -45,30 +43,6 @@ class Picture(NamedTuple):
 class Section(NamedTuple):
     title: str
     parts: list  # Html and Picture, in reading order
-
-
-def add_parsers(subparsers: _SubParsersAction) -> None:
-    """`frugalmoe report PATH`."""
-    summary = "Write PATH/report/index.html: what a run or a study shows, with pictures."
-    examples = (
-        "  frugalmoe report runs/quickstart\n  frugalmoe report runs/balance\n"
-        "  frugalmoe report runs/balance --publish=experiments"
-    )
-    parser = add_command(subparsers, "report", _command, summary, examples)
-    parser.add_argument("path", metavar="PATH", help="the directory of a run or of a study, finished or not")
-    parser.add_argument(
-        "--publish", metavar="DIR", help="write a study's results, pictures and RESULTS.md into DIR/NAME and its index"
-    )
-
-
-def _command(args: Namespace) -> int:
-    if args.publish or (Path(args.path) / "study.json").is_file():
-        from frugalmoe import ablate  # imports the training loop, which a run's report does without
-
-        print(ablate.publish_study(args.path, args.publish) if args.publish else ablate.write_study_report(args.path))
-    else:
-        print(write_report(args.path))
-    return 0
 
 
 def write_report(run_dir: str | Path) -> Path:

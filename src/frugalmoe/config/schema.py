@@ -12,10 +12,22 @@ Frozen = dataclasses.dataclass(frozen=True, kw_only=True)
 
 
 class FrozenDict(dict):
-    """A mapping that is not written to after construction, so that a config can be hashed."""
+    """A mapping that refuses to be written to: configs share their defaults, and are the keys of caches."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a FrozenDict cannot be changed; make a new one: FrozenDict({**old, name: value})")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
+
+    @classmethod
+    def fromkeys(cls, keys, value=None):
+        return cls(dict.fromkeys(keys, value))
 
     def __hash__(self):
         return hash(tuple(sorted(self.items())))
+
+    def __reduce__(self):  # copies and pickles are filled by construction, not item by item
+        return FrozenDict, (dict(self),)
 
 
 @Frozen

@@ -1,28 +1,23 @@
-"""`frugalmoe ablate STUDY`: flags only."""
+"""`frugalmoe ablate STUDY`."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from frugalmoe.commands import add_command, set_up_training
-from frugalmoe.errors import UserError
+from frugalmoe.commands import set_up_training
+from frugalmoe.errors import EXIT_PREEMPTED, UserError
 
-EXIT_PREEMPTED = 75
+SUMMARY = "Train the arms of a study over several seeds; the same command continues it."
+EXAMPLES = """\
+  frugalmoe ablate experiments/balance.py --dry-run
+  frugalmoe ablate experiments/balance.py --jobs=2
+  frugalmoe ablate experiments/balance.py --arms=none,bias --seeds=0,1,2,3,4
+  frugalmoe ablate experiments/balance.py --config.train.steps=600 --workdir=runs/balance_long
+  frugalmoe ablate experiments/balance.py --jobs=4 --slurm=slurm_partition=gpu,gpus_per_node=1,timeout_min=60"""
 
 
-def add_parsers(commands: argparse._SubParsersAction) -> None:
-    """`frugalmoe ablate STUDY`."""
-    parser = add_command(
-        commands,
-        "ablate",
-        _command,
-        "Train the arms of a study over several seeds; the same command continues it.",
-        "  frugalmoe ablate experiments/balance.py --dry-run\n"
-        "  frugalmoe ablate experiments/balance.py --jobs=2\n"
-        "  frugalmoe ablate experiments/balance.py --arms=none,bias --seeds=0,1,2,3,4\n"
-        "  frugalmoe ablate experiments/balance.py --config.train.steps=600 --workdir=runs/balance_long\n"
-        "  frugalmoe ablate experiments/balance.py --jobs=4 --slurm=slurm_partition=gpu,gpus_per_node=1,timeout_min=60",
-    )
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `frugalmoe ablate`."""
     parser.add_argument("study", metavar="STUDY", help="a Python file that ends with STUDY = Study(...)")
     parser.add_argument("--workdir", type=Path, help="directory of the study (default: runs/<study name>)")
     parser.add_argument("--arms", type=_names, help="some of the arms, a,b")
@@ -51,7 +46,8 @@ def _seeds(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r}: integers separated by commas") from None
 
 
-def _command(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Trains what is missing of the study; prints its table and writes its report."""
     from frugalmoe.ablate.plan import make_plan
     from frugalmoe.ablate.study import load_study
 
