@@ -260,7 +260,8 @@ class Run:
 
     def _finish(self) -> Scores:
         trace: list | None = [] if self.layers and distributed.is_main() else None
-        eval_step = compiled_eval_step(self.config, trace=True) if self.layers else self.eval_step
+        traced = lambda: compiled_eval_step(self.config, trace=True, vocabulary=self.data.tokenizer.size)
+        eval_step = traced() if self.layers else self.eval_step
         scores = evaluate(eval_step, self.state, self.data, self.config, self.mesh, trace)
         self._log_scores(scores)
         if trace:
