@@ -159,6 +159,7 @@ def _check_scope(config: Config, devices: int) -> None:
 def _data(config: Config) -> None:
     d = config.data
     _require(d.sequence_length > 1, "data.sequence_length", d.sequence_length, "must be at least 2")
+    _one_of("data.document_start", d.document_start, ("end_of_text", "none"))
     _require(0 < d.validation_fraction < 1, "data.validation_fraction", d.validation_fraction, "must be in (0, 1)")
     kind, _, size = d.tokenizer.partition(":")
     _require(

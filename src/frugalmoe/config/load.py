@@ -18,6 +18,9 @@ from frugalmoe.files import read_json
 
 RECORD = "config.json"  # of a run's directory: the config that it was trained with
 
+# What runs did that are older than a field, where its default makes new ones do something else.
+_BEFORE = {"data": {"document_start": "none"}}
+
 
 def default() -> ConfigDict:
     """A locked ConfigDict with every field at its default; a config file edits it and returns it."""
@@ -36,8 +39,8 @@ def _open(config: ConfigDict) -> ConfigDict:
 def record(path: Path) -> dict[str, Any]:
     """The config that a run's config.json holds, in the fields of today.
 
-    Fields that are younger than the run have the defaults, which leave things as they were. Raises `UserError` for a
-    file that is no record of a run.
+    Fields that are younger than the run have what the run did: the defaults, or what `_BEFORE` says. Raises `UserError`
+    for a file that is no record of a run.
     """
     saved = read_json(path)
     if not _is_record(saved):
@@ -47,7 +50,8 @@ def record(path: Path) -> dict[str, Any]:
         if "eval_batches" in train:  # older runs count held-out rows in micro-batches
             micro_batch = train["batch_size"] // train["accumulate_steps"]
             train["eval_rows"] = train.pop("eval_batches") * micro_batch
-        return completed({**saved, "train": train})
+        older = {section: {**fields, **saved[section]} for section, fields in _BEFORE.items()}
+        return completed({**saved, **older, "train": train})
     except (ArithmeticError, AttributeError, LookupError, TypeError) as e:
         raise UserError(f"{path}: a damaged config ({type(e).__name__}: {e})") from e
 

@@ -107,6 +107,7 @@ class Data:
     sources: Mapping[str, Source] = FrozenDict()
     tokenizer: str = "bytes"  # bytes | bpe:SIZE (trained on the data) | the path of a tokenizer.json
     sequence_length: int = 256
+    document_start: str = "end_of_text"  # in front of a document, its first token a target: end_of_text | none
     validation_fraction: float = 0.05  # of documents, by a hash of their text; at least one per domain
     cache_dir: str = ""  # empty: $FRUGALMOE_CACHE, else ~/.cache/frugalmoe
 

@@ -50,6 +50,7 @@ def train(
     replaces the run that is there, once all has been checked. Raises UserError for input that cannot be run; nothing is
     written or deleted then. With several processes (`distributed.start`) all call it, alike.
     """
+    config = config if fresh else rundir.as_begun(config, workdir)
     flags = {"--workdir": str(workdir), "--resume": resume, "--fresh": fresh}
     distributed.check_same(to_dict(config) | flags)
     axes = check_devices(config, jax.device_count())
@@ -307,7 +308,8 @@ class Run:
 
     def _finish(self) -> Scores:
         trace: list | None = [] if self.layers and distributed.is_main() else None
-        eval_step = compiled_eval_step(self.config, trace=True) if self.layers else self.eval_step
+        traced = lambda: compiled_eval_step(self.config, trace=True, vocabulary=self.data.tokenizer.size)
+        eval_step = traced() if self.layers else self.eval_step
         scores = evaluate(eval_step, self.state, self.data, self.config, self.mesh, trace)
         self._log_scores(scores)
         if trace:

@@ -1,6 +1,7 @@
 """The run directory: who owns it, what config it holds, and its append-only logs. Analysis needs nothing else."""
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import json
@@ -18,7 +19,7 @@ from typing import Any, TextIO
 
 import jax
 
-from frugalmoe.config import RECORD, completed, record
+from frugalmoe.config import RECORD, Config, completed, record
 from frugalmoe.errors import UserError
 from frugalmoe.files import read_json, to_json, write_atomically, write_json
 
@@ -97,6 +98,20 @@ def check_config(workdir: Path, config: Mapping[str, Any], force: bool) -> None:
             f"--workdir={workdir}: holds a run with another config ({shown}); "
             "give another --workdir, or --resume=force to continue it with this one"
         )
+
+
+def as_begun(config: Config, workdir: Path) -> Config:
+    """The config with what a run in the directory does where it is older than a field: it goes on as it began.
+
+    Nobody can have asked for that with a flag: the same command meant it then.
+    """
+    path = workdir / RECORD
+    saved = read_json(path) if path.is_file() else None
+    data = saved.get("data") if isinstance(saved, Mapping) else None
+    if not isinstance(data, Mapping) or "document_start" in data:
+        return config
+    data = dataclasses.replace(config.data, document_start=record(path)["data"]["document_start"])
+    return dataclasses.replace(config, data=data)
 
 
 def differences(ours: Any, theirs: Any, where: str, elsewhere: str) -> list[str]:
