@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(config, workdir, distributed.is_main())
     was_complete = rundir.is_complete(workdir) and not args.fresh
-    summary = train(config, workdir, resume=args.resume, fresh=args.fresh)
+    summary = train(config, workdir, resume=args.resume, fresh=args.fresh, sample=True)
     if not distributed.is_main():
         return EXIT_PREEMPTED if summary["status"] == "stopped" else 0
     if summary["status"] == "stopped":
@@ -67,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console()
     console.print(summary_table(load_run(workdir)))
-    sample = summary["sample"]
-    console.print(f"sample: {sample['prompt']}{sample['text']}" if sample["text"] else sample["why"])
+    if sample := summary.get("sample"):  # `train` of the library draws none
+        console.print(f"sample: {sample['prompt']}{sample['text']}" if sample["text"] else sample["why"])
     console.print(f"report: {write_report(workdir)}", soft_wrap=True)
     return 0
 

@@ -42,13 +42,15 @@ def train(
     *,
     resume: str = "auto",
     fresh: bool = False,
+    sample: bool = False,
     progress: Callable[[Config, int], Any] = Progress,
 ) -> dict[str, Any]:
     """Trains, or continues, the run in `workdir` and returns its summary. `status` is complete or stopped.
 
     resume: auto continues a run of the same config; force continues it whatever its config; never refuses. fresh
-    replaces the run that is there, once all has been checked. Raises UserError for input that cannot be run; nothing is
-    written or deleted then. With several processes (`distributed.start`) all call it, alike.
+    replaces the run that is there, once all has been checked. sample: the summary of a complete run has a passage of
+    generated text. Raises UserError for input that cannot be run; nothing is written or deleted then. With several
+    processes (`distributed.start`) all call it, alike.
     """
     config = config if fresh else rundir.as_begun(config, workdir)
     flags = {"--workdir": str(workdir), "--resume": resume, "--fresh": fresh}
@@ -60,7 +62,7 @@ def train(
     if distributed.exchange(rundir.is_complete(workdir))[0] and resume != "force" and not fresh:
         return read_json(workdir / "summary.json")
     with jax.set_mesh(sharding.make_mesh(axes)), opened(config, workdir, force=resume == "force", fresh=fresh) as run:
-        return train_runs([run], progress)[0]
+        return train_runs([run], progress, sample)[0]
 
 
 def _check_directory(config: Config, workdir: Path, resume: str, fresh: bool) -> None:
@@ -140,7 +142,9 @@ def _describe(workdir: Path, config: Config, data: Dataset, start: int) -> None:
     rundir.describe(workdir, to_dict(config), start)  # last: it marks the directory as a run
 
 
-def train_runs(runs: Sequence["Run"], progress: Callable[[Config, int], Any]) -> list[dict[str, Any]]:
+def train_runs(
+    runs: Sequence["Run"], progress: Callable[[Config, int], Any], sample: bool = False
+) -> list[dict[str, Any]]:
     """Trains runs to the end and returns their summaries; several at once where they stand at one step and their
     configs differ in `Knobs` and name only.
     """
@@ -152,7 +156,7 @@ def train_runs(runs: Sequence["Run"], progress: Callable[[Config, int], Any]) ->
         stopped = _loop(runs, lambda: held.enter_context(distributed.stop_requests()), shown)
         if not stopped:
             shown.say("evaluating on held-out documents")
-        return [run.finish(stopped, (time.perf_counter() - began) / len(runs)) for run in runs]
+        return [run.finish(stopped, (time.perf_counter() - began) / len(runs), sample) for run in runs]
 
 
 def _loop(runs: Sequence["Run"], stop_requests: Callable[[], Callable[[int], bool]], shown: Any) -> bool:
@@ -253,14 +257,16 @@ class Run:
         last = "nothing is saved yet" if saved is None else f"the last checkpoint is {saved}"
         return f"{what}: not finite; {last}; lower optim.learning_rate={self.config.optim.learning_rate}"
 
-    def finish(self, stopped: bool, seconds: float) -> dict[str, Any]:
-        """Saves the state; unless stopped, evaluates. Returns the summary, which a complete run also writes."""
+    def finish(self, stopped: bool, seconds: float, sample: bool) -> dict[str, Any]:
+        """Saves the state; unless stopped, evaluates, and samples if asked to. Returns the summary, which a complete
+        run also writes.
+        """
         scores = None if stopped else self._finish()
         self.save()
         self.manager.wait_until_finished()
         summary = {"status": "stopped" if stopped else "complete", "step": self.step, "steps": self.config.train.steps}
         if scores:
-            summary |= self._summary(scores, seconds)
+            summary |= self._summary(scores, seconds) | ({"sample": self._sample()} if sample else {})
             if distributed.is_main():
                 write_json(self.workdir / "summary.json", summary)
         return summary
@@ -330,7 +336,6 @@ class Run:
             "speed": {"tokens_per_second": speed, "train_seconds": seconds},
             "router": {"name": router.name, "causal": router.about.causal, "layers": layers},
             **({"mixture_of_depths": about | {"layers": blocks}} if blocks else {}),
-            "sample": self._sample(),
         }
 
     def _sample(self) -> dict[str, str]:
