@@ -1,7 +1,7 @@
 """Configuration: `load` a file with overrides, `resolve` it into checked frozen dataclasses."""
 
 from frugalmoe.config.checks import check_devices
-from frugalmoe.config.load import default, load, override, read, resolve, to_dict, with_vocabulary
+from frugalmoe.config.load import default, load, override, python_file, read, resolve, to_dict, with_vocabulary
 from frugalmoe.config.modes import with_mode
 from frugalmoe.config.schema import Config
 
@@ -11,6 +11,7 @@ __all__ = [
     "default",
     "load",
     "override",
+    "python_file",
     "read",
     "resolve",
     "to_dict",
