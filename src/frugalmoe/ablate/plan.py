@@ -53,7 +53,8 @@ def make_plan(
     """Checks everything that can be checked before a step is trained; prepares the data."""
     all_arms = {arm.name: arm for arm in arms_of(study, overrides)}
     chosen = choose("--arms", arms, list(all_arms))
-    check_seeds("--seeds", seeds or study.seeds)
+    if seeds is not None:
+        check_seeds("--seeds", seeds)
     config = all_arms[study.baseline].config
     check_devices(config, jax.device_count())
     data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)

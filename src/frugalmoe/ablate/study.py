@@ -1,7 +1,6 @@
 """What a study is, and the configs of its arms. `experiments/NAME.py` ends with `STUDY = Study(...)`."""
 
 import dataclasses
-import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,9 +8,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from frugalmoe.config import Config, override, read, resolve, to_dict, with_mode
+from frugalmoe.config import Config, check_seed, override, python_file, read, resolve, to_dict, with_mode
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.files import check_name
+from frugalmoe.shipped import STUDIES
 
 # What every arm shares, so that seed s means the same start and the same batches in each of them.
 SHARED = ("name", "data", "mesh", "checkpoint", "train")
@@ -51,25 +51,11 @@ class Arm:
 
 
 def load_study(path: str | Path) -> Study:
-    """The `STUDY` of a file. Raises `UserError` naming what is wrong with it."""
-    path = Path(path)
-    if not path.is_file():
-        near = [str(p) for p in Path("experiments").glob("*.py")]
-        raise UserError(f"{path}: no such study; {did_you_mean(str(path), near)}")
-    if path.suffix != ".py":
-        raise UserError(f"{path}: a study is a Python file, and ends in .py")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as e:
-        raise UserError(f"{path}: {type(e).__name__}: {' '.join(str(e).split())}") from e
-    study = getattr(module, "STUDY", None)
+    """The `STUDY` of a file, or of the study shipped by that name. Raises `UserError` naming what is wrong with it."""
+    study = python_file(STUDIES, str(path), str(path), "STUDY")
     if not isinstance(study, Study):
         raise UserError(f"{path}: STUDY={study!r}: a study's file ends with STUDY = Study(...)")
-    return dataclasses.replace(study, name=study.name or path.stem)
+    return dataclasses.replace(study, name=study.name or Path(path).stem)
 
 
 def arms_of(study: Study, overrides: Mapping[str, Any] | Sequence[str] = ()) -> list[Arm]:
@@ -147,13 +133,6 @@ def check_arm(what: str, name: object) -> None:
         raise UserError(f"{what}={name!r}: the study has a file or folder of this name; choose another")
 
 
-def check_seeds(what: str, seeds: Sequence[int]) -> None:
-    whole = all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
-    if not seeds or not whole or len(set(seeds)) < len(seeds):
-        rule = f"must be different integers from 0 to {2**32 - 1}, at least one"
-        raise UserError(f"{what}={tuple(seeds)}: {rule}")
-
-
 def _check_declaration(study: Study) -> None:
     check_name("name", study.name)
     for name in study.arms:
@@ -167,6 +146,14 @@ def _check_declaration(study: Study) -> None:
         if field.partition(".")[0] in SHARED:
             rule = "arms share data, batches, steps and seeds"
             raise UserError(f"{study.name}: varies={field!r}: {rule}; only model and optim may vary")
+
+
+def check_seeds(path: str, seeds: Sequence[int]) -> None:
+    """Raises `UserError` unless these are seeds, at least one, and no two are equal."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"{path}={seeds}: must be different integers, at least one")
+    for seed in seeds:
+        check_seed(path, seed)
 
 
 def _resolve(base: ConfigDict, study: Study, name: str) -> Config:

@@ -8,6 +8,7 @@ from pathlib import Path
 from frugalmoe.commands import set_up_training
 from frugalmoe.errors import EXIT_PREEMPTED, UserError
 
+RESUMABLE = True
 SUMMARY = "Train the arms of a study over several seeds; the same command continues it."
 EXAMPLES = """\
   frugalmoe ablate experiments/balance.py --dry-run
@@ -127,6 +128,6 @@ def _worker_argv(args: argparse.Namespace, workdir: Path) -> list[str]:
 
 
 def _print(table) -> None:
-    from rich.console import Console
+    from frugalmoe.console import Console
 
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
