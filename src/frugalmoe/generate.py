@@ -19,12 +19,11 @@ from flax import nnx
 from jax import Array
 
 from frugalmoe import experts, sharding
-from frugalmoe.config import Config
+from frugalmoe.config import RECORD, Config, check_seed, record, resolve
 from frugalmoe.config.schema import Model
 from frugalmoe.data.continuation import Continuation, until
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
-from frugalmoe.files import read_json
 from frugalmoe.model.attention import empty_cache
 from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import empty_caches, structure
@@ -49,11 +48,11 @@ class Sampling:
             ("temperature", self.temperature >= 0, "must not be negative"),
             ("top_p", 0 < self.top_p <= 1, "must be in (0, 1]"),
             ("max_tokens", self.max_tokens > 0, "must be positive"),
-            ("seed", 0 <= self.seed < 2**32, "must be in 0 .. 4294967295"),
             ("stop", all(self.stop), "must hold no empty text, at which nothing would begin"),
         ):
             if not ok:
                 raise UserError(f"--{name.replace('_', '-')}={getattr(self, name)}: {rule}")
+        check_seed("--seed", self.seed)
 
 
 class Weights(NamedTuple):
@@ -240,14 +239,13 @@ def _prompt_ids(config: Config, tokenizer: Tokenizer, prompt: str) -> np.ndarray
 
 def load(run: Path, step: int | None = None) -> tuple[Config, Weights, Tokenizer, jax.sharding.Mesh]:
     """The config, weights and tokenizer of a run directory's checkpoint, the newest by default, on one device."""
-    from frugalmoe.config import of_run, resolve
     from frugalmoe.data.tokenizer import load_from
     from frugalmoe.train import checkpoint
     from frugalmoe.train.step import abstract
 
-    if not (run / "config.json").is_file():
-        raise UserError(f"{run}: not a run directory (it holds no config.json)")
-    config = resolve(of_run(read_json(run / "config.json")))
+    if not (run / RECORD).is_file():
+        raise UserError(f"{run}: not a run directory (it holds no {RECORD})")
+    config = resolve(record(run / RECORD))
     tokenizer = load_from(run / "tokenizer")
     if not config.model.vocab_size:
         size = -(-tokenizer.size // 64) * 64
@@ -256,11 +254,17 @@ def load(run: Path, step: int | None = None) -> tuple[Config, Weights, Tokenizer
     with checkpoint.open_manager(run, config.checkpoint) as manager, jax.set_mesh(mesh):
         if manager.latest_step() is None:
             raise UserError(f"{run}: holds no checkpoint yet")
+        items = ("params", "router_state")
         if step is None:
-            step = manager.latest_step()
-        elif step not in manager.all_steps():
+            state, *_ = checkpoint.restore_newest(manager, abstract(config), items)
+        elif step in manager.all_steps():
+            state = checkpoint.restore(manager, step, abstract(config), items)
+            state = state if checkpoint.is_finite(state, items) else None
+        else:
             raise UserError(f"{run}: no checkpoint of step {step}; valid: {sorted(manager.all_steps())}")
-        state = checkpoint.restore(manager, step, abstract(config), ("params", "router_state"))
+        if state is None:
+            which = "no checkpoint" if step is None else f"not the checkpoint of step {step}"
+            raise UserError(f"{run}: holds finite numbers in {which}, so there is no model")
     return config, Weights(state.params, state.router_state), tokenizer, mesh
 
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 
 from frugalmoe.ablate.results import known_metrics
-from frugalmoe.ablate.study import Arm, Study, arms_of, choose
+from frugalmoe.ablate.study import Arm, Study, arms_of, check_arm, check_seeds, choose
 from frugalmoe.config import Config, check_devices, to_dict, with_vocabulary
 from frugalmoe.cost import forward_flops
 from frugalmoe.data import open_data
 from frugalmoe.errors import UserError, did_you_mean
-from frugalmoe.files import read_json, write_json
+from frugalmoe.files import check_name, read_json, write_json
 from frugalmoe.model.transformer import count_parameters
 
 
@@ -53,6 +53,8 @@ def make_plan(
     """Checks everything that can be checked before a step is trained; prepares the data."""
     all_arms = {arm.name: arm for arm in arms_of(study, overrides)}
     chosen = choose("--arms", arms, list(all_arms))
+    if seeds is not None:
+        check_seeds("--seeds", seeds)
     config = all_arms[study.baseline].config
     check_devices(config, jax.device_count())
     data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
@@ -138,11 +140,51 @@ def describe(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
 
 
 def read_study(workdir: Path) -> dict[str, Any]:
-    """study.json of a study's directory."""
+    """study.json of a study's directory. Raises `UserError` naming what is not as `describe` writes it."""
     path = workdir / "study.json"
     if not path.is_file():
         raise UserError(f"{workdir}: not a study (no study.json)")
     described = read_json(path)
     if not isinstance(described, dict) or "baseline" not in described:
         raise UserError(f"{path}: not a study's description")
+    for field, (rule, holds) in _DESCRIBED.items():
+        if field not in described or not holds(described[field]):
+            there = repr(described[field])[:60] if field in described else "missing"
+            raise UserError(f"{path}: {field}={there}: must be {rule}")
+    check_name(f"{path}: name", described["name"])
+    for arm in described["arms"]:
+        check_arm(f"{path}: arm", arm)
+    if described["baseline"] not in described["arms"]:
+        raise UserError(f"{path}: baseline={described['baseline']!r}: no such arm")
+    for arm in described["arms"]:
+        flops, active = described["forward_flops"].get(arm), described["experts_per_token"].get(arm)
+        whole = isinstance(flops, dict) and any(map(_positive, flops.values())) and "routed experts" in flops
+        if not (whole and all(map(_positive_or_zero, flops.values())) and _positive(active)):
+            raise UserError(f"{path}: forward_flops, experts_per_token: must hold the numbers of arm {arm!r}")
     return described
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def _positive_or_zero(value: object) -> bool:
+    return value == 0 or _positive(value)
+
+
+def _list_of(kind: type, value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+_text = ("text", lambda value: isinstance(value, str))
+_mapping = ("a mapping", lambda value: isinstance(value, dict))
+_count = ("a positive integer", lambda value: type(value) is int and _positive(value))
+# What the report reads of study.json: the rule, and whether a value keeps it.
+_DESCRIBED = {
+    **dict.fromkeys(("name", "question", "expectation", "baseline"), _text),
+    **dict.fromkeys(("arms", "forward_flops", "experts_per_token"), _mapping),
+    **dict.fromkeys(("steps", "tokens_per_step"), _count),
+    "metrics": ("a list of names, at least one", lambda value: _list_of(str, value) and bool(value)),
+    "seeds": ("a list of integers", lambda value: _list_of(int, value)),
+    "command": ("a list of words", lambda value: _list_of(str, value)),
+}

@@ -36,8 +36,7 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # a device that is there is of no use here, and may be in use
-    from rich.console import Console
-
+    from frugalmoe.console import Console
     from frugalmoe.cost.aot import compile_step
     from frugalmoe.cost.search import search
     from frugalmoe.cost.table import headline, markdown, row, tables
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.format == "markdown":
         print(markdown(results))
     else:
-        Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(*tables(results[-1]), sep="\n")
+        Console(width=None if sys.stdout.isatty() else 120).print(*tables(results[-1]), sep="\n")
     if nothing_fits:
         raise nothing_fits
     return 0

@@ -18,8 +18,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the catalogue."""
-    from rich.console import Console
-
+    from frugalmoe.console import Console
     from frugalmoe.routing.catalogue import BLOCKS, blocks, catalogue, format_markdown, format_table
 
     rows = catalogue()

@@ -7,6 +7,7 @@ from pathlib import Path
 from frugalmoe.commands import add_config_flag, load_config, set_up_training
 from frugalmoe.errors import EXIT_PREEMPTED
 
+RESUMABLE = True
 SUMMARY = "Train a config, or continue the run in its directory."
 EXAMPLES = """\
   frugalmoe train --config=configs/quickstart.py
@@ -46,8 +47,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args)
     workdir = args.workdir or Path("runs") / config.name
     set_up_training(config)
-    from rich.console import Console
-
+    from frugalmoe.console import Console
     from frugalmoe.train import distributed, rundir
     from frugalmoe.train.loop import train
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(config, workdir, distributed.is_main())
     was_complete = rundir.is_complete(workdir) and not args.fresh
-    summary = train(config, workdir, resume=args.resume, fresh=args.fresh)
+    summary = train(config, workdir, resume=args.resume, fresh=args.fresh, sample=True)
     if not distributed.is_main():
         return EXIT_PREEMPTED if summary["status"] == "stopped" else 0
     if summary["status"] == "stopped":
@@ -65,19 +65,19 @@ def run(args: argparse.Namespace) -> int:
         print(f"{workdir}: this run is complete ({summary['step']} steps); --fresh starts it over")
     from frugalmoe.analysis import load_run, summary_table, write_report
 
-    console = Console(highlight=False)
+    console = Console()
     console.print(summary_table(load_run(workdir)))
-    sample = summary["sample"]
-    console.print(f"sample: {sample['prompt']}{sample['text']}" if sample["text"] else sample["why"], markup=False)
+    if sample := summary.get("sample"):  # `train` of the library draws none
+        console.print(f"sample: {sample['prompt']}{sample['text']}" if sample["text"] else sample["why"])
     console.print(f"report: {write_report(workdir)}", soft_wrap=True)
     return 0
 
 
 def _dry_run(config, workdir: Path, talks: bool) -> int:
     import jax
-    from rich.console import Console
 
     from frugalmoe.config import check_devices
+    from frugalmoe.console import Console
     from frugalmoe.cost.aot import compile_step, settled
     from frugalmoe.cost.table import tables
     from frugalmoe.model.transformer import count_parameters
@@ -94,5 +94,5 @@ def _dry_run(config, workdir: Path, talks: bool) -> int:
     print(f"tokens         {per_step:,} per step, {per_step * train.steps:,} in {train.steps:,} steps")
     print(f"parameters     {counts['total']:,} total, {counts['active']:,} active")
     print("compiling the step, which makes the start of the run shorter", flush=True)
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(*tables(compile_step(config)), sep="\n")
+    Console(width=None if sys.stdout.isatty() else 120).print(*tables(compile_step(config)), sep="\n")
     return 0

@@ -117,8 +117,8 @@ class Optim:
     learning_rate: float = 1e-3  # peak
     schedule: str = "wsd"  # wsd (warmup, stable, decay) | cosine | constant
     warmup_steps: int = 100
-    decay_fraction: float = 0.2  # wsd: last share of the steps, linear to the final rate
-    final_fraction: float = 0.1  # final rate / peak rate
+    decay_fraction: float = 0.2  # wsd: last share of the updates after the warmup, linear to the final rate; 0: none
+    final_fraction: float = 0.1  # rate of the very last update / peak rate
     weight_decay: float = 0.1  # decoupled; on matrices only, not on norms, biases, routers' vectors
     b1: float = 0.9
     b2: float = 0.95
@@ -135,7 +135,7 @@ class Train:
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0  # 0: at the end only
-    eval_batches: int = 8  # per domain
+    eval_rows: int = 128  # held-out sequences of each domain, whatever batches they are computed in
     loss_chunk: int = 1024  # tokens whose logits exist at one time
 
 

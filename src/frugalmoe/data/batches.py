@@ -167,22 +167,25 @@ class Dataset:
         steps = grain.MapDataset.range(start_step, sys.maxsize)
         return iter(steps.map(lambda step: self.batch(step, rows)).to_iter_dataset(ahead))
 
-    def eval_batches(self, domain: str, batch_size: int, max_batches: int | None = None) -> Iterator[Batch]:
-        """Validation rows of one domain in an order that no seed changes; the last batch is padded with segment 0."""
-        rows, batches = self._eval_rows(domain, batch_size, max_batches)
+    def eval_batches(self, domain: str, batch_size: int, max_rows: int | None = None) -> Iterator[Batch]:
+        """The first `max_rows` validation rows of one domain, or all, in an order that no seed changes.
+
+        The last batch is padded with segment 0.
+        """
+        rows, batches = self._eval_rows(domain, batch_size, max_rows)
         for numbers in batches:
             stacked = [np.stack(columns) for columns in zip(*(rows[n] for n in numbers))]
             missing = ((0, batch_size - len(numbers)), (0, 0))
             yield Batch(*(np.pad(column, missing) for column in stacked))
 
-    def eval_documents(self, domain: str, batch_size: int, max_batches: int | None = None) -> Iterator[np.ndarray]:
+    def eval_documents(self, domain: str, batch_size: int, max_rows: int | None = None) -> Iterator[np.ndarray]:
         """The document [B, T] of each token of `eval_batches`, a number that no run changes; -1 for padding."""
-        rows, batches = self._eval_rows(domain, batch_size, max_batches)
+        rows, batches = self._eval_rows(domain, batch_size, max_rows)
         for numbers in batches:
             missing = ((0, batch_size - len(numbers)), (0, 0))
             yield np.pad(np.stack([rows.documents(n) for n in numbers]), missing, constant_values=-1)
 
-    def _eval_rows(self, domain: str, batch_size: int, max_batches: int | None) -> tuple[Rows, list[list[int]]]:
+    def _eval_rows(self, domain: str, batch_size: int, max_rows: int | None) -> tuple[Rows, list[list[int]]]:
         """The validation rows of a domain, and the numbers of those in each batch."""
         if domain not in self.domains:
             raise UserError(f"domain {domain!r}: unknown; valid: {', '.join(self.domains)}")
@@ -190,8 +193,8 @@ class Dataset:
         chosen = columns["validation"] & (columns["domain"] == self.domains.index(domain))
         rows = Rows(self._store, chosen, EVAL_SEED, self._data, pad=True)
         order = np.argsort(_mix(np.arange(len(rows), dtype=np.uint64), _seed(EVAL_SEED, "rows")), kind="stable")
-        batches = [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
-        return rows, batches[:max_batches]
+        chosen = order[:max_rows]
+        return rows, [chosen[i : i + batch_size].tolist() for i in range(0, len(chosen), batch_size)]
 
 
 def open_data(data: Data, *, batch_size: int, seed: int, progress: bool = True) -> Dataset:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import zstandard
-from rich.console import Console
 
+from frugalmoe.console import Console
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.files import locked
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 
 from frugalmoe.config.schema import Data
+from frugalmoe.console import Console
 from frugalmoe.data.cache import cache_root, digest
 from frugalmoe.data.shards import FORMAT, Item, is_prepared, read_index, read_manifest, write_shard
 from frugalmoe.data.sources import Document, Input, documents, open_inputs

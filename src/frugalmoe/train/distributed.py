@@ -183,6 +183,8 @@ def all_or_none(shared: type[Exception]) -> Iterator[None]:
 def _what_happened(error: BaseException) -> str:
     if line := one_line(error):
         return line
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
     if _is_loss_of_peer(error):
         how = "the same command in all processes goes on from the last checkpoint"
         return f"another process has ended, or cannot be reached ({_first_line(error)}); {how}"
