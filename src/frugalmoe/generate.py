@@ -44,10 +44,10 @@ class Sampling:
 
     def check(self) -> None:
         for name, ok, rule in (
-            ("temperature", 0 <= self.temperature < math.inf, "must be a finite number, and not negative"),
+            ("temperature", math.isfinite(self.temperature), "must be finite"),
+            ("temperature", self.temperature >= 0, "must not be negative"),
             ("top_p", 0 < self.top_p <= 1, "must be in (0, 1]"),
             ("max_tokens", self.max_tokens > 0, "must be positive"),
-            ("seed", 0 <= self.seed < 2**32, "must be in 0 .. 4294967295"),
             ("stop", all(self.stop), "must hold no empty text, at which nothing would begin"),
         ):
             if not ok:
