@@ -60,13 +60,15 @@ def final_metrics(
     summary: Mapping[str, Any], logged: Sequence[Mapping[str, float]], study: Mapping[str, Any], arm: str
 ) -> dict[str, float]:
     """A complete run's results; metrics of layers are means over those that have them, absent where none has."""
-    late = [row["loss/ce"] for row in logged if "loss/ce" in row and row["step"] > (1 - TAIL) * summary["step"]]
-    values = {"train/loss": float(np.mean(late))} if late else {}
-    values |= {f"eval/{kind}/{d}": v for kind, by_domain in summary["eval"].items() for d, v in by_domain.items()}
+    late = [row for row in logged if "loss/ce" in row and row["step"] > (1 - TAIL) * summary["step"]]
+    values = {"train/loss": float(np.mean([_number(row["loss/ce"]) for row in late]))} if late else {}
+    values |= {
+        f"eval/{kind}/{d}": _number(v) for kind, by_domain in summary["eval"].items() for d, v in by_domain.items()
+    }
     for kind, section, names in (("router", "router", ROUTER), ("depth", "mixture_of_depths", DEPTH)):
         layers = list(summary.get(section, {"layers": {}})["layers"].values())
         for name in names:
-            found = [layer[name] for layer in layers if name in layer]
+            found = [_number(layer[name]) for layer in layers if name in layer]
             if found:
                 values[f"{kind}/{name}"] = float(np.mean(found))
     values["cost/active_flops"] = active_flops(study, arm, values.get("router/active_per_token"))
@@ -75,6 +77,11 @@ def final_metrics(
         values["speed/tokens_per_second"] = speed
         values["speed/step_seconds"] = study["tokens_per_step"] / speed
     return values
+
+
+def _number(value: float | None) -> float:
+    """A value of a run's JSON, where null stands for what is not finite."""
+    return np.nan if value is None else value
 
 
 def active_flops(study: Mapping[str, Any], arm: str, active_per_token: float | None) -> float:
@@ -111,7 +118,8 @@ def _rows(workdir: Path, study: Mapping[str, Any]) -> Iterator[tuple]:
                 continue
             logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
             for row in logged:
-                yield from ((arm, seed, name, row["step"], False, v) for name, v in row.items() if name != "step")
+                values = ((name, _number(v)) for name, v in row.items() if name != "step")
+                yield from ((arm, seed, name, row["step"], False, v) for name, v in values)
             results = final_metrics(summary, logged, study, arm)
             if (cross := directory / "cross.json").is_file():
                 results |= {f"{CROSS}{other}": loss for other, loss in read_json(cross).items()}

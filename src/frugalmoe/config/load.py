@@ -174,6 +174,8 @@ def _set(config: ConfigDict, dotted: str, value: Any) -> None:
         node = node.unlock() if open_keys else node
     if leaf not in node and not open_keys:
         _unknown(dotted, node)
+    if type(value) is int and value.bit_length() > 128:  # ConfigDict makes a float of it, which may not hold it
+        check_integer(dotted, value)
     with node.ignore_type():
         node[leaf] = value
 
@@ -249,9 +251,12 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
         if origin is not None and origin is not types.UnionType and not isinstance(value, tuple):
             raise UserError(f"{path}={value!r}: expected a mapping")
         return value
-    if kind in (int, float) and type(value) is int:
+    if kind is int and type(value) is int:
         check_integer(path, value)
-        return kind(value)
+    if kind is float and type(value) is int:
+        if value.bit_length() > 128:
+            check_integer(path, value)
+        return float(value)
     if path == "model.moe.router" and _is_router(value):
         return value  # a strategy that is no file of the package: a notebook's
     if type(value) is not kind:
