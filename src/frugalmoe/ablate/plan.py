@@ -100,8 +100,7 @@ def claim(workdir: Path, plan: Plan, command: Sequence[str]) -> None:
     """Writes study.json, which marks the directory as this study's; refuses one that holds something else."""
     path = workdir / "study.json"
     if path.is_file():
-        if (name := read_study(workdir)["name"]) != plan.study.name:
-            raise UserError(f"--workdir={workdir}: holds the study {name!r}, not {plan.study.name!r}; give another")
+        check_same_study(workdir, plan)
     elif workdir.is_dir() and any(workdir.iterdir()):
         raise UserError(f"--workdir={workdir}: holds files but no study.json; give an empty or new directory")
     try:
@@ -109,6 +108,12 @@ def claim(workdir: Path, plan: Plan, command: Sequence[str]) -> None:
     except OSError as e:
         raise UserError(f"--workdir={workdir}: cannot be written ({e.strerror})") from e
     write_json(path, describe(plan, command))
+
+
+def check_same_study(workdir: Path, plan: Plan) -> None:
+    """Refuses the directory of another study."""
+    if (name := read_study(workdir)["name"]) != plan.study.name:
+        raise UserError(f"--workdir={workdir}: holds the study {name!r}, not {plan.study.name!r}; give another")
 
 
 def describe(plan: Plan, command: Sequence[str]) -> dict[str, Any]:

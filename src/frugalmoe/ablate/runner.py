@@ -18,7 +18,7 @@ import jax
 from frugalmoe import sharding
 from frugalmoe.ablate import results
 from frugalmoe.ablate.cross import evaluate_under_others
-from frugalmoe.ablate.plan import Pair, Plan, claim, make_plan, read_study
+from frugalmoe.ablate.plan import Pair, Plan, check_same_study, claim, make_plan, read_study
 from frugalmoe.ablate.progress import OfRun, StudyProgress
 from frugalmoe.ablate.study import Study
 from frugalmoe.ablate.together import groups
@@ -54,19 +54,24 @@ def run_study(
 
 def prepare(plan: Plan, workdir: Path, command: Sequence[str], fresh: bool = False) -> None:
     """Refuses, before a step is trained, a directory, a run or a table that is not this study's."""
-    if (workdir / "study.json").is_file() and not fresh:
-        results.check(workdir, plan.study.name)
-        for pair in plan.pairs:
-            directory = pair.directory(workdir)
-            rundir.check_config(directory, to_dict(plan.config(pair)), force=False)
-            if plan.study.keep_checkpoints and status(directory) == "complete" and not saved_steps(directory):
-                rule = "is complete and kept no checkpoint; --fresh trains it again"
-                raise UserError(f"keep_checkpoints=True: {directory} {rule}")
-    claim(workdir, plan, command)
-    if fresh:
-        (workdir / "results.parquet").unlink(missing_ok=True)
-        for pair in plan.pairs:
-            rundir.start_over(pair.directory(workdir))
+    directories = [pair.directory(workdir) for pair in plan.pairs]
+    with ExitStack() as held:
+        if (workdir / "study.json").is_file():
+            check_same_study(workdir, plan) if fresh else results.check(workdir, plan.study.name)
+            for pair, directory in zip(plan.pairs, directories):
+                if fresh:
+                    held.enter_context(rundir.locked(directory))  # of all, before the first is deleted
+                    rundir.check_fresh(directory)
+                    continue
+                rundir.check_config(directory, to_dict(plan.config(pair)), force=False)
+                if plan.study.keep_checkpoints and status(directory) == "complete" and not saved_steps(directory):
+                    rule = "is complete and kept no checkpoint; --fresh trains it again"
+                    raise UserError(f"keep_checkpoints=True: {directory} {rule}")
+        claim(workdir, plan, command)
+        if fresh:
+            (workdir / "results.parquet").unlink(missing_ok=True)
+            for directory in directories:
+                rundir.start_over(directory)
 
 
 def train_plan(plan: Plan, workdir: Path, shown: StudyProgress, at_once: int | None = None) -> Outcome:

@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     console.print(summary_table(load_run(workdir)))
     if sample := summary.get("sample"):  # `train` of the library draws none
-        console.print(f"sample: {sample['prompt']}{sample['text']}" if sample["text"] else sample["why"])
+        empty = "no sample: the model ended the document at once"
+        console.print(f"sample: {sample['prompt']}{sample['text']}" if sample["text"] else sample.get("why", empty))
     console.print(f"report: {write_report(workdir)}", soft_wrap=True)
     return 0
 

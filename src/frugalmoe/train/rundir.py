@@ -91,6 +91,8 @@ def check_config(workdir: Path, config: Mapping[str, Any], force: bool) -> None:
             raise UserError(f"--workdir={workdir}: holds files but no {RECORD}; give an empty or new directory")
         return
     saved = record(workdir / RECORD) | {"mesh": config["mesh"]}
+    if "eval_batches" in read_json(workdir / RECORD)["train"]:  # an older run goes on with the held-out rows of today
+        saved["train"]["eval_rows"] = config["train"]["eval_rows"]
     differing = differences(saved, completed(config), "there", "here")
     if differing and not force:
         shown = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
