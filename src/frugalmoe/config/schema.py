@@ -124,6 +124,7 @@ class Train:
     eval_every: int = 0  # 0: at the end only
     eval_batches: int = 8  # per domain
     loss_chunk: int = 1024  # tokens whose logits exist at one time
+    trackers: str = "tensorboard"  # who gets the metrics too, a,b: tensorboard | wandb | trackio; empty: nobody
 
 
 @Frozen

@@ -48,7 +48,11 @@ def save(manager: ocp.CheckpointManager, step: int, state: State) -> None:
 
 def check_space(directory: Path, state: State) -> None:
     """Refuses before a byte is written what a full disk would end in the middle of a write."""
-    arrays = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    check_space_for(directory, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))
+
+
+def check_space_for(directory: Path, arrays: int) -> None:
+    """Refuses a checkpoint of so many bytes of arrays."""
     needed = 1.1 * arrays + 2**18  # with Orbax's own files
     free = shutil.disk_usage(directory).free
     if free < needed:

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from frugalmoe import sharding
 from frugalmoe.config import Config, check_devices, to_dict, with_vocabulary
@@ -30,6 +29,7 @@ from frugalmoe.train.evaluate import Scores, evaluate, own_rows, write_probe
 from frugalmoe.train.program import Program, compiled_eval_step
 from frugalmoe.train.progress import Progress
 from frugalmoe.train.step import abstract, init, knobs
+from frugalmoe.train.trackers import Trackers
 
 
 class NotFinite(UserError):
@@ -154,7 +154,7 @@ def _loop(runs: Sequence["Run"], stop: Callable[[int], bool], shown: Any) -> boo
 
     while step < config.steps and not (stopped := stop(step)):
         batch = program.next_batch()
-        with jax.transfer_guard("disallow"):
+        with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
             metrics = program.step(batch)
         log_pending()
         step += 1
@@ -194,8 +194,7 @@ class Run:
         main = distributed.is_main()
         log = lambda name: rundir.Log(workdir / name if main else Path(os.devnull), self.start)
         self.metrics_log, self.load_log = log("metrics.jsonl"), log("expert_load.jsonl")
-        tensorboard = str(workdir / "tensorboard")
-        self.tensorboard = SummaryWriter(tensorboard, purge_step=self.start + 1, write_to_disk=main)
+        self.trackers = Trackers(config, workdir, self.start, quiet=not main)
         self.eval_step = compiled_eval_step(config)
         self.batches = data.train_batches(self.start, own_rows(mesh, config))
         self.tokens_per_second: list[float] = []
@@ -213,7 +212,7 @@ class Run:
         return summary
 
     def close(self) -> None:
-        for part in (self.metrics_log, self.load_log, self.tensorboard, self.manager):
+        for part in (self.metrics_log, self.load_log, self.trackers, self.manager):
             part.close()
 
     def evaluate(self) -> None:
@@ -250,8 +249,7 @@ class Run:
 
     def _write(self, step: int, row: Mapping[str, float]) -> None:
         self.metrics_log.write({"step": step, **row})
-        for name, value in row.items():
-            self.tensorboard.add_scalar(name, value, step)
+        self.trackers.log(step, row)
 
     def _log_scores(self, scores: Scores) -> None:
         named = {"loss": scores.loss, "bits_per_byte": scores.bits_per_byte}

@@ -26,22 +26,28 @@ def is_complete(workdir: Path) -> bool:
     return summary.is_file() and read_json(summary).get("status") == "complete"
 
 
+def check_fresh(workdir: Path) -> None:
+    """Refuses to start over in a directory that holds something, but no run of ours."""
+    if workdir.is_dir() and any(workdir.iterdir()) and not (workdir / "config.json").is_file():
+        raise UserError(f"--workdir={workdir}: --fresh deletes runs only, and this directory holds no config.json")
+
+
 def start_over(workdir: Path) -> None:
     """Deletes a run; refuses a directory that is not one."""
+    check_fresh(workdir)
     if workdir.is_dir() and any(workdir.iterdir()):
-        if not (workdir / "config.json").is_file():
-            raise UserError(f"--workdir={workdir}: --fresh deletes runs only, and this directory holds no config.json")
         shutil.rmtree(workdir)
 
 
 def check_config(workdir: Path, config: Mapping[str, Any], force: bool) -> None:
-    """Refuses to continue a run of another config, and names what differs. The mesh may: it changes no answer."""
+    """Refuses to continue a run of another config, and names what differs. Mesh and trackers change no answer."""
     path = workdir / "config.json"
     if not path.is_file():
         if workdir.is_dir() and any(p.name != ".lock" for p in workdir.iterdir()):
             raise UserError(f"--workdir={workdir}: holds files but no config.json; give an empty or new directory")
         return
-    saved = _completed(read_json(path), Config()) | {"mesh": config["mesh"]}
+    saved = _completed(read_json(path), Config())
+    saved |= {"mesh": config["mesh"], "train": saved["train"] | {"trackers": config["train"]["trackers"]}}
     differing = differences(saved, config, "there", "here")
     if differing and not force:
         shown = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
@@ -74,6 +80,22 @@ class Busy(UserError):
     """Another process has the run directory."""
 
 
+def check_idle(workdir: Path) -> None:
+    """Raises `Busy` where a process is training; takes and writes nothing, so another may come before `locked`."""
+    path = workdir / ".lock"
+    if path.is_file():
+        with path.open() as lock:
+            _take(workdir, lock)
+
+
+def _take(workdir: Path, lock: TextIO) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        raise Busy(f"--workdir={workdir}: process {lock.read().strip()} is training here") from None
+
+
 @contextmanager
 def locked(workdir: Path) -> Iterator[None]:
     """One process per run directory: two would leave a mixture of both runs' checkpoints."""
@@ -83,11 +105,7 @@ def locked(workdir: Path) -> Iterator[None]:
     except OSError as e:
         raise UserError(f"--workdir={workdir}: cannot be written ({e.strerror})") from e
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise Busy(f"--workdir={workdir}: process {lock.read().strip()} is training here") from None
+        _take(workdir, lock)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
