@@ -18,13 +18,13 @@ import jax
 from frugalmoe import sharding
 from frugalmoe.ablate import results
 from frugalmoe.ablate.cross import evaluate_under_others
-from frugalmoe.ablate.plan import Pair, Plan, claim, make_plan, read_study
+from frugalmoe.ablate.plan import Pair, Plan, check_claim, claim, make_plan, read_study
 from frugalmoe.ablate.progress import OfRun, StudyProgress
 from frugalmoe.ablate.study import Study
 from frugalmoe.ablate.together import groups
 from frugalmoe.config import check_devices, to_dict
 from frugalmoe.files import read_json, write_json
-from frugalmoe.train import rundir
+from frugalmoe.train import preflight, rundir, trackers
 from frugalmoe.train.loop import NotFinite, opened, train_runs
 
 
@@ -50,12 +50,26 @@ def run_study(
         return train_plan(plan, workdir, shown, at_once)
 
 
-def prepare(plan: Plan, workdir: Path, command: Sequence[str], fresh: bool = False) -> None:
-    """Refuses, before a step is trained, a directory, a run or a table that is not this study's."""
+def check(plan: Plan, workdir: Path, fresh: bool = False) -> list[str]:
+    """Refuses, before a step is trained, a directory, a run or a table that is not this study's, a disk that is too
+    small for a checkpoint of an arm, and a tracker that is missing. Returns notes; writes nothing.
+    """
+    notes = []
+    for name in dict.fromkeys(pair.arm for pair in plan.pairs):
+        config = plan.arms[name].config
+        trackers.check(config)
+        notes += preflight.check_size(config, workdir, plan.parameters[name]["total"])
     if (workdir / "study.json").is_file() and not fresh:
         results.check(workdir, plan.study.name)
         for pair in plan.pairs:
             rundir.check_config(pair.directory(workdir), to_dict(plan.config(pair)), force=False)
+    check_claim(workdir, plan)
+    return notes
+
+
+def prepare(plan: Plan, workdir: Path, command: Sequence[str], fresh: bool = False) -> None:
+    """Checks the study, and writes what marks its directory."""
+    check(plan, workdir, fresh)
     claim(workdir, plan, command)
     if fresh:
         (workdir / "results.parquet").unlink(missing_ok=True)

@@ -5,6 +5,7 @@ A run makes the same checks again as it begins; here they come first, and on the
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,22 +28,35 @@ class Ready(NamedTuple):
 
 
 def check(
-    config: Config, workdir: Path, *, num_devices: int | None = None, resume: str = "auto", fresh: bool = False
+    config: Config,
+    workdir: Path | None,
+    *,
+    num_devices: int | None = None,
+    resume: str = "auto",
+    fresh: bool = False,
+    unseen: Sequence[str] = (),
 ) -> Ready:
     """Returns the config as it will be trained, and what has still to be done and what may go wrong.
 
     Raises `UserError` where the run cannot begin: its data or tokenizer cannot be read, do not fit the model or the
     run in `workdir`; the directory cannot be written, holds something else, or has no space for a checkpoint; a
-    package is missing; the layout does not fit `num_devices`, where they are known.
+    package is missing; the layout does not fit `num_devices`, where they are known. `workdir` None and `unseen`, the
+    fields that name data, are for machines whose disks are not this one's.
     """
     if num_devices is not None:
         check_devices(config, num_devices)
     trackers.check(config)
-    check_directory(config, workdir, resume=resume, fresh=fresh)
+    if workdir is not None:
+        check_directory(config, workdir, resume=resume, fresh=fresh)
+    if unseen:
+        return Ready(config, tuple(f"{field} cannot be seen from here, and was not checked" for field in unseen))
     found = look(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
+    settled, notes = settle(config, found)
+    if workdir is None:
+        return Ready(settled, notes)
     if not fresh:
         _check_same_data(workdir, found)
-    return check_size(config, workdir, found)
+    return Ready(settled, (*notes, *check_size(settled, workdir, count_parameters(settled.model)["total"])))
 
 
 def check_directory(config: Config, workdir: Path, *, resume: str = "auto", fresh: bool = False) -> None:
@@ -57,23 +71,25 @@ def check_directory(config: Config, workdir: Path, *, resume: str = "auto", fres
     rundir.check_config(workdir, to_dict(config), force=resume == "force")
 
 
-def check_size(config: Config, workdir: Path, found: Look) -> Ready:
-    """Raises `UserError` for a vocabulary or a disk that is too small, and notes what may become too small."""
-    settled, notes = config, list(found.notes)
+def settle(config: Config, found: Look) -> Ready:
+    """With the vocabulary that the data will have; raises `UserError` where the model's is smaller."""
     size, trained = config.model.vocab_size, found.domains is None and isinstance(parse(config.data.tokenizer), int)
     if trained and 0 < size < found.vocabulary:
-        notes.append(f"model.vocab_size={size}: too small where data.tokenizer finds {found.vocabulary} tokens")
-    else:
-        settled = with_vocabulary(config, found.vocabulary)
-    arrays = BYTES_PER_PARAMETER * count_parameters(settled.model)["total"]
+        note = f"model.vocab_size={size}: too small where data.tokenizer finds {found.vocabulary} tokens in the data"
+        return Ready(config, (*found.notes, note))
+    return Ready(with_vocabulary(config, found.vocabulary), found.notes)
+
+
+def check_size(config: Config, workdir: Path, parameters: int) -> list[str]:
+    """Raises `UserError` for a disk that is too small for a checkpoint; returns what may become too small."""
+    arrays = BYTES_PER_PARAMETER * parameters
     directory = _existing_parent(workdir)
     checkpoint.check_space_for(directory, arrays)
-    at_once = _checkpoints_at_once(config)
-    free = shutil.disk_usage(directory).free
-    if at_once * arrays > free:
-        rule = f"{at_once} checkpoints of {arrays / 1e9:,.1f} GB lie there at one time; {free / 1e9:,.1f} GB are free"
-        notes.append(f"--workdir={workdir}: {rule}")
-    return Ready(settled, tuple(notes))
+    at_once, free = _checkpoints_at_once(config), shutil.disk_usage(directory).free
+    if at_once * arrays <= free:
+        return []
+    rule = f"{at_once} checkpoints of {arrays / 1e9:,.1f} GB lie there at one time; {free / 1e9:,.1f} GB are free"
+    return [f"--workdir={workdir}: {rule}"]
 
 
 def _checkpoints_at_once(config: Config) -> int:
