@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from frugalmoe import commands
+from frugalmoe import __version__, commands
 from frugalmoe.errors import EXIT_USER_ERROR, UserError, one_line
 
 
@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train, ablate and cost mixture-of-experts language models on the hardware a team can afford.",
         epilog="frugalmoe COMMAND --help shows a command's flags with examples.",
     )
+    parser.add_argument("--version", action="version", version=f"frugalmoe {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in commands.names():
         command = commands.get(name)
