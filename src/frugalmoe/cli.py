@@ -5,14 +5,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from frugalmoe import __version__, commands
+from frugalmoe import __version__, commands, completion
 from frugalmoe.errors import EXIT_USER_ERROR, UserError, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; 0 done, 2 user error, 75 stopped by a signal after saving."""
+    parser = _parser()
+    if completion.REQUESTED in os.environ:
+        completion.complete(parser)
     flags, overrides = _take_overrides(list(sys.argv[1:] if argv is None else argv))
-    args = _parser().parse_args(flags)
+    args = parser.parse_args(flags)
     args.overrides = overrides
     try:
         if overrides and not hasattr(args, "config"):

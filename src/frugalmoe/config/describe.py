@@ -32,6 +32,11 @@ def describe(config: Config) -> list[Field]:
     return _rows(config, plain, "")
 
 
+def field_meanings() -> dict[str, str]:
+    """Dotted name -> meaning of every field that a config has whatever its router; imports no router."""
+    return {row.name: row.meaning for row in _rows(Config(), Config(), "")}
+
+
 def _rows(section: Any, default: Any, prefix: str) -> list[Field]:
     rows = []
     for name, meaning in meanings(type(section)).items():
