@@ -251,7 +251,7 @@ def _unknown(dotted: str, node: ConfigDict) -> None:
     raise UserError(f"{dotted}: unknown config field; {did_you_mean(dotted.split('.')[-1], node.keys())}")
 
 
-def resolve(config: ConfigDict | Mapping[str, Any]) -> schema.Config:
+def resolve(config: ConfigDict | Mapping[str, Any] | schema.Config) -> schema.Config:
     """ConfigDict -> checked dataclasses. Raises `UserError` naming the field, the value and the rule."""
     from frugalmoe.routing import strategies
 

@@ -23,7 +23,7 @@ from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, S
 class Options:
     projection: int = 64  # dimensions in which cosines are taken
     temperature: float = 0.5  # tau before the first step
-    min_temperature: float = 0.01
+    min_temperature: float = 0.01  # tau is kept above this
     renormalize: bool = True  # weights of the K experts sum to 1
 
 

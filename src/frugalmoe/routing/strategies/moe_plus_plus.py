@@ -25,9 +25,9 @@ from frugalmoe.routing.contract import About, Carry, Inputs, Params, Router, Rou
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    num_zero: int = 1
-    num_copy: int = 1
-    num_constant: int = 2
+    num_zero: int = 1  # choices that add nothing
+    num_copy: int = 1  # choices that add the token itself
+    num_constant: int = 2  # choices that add a mixture of the token and a learned vector
     tau: float = 0.75  # weight of a zero-cost choice in the balance losses; below 1, tokens pick more of them
 
 
