@@ -11,7 +11,7 @@ from test_analysis_runs import DOMAINS, SCRIPT, write_planted_run
 from frugalmoe.analysis import write_report
 from frugalmoe.cli import main
 
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "source"}
 
 
 class Reader(HTMLParser):

@@ -48,8 +48,8 @@ def compare(values: Mapping[str, Mapping[int, float]], baseline: str) -> dict[st
             finite = np.abs(differences) < LARGEST
             diverged = tuple(s for s, whole in zip(seeds, finite) if not whole)
             found[arm] = paired(differences[finite])._replace(diverged=diverged)
-    adjusted, levels = holm([f.p for f in found.values()])
-    corrected = zip(found.items(), adjusted, levels)
+    p = [f.p for f in found.values()]
+    corrected = zip(found.items(), holm(p), levels(p))
     return {arm: _at_level(f, level)._replace(adjusted_p=p) for (arm, f), p, level in corrected}
 
 
@@ -77,22 +77,35 @@ def _at_level(found: Paired, level: float) -> Paired:
     return found._replace(level=level, half_width=quantile * found.deviation / found.n**0.5)
 
 
-def holm(p: Sequence[float]) -> tuple[list[float], list[float]]:
-    """(p values adjusted for the number m of comparisons, the level that decides about each); NaN stays NaN and is not
-    counted.
+def holm(p: Sequence[float]) -> list[float]:
+    """p values adjusted for the number of comparisons; NaN stays NaN and is not counted."""
+    p = np.array(p, float)
+    adjusted, running = np.full(len(p), np.nan), 0.0
+    order = _ranked(p)
+    for rank, i in enumerate(order):
+        running = max(running, min(1.0, (len(order) - rank) * p[i]))
+        adjusted[i] = running
+    return adjusted.tolist()
 
-    The r-th smallest p (r = 0, 1, ...) is compared with 5% / (m - r); the first that is not below ends the procedure,
-    and its level is that of all that follow.
+
+def levels(p: Sequence[float]) -> list[float]:
+    """The level that Holm's procedure holds against each p; NaN for NaN.
+
+    The r-th smallest of m (r = 0, 1, ...) meets 5% / (m - r). The first that is not below ends the procedure: its level
+    is that of all that follow, which are larger still.
     """
     p = np.array(p, float)
-    adjusted, levels, running, level = np.full(len(p), np.nan), np.full(len(p), np.nan), 0.0, 0.0
-    order = [i for i in np.argsort(p, kind="stable") if np.isfinite(p[i])]
+    found, ended, level = np.full(len(p), np.nan), False, ERROR
+    order = _ranked(p)
     for rank, i in enumerate(order):
-        if running < ERROR:
-            level = ERROR / (len(order) - rank)
-        running = max(running, min(1.0, (len(order) - rank) * p[i]))
-        adjusted[i], levels[i] = running, level
-    return adjusted.tolist(), levels.tolist()
+        level = level if ended else ERROR / (len(order) - rank)
+        ended = ended or p[i] >= level
+        found[i] = level
+    return found.tolist()
+
+
+def _ranked(p: np.ndarray) -> list[int]:
+    return [i for i in np.argsort(p, kind="stable") if np.isfinite(p[i])]
 
 
 @functools.lru_cache
@@ -142,7 +155,7 @@ def verdict(result: Paired, unit: str = "nats") -> str:
     word, size = judge(result), figure(abs(result.mean))
     lost = f"; {len(result.diverged)} of {result.n + len(result.diverged)} pairs diverged" if result.diverged else ""
     if word == "diverged":
-        return f"no verdict: {len(result.diverged)} of {len(result.diverged)} pairs diverged"
+        return f"no complete pair of runs: {len(result.diverged)} of {len(result.diverged)} diverged"
     if word == "one seed":
         return f"one seed: {size} {unit} {'better' if result.mean < 0 else 'worse'}, no interval{lost}"
     if word == "identical":

@@ -80,11 +80,13 @@ def shrunk(study: Study, *, steps: int | None = None, laptop: bool = False) -> S
     `laptop` puts the base in its laptop mode and takes the first two seeds. A study that sets sizes of the model keeps
     its model and its tokens, and is smaller in training only: its arms stand in proportion to the base that it names.
     """
+    if steps is None and not laptop:
+        return study
     if steps is not None and steps < 1:
         raise UserError(f"--steps={steps}: must be at least 1")
     base = override(_base(study), study.overrides)
     fields = _laptop_fields(study) if laptop else {}
-    in_steps = _in_steps(base, steps or min(base.train.steps, LAPTOP_STEPS)) if steps or laptop else {}
+    in_steps = _in_steps(base, steps or min(base.train.steps, LAPTOP_STEPS))
     name = study.name + "-laptop" * laptop + (f"-{steps}-steps" if steps else "")
     seeds = study.seeds[:2] if laptop else study.seeds
     return dataclasses.replace(study, name=name, seeds=seeds, overrides={**fields, **study.overrides, **in_steps})

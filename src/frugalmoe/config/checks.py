@@ -223,9 +223,16 @@ def _train(config: Config) -> None:
         t.batch_size,
         f"must be a multiple of train.accumulate_steps={t.accumulate_steps}",
     )
+    for name in tracker_names(config):
+        _one_of("train.trackers", name, ("tensorboard", "wandb", "trackio"))
     tokens = t.batch_size * config.data.sequence_length
     rule = f"times data.sequence_length={config.data.sequence_length} must be below {2**31} tokens"
     _require(tokens < 2**31, "train.batch_size", t.batch_size, rule)
+
+
+def tracker_names(config: Config) -> tuple[str, ...]:
+    """The names in train.trackers, each once."""
+    return tuple(dict.fromkeys(name for name in config.train.trackers.split(",") if name))
 
 
 def check_devices(config: Config, num_devices: int) -> dict[str, int]:

@@ -26,6 +26,7 @@ from frugalmoe.config.schema import Data
 from frugalmoe.data.cache import digest
 from frugalmoe.data.prepare import prepare
 from frugalmoe.data.shards import Store, is_prepared
+from frugalmoe.data.split import check_domain
 from frugalmoe.data.tokenizer import Tokenizer, load_json, parse
 from frugalmoe.errors import UserError
 
@@ -128,6 +129,8 @@ class Dataset:
         self.manifest: dict[str, Any] = store.manifest
         self.tokenizer: Tokenizer = store.tokenizer
         self.domains: tuple[str, ...] = tuple(self.manifest["domains"])  # sorted; position = domain id
+        for domain in self.domains:
+            check_domain(domain)
         made_from = [self.manifest["data"], self.tokenizer.fingerprint, self.manifest["validation_fraction"]]
         made_from += [list(weights), data.sequence_length]
         if data.document_start != "none":  # data from before there was a choice has the fingerprint that it had
