@@ -214,9 +214,9 @@ def test_more_tokens_than_memory_has_room_for_are_refused():
     config = config_of(BYTES)
     with jax.set_mesh(mesh_of()):
         weights, prompt = weights_of(config), np.zeros(5, np.int32)
-        rule = r"^--max-tokens=99999999999: this device, with .* GB, has room for \d+ after a prompt of 5 tokens$"
+        rule = r"^--max-tokens=2147483647: this device, with .* GB, has room for \d+ after a prompt of 5 tokens$"
         with pytest.raises(UserError, match=rule):
-            generate(config, weights, prompt, Sampling(max_tokens=99_999_999_999))
+            generate(config, weights, prompt, Sampling(max_tokens=2**31 - 1))
         model = dataclasses.replace(config.model, num_layers=10**6, num_kv_heads=10**6)
         with pytest.raises(UserError, match="room for 0 after"):
             generate(dataclasses.replace(config, model=model), weights, prompt, Sampling(max_tokens=1))
@@ -224,6 +224,7 @@ def test_more_tokens_than_memory_has_room_for_are_refused():
 
 BAD = [
     ("--max-tokens=0", "--max-tokens=0: must be positive"),
+    ("--max-tokens=99999999999", "--max-tokens=99999999999: must be from 1 to 2147483647"),
     ("--temperature=nan", "--temperature=nan: must be finite"),
     ("--temperature=inf", "--temperature=inf: must be finite"),
     ("--temperature=-0.1", "--temperature=-0.1: must not be negative"),

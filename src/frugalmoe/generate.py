@@ -19,7 +19,7 @@ from flax import nnx
 from jax import Array
 
 from frugalmoe import experts, sharding
-from frugalmoe.config import RECORD, Config, check_seed, record, resolve
+from frugalmoe.config import RECORD, Config, check_integer, check_seed, record, resolve
 from frugalmoe.config.schema import Model
 from frugalmoe.data.continuation import Continuation, until
 from frugalmoe.data.tokenizer import Tokenizer
@@ -52,6 +52,7 @@ class Sampling:
         ):
             if not ok:
                 raise UserError(f"--{name.replace('_', '-')}={getattr(self, name)}: {rule}")
+        check_integer("--max-tokens", self.max_tokens, least=1)
         check_seed("--seed", self.seed)
 
 
@@ -119,7 +120,7 @@ def _check_memory(config: Model, prompt: int, new: int) -> None:
     cache = jax.eval_shape(lambda: empty_cache(config, config.num_layers, 1, 1))
     scores = 4 * 4 * config.num_heads * min(prompt, _PIECE)  # float32; they and their softmax, twice
     token = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache)) + scores
-    most = min(memory // 4 // token, 2**31 - 2 * _PIECE) - prompt
+    most = memory // 4 // token - prompt
     if new > most:
         room = f"this device, with {memory / 1e9:.3g} GB, has room for {max(most, 0)}"
         raise UserError(f"--max-tokens={new}: {room} after a prompt of {prompt} tokens")
@@ -139,10 +140,10 @@ class Decoding:
 
     def feed(self, tokens: np.ndarray) -> Array:
         """int32 [T], at least one -> float32 logits [V] of what follows the last of them."""
+        self._grow(self._length + len(tokens) + _BUCKET)
         for at in range(0, len(tokens), _PIECE):
             piece = tokens[at : at + _PIECE]
             size = -(-len(piece) // _BUCKET) * _BUCKET if len(piece) > 1 else 1
-            self._grow(self._length + size)
             padded = np.pad(piece, (0, size - len(piece)))
             numbers = np.int32(self._length), np.int32(len(piece))
             logits_V, self._caches = self._step(*self._weights, padded, self._caches, *numbers)
