@@ -21,9 +21,9 @@ from frugalmoe.config.schema import Model
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
 from frugalmoe.files import read_json
+from frugalmoe.model.causality import leaking
 from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import structure
-from frugalmoe.routing import strategies
 
 _PROMPT_BUCKET = 32  # prompts are padded to a multiple of this, so that few lengths are compiled
 
@@ -53,12 +53,10 @@ class Weights(NamedTuple):
 
 def generate(config: Config, weights: Weights, prompt_ids: np.ndarray, sampling: Sampling) -> Iterator[int]:
     """Yields token ids one by one; the caller decides when to stop. A mesh must be in context."""
-    router = strategies.get(config.model.moe.router)
-    leaks = router.causality(config.model.moe, train=False) == "leak"
-    if leaks and config.model.num_dense_layers < config.model.num_layers:
+    if parts := leaking(config.model, False, sharding.axis_size("expert")):
         raise UserError(
-            f"model.moe.router={router.name!r}: cannot be sampled token by token, because its routing of a token "
-            "depends on later tokens in evaluation too (declared causal=leak)"
+            f"{parts}: cannot be sampled token by token, because the experts of a token depend on later tokens in "
+            "evaluation too (causal=leak)"
         )
     length = len(prompt_ids)
     padded = -(-length // _PROMPT_BUCKET) * _PROMPT_BUCKET
