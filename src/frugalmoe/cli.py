@@ -212,9 +212,12 @@ def _add_routers(commands) -> None:
 def _routers(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from frugalmoe.routing import strategies
     from frugalmoe.routing.catalogue import BLOCKS, blocks, catalogue, format_markdown, format_table
 
     rows = catalogue()
+    for line in strategies.broken().values():
+        print(f"frugalmoe: {line}", file=sys.stderr)
     if args.format == "json":
         print(json.dumps(rows, indent=1))
     elif args.format == "markdown":
