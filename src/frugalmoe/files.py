@@ -5,13 +5,27 @@ import fcntl
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from frugalmoe.errors import UserError
 
+LONGEST_NAME = 128  # bytes; a file name has 255, and temporary files add to it
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+
+
+def check_name(what: str, name: object) -> None:
+    """Refuses a name that could not be one folder in the place meant for it: of a study, an arm, a part of a run's.
+
+    Raises `UserError` beginning with `what` for a separator, a leading dot or dash, nothing, or more than fits.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
+        rule = "a name holds letters, digits and _ . + -, and begins with a letter, a digit or _"
+        raise UserError(f"{what}={name!r}: {rule}")
+    if len(name.encode(errors="replace")) > LONGEST_NAME:
+        raise UserError(f"{what}={name[:40] + '...'!r}: a name has at most {LONGEST_NAME} bytes")
 
 
 @contextlib.contextmanager

@@ -76,10 +76,11 @@ class Lab:
         model, moe = config.model, config.model.moe
         self.layers = moe_layers(run, config)
         self.router = strategies.get(moe.router)
-        self.eval_step = jax.jit(make_eval_step(self.config, trace=True))
+        size = self.data.tokenizer.size
+        self.eval_step = jax.jit(make_eval_step(self.config, trace=True, vocabulary=size))
         wider = dataclasses.replace(moe, num_experts_per_token=moe.num_experts_per_token + 1)
         wider = dataclasses.replace(self.config, model=dataclasses.replace(model, moe=wider))
-        self.spare_step = jax.jit(make_eval_step(wider, trace=True))
+        self.spare_step = jax.jit(make_eval_step(wider, trace=True, vocabulary=size))
         self.spare_checked = False
 
     def check(self, intervention: Intervention) -> None:

@@ -47,7 +47,8 @@ def train_causal_gap(run: str | Path, *, checkpoint: int | None = None, tokens: 
         rule = "its routing of a token depends on later tokens in evaluation too, so there is no causal loss to compare"
         raise UserError(f"{run}: router {lab.router.name!r}: {rule}")
     causal = lab.probe(Nothing())
-    training = lab.probe(Nothing(), jax.jit(make_eval_step(lab.config, trace=True, as_in_training=lab.step)))
+    rule = {"as_in_training": lab.step, "vocabulary": lab.data.tokenizer.size}
+    training = lab.probe(Nothing(), jax.jit(make_eval_step(lab.config, trace=True, **rule)))
     return [
         Gap(
             domain,

@@ -83,7 +83,7 @@ class Tracer:
         self.layers = moe_layers(run, config)
         self.data = open_run_data(run, config)
         self.config = limited(config, len(self.data.domains), tokens)
-        self.eval_step = jax.jit(make_eval_step(self.config, trace=True))
+        self.eval_step = jax.jit(make_eval_step(self.config, trace=True, vocabulary=self.data.tokenizer.size))
 
     def columns(self, step: int) -> dict[str, np.ndarray]:
         """The arrays of one checkpoint's file that follow from its weights."""

@@ -28,21 +28,22 @@ def get(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def add_config_flag(parser: argparse.ArgumentParser) -> None:
+def add_config_flag(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds --config=FILE[:ARG]; `frugalmoe.cli` takes --config.a.b=VALUE out of the command line before."""
     parser.add_argument(
         "--config",
-        required=True,
+        required=required,
         metavar="FILE[:ARG]",
-        help="a Python file with get_config(ARG); override fields with --config.section.field=VALUE",
+        help="a Python file with get_config(ARG), or the name of one of ours, as quickstart:laptop; set fields with "
+        "--config.section.field=VALUE (`frugalmoe config` lists them)",
     )
 
 
 def load_config(args: argparse.Namespace):
-    """Returns the checked `Config` that --config and its overrides name."""
-    from frugalmoe.config import load
+    """Returns the checked `Config` that --config, or else the defaults, and its overrides name."""
+    from frugalmoe.config import default, load, override, resolve
 
-    return load(args.config, args.overrides)
+    return load(args.config, args.overrides) if args.config else resolve(override(default(), args.overrides))
 
 
 def set_up_training(config) -> None:

@@ -1,14 +1,18 @@
 """Every rule that a resolved config must obey. One line per rule: the field, its value, the rule, the valid choices."""
 
 import math
+import re
 from collections.abc import Callable, Iterable
 
 from frugalmoe.config.schema import Config, Model, MoE
 from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.files import check_name
 
 
 def check(config: Config) -> None:
     """Raises `UserError` for the first rule that the config breaks."""
+    for part in config.name.split("/"):  # a study's runs are STUDY/ARM/SEED
+        check_name("name" if part == config.name else f"name={config.name!r}: a part of it", part)
     for rules in (_model, _depths, _moe, _data, _optim, _train):
         rules(config)
 
@@ -40,6 +44,15 @@ def check_seed(path: str, seed: int) -> None:
     """Raises `UserError` for what is no seed, wherever one is given."""
     _require(type(seed) is int, path, seed, "must be an integer")
     check_integer(path, seed, least=0)
+
+
+def check_float(path: str, value: float) -> None:
+    """Raises `UserError` for what is infinite, NaN, or either of these or zero in float32, in which it is used."""
+    ok = value == 0 or _SMALLEST <= abs(value) <= _LARGEST
+    _require(ok, path, value, f"must be 0 or from {_SMALLEST:g} to {_LARGEST:g} in size, as float32 has it")
+
+
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**128 - 2.0**104  # of the normal numbers of float32
 
 
 def _model(config: Config) -> None:
@@ -104,6 +117,7 @@ def _moe(config: Config) -> None:
         lambda v: v > 0,
         "must be positive",
     )
+    _each("model.moe", moe, "load_balance_group", lambda v: v > 0, "must be positive")
     _each("model.moe", moe, "num_shared_experts", lambda v: v >= 0, "must not be negative")
     _require(
         moe.num_experts_per_token <= moe.num_experts,
@@ -159,12 +173,11 @@ def _check_scope(config: Config, devices: int) -> None:
 def _data(config: Config) -> None:
     d = config.data
     _require(d.sequence_length > 1, "data.sequence_length", d.sequence_length, "must be at least 2")
+    _one_of("data.document_start", d.document_start, ("end_of_text", "none"))
     _require(0 < d.validation_fraction < 1, "data.validation_fraction", d.validation_fraction, "must be in (0, 1)")
-    kind, _, size = d.tokenizer.partition(":")
+    size = re.fullmatch(r"bpe:([0-9]{3,9})", d.tokenizer)
     _require(
-        d.tokenizer == "bytes"
-        or d.tokenizer.endswith(".json")
-        or (kind == "bpe" and size.isdigit() and int(size) > 256),
+        d.tokenizer == "bytes" or d.tokenizer.endswith(".json") or (size is not None and int(size[1]) > 256),
         "data.tokenizer",
         d.tokenizer,
         "must be bytes, bpe:SIZE with SIZE > 256, or the path of a tokenizer.json",
@@ -210,6 +223,16 @@ def _train(config: Config) -> None:
         t.batch_size,
         f"must be a multiple of train.accumulate_steps={t.accumulate_steps}",
     )
+    for name in tracker_names(config):
+        _one_of("train.trackers", name, ("tensorboard", "wandb", "trackio"))
+    tokens = t.batch_size * config.data.sequence_length
+    rule = f"times data.sequence_length={config.data.sequence_length} must be below {2**31} tokens"
+    _require(tokens < 2**31, "train.batch_size", t.batch_size, rule)
+
+
+def tracker_names(config: Config) -> tuple[str, ...]:
+    """The names in train.trackers, each once."""
+    return tuple(dict.fromkeys(name for name in config.train.trackers.split(",") if name))
 
 
 def check_devices(config: Config, num_devices: int) -> dict[str, int]:
@@ -279,11 +302,13 @@ def _check_layout(config: Config, axes: dict[str, int]) -> None:
 
 
 def _divides(path: str, size: int, what: str, total: int) -> None:
-    _require(total % size == 0, path, size, f"must divide {what}; {_nearest(size, total)}")
+    if total % size:
+        raise UserError(f"{path}={size!r}: must divide {what}; {_nearest(size, total)}")
 
 
 def _nearest(size: int, total: int) -> str:
     """The divisors of a total on both sides of a size that is none."""
-    valid = [n for n in range(1, total + 1) if total % n == 0]
+    small = [n for n in range(1, math.isqrt(total) + 1) if total % n == 0]
+    valid = sorted({*small, *(total // n for n in small)})
     near = [*[n for n in valid if n < size][-1:], *[n for n in valid if n > size][:1]]
     return f"nearest valid: {', '.join(map(str, near))}"

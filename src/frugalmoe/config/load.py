@@ -1,22 +1,29 @@
 """From a config file and overrides to a checked `Config`. The only place where ConfigDicts live."""
 
 import ast
+import contextlib
 import dataclasses
 import importlib.util
+import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from frugalmoe.config import schema
-from frugalmoe.config.checks import check, check_integer
+from frugalmoe.config.checks import check, check_float, check_integer
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.files import read_json
+from frugalmoe.shipped import CONFIGS, Folder
 
 RECORD = "config.json"  # of a run's directory: the config that it was trained with
+
+# What runs did that are older than a field, where its default makes new ones do something else.
+_BEFORE = {"data": {"document_start": "none"}}
 
 
 def default() -> ConfigDict:
@@ -36,8 +43,8 @@ def _open(config: ConfigDict) -> ConfigDict:
 def record(path: Path) -> dict[str, Any]:
     """The config that a run's config.json holds, in the fields of today.
 
-    Fields that are younger than the run have the defaults, which leave things as they were. Raises `UserError` for a
-    file that is no record of a run.
+    Fields that are younger than the run have what the run did: the defaults, or what `_BEFORE` says. Raises `UserError`
+    for a file that is no record of a run.
     """
     saved = read_json(path)
     if not _is_record(saved):
@@ -47,7 +54,8 @@ def record(path: Path) -> dict[str, Any]:
         if "eval_batches" in train:  # older runs count held-out rows in micro-batches
             micro_batch = train["batch_size"] // train["accumulate_steps"]
             train["eval_rows"] = train.pop("eval_batches") * micro_batch
-        return completed({**saved, "train": train})
+        older = {section: {**fields, **saved[section]} for section, fields in _BEFORE.items()}
+        return completed({**saved, **older, "train": train})
     except (ArithmeticError, AttributeError, LookupError, TypeError) as e:
         raise UserError(f"{path}: a damaged config ({type(e).__name__}: {e})") from e
 
@@ -108,29 +116,70 @@ def load(spec: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> schema
 
 
 def read(spec: str) -> ConfigDict:
-    """`FILE[:ARG]` -> its `get_config(ARG)`; the directory of a run, or its config.json -> what it was trained with."""
-    if Path(spec).is_dir() or spec.endswith(".json"):
-        return _open(ConfigDict(record(Path(spec) / RECORD if Path(spec).is_dir() else Path(spec))))
+    """`FILE[:ARG]` -> its `get_config(ARG)`. FILE is a path, or the name of a config that we ship.
+
+    The directory of a run, or its config.json -> what it was trained with.
+    """
+    run = Path(spec) / RECORD
+    if os.path.isfile(run) or spec.endswith(".json"):
+        return _open(ConfigDict(record(run if os.path.isfile(run) else Path(spec))))
     file, _, arg = spec.partition(":")
-    path = Path(file)
-    if not path.is_file():
-        near = sorted(str(p) for p in Path("configs").glob("*.py"))
-        raise UserError(f"--config={spec}: no such file; {did_you_mean(file, near)}")
+    get_config = python_file(CONFIGS, file, f"--config={spec}", "get_config")
+    with _one_line_errors(f"--config={spec}"):
+        config = get_config(arg or None)
+    rule = "get_config() must edit what frugalmoe.config.default() gives, and return it"
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={spec}: returned {type(config).__name__}: {rule}")
+    if missing := _missing_sections(config, default()):
+        raise UserError(f"--config={spec}: without the section {missing[0]}: {rule}")
+    return config
+
+
+def python_file(shipped: Folder, file: str, what: str, name: str) -> Any:
+    """`name` of the Python file at a path or shipped under that name; raises `UserError` that begins with `what`.
+
+    What the file does wrong is the user's error too, be it syntax, an exception or an end of the program.
+    """
+    path = shipped.find(file, what)
+    if path.suffix != ".py":
+        raise UserError(f"{what}: must be a Python file, NAME.py, that defines {name}")
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(module_spec)
-    try:
+    with _one_line_errors(what):
         module_spec.loader.exec_module(module)
-        return module.get_config(arg or None)
+    if not hasattr(module, name):
+        raise UserError(f"{what}: defines no {name}")
+    return getattr(module, name)
+
+
+@contextlib.contextmanager
+def _one_line_errors(what: str) -> Iterator[None]:
+    try:
+        yield
     except UserError:
         raise
-    except Exception as e:
-        raise UserError(f"--config={spec}: {type(e).__name__}: {_one_line(e)}") from e
+    except (Exception, SystemExit) as e:  # with SystemExit the program would end well, and nothing have been done
+        raise UserError(f"{what}: {type(e).__name__}: {_one_line(e)}") from e
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     """ConfigDict prints the whole section between what is wrong and its 'Did you mean'."""
-    lines = [line for line in str(error).strip("'\"").replace("\\n", "\n").splitlines() if line.strip()] or [""]
+    text = str(error)
+    if " Other fields" not in text:
+        return text  # UserError joins its lines
+    lines = [line for line in text.strip("'\"").replace("\\n", "\n").splitlines() if line.strip()]
     return lines[0].split(" Other fields")[0] + (f" {lines[-1]}" if "Did you mean" in lines[-1] else "")
+
+
+def _missing_sections(config: ConfigDict, whole: ConfigDict, path: str = "") -> list[str]:
+    """The sections of a whole config that another lacks, or has a value for."""
+    missing = []
+    for name, section in whole.items():
+        if isinstance(section, ConfigDict):
+            found = config.get(name)
+            inner = isinstance(found, ConfigDict)
+            missing += _missing_sections(found, section, f"{path}{name}.") if inner else [path + name]
+    return missing
 
 
 def override(config: ConfigDict, overrides: Mapping[str, Any] | Sequence[str]) -> ConfigDict:
@@ -154,8 +203,9 @@ def _parse_assignment(text: str) -> tuple[str, Any]:
     if not equals:
         raise UserError(f"--config.{text}: an override is written --config.{text}=VALUE")
     try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+        with warnings.catch_warnings(action="ignore"):  # of text that looks like Python, as '\\d' does
+            return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return name, {"true": True, "false": False}.get(value, value)
 
 
@@ -176,20 +226,32 @@ def _set(config: ConfigDict, dotted: str, value: Any) -> None:
         _unknown(dotted, node)
     if type(value) is int and value.bit_length() > 128:  # ConfigDict makes a float of it, which may not hold it
         check_integer(dotted, value)
+    _check_replacement(dotted, node.get(leaf), value, open_keys or _is_open([*parents, leaf]))
     with node.ignore_type():
         node[leaf] = value
 
 
+def _check_replacement(dotted: str, old: Any, value: Any, is_open: bool) -> None:
+    """Refuses what ConfigDict would take and make something else of; types are checked in `resolve`."""
+    is_mapping = isinstance(value, Mapping | ConfigDict)
+    if isinstance(old, ConfigDict) and not (is_mapping and is_open):
+        raise UserError(f"{dotted}={value!r}: is a section; set its fields: {', '.join(old.keys()) or 'it has none'}")
+    if is_mapping and not all(isinstance(key, str) for key in value):
+        raise UserError(f"{dotted}={value!r}: expected names as keys")
+    if type(value) is bool and type(old) in (int, float):  # would become 1.0
+        raise UserError(f"{dotted}={value!r}: expected {type(old).__name__}, got bool")
+
+
 def _is_open(path: list[str]) -> bool:
-    """Mappings whose keys the user names; their contents are checked in `resolve`."""
-    return path in (["model", "moe", "options"], ["model", "moe", "losses"], ["data", "sources"])
+    """Whether the user names the keys of a mapping, which may also be set whole; `resolve` checks what it holds."""
+    return path[:3] == ["model", "moe", "options"] or path in (["model", "moe", "losses"], ["data", "sources"])
 
 
 def _unknown(dotted: str, node: ConfigDict) -> None:
     raise UserError(f"{dotted}: unknown config field; {did_you_mean(dotted.split('.')[-1], node.keys())}")
 
 
-def resolve(config: ConfigDict | Mapping[str, Any]) -> schema.Config:
+def resolve(config: ConfigDict | Mapping[str, Any] | schema.Config) -> schema.Config:
     """ConfigDict -> checked dataclasses. Raises `UserError` naming the field, the value and the rule."""
     from frugalmoe.routing import strategies
 
@@ -253,10 +315,13 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
         return value
     if kind is int and type(value) is int:
         check_integer(path, value)
+        return value
     if kind is float and type(value) is int:
-        if value.bit_length() > 128:
+        if value.bit_length() > 128:  # no float holds it
             check_integer(path, value)
-        return float(value)
+        value = float(value)
+    if kind is float and type(value) is float:
+        check_float(path, value)
     if path == "model.moe.router" and _is_router(value):
         return value  # a strategy that is no file of the package: a notebook's
     if type(value) is not kind:

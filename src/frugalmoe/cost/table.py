@@ -60,22 +60,22 @@ def tables(result) -> list:
     table = lambda *columns: Table(*columns, box=box.SIMPLE_HEAD)
     memory = table("memory of one device", "")
     for part, size in result.memory.items():
-        memory.addrow(part, _size(size))
+        memory.add_row(part, _size(size))
         if part == "temporaries":
-            memory.addrow("  gradients among them", _size(result.gradients))
-    memory.addrow("all", _size(result.needed))
+            memory.add_row("  gradients among them", _size(result.gradients))
+    memory.add_row("all", _size(result.needed))
     if result.available is not None:
-        memory.addrow("available", _size(result.available))
+        memory.add_row("available", _size(result.available))
     micro_batches, sequences = result.sequences
     parts = [headline(result), f"micro-batches of a step: {micro_batches}, of {sequences} sequences", memory]
     if result.collectives is not None:
         sent = table("collectives of a step", "count", "sent by a device")
         for kind, count, size in result.collectives:
-            sent.addrow(kind, f"{count:,}", _size(size))
+            sent.add_row(kind, f"{count:,}", _size(size))
         parts += [sent] if math.prod(result.mesh.values()) > 1 else []
         largest = table("largest arrays that it makes", "", "made by")
         for of_type, size, source in result.largest:
-            largest.addrow(of_type, _size(size), source.removeprefix("jit(train_step)/")[-60:])
+            largest.add_row(of_type, _size(size), source.removeprefix("jit(train_step)/")[-60:])
         parts.append(largest)
     elif result.fits:
         parts.append("collectives: unknown, for the text of this program cannot be read")

@@ -35,7 +35,7 @@ def prepare(data: Data, output: Path | None = None, workers: int = 0, progress: 
     """
     inputs = open_inputs(data, progress)
     key = _key(data, inputs)
-    final = Path(output) if output else cache_root(data) / "prepared" / key
+    final = Path(output) if output else _in_cache(data, key)
     with locked(final):
         if final.exists():
             if not is_prepared(final) or read_manifest(final)["key"] != key:
@@ -48,6 +48,15 @@ def prepare(data: Data, output: Path | None = None, workers: int = 0, progress: 
             _prepare_into(partial, data, inputs, key, workers or os.cpu_count() or 1, bar)
         partial.rename(final)
     return final
+
+
+def prepared_in_cache(data: Data, inputs: list[Input]) -> bool:
+    """Whether `prepare` has nothing to do."""
+    return _in_cache(data, _key(data, inputs)).exists()
+
+
+def _in_cache(data: Data, key: str) -> Path:
+    return cache_root(data) / "prepared" / key
 
 
 def _key(data: Data, inputs: list[Input]) -> str:

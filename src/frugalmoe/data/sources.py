@@ -18,7 +18,7 @@ from frugalmoe.config.schema import Data, Source
 from frugalmoe.data import corpus, mixed, quickstart
 from frugalmoe.data.cache import cache_root
 from frugalmoe.data.text import cut
-from frugalmoe.errors import UserError
+from frugalmoe.errors import UserError, needs_package
 
 BUILT_IN = {"quickstart": quickstart.build, "mixed": mixed.build}
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -187,7 +187,7 @@ def _hf_records(source: Input) -> Iterator[tuple[str, str, str]]:
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"{where}: needs the package `datasets`; pip install frugalmoe[hf]") from error
+        raise needs_package(where, "datasets>=4") from error
     try:
         dataset = datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub, the builder scripts and the file readers raise many kinds

@@ -41,6 +41,7 @@ class Tokenizer(Protocol):
 
     size: int  # ids are 0 .. size-1
     eos: int  # ends each document; never the result of encoding text
+    silent: tuple[int, ...]  # ids below `size` that show no text: specials, and gaps between ids
     token_bytes: np.ndarray  # int32[size]: UTF-8 bytes that a token stands for, 0 for specials
     fingerprint: str  # equal for equal tokenizers, on every machine
 
@@ -62,6 +63,7 @@ class ByteTokenizer:
 
     size = 257
     eos = 256
+    silent = (eos,)
 
     def __init__(self) -> None:
         self.token_bytes = np.array([1] * 256 + [0], np.int32)
@@ -98,6 +100,8 @@ class JsonTokenizer:
         self._eos_token = eos_token
         self.size = max(vocabulary.values()) + 1
         self.eos = vocabulary[eos_token]
+        specials = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.silent = tuple(sorted(specials | {self.eos} | (set(range(self.size)) - set(vocabulary.values()))))
         self.token_bytes = _token_bytes(self._content, vocabulary, self.size)
         self.token_bytes[self.eos] = 0
         canonical = json.dumps([self._content, eos_token], sort_keys=True, ensure_ascii=False)

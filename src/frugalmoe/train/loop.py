@@ -12,10 +12,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from frugalmoe import sharding
-from frugalmoe.config import RECORD, Config, check_devices, to_dict, with_vocabulary
+from frugalmoe.config import Config, check_devices, to_dict, with_vocabulary
 from frugalmoe.data import Dataset, open_data
 from frugalmoe.data.batches import Batch
 from frugalmoe.errors import UserError
@@ -27,9 +26,11 @@ from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
 from frugalmoe.train import checkpoint, distributed, rundir
 from frugalmoe.train.evaluate import Scores, evaluate, own_rows, write_probe
+from frugalmoe.train.preflight import check_directory
 from frugalmoe.train.program import Program, compiled_eval_step
 from frugalmoe.train.progress import Progress
 from frugalmoe.train.step import State, abstract, init, knobs
+from frugalmoe.train.trackers import Trackers
 
 
 class NotFinite(UserError):
@@ -42,33 +43,27 @@ def train(
     *,
     resume: str = "auto",
     fresh: bool = False,
+    sample: bool = False,
     progress: Callable[[Config, int], Any] = Progress,
 ) -> dict[str, Any]:
     """Trains, or continues, the run in `workdir` and returns its summary. `status` is complete or stopped.
 
     resume: auto continues a run of the same config; force continues it whatever its config; never refuses. fresh
-    replaces the run that is there, once all has been checked. Raises UserError for input that cannot be run; nothing is
-    written or deleted then. With several processes (`distributed.start`) all call it, alike.
+    replaces the run that is there, once all has been checked. sample: the summary of a complete run has a passage of
+    generated text. Raises UserError for input that cannot be run; nothing is written or deleted then. With several
+    processes (`distributed.start`) all call it, alike.
     """
+    config = config if fresh else rundir.as_begun(config, workdir)
     flags = {"--workdir": str(workdir), "--resume": resume, "--fresh": fresh}
     distributed.check_same(to_dict(config) | flags)
     axes = check_devices(config, jax.device_count())
     with distributed.together():
         if distributed.is_main():
-            _check_directory(config, workdir, resume, fresh)
+            check_directory(config, workdir, resume=resume, fresh=fresh)
     if distributed.exchange(rundir.is_complete(workdir))[0] and resume != "force" and not fresh:
         return read_json(workdir / "summary.json")
     with jax.set_mesh(sharding.make_mesh(axes)), opened(config, workdir, force=resume == "force", fresh=fresh) as run:
-        return train_runs([run], progress)[0]
-
-
-def _check_directory(config: Config, workdir: Path, resume: str, fresh: bool) -> None:
-    rundir.check_idle(workdir)
-    if fresh:
-        return rundir.check_fresh(workdir)
-    if resume == "never" and (workdir / RECORD).is_file():
-        raise UserError(f"--workdir={workdir}: holds a run and --resume=never was given")
-    rundir.check_config(workdir, to_dict(config), force=resume == "force")
+        return train_runs([run], progress, sample)[0]
 
 
 @contextmanager
@@ -139,7 +134,9 @@ def _describe(workdir: Path, config: Config, data: Dataset, start: int) -> None:
     rundir.describe(workdir, to_dict(config), start)  # last: it marks the directory as a run
 
 
-def train_runs(runs: Sequence["Run"], progress: Callable[[Config, int], Any]) -> list[dict[str, Any]]:
+def train_runs(
+    runs: Sequence["Run"], progress: Callable[[Config, int], Any], sample: bool = False
+) -> list[dict[str, Any]]:
     """Trains runs to the end and returns their summaries; several at once where they stand at one step and their
     configs differ in `Knobs` and name only.
     """
@@ -151,7 +148,7 @@ def train_runs(runs: Sequence["Run"], progress: Callable[[Config, int], Any]) ->
         stopped = _loop(runs, lambda: held.enter_context(distributed.stop_requests()), shown)
         if not stopped:
             shown.say("evaluating on held-out documents")
-        return [run.finish(stopped, (time.perf_counter() - began) / len(runs)) for run in runs]
+        return [run.finish(stopped, (time.perf_counter() - began) / len(runs), sample) for run in runs]
 
 
 def _loop(runs: Sequence["Run"], stop_requests: Callable[[], Callable[[int], bool]], shown: Any) -> bool:
@@ -179,7 +176,7 @@ def _loop(runs: Sequence["Run"], stop_requests: Callable[[], Callable[[int], boo
 
     while step < config.steps and not (stopped := stop(step)):
         batch = program.next_batch()
-        with jax.transfer_guard("disallow"):
+        with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
             metrics = program.step(batch)
         if step == runs[0].start:
             stop = stop_requests()
@@ -221,8 +218,7 @@ class Run:
         main = distributed.is_main()
         log = lambda name: rundir.Log(workdir / name if main else Path(os.devnull), self.start)
         self.metrics_log, self.load_log = log("metrics.jsonl"), log("expert_load.jsonl")
-        tensorboard = str(workdir / "tensorboard")
-        self.tensorboard = SummaryWriter(tensorboard, purge_step=self.start + 1, write_to_disk=main)
+        self.trackers = Trackers(config, workdir, self.start, quiet=not main)
         self.eval_step = compiled_eval_step(config)
         self.batches = data.train_batches(self.start, own_rows(mesh, config))
         self.tokens_per_second: list[float] = []
@@ -252,20 +248,22 @@ class Run:
         last = "nothing is saved yet" if saved is None else f"the last checkpoint is {saved}"
         return f"{what}: not finite; {last}; lower optim.learning_rate={self.config.optim.learning_rate}"
 
-    def finish(self, stopped: bool, seconds: float) -> dict[str, Any]:
-        """Saves the state; unless stopped, evaluates. Returns the summary, which a complete run also writes."""
+    def finish(self, stopped: bool, seconds: float, sample: bool) -> dict[str, Any]:
+        """Saves the state; unless stopped, evaluates, and samples if asked to. Returns the summary, which a complete
+        run also writes.
+        """
         scores = None if stopped else self._finish()
         self.save()
         self.manager.wait_until_finished()
         summary = {"status": "stopped" if stopped else "complete", "step": self.step, "steps": self.config.train.steps}
         if scores:
-            summary |= self._summary(scores, seconds)
+            summary |= self._summary(scores, seconds) | ({"sample": self._sample()} if sample else {})
             if distributed.is_main():
                 write_json(self.workdir / "summary.json", summary)
         return summary
 
     def close(self) -> None:
-        for part in (self.metrics_log, self.load_log, self.tensorboard, self.manager):
+        for part in (self.metrics_log, self.load_log, self.trackers, self.manager):
             part.close()
 
     def evaluate(self) -> None:
@@ -296,8 +294,7 @@ class Run:
 
     def _write(self, step: int, row: Mapping[str, float]) -> None:
         self.metrics_log.write({"step": step, **row})
-        for name, value in row.items():
-            self.tensorboard.add_scalar(name, value, step)
+        self.trackers.log(step, row)
 
     def _log_scores(self, scores: Scores) -> None:
         if broken := [domain for domain, loss in scores.loss.items() if not np.isfinite(loss)]:
@@ -307,7 +304,8 @@ class Run:
 
     def _finish(self) -> Scores:
         trace: list | None = [] if self.layers and distributed.is_main() else None
-        eval_step = compiled_eval_step(self.config, trace=True) if self.layers else self.eval_step
+        traced = lambda: compiled_eval_step(self.config, trace=True, vocabulary=self.data.tokenizer.size)
+        eval_step = traced() if self.layers else self.eval_step
         scores = evaluate(eval_step, self.state, self.data, self.config, self.mesh, trace)
         self._log_scores(scores)
         if trace:
@@ -328,7 +326,6 @@ class Run:
             "speed": {"tokens_per_second": speed, "train_seconds": seconds},
             "router": {"name": router.name, "causal": router.about.causal, "layers": layers},
             **({"mixture_of_depths": about | {"layers": blocks}} if blocks else {}),
-            "sample": self._sample(),
         }
 
     def _sample(self) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The run directory: who owns it, what config it holds, and its append-only logs. Analysis needs nothing else."""
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import json
@@ -18,7 +19,7 @@ from typing import Any, TextIO
 
 import jax
 
-from frugalmoe.config import RECORD, completed, record
+from frugalmoe.config import RECORD, Config, completed, record
 from frugalmoe.errors import UserError
 from frugalmoe.files import read_json, to_json, write_atomically, write_json
 
@@ -28,7 +29,7 @@ _BEGINNING = ("checkpoints", "metrics.jsonl", "expert_load.jsonl", "tensorboard"
 _OWN = ("config.json", "environment.json", "data.json", "history.jsonl", "metrics.jsonl", "expert_load.jsonl",
         "summary.json", "probe.npz", "cross.json", ".*.json.*.tmp", ".*.jsonl.*.tmp",
         "tensorboard/events.out.tfevents.*", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
-        "report/index.html", "report/*.png", "trace/step_*.npz")  # fmt: skip
+        "report/index.html", "report/*.png", "trace/step_*.npz", "trackers.json", "wandb", "profile")  # fmt: skip
 _FOLDERS = ("checkpoints", "tensorboard", "tokenizer", "report", "trace")
 
 
@@ -82,12 +83,13 @@ def _holds_something(workdir: Path) -> bool:
 
 
 def check_config(workdir: Path, config: Mapping[str, Any], force: bool) -> None:
-    """Refuses to continue a run of another config, and names what differs. The mesh may: it changes no answer."""
+    """Refuses to continue a run of another config, and names what differs. Mesh and trackers change no answer."""
     if not (workdir / RECORD).is_file():
         if _holds_something(workdir):
             raise UserError(f"--workdir={workdir}: holds files but no {RECORD}; give an empty or new directory")
         return
     saved = record(workdir / RECORD) | {"mesh": config["mesh"]}
+    saved["train"]["trackers"] = config["train"]["trackers"]
     if "eval_batches" in read_json(workdir / RECORD)["train"]:  # an older run goes on with the held-out rows of today
         saved["train"]["eval_rows"] = config["train"]["eval_rows"]
     differing = differences(saved, completed(config), "there", "here")
@@ -97,6 +99,20 @@ def check_config(workdir: Path, config: Mapping[str, Any], force: bool) -> None:
             f"--workdir={workdir}: holds a run with another config ({shown}); "
             "give another --workdir, or --resume=force to continue it with this one"
         )
+
+
+def as_begun(config: Config, workdir: Path) -> Config:
+    """The config with what a run in the directory does where it is older than a field: it goes on as it began.
+
+    Nobody can have asked for that with a flag: the same command meant it then.
+    """
+    path = workdir / RECORD
+    saved = read_json(path) if path.is_file() else None
+    data = saved.get("data") if isinstance(saved, Mapping) else None
+    if not isinstance(data, Mapping) or "document_start" in data:
+        return config
+    data = dataclasses.replace(config.data, document_start=record(path)["data"]["document_start"])
+    return dataclasses.replace(config, data=data)
 
 
 def differences(ours: Any, theirs: Any, where: str, elsewhere: str) -> list[str]:

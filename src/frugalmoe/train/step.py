@@ -273,12 +273,15 @@ class Evaluated(NamedTuple):
     predicted_BT: Array | None  # int32, the most likely next token
 
 
-def make_eval_step(config: Config, trace: bool = False, as_in_training: int | None = None) -> Callable[..., Evaluated]:
+def make_eval_step(
+    config: Config, trace: bool = False, as_in_training: int | None = None, vocabulary: int | None = None
+) -> Callable[..., Evaluated]:
     """Losses and routing of held-out tokens [B, T]: no noise, no update of router state.
 
     `eval_step(params, router_state, batch, intervention=None, first_row=0)`; see `model.moe.Context.intervention`.
     `first_row` is the number of the batch's first row among all that are evaluated: the keys of a router that draws
-    follow it. `as_in_training` is a step: tokens are routed as training routes them then, with its noise.
+    follow it. `as_in_training` is a step: tokens are routed as training routes them then, with its noise. `vocabulary`
+    is the tokenizer's size, from which on ids pad the model's vocabulary and are predicted never.
     """
     graphdef, _, _ = structure(config.model)
     at, train = as_in_training or 0, as_in_training is not None
@@ -296,17 +299,21 @@ def make_eval_step(config: Config, trace: bool = False, as_in_training: int | No
         routed = out.routed
         stats, *traced = (routed.stats, routed.selected_BTE, routed.plan) if routed is not None else ({}, None, None)
         passed = {} if out.depths is None else out.depths.stats
-        predicted = _predicted(model, out.hidden_BTD, config) if trace else None
+        predicted = _predicted(model, out.hidden_BTD, config, vocabulary) if trace else None
         return Evaluated(ce_BT * batch.loss_mask_BT, stats, passed, *traced, predicted)
 
     return eval_step
 
 
-def _predicted(model: Transformer, hidden_BTD: Array, config: Config) -> Array:
-    """The most likely next token [B, T]; logits of `loss_chunk` tokens exist at one time."""
+def _predicted(model: Transformer, hidden_BTD: Array, config: Config, vocabulary: int | None) -> Array:
+    """The most likely next token [B, T], the lowest of equals; logits of `loss_chunk` tokens exist at one time.
+
+    Logits are those of the loss: float32, whatever the hidden states are.
+    """
 
     def on_shard(hidden_BTD, head_DV):
-        best = lambda hidden_D: jnp.argmax(hidden_D @ head_DV).astype(jnp.int32)
+        logits = lambda hidden_D: jnp.dot(hidden_D, head_DV, preferred_element_type=jnp.float32)[:vocabulary]
+        best = lambda hidden_D: jnp.argmax(logits(hidden_D)).astype(jnp.int32)
         hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
         return jax.lax.map(best, hidden_ND, batch_size=config.train.loss_chunk).reshape(hidden_BTD.shape[:2])
 

@@ -45,7 +45,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     logits_BTE = linear_logits({"kernel_DE": prototype_PE / config.options.temperature}, unit)
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     choice = select.top_k(logits_BTE, config.num_experts_per_token)
-    weight_BTK = gate.weights(probs_BTE, choice.expert_BTK, renormalize=True)
+    weight_BTK = gate.weights(logits_BTE, probs_BTE, choice.expert_BTK, renormalize=True)
     routing = gate.routing(logits_BTE, probs_BTE, choice, weight_BTK, inputs, config)
     shape = {
         "prototype_diversity": diversity(prototype_PE, inputs),

@@ -37,7 +37,7 @@ class Options:
     initial: float = 1e-8  # lambda before the first step
     alpha: float = 1.2  # factor on lambda per step
     max_experts: int = 0  # slots per token; 0: 4 * num_experts_per_token
-    rms_norm: bool = False
+    rms_norm: bool = False  # gates are divided by their root mean square, and scaled per expert (BlockFFN)
 
 
 def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
