@@ -35,6 +35,7 @@ from routing_cases import (
 )
 
 from frugalmoe.config.schema import FrozenDict, MoE
+from frugalmoe.errors import UserError
 from frugalmoe.model.moe import execute
 from frugalmoe.routing import losses, select, stats
 from frugalmoe.routing.contract import (
@@ -430,7 +431,9 @@ LAWS = {name.removeprefix("law_"): law for name, law in list(globals().items()) 
 
 @pytest.mark.parametrize("law", LAWS.values(), ids=LAWS.keys())
 @pytest.mark.parametrize("case", case_parameters())
-def test_law(case: Case, law) -> None:
+def test_law(case: Case | UserError, law) -> None:
+    if isinstance(case, UserError):
+        raise case
     law(case)
 
 

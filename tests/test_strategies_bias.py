@@ -11,6 +11,7 @@ from routing_cases import D, combine, make_case, make_inputs, make_params, route
 from test_routing_laws import LAWS
 from test_train_step import trained
 
+from frugalmoe.config.schema import FrozenDict
 from frugalmoe.routing import groups, select
 from frugalmoe.routing.contract import Inputs, combine_matrix, linear_logits
 from frugalmoe.routing.strategies import quantile_balance
@@ -205,6 +206,9 @@ def test_hash_layers_choose_by_token_id_and_weigh_by_score() -> None:
     kept_BTE = chosen_BTE * np.sqrt(np.log1p(np.exp(logits_of(HASHED, inputs))))
     np.testing.assert_allclose(combine(HASHED, first), kept_BTE / kept_BTE.sum(-1, keepdims=True), rtol=1e-4)
     assert first.losses["load_balance"].sum == first.losses["sequence_balance"].sum == first.stats["ties"] == 0
+    devices = {"load_balance_devices": 2, "losses": FrozenDict(device_balance=1.0)}
+    of_devices = make_case("sigmoid_bias", moe=devices, hash_layers=1)
+    assert route(of_devices, inputs).losses["device_balance"].sum == 0
     deeper = inputs._replace(layer=jnp.int32(1))
     np.testing.assert_array_equal(*(combine(case, route(case, deeper)) for case in (HASHED, plain)))
     assert route(HASHED, deeper).losses["load_balance"].sum > 0

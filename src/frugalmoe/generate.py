@@ -24,9 +24,9 @@ from frugalmoe.data.continuation import Continuation, until
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
 from frugalmoe.model.attention import empty_cache
+from frugalmoe.model.causality import leaking
 from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import empty_caches, structure
-from frugalmoe.routing import strategies
 
 _BUCKET = 32  # pieces of a prompt are padded to a multiple of this, so that few lengths are compiled
 _PIECE = 512  # tokens of a prompt that are computed at one time: their scores against all tokens exist
@@ -74,12 +74,10 @@ def generate(
     model whose evaluation does something else, and for more tokens than there is memory for.
     """
     sampling.check()
-    router = strategies.get(config.model.moe.router)
-    leaks = router.causality(config.model.moe, train=False) == "leak"
-    if leaks and config.model.num_dense_layers < config.model.num_layers:
+    if parts := leaking(config.model, False, sharding.axis_size("expert")):
         raise UserError(
-            f"model.moe.router={router.name!r}: cannot be sampled token by token, because its routing of a token "
-            "depends on later tokens in evaluation too (declared causal=leak)"
+            f"{parts}: cannot be sampled token by token, because the experts of a token depend on later tokens in "
+            "evaluation too (causal=leak)"
         )
     _check_slots(config)
     _check_memory(config.model, len(prompt_ids), sampling.max_tokens)

@@ -105,7 +105,7 @@ def _moe(config: Config) -> None:
     # Imported here: strategies and executors import the config's schema.
     from frugalmoe import experts
     from frugalmoe.experts import parallel
-    from frugalmoe.routing import strategies
+    from frugalmoe.routing import losses, strategies
 
     moe: MoE = config.model.moe
     router = strategies.get(moe.router)
@@ -127,8 +127,9 @@ def _moe(config: Config) -> None:
     )
     for name, coefficient in moe.losses.items():
         path = f"model.moe.losses.{name}"
-        known = {*strategies.loss_names(), *router.about.losses}
-        if name not in known:
+        own = {*losses.GATE_LOSSES, *router.about.losses}
+        # Those of other strategies are valid too, for configs that change the router; only then are all imported.
+        if name not in own and name not in (known := own.union(strategies.loss_names())):
             raise UserError(f"{path}: unknown loss; {did_you_mean(name, known)}")
         _require(type(coefficient) in (int, float), path, coefficient, "must be a number")
         _require(0 <= coefficient < math.inf, path, coefficient, "must not be negative or infinite")

@@ -48,8 +48,9 @@ class MoE:
     executor: str = "auto"  # auto | dense | grouped (blocks | tpu | gpu, by platform) | capacity
     capacity_factor: float = 1.25  # executor=capacity: slots per expert = factor * tokens * k / experts, per sequence
     exchange: str = "auto"  # of tokens between devices that hold experts: auto | all_gather | all_to_all
-    exchange_room: float = 0.0  # rows a device has room for, times its fair share; 0: for all, none is dropped
-    drop_order: str = "token"  # executor=capacity: who keeps a slot: token (causal) | choice | weight
+    # Rows a device has room for, times its fair share; 0: for all, none is dropped. Rows lost depend on later tokens.
+    exchange_room: float = 0.0
+    drop_order: str = "token"  # executor=capacity: who keeps a slot: token (causal) | choice | weight (both leak)
 
 
 @Frozen

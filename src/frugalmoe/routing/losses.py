@@ -95,8 +95,8 @@ def load_balance(probs_BTE: Array, load_BE: Array, inputs: Inputs, config: MoE) 
     """E * sum_e f_e P_e over each group (Fedus et al., 2101.03961, eq. 4-6).
 
     f_e, the share of the group's slots that name the expert, sums to 1 over experts; P_e is the mean of probabilities
-    that sum to 1. So the loss is 1 at uniform load and E/K at collapse. Counts are those of the selection that was
-    executed, its bias included.
+    that sum to 1. So the loss is 1 at uniform load and E/K at collapse. Counts are those of the selection, its bias
+    included, before any drop; a strategy that counts something else says so.
     """
     scope = _scope(load_BE.shape[0], inputs, config)
     return Loss(_balance(probs_BTE, load_BE, inputs, scope), scope.per)

@@ -21,6 +21,7 @@ from frugalmoe.errors import UserError
 from frugalmoe.files import read_json, write_json
 from frugalmoe.generate import Weights, sample_text
 from frugalmoe.model import depths
+from frugalmoe.model.causality import causality
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
@@ -324,9 +325,15 @@ class Run:
             "eval": {"loss": scores.loss, "bits_per_byte": scores.bits_per_byte},
             "parameters": count_parameters(self.config.model),
             "speed": {"tokens_per_second": speed, "train_seconds": seconds},
-            "router": {"name": router.name, "causal": router.about.causal, "layers": layers},
+            "router": {"name": router.name, **self._causality(), "layers": layers},
             **({"mixture_of_depths": about | {"layers": blocks}} if blocks else {}),
         }
+
+    def _causality(self) -> dict[str, str]:
+        """Of router, executor and exchange together, mixture of depths too."""
+        devices = self.mesh.shape["expert"]
+        level = lambda train: causality(self.config.model, train, devices)
+        return {"causal": level(True), "causal_in_evaluation": level(False)}
 
     def _sample(self) -> dict[str, str]:
         """On one device: decoding is the work of one, and knows no mesh that splits sequences."""

@@ -10,7 +10,8 @@ alpha / alpha_max is state, `gain` is xi / alpha_max, and alpha_max is the coeff
 the paper's recipe is `model.moe.losses.adaptive_balance=0.01 model.moe.losses.load_balance=0`. The average starts at 0.
 
 d is the share of slots that `executor=capacity` dropped. Other executors drop none; then it is what a capacity of
-`model.moe.capacity_factor` * mean load would drop, were the whole batch one queue per expert.
+`model.moe.capacity_factor` * mean load would drop, were the whole batch one queue per expert. Rows that a limited
+`exchange_room` loses do not count.
 
 Letters: B batch, T time, E experts, K choices.
 """

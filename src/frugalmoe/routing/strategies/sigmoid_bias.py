@@ -13,7 +13,8 @@ Bias, once per optimizer step, from the counts c of the whole batch and their me
 | momentum | m, an exponential average of v less its mean, v = tanh(sharpness * (n - c) / n) | SMEBU, 2602.17004 |
 
 `hash_layers` = n: in the first n MoE layers the experts are those that the token id hashes to (as in `hash`), with
-their learned scores as weights (DeepSeek-V4). Nothing there can be balanced: the bias stays, balance losses are 0.
+their learned scores as weights (DeepSeek-V4). Nothing there can be balanced: the bias stays, losses on the load
+(load_balance, sequence_balance, device_balance) are 0.
 
 Letters: B batch, T time, E experts, K choices.
 """
@@ -31,6 +32,7 @@ from frugalmoe.routing.contract import About, Inputs, Loss, Params, Router, Rout
 from frugalmoe.routing.strategies import hash as hash_strategy
 
 BEST = {"max": 1, "top2": 2}  # how many of its largest scores a group's score sums
+OF_LOAD = ("load_balance", "sequence_balance", "device_balance")
 UPDATES = ("sign", "zero_mean", "proportional", "momentum")
 
 
@@ -64,7 +66,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     if not options.hash_layers:
         return routing
     hashed = inputs.layer < options.hash_layers
-    terms = {name: silenced(routing.losses[name], hashed) for name in ("load_balance", "sequence_balance")}
+    terms = {name: silenced(loss, hashed) for name, loss in routing.losses.items() if name in OF_LOAD}
     count = {"hashed": routing.stats["tokens"] * hashed.astype(jnp.float32)}
     return routing._replace(losses={**routing.losses, **terms}, stats={**routing.stats, **count})
 

@@ -41,10 +41,12 @@ class Options:
 
 def bases() -> tuple[str, ...]:
     """The strategies that can be wrapped: one linear gate, no noise, no look at other tokens, the usual losses."""
-    return tuple(name for name in strategies.names() if name != __name__.rpartition(".")[2] and _wrappable(name))
+    return tuple(name for name in strategies.sound() if _wrappable(name))
 
 
 def _wrappable(name: str) -> bool:
+    if name == __name__.rpartition(".")[2]:
+        return False
     router = strategies.get(name)
     about = router.about
     plain = about.causal == "safe" and about.form == "token" and about.losses == losses.GATE_LOSSES
@@ -54,7 +56,7 @@ def _wrappable(name: str) -> bool:
 def unwrap(config: MoE) -> tuple[Router, MoE]:
     """The base strategy, and the config with the base's options. Raises UserError where they are not valid."""
     o: Options = config.options
-    if o.base not in bases():
+    if o.base not in strategies.names() or not _wrappable(o.base):
         raise UserError(f"options.base={o.base!r}: no strategy of one linear gate; {did_you_mean(o.base, bases())}")
     router = strategies.get(o.base)
     return router, dataclasses.replace(config, options=build(router.options, o.base_options, "options.base_options"))
