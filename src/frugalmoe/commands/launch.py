@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
         unseen=unseen,
     ).notes
     waiting = unedited(text)
+    if waiting and template.is_absolute() and not args.template:
+        waiting += ", of a copy that --template=FILE names"
     if args.dry_run:
         print(text, end="")
         notes += (f"{template}: before it can start, {waiting}",) if waiting else ()
