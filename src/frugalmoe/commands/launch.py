@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     except UserError as e:
         raise UserError(f"{template}: {e}") from e
     # Of nodes with a copy of this directory neither the run directory nor what is mounted there can be seen from here.
-    unseen = check_visible(config, text) if scheduler.copies else []
+    unseen = check_visible(config, template.read_text()) if scheduler.copies else []
     notes = preflight.check(
         config,
         None if scheduler.copies else job.workdir,
