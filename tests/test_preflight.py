@@ -66,7 +66,7 @@ WRONG = [
     ("--config.train.trackers=wandb,trackoi", "did you mean 'trackio'?"),
     ("--workdir=/proc/self/status/x", "/proc/self/status is a file"),
     (f"--workdir={'x' * 300}", "x: "),  # File name too long, or as a job's name
-    (broken_tokenizer, "data.tokenizer="),
+    (broken_tokenizer, "data.tokenizer"),
     (without_field, "'text'"),
     (run_of_another, "holds a run with another config (model.dim: 64 there, 32 here)"),
     (somebodys_files, "holds files but no config.json"),
