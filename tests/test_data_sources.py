@@ -163,5 +163,6 @@ def test_hugging_face_without_the_package_says_how_to_install_it():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (
-        done.stdout.strip() == "data.path='hf:some/set:test': needs the package `datasets`; pip install frugalmoe[hf]"
+        done.stdout.strip()
+        == "data.path='hf:some/set:test': needs a package that is not installed: pip install 'datasets>=4'"
     )

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from frugalmoe.commands import add_config_flag, load_config
+from frugalmoe.commands import add_config_flag
 
 SUMMARY = "Print every field of a config: its value, its default, what it means."
 EXAMPLES = """\
@@ -22,16 +22,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the fields."""
+    """Prints the fields; what is wrong with them comes after them."""
+    from frugalmoe.config import default, override, read
+    from frugalmoe.config.checks import check
     from frugalmoe.config.describe import describe
+    from frugalmoe.config.load import typed
 
-    fields = describe(load_config(args))
+    config = typed(override(read(args.config) if args.config else default(), args.overrides))
+    fields = describe(config)
     if args.changed:
         fields = [field for field in fields if field.value != field.default]
     if args.format == "json":
         print(json.dumps([field._asdict() for field in fields], indent=1))
     else:
         _print(fields)
+    check(config)
     return 0
 
 
