@@ -1,7 +1,9 @@
 """Every rule that a resolved config must obey. One line per rule: the field, its value, the rule, the valid choices."""
 
+import codecs
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from frugalmoe.config.schema import Config, Model, MoE
 from frugalmoe.errors import UserError, did_you_mean
@@ -150,12 +152,16 @@ def _data(config: Config) -> None:
     kind, _, size = d.tokenizer.partition(":")
     _require(
         d.tokenizer == "bytes"
-        or d.tokenizer.endswith(".json")
-        or (kind == "bpe" and size.isdigit() and int(size) > 256),
+        or (kind == "bpe" and size.isdigit() and int(size) > 256)
+        or (kind != "bpe" and (any(mark in d.tokenizer for mark in "./~") or Path(d.tokenizer).is_dir())),
         "data.tokenizer",
         d.tokenizer,
-        "must be bytes, bpe:SIZE with SIZE > 256, or the path of a tokenizer.json",
+        "must be bytes, bpe:SIZE with SIZE > 256, or the path of a tokenizer.json or of its directory",
     )
+    for name, source in d.sources.items():
+        _one_of(f"data.sources.{name}.null_text", source.null_text, ("stop", "skip"))
+        rule = "must be a text encoding that Python knows, as utf-8, utf-16, latin-1, cp1252"
+        _require(_is_encoding(source.encoding), f"data.sources.{name}.encoding", source.encoding, rule)
     weights = [s.weight for s in d.sources.values()]
     _require(all(w >= 0 for w in weights), "data.sources", weights, "weights must not be negative")
     _require(
@@ -164,6 +170,13 @@ def _data(config: Config) -> None:
         weights,
         "either every source has a weight or none has",
     )
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        return codecs.lookup(name).incrementaldecoder is not None and "a".encode(name) is not None
+    except (LookupError, ValueError):  # unknown; not of text
+        return False
 
 
 def _optim(config: Config) -> None:

@@ -69,15 +69,14 @@ def evaluate(
 ) -> Scores:
     """Every domain's loss on its held-out documents. With `trace`, appends what it saw of every batch to it."""
     loss, bits, stats = {}, {}, None  # (of the routers, of mixture of depths)
-    token_bytes = data.tokenizer.token_bytes
     for domain in data.domains:
-        nats = targets = size = 0.0
+        nats = targets = 0.0
+        size = data.eval_bytes(domain, *_batches(config))
         documents = data.eval_documents(domain, *_batches(config))
         for batch, documents_BT in zip(data.eval_batches(domain, *_batches(config)), documents):
             out: Evaluated = sharding.fetch(eval_step(state.params, state.router_state, put_batch(mesh, batch, "BT")))
             nats += float(out.ce_BT.sum(dtype=np.float64))
             targets += int(batch.loss_mask_BT.sum())
-            size += int(token_bytes[batch.targets_BT[batch.loss_mask_BT]].sum())
             found = (out.stats, out.depths)
             stats = found if stats is None else jax.tree.map(np.add, stats, found)
             if trace is not None:

@@ -109,6 +109,7 @@ def _describe(workdir: Path, config: Config, data: Dataset) -> None:
         "train_tokens": data.train_tokens,
         "validation_tokens": data.validation_tokens,
         "remainder": data.remainder,
+        "notes": data.manifest["notes"],
     }
     path = workdir / "data.json"
     if path.is_file() and (old := read_json(path)["fingerprint"]) != data.fingerprint:
