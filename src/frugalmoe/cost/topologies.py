@@ -25,6 +25,7 @@ _NEEDED = {
         ("jax-cuda12-pjrt", "jax_plugins.xla_cuda12", "aot-cuda"),
         ("nvidia-cuda-nvcc-cu12", "nvidia.cuda_nvcc", "aot-cuda"),
         ("nvidia-cudnn-cu12", "nvidia.cudnn", "aot-cuda"),
+        ("jax-triton", "jax_triton", "aot-cuda"),
     ),
 }
 
