@@ -236,6 +236,16 @@ def test_a_router_from_a_notebook_and_a_run_that_diverges(place, study, capsys):
     assert c.verdict("wild") == "no complete pair of runs: 1 of 1 diverged"
 
 
+def test_a_run_that_diverges_does_not_take_those_with_it_that_share_its_program(place, study):
+    """The coefficient of a loss is an argument of the program: the gradients of one run alone are infinite."""
+    arms = {"aux": {}, "wild": {"model.moe.losses.load_balance": 3e38}}
+    other = dataclasses.replace(study, name="together", arms=arms, baseline="aux", evaluate_with=False)
+    outcome = run_study(other, place / "together", seeds=[0], at_once=2)
+    assert outcome.missing == [] and [p.arm for p in outcome.diverged] == ["wild"]
+    summary = json.loads((place / "together" / "aux" / "seed_0" / "summary.json").read_text())
+    assert summary["status"] == "complete" and np.isfinite(summary["eval"]["loss"]["mean"])
+
+
 # ---------------------------------------------------------------- what is refused
 
 

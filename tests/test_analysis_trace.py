@@ -155,7 +155,8 @@ def test_a_trace_of_another_tokenizer_or_config_is_one_line(run_dir, tmp_path):
         UserError, match=r"step_00000004.npz: traced with another tokenizer \(fingerprint bytes-257 there"
     ):
         load_trace(path)
-    shutil.copytree(run_dir / "tokenizer", path / "tokenizer", dirs_exist_ok=True)
+    shutil.rmtree(path / "tokenizer")
+    shutil.copytree(run_dir / "tokenizer", path / "tokenizer")
     config = json.loads((path / "config.json").read_text())
     config["model"]["rope_theta"] = 5.0
     (path / "config.json").write_text(json.dumps(config))

@@ -126,6 +126,7 @@ def test_a_run_whose_last_update_breaks_it_is_not_complete(make, tmp_path):
     assert not (tmp_path / "run" / "summary.json").exists() and not saved(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_each_part_of_the_state_is_looked_at(make):
     """Its second moments may be infinite while the parameters are finite."""
     config = make(train__batch_size=2)
@@ -191,6 +192,7 @@ def test_json_is_strict():
 # ---------------------------------------------------------------- the held-out set
 
 
+@pytest.mark.slow
 def test_the_held_out_set_does_not_depend_on_how_it_is_computed(make):
     """Five rows in batches of 5, 2 and 1, the last one padded, under a router that draws for each row."""
     found = []
@@ -418,7 +420,7 @@ def test_every_integer_of_a_config_fits_32_bits(make):
         make(optim__learning_rate=2**20000 - 1)
     assert make(model__rope_theta=10**10).model.rope_theta == 1e10
     for value in (float("inf"), float("nan")):
-        with pytest.raises(UserError, match=rf"model.moe.losses.z={value}: must not be negative or infinite"):
+        with pytest.raises(UserError, match=rf"model.moe.losses.z={value}: must be"):
             make(model__moe__losses__z=value)
 
 

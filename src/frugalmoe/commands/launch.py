@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     except UserError as e:
         raise UserError(f"{template}: {e}") from e
     # Of nodes with a copy of this directory neither the run directory nor what is mounted there can be seen from here.
-    unseen = check_visible(config, text) if scheduler.copies else []
+    unseen = check_visible(config, template.read_text()) if scheduler.copies else []
     notes = preflight.check(
         config,
         None if scheduler.copies else job.workdir,
@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
         unseen=unseen,
     ).notes
     waiting = unedited(text)
+    if waiting and template.is_absolute() and not args.template:
+        waiting += ", of a copy that --template=FILE names"
     if args.dry_run:
         print(text, end="")
         notes += (f"{template}: before it can start, {waiting}",) if waiting else ()

@@ -1,6 +1,8 @@
 """Every rule that a resolved config must obey. One line per rule: the field, its value, the rule, the valid choices."""
 
+import codecs
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 
@@ -178,11 +180,17 @@ def _data(config: Config) -> None:
     _require(0 < d.validation_fraction < 1, "data.validation_fraction", d.validation_fraction, "must be in (0, 1)")
     size = re.fullmatch(r"bpe:([0-9]{3,9})", d.tokenizer)
     _require(
-        d.tokenizer == "bytes" or d.tokenizer.endswith(".json") or (size is not None and int(size[1]) > 256),
+        d.tokenizer == "bytes"
+        or (size is not None and int(size[1]) > 256)
+        or (d.tokenizer[:4] != "bpe:" and (any(c in d.tokenizer for c in "./~") or os.path.isdir(d.tokenizer))),
         "data.tokenizer",
         d.tokenizer,
-        "must be bytes, bpe:SIZE with SIZE > 256, or the path of a tokenizer.json",
+        "must be bytes, bpe:SIZE with SIZE > 256, or the path of a tokenizer.json or of its directory",
     )
+    for name, source in d.sources.items():
+        _one_of(f"data.sources.{name}.null_text", source.null_text, ("stop", "skip"))
+        rule = "must be a text encoding that Python knows, as utf-8, utf-16, latin-1, cp1252"
+        _require(_is_encoding(source.encoding), f"data.sources.{name}.encoding", source.encoding, rule)
     weights = [s.weight for s in d.sources.values()]
     _require(
         all(0 <= w < math.inf for w in weights), "data.sources", weights, "weights must not be negative or infinite"
@@ -193,6 +201,13 @@ def _data(config: Config) -> None:
         weights,
         "either every source has a weight or none has",
     )
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        return codecs.lookup(name).incrementaldecoder is not None and "a".encode(name) is not None
+    except (LookupError, ValueError):  # unknown; not of text
+        return False
 
 
 def _optim(config: Config) -> None:

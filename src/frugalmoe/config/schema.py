@@ -92,11 +92,13 @@ class Model:
 class Source:
     """One named source of text."""
 
-    # A file, directory or glob of .txt .md .jsonl(.gz .zst) .parquet; hf:NAME[:SPLIT]; quickstart[:DOMAIN] or
-    # mixed[:DOMAIN], the built-in corpora.
+    # A file or directory of .txt .md .jsonl .ndjson .json .csv .tsv (.gz .zst .bz2 .xz) or .parquet; a glob takes any
+    # text; hf:NAME[:SPLIT]; quickstart[:DOMAIN] or mixed[:DOMAIN], the built-in corpora.
     path: str = ""
     weight: float = 0.0  # share of the mixture; 0 for all sources: in proportion to their tokens
-    text_field: str = "text"  # field of jsonl and parquet records that holds the text
+    text_field: str = "text"  # field or column that holds a record's text; meta.text: `text` inside `meta`
+    null_text: str = "stop"  # at a record whose text is null or absent: stop | skip (they are counted and told)
+    encoding: str = "utf-8"  # of text files, tables and JSON, by Python's names: utf-16, latin-1, cp1252, gb18030 ...
     domain: str = (
         ""  # label of its documents; empty: the source's name, or the record's `domain` field where it has one
     )
@@ -108,7 +110,9 @@ class Data:
     # prepared directory; ignored where `sources` is given.
     path: str = "quickstart"
     sources: Mapping[str, Source] = FrozenDict()  # several named sources, data.sources.NAME.path=... and so on
-    tokenizer: str = "bytes"  # bytes | bpe:SIZE (trained on the data) | the path of a tokenizer.json
+    # bytes | bpe:SIZE (trained on the data) | the path of a published vocabulary or of the directory that it is in:
+    # tokenizer.json, tekken.json, *.tiktoken, tokenizer.model, vocab.json with merges.txt
+    tokenizer: str = "bytes"
     sequence_length: int = 256  # tokens in a row
     document_start: str = "end_of_text"  # in front of a document, its first token a target: end_of_text | none
     validation_fraction: float = 0.05  # of documents, by a hash of their text; at least one per domain

@@ -128,6 +128,7 @@ def _describe(workdir: Path, config: Config, data: Dataset, start: int) -> None:
         "train_tokens": data.train_tokens,
         "validation_tokens": data.validation_tokens,
         "remainder": data.remainder,
+        "notes": data.manifest["notes"],
     }
     (workdir / "tokenizer").mkdir(exist_ok=True)
     data.tokenizer.save_into(workdir / "tokenizer")

@@ -37,12 +37,10 @@ def is_complete(workdir: Path) -> bool:
     """Whether a run is done, with a result: held-out losses that are numbers."""
     path = workdir / "summary.json"
     summary = read_json(path) if path.is_file() else {}
-    if not isinstance(summary, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(summary).__name__}")
-    if summary.get("status") != "complete":
+    try:
+        return summary.get("status") == "complete" and all(map(math.isfinite, summary["eval"]["loss"].values()))
+    except (AttributeError, LookupError, TypeError):  # a loss that is null, or no summary of ours
         return False
-    losses = summary.get("eval", {}).get("loss", {})
-    return all(isinstance(loss, int | float) and math.isfinite(loss) for loss in losses.values())
 
 
 def check_fresh(workdir: Path) -> None:
