@@ -155,7 +155,8 @@ def test_a_trace_of_another_tokenizer_or_config_is_one_line(run_dir, tmp_path):
         UserError, match=r"step_00000004.npz: traced with another tokenizer \(fingerprint bytes-257 there"
     ):
         load_trace(path)
-    shutil.copytree(run_dir / "tokenizer", path / "tokenizer", dirs_exist_ok=True)
+    shutil.rmtree(path / "tokenizer")
+    shutil.copytree(run_dir / "tokenizer", path / "tokenizer")
     config = json.loads((path / "config.json").read_text())
     config["model"]["rope_theta"] = 5.0
     (path / "config.json").write_text(json.dumps(config))
@@ -269,7 +270,7 @@ def test_a_router_without_a_next_choice_is_refused_and_the_others_work(root, tmp
     assert trace.router["active_per_token"][-1] == pytest.approx(K, rel=0.05)
     assert trace.expert_SLNK.shape[-1] > K and trace.selected().sum() == (trace.expert_SLNK[-1] < E).sum()
 
-    with pytest.raises(UserError, match=r"router 'expert_choice': .* in evaluation too, so there is no causal loss"):
+    with pytest.raises(UserError, match=r"router='expert_choice': .* in evaluation too, so there is no causal loss"):
         train_causal_gap(path, tokens=500)
     causal = copy(path, tmp_path, options={"evaluate": "threshold"})
     *_, whole = train_causal_gap(causal, tokens=500)

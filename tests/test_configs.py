@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from frugalmoe.config import Config, check_devices, default, load, override, resolve, to_dict
+from frugalmoe.config import Config, check_devices, default, load, override, record, resolve, to_dict
 from frugalmoe.errors import LONGEST_MESSAGE, UserError
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import strategies
@@ -182,6 +182,24 @@ def test_a_field_that_is_younger_than_a_run_leaves_it_as_it_was(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match=r"model\.moe\.losses\.z: None there, 0\.001 here"):
         rundir.check_config(tmp_path, to_dict(Config()), force=False)
+
+
+def test_a_run_from_before_documents_had_a_start_goes_on_without_one(tmp_path):
+    """The default changed what rows hold: the run's own config says nothing, and means what was so then."""
+    config = resolve(default())
+    assert config.data.document_start == "end_of_text" and rundir.as_begun(config, tmp_path) is config
+    old = json.loads(json.dumps(to_dict(config)))
+    del old["data"]["document_start"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert resolve(record(tmp_path / "config.json")).data.document_start == "none"
+    begun = rundir.as_begun(config, tmp_path)
+    assert begun == resolve(override(default(), {"data.document_start": "none"}))
+    rundir.check_config(tmp_path, to_dict(begun), force=False)
+    with pytest.raises(UserError, match=r"\(data\.document_start: 'none' there, 'end_of_text' here\)"):
+        rundir.check_config(tmp_path, to_dict(config), force=False)
+    for saved in (to_dict(config), {"data": 3}, [], None, {}):  # a run of today, and what is none
+        (tmp_path / "config.json").write_text(json.dumps(saved))
+        assert rundir.as_begun(config, tmp_path) is config
 
 
 def test_a_run_continues_on_another_mesh_and_not_with_another_seed(tmp_path):

@@ -41,6 +41,7 @@ def corpus(tmp_path_factory):
     vocabulary = {str(n): n for n in range(NUM_WORDS)} | {"</s>": EOS}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, "0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["</s>"])
     tokenizer.save(str(root / "tokenizer.json"))
     for domain in DOMAINS:
         texts = [" ".join(str(w) for w in range(a, a + n)) for d, a, n in documents() if d == domain]

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from frugalmoe import commands
+from frugalmoe import __version__, commands, completion
 from frugalmoe.errors import EXIT_INTERRUPTED, EXIT_READER_GONE, EXIT_USER_ERROR, UserError, one_line
 from frugalmoe.interrupts import at_once, may_speak, silence
 
@@ -33,8 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    parser = _parser()
+    if completion.REQUESTED in os.environ:
+        completion.complete(parser)
     flags, overrides = _take_overrides(argv)
-    args, unknown = _parser().parse_known_args(flags)
+    args, unknown = parser.parse_known_args(flags)
     if unknown:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.overrides = overrides
@@ -72,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train, ablate and cost mixture-of-experts language models on the hardware a team can afford.",
         epilog="frugalmoe COMMAND --help shows a command's flags with examples.",
     )
+    parser.add_argument("--version", action="version", version=f"frugalmoe {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in commands.names():
         command = commands.get(name)

@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import shlex
 from collections.abc import Iterable
 
 EXIT_USER_ERROR = 2
@@ -42,6 +43,11 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     valid = sorted(valid)
     near = difflib.get_close_matches(name, valid, n=1)
     return (f"did you mean {near[0]!r}? " if near else "") + f"valid: {', '.join(valid) or 'none'}"
+
+
+def needs_package(what: str, *requirements: str) -> UserError:
+    """What to raise where `what` needs an optional package: names a command that installs it in any environment."""
+    return UserError(f"{what}: needs a package that is not installed: pip install {shlex.join(requirements)}")
 
 
 def one_line(error: BaseException) -> str:

@@ -6,7 +6,6 @@ Letters: B sequences (equal ones: one per data device), T tokens, D model, V voc
 import dataclasses
 import functools
 import itertools
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,15 +18,15 @@ from flax import nnx
 from jax import Array
 
 from frugalmoe import experts, sharding
-from frugalmoe.config import RECORD, Config, check_seed, record, resolve
+from frugalmoe.config import RECORD, Config, check_float, check_integer, check_seed, record, resolve
 from frugalmoe.config.schema import Model
 from frugalmoe.data.continuation import Continuation, until
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
 from frugalmoe.model.attention import empty_cache
+from frugalmoe.model.causality import leaking
 from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import empty_caches, structure
-from frugalmoe.routing import strategies
 
 _BUCKET = 32  # pieces of a prompt are padded to a multiple of this, so that few lengths are compiled
 _PIECE = 512  # tokens of a prompt that are computed at one time: their scores against all tokens exist
@@ -44,14 +43,16 @@ class Sampling:
 
     def check(self) -> None:
         for name, ok, rule in (
-            ("temperature", 0 <= self.temperature < math.inf, "must be a finite number, and not negative"),
+            ("temperature", not self.temperature < 0, "must not be negative"),
             ("top_p", 0 < self.top_p <= 1, "must be in (0, 1]"),
             ("max_tokens", self.max_tokens > 0, "must be positive"),
-            ("seed", 0 <= self.seed < 2**32, "must be in 0 .. 4294967295"),
             ("stop", all(self.stop), "must hold no empty text, at which nothing would begin"),
         ):
             if not ok:
                 raise UserError(f"--{name.replace('_', '-')}={getattr(self, name)}: {rule}")
+        check_float("--temperature", self.temperature)
+        check_float("--top-p", self.top_p)
+        check_integer("--max-tokens", self.max_tokens, least=1)
         check_seed("--seed", self.seed)
 
 
@@ -73,12 +74,10 @@ def generate(
     model whose evaluation does something else, and for more tokens than there is memory for.
     """
     sampling.check()
-    router = strategies.get(config.model.moe.router)
-    leaks = router.causality(config.model.moe, train=False) == "leak"
-    if leaks and config.model.num_dense_layers < config.model.num_layers:
+    if parts := leaking(config.model, False, sharding.axis_size("expert")):
         raise UserError(
-            f"model.moe.router={router.name!r}: cannot be sampled token by token, because its routing of a token "
-            "depends on later tokens in evaluation too (declared causal=leak)"
+            f"{parts}: cannot be sampled token by token, because the experts of a token depend on later tokens in "
+            "evaluation too (causal=leak)"
         )
     _check_slots(config)
     _check_memory(config.model, len(prompt_ids), sampling.max_tokens)
@@ -119,7 +118,7 @@ def _check_memory(config: Model, prompt: int, new: int) -> None:
     cache = jax.eval_shape(lambda: empty_cache(config, config.num_layers, 1, 1))
     scores = 4 * 4 * config.num_heads * min(prompt, _PIECE)  # float32; they and their softmax, twice
     token = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache)) + scores
-    most = min(memory // 4 // token, 2**31 - 2 * _PIECE) - prompt
+    most = memory // 4 // token - prompt
     if new > most:
         room = f"this device, with {memory / 1e9:.3g} GB, has room for {max(most, 0)}"
         raise UserError(f"--max-tokens={new}: {room} after a prompt of {prompt} tokens")
@@ -139,10 +138,10 @@ class Decoding:
 
     def feed(self, tokens: np.ndarray) -> Array:
         """int32 [T], at least one -> float32 logits [V] of what follows the last of them."""
+        self._grow(self._length + len(tokens) + _BUCKET)
         for at in range(0, len(tokens), _PIECE):
             piece = tokens[at : at + _PIECE]
             size = -(-len(piece) // _BUCKET) * _BUCKET if len(piece) > 1 else 1
-            self._grow(self._length + size)
             padded = np.pad(piece, (0, size - len(piece)))
             numbers = np.int32(self._length), np.int32(len(piece))
             logits_V, self._caches = self._step(*self._weights, padded, self._caches, *numbers)
@@ -192,7 +191,7 @@ def _steps(config: Model, batch: int):
 def _sample(logits_V: Array, allowed_V: Array, key: Array, position: Array, temperature: Array, top_p: Array) -> Array:
     """The token of a position: the most likely one at temperature 0, else from the nucleus of probability `top_p`."""
     key = jax.random.fold_in(key, position)
-    scaled_V = jnp.where(allowed_V, logits_V, -jnp.inf) / jnp.maximum(temperature, 1e-6)
+    scaled_V = jnp.where(allowed_V, logits_V / jnp.maximum(temperature, 1e-6), -jnp.inf)
     sorted_V, token_V = jax.lax.sort((-scaled_V, jnp.arange(scaled_V.size, dtype=jnp.int32)), num_keys=1)
     p_V = jax.nn.softmax(-sorted_V)
     inside_V = jnp.cumsum(p_V) - p_V < top_p  # the first token is always inside

@@ -51,23 +51,28 @@ def may_speak() -> bool:
     return _speaking.acquire(blocking=False)
 
 
+def is_watched(handler: object) -> bool:
+    """Whether the handler that one of the program's own has replaced leaves signals to the watch of `at_once`."""
+    return handler is _leave_it_to_the_watch
+
+
 def _leave_it_to_the_watch(number, frame) -> None:
     pass
 
 
 def _watch(reader: int, resumable: bool) -> None:
     """Reads the numbers of signals as the C handler of Python writes them."""
-    saving = 0
+    saving = False
     while received := os.read(reader, 1):
         number = received[0]
         if number not in (signal.SIGINT, signal.SIGTERM):
             continue
-        if signal.getsignal(number) is _leave_it_to_the_watch:
+        if saving:
+            _end("interrupted again: ended without saving; the last checkpoint is kept", 128 + number)
+        if is_watched(signal.getsignal(number)):
             goes_on = "; there was nothing to save, and the same command goes on" if resumable else ""
             _end(f"interrupted{goes_on}", EXIT_PREEMPTED if number == signal.SIGTERM else EXIT_INTERRUPTED)
-        saving += 1
-        if saving == 2:
-            _end("interrupted again: ended without saving; the last checkpoint is kept", 128 + number)
+        saving = True
     os.close(reader)
 
 

@@ -12,6 +12,7 @@ from frugalmoe.ablate.study import Arm, Study, arms_of, check_arm, check_seeds, 
 from frugalmoe.config import Config, check_devices, to_dict, with_vocabulary
 from frugalmoe.cost import forward_flops
 from frugalmoe.data import open_data
+from frugalmoe.data.look import look
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.files import check_name, read_json, write_json
 from frugalmoe.model.transformer import count_parameters
@@ -35,6 +36,7 @@ class Plan:
     pairs: tuple[Pair, ...]  # those to run, seed after seed: an early look compares what is comparable
     flops: Mapping[str, Mapping[str, float]]  # arm -> part of the model -> forward FLOPs per token
     parameters: Mapping[str, Mapping[str, int]]
+    notes: tuple[str, ...] = ()  # what has still to be done before a step
 
     def config(self, pair: Pair) -> Config:
         return self.arms[pair.arm].with_seed(self.study, pair.seed)
@@ -49,22 +51,26 @@ def make_plan(
     overrides: Mapping[str, Any] | Sequence[str] = (),
     arms: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
+    dry: bool = False,
 ) -> Plan:
-    """Checks everything that can be checked before a step is trained; prepares the data."""
+    """Checks everything that can be checked before a step is trained; prepares the data, unless `dry`."""
     all_arms = {arm.name: arm for arm in arms_of(study, overrides)}
     chosen = choose("--arms", arms, list(all_arms))
     if seeds is not None:
         check_seeds("--seeds", seeds)
     config = all_arms[study.baseline].config
-    check_devices(config, jax.device_count())
-    data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
-    known = known_metrics(data.domains)
+    for arm in all_arms.values():
+        check_devices(arm.config, jax.device_count())
+    if not dry:
+        open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
+    data = look(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
+    known = known_metrics(data.domains or ())
     for metric in study.metrics:
-        if metric not in known:
+        if metric not in known and not (data.domains is None and metric.startswith("eval/")):
             raise UserError(f"{study.name}: metrics={metric!r}: unknown metric; {did_you_mean(metric, known)}")
     if not study.metrics or not study.metrics[0].startswith("eval/"):
         raise UserError(f"{study.name}: metrics={study.metrics}: the first one decides and must be one of eval/...")
-    models = {name: with_vocabulary(arm.config, data.tokenizer.size).model for name, arm in all_arms.items()}
+    models = {name: with_vocabulary(arm.config, data.vocabulary).model for name, arm in all_arms.items()}
     flops = {name: forward_flops(model, config.data.sequence_length) for name, model in models.items()}
     check_budgets(study, flops)
     return Plan(
@@ -74,6 +80,7 @@ def make_plan(
         pairs=tuple(Pair(arm, seed) for seed in (seeds or study.seeds) for arm in chosen),
         flops=flops,
         parameters={name: count_parameters(model) for name, model in models.items()},
+        notes=data.notes,
     )
 
 
@@ -96,19 +103,29 @@ def check_budgets(study: Study, flops: Mapping[str, Mapping[str, float]]) -> Non
 # ---------------------------------------------------------------- the study's directory
 
 
-def claim(workdir: Path, plan: Plan, command: Sequence[str]) -> None:
-    """Writes study.json, which marks the directory as this study's; refuses one that holds something else."""
+def check_claim(workdir: Path, plan: Plan) -> None:
+    """Refuses a directory that holds something else than this study."""
     path = workdir / "study.json"
     if path.is_file():
-        if (name := read_study(workdir)["name"]) != plan.study.name:
-            raise UserError(f"--workdir={workdir}: holds the study {name!r}, not {plan.study.name!r}; give another")
+        check_same_study(workdir, plan)
     elif workdir.is_dir() and any(workdir.iterdir()):
         raise UserError(f"--workdir={workdir}: holds files but no study.json; give an empty or new directory")
+
+
+def claim(workdir: Path, plan: Plan, command: Sequence[str]) -> None:
+    """Writes study.json, which marks the directory as this study's; refuses one that holds something else."""
+    check_claim(workdir, plan)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--workdir={workdir}: cannot be written ({e.strerror})") from e
-    write_json(path, describe(plan, command))
+    write_json(workdir / "study.json", describe(plan, command))
+
+
+def check_same_study(workdir: Path, plan: Plan) -> None:
+    """Refuses the directory of another study."""
+    if (name := read_study(workdir)["name"]) != plan.study.name:
+        raise UserError(f"--workdir={workdir}: holds the study {name!r}, not {plan.study.name!r}; give another")
 
 
 def describe(plan: Plan, command: Sequence[str]) -> dict[str, Any]:

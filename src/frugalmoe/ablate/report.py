@@ -166,9 +166,9 @@ def _target_grid(c: Comparison) -> Grid | None:
 
 
 def _domain_grid(c: Comparison) -> Grid | None:
-    kind = c.metric.rpartition("/")[0] + "/"
+    kind = "/".join(c.metric.split("/")[:2]) + "/"  # a domain's own name may hold a slash
     finals = {metric for metric, _ in c._finals if metric.startswith(kind)}
-    domains = sorted(m.removeprefix(kind) for m in finals if not m.endswith("/mean"))
+    domains = sorted(m.removeprefix(kind) for m in finals if m != f"{kind}mean")
     if len(domains) < 2:
         return None
     rows = [[arm, *(number(c.mean(kind + d, arm), 4) for d in domains)] for arm in c.arms]

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from frugalmoe.ablate.progress import StudyProgress
-from frugalmoe.errors import UserError
+from frugalmoe.errors import UserError, needs_package
 from frugalmoe.train.distributed import stop_signals
 
 _POLL_SECONDS = 0.2
@@ -78,7 +78,7 @@ def run_slurm(
     try:
         import submitit
     except ImportError as e:
-        raise UserError("--slurm: needs the package submitit: pip install 'frugalmoe[slurm]'") from e
+        raise needs_package("--slurm", "submitit>=1.5.4") from e
     parameters = {k: int(v) if v.isdigit() else v for k, v in parameters.items()}
     try:
         executor = submitit.AutoExecutor(folder=workdir / "slurm", cluster=parameters.pop("cluster", "slurm"))

@@ -21,7 +21,7 @@ def headline_rows(run: Run) -> list[tuple[str, str]]:
         rows.append(("optimizer steps", steps))
     if "name" in router:
         where = f", {moe['num_experts_per_token']} of {moe['num_experts']} experts" if moe else ""
-        rows.append(("router", f"{router['name']}{where}; causality: {router.get('causal', 'unknown')}"))
+        rows.append(("router", f"{router['name']}{where}; causality: {_causality(router)}"))
     if depths := run.summary.get("mixture_of_depths"):
         shares = [
             f"{percent(v['share'])} in layer {int(k.removeprefix('layer_'))}" for k, v in depths["layers"].items()
@@ -39,6 +39,12 @@ def headline_rows(run: Run) -> list[tuple[str, str]]:
         seconds = f" ({number(speed['step_seconds'])} s per step)" if "step_seconds" in speed else ""
         rows.append(("training speed", f"{number(speed['tokens_per_second'], 4)} tokens/s{seconds}"))
     return rows
+
+
+def _causality(router: dict) -> str:
+    """In training, and in evaluation where it differs."""
+    training, evaluation = router.get("causal", "unknown"), router.get("causal_in_evaluation")
+    return training if evaluation in (None, training) else f"{training}; {evaluation} in evaluation"
 
 
 def loss_rows(run: Run) -> list[tuple[str, str, str]]:

@@ -28,13 +28,14 @@ def get(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def add_config_flag(parser: argparse.ArgumentParser) -> None:
+def add_config_flag(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds --config=FILE[:ARG]; `frugalmoe.cli` takes --config.a.b=VALUE out of the command line before."""
     parser.add_argument(
         "--config",
-        required=True,
+        required=required,
         metavar="FILE[:ARG]",
-        help="a Python file with get_config(ARG); override fields with --config.section.field=VALUE",
+        help="a Python file with get_config(ARG), or the name of one of ours, as quickstart:laptop; set fields with "
+        "--config.section.field=VALUE (`frugalmoe config` lists them)",
     )
 
 

@@ -11,7 +11,7 @@ from frugalmoe.errors import EXIT_PREEMPTED, UserError
 RESUMABLE = True
 SUMMARY = "Train the arms of a study over several seeds; the same command continues it."
 EXAMPLES = """\
-  frugalmoe ablate experiments/balance.py --dry-run
+  frugalmoe ablate balance --dry-run
   frugalmoe ablate experiments/balance.py --laptop --steps=40
   frugalmoe ablate experiments/balance.py --jobs=2
   frugalmoe ablate experiments/balance.py --arms=none,bias --seeds=0,1,2,3,4
@@ -21,7 +21,9 @@ EXAMPLES = """\
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `frugalmoe ablate`."""
-    parser.add_argument("study", metavar="STUDY", help="a Python file that ends with STUDY = Study(...)")
+    parser.add_argument(
+        "study", metavar="STUDY", help="a Python file that ends with STUDY = Study(...), or the name of one of ours"
+    )
     parser.add_argument("--workdir", type=Path, help="directory of the study (default: runs/<study name>)")
     parser.add_argument("--arms", type=_names, help="some of the arms, a,b")
     parser.add_argument("--seeds", type=_seeds, help="in place of the study's own, 0,1,2")
@@ -33,7 +35,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--at-once", type=int, help="runs that one process trains as one program (default: by platform and memory)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="check the study and show its arms and budgets")
+    parser.add_argument("--dry-run", action="store_true", help="check all that the runs need, show arms and budgets")
     parser.add_argument("--fresh", action="store_true", help="delete the chosen runs and start them over")
     parser.add_argument(
         "--worker", choices=("process", "task"), help=argparse.SUPPRESS
@@ -63,12 +65,15 @@ def run(args: argparse.Namespace) -> int:
     study = shrunk(load_study(args.study), steps=args.steps, laptop=args.laptop)
     study = dataclasses.replace(study, keep_checkpoints=study.keep_checkpoints or args.keep_checkpoints)
     workdir = args.workdir or Path("runs") / study.name
-    plan = make_plan(study, args.overrides, args.arms, args.seeds)
+    plan = make_plan(study, args.overrides, args.arms, args.seeds, dry=args.dry_run)
     set_up_training(plan.arms[plan.study.baseline].config)
     if args.dry_run:
+        from frugalmoe.ablate import runner
         from frugalmoe.ablate.table import budget_table
 
+        notes = dict.fromkeys((*plan.notes, *runner.check(plan, workdir, args.fresh)))
         _print(budget_table(plan, workdir))
+        print("".join(f"note: {note}\n" for note in notes), end="")
         return 0
     return _work(args, plan, workdir) if args.worker else _lead(args, plan, workdir)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from frugalmoe.commands import add_config_flag, load_config
 from frugalmoe.errors import UserError, did_you_mean
 
-SUMMARY = "Train on several machines: fill in a template of launch/, check it, hand it to the scheduler."
+SUMMARY = "Train on several machines: check the run, fill in a template of launch/, hand it to the scheduler."
 EXAMPLES = """\
   frugalmoe launch slurm --config=configs/small.py --nodes=4 --devices-per-node=8 --dry-run
   frugalmoe launch slurm --config=configs/small.py --nodes=4 --devices-per-node=8 --template=our.sbatch
@@ -28,33 +28,47 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices-per-node", type=int, required=True, help="GPUs or TPU chips of each")
     parser.add_argument("--hosts", metavar="A,B|FILE", help="for ssh: hosts, or a file with one per line")
     parser.add_argument("--workdir", type=Path, help="run directory, seen by all nodes (default: runs/<config name>)")
-    parser.add_argument("--template", type=Path, metavar="FILE", help="instead of the scheduler's in launch/")
+    parser.add_argument("--template", metavar="FILE", help="instead of the scheduler's in launch/")
     parser.add_argument("--dry-run", action="store_true", help="check all, print the file, start nothing")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fills in the template, checks it, and becomes the scheduler's program; with --dry-run prints the file."""
-    from frugalmoe.config import check_devices
+    """Fills in the template, checks it and the run, and becomes the scheduler's program; with --dry-run prints it."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # a device that is there is of no use here, and may be in use
+    from frugalmoe.launch.checks import check_visible
     from frugalmoe.launch.job import fill, unedited
     from frugalmoe.launch.schedulers import SCHEDULERS, submit
+    from frugalmoe.shipped import TEMPLATES
+    from frugalmoe.train import preflight
 
     if args.scheduler not in SCHEDULERS:
         raise UserError(f"launch {args.scheduler}: unknown scheduler; {did_you_mean(args.scheduler, SCHEDULERS)}")
     scheduler = SCHEDULERS[args.scheduler]
-    template = args.template or Path("launch") / scheduler.template
+    template = TEMPLATES.find(args.template or f"launch/{scheduler.template}", f"--template={args.template}")
     config = load_config(args)
     job = _make_job(args, args.workdir or Path("runs") / config.name, scheduler.copies)
-    check_devices(config, job.nodes * job.devices_per_node)
     text = fill(template, job)
     try:
         scheduler.check(text, job)
     except UserError as e:
         raise UserError(f"{template}: {e}") from e
+    # Of nodes with a copy of this directory neither the run directory nor what is mounted there can be seen from here.
+    unseen = check_visible(config, template.read_text()) if scheduler.copies else []
+    notes = preflight.check(
+        config,
+        None if scheduler.copies else job.workdir,
+        num_devices=job.nodes * job.devices_per_node,
+        unseen=unseen,
+    ).notes
     waiting = unedited(text)
+    if waiting and template.is_absolute() and not args.template:
+        waiting += ", of a copy that --template=FILE names"
     if args.dry_run:
         print(text, end="")
-        if waiting:
-            print(f"{template}: before it can start, {waiting}", file=sys.stderr)
+        notes += (f"{template}: before it can start, {waiting}",) if waiting else ()
+        print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
         return 0
     if waiting:
         raise UserError(f"{template}: {waiting}")

@@ -1,6 +1,8 @@
 """Every rule that a resolved config must obey. One line per rule: the field, its value, the rule, the valid choices."""
 
+import codecs
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 
@@ -105,7 +107,7 @@ def _moe(config: Config) -> None:
     # Imported here: strategies and executors import the config's schema.
     from frugalmoe import experts
     from frugalmoe.experts import parallel
-    from frugalmoe.routing import strategies
+    from frugalmoe.routing import losses, strategies
 
     moe: MoE = config.model.moe
     router = strategies.get(moe.router)
@@ -127,8 +129,9 @@ def _moe(config: Config) -> None:
     )
     for name, coefficient in moe.losses.items():
         path = f"model.moe.losses.{name}"
-        known = {*strategies.loss_names(), *router.about.losses}
-        if name not in known:
+        own = {*losses.GATE_LOSSES, *router.about.losses}
+        # Those of other strategies are valid too, for configs that change the router; only then are all imported.
+        if name not in own and name not in (known := own.union(strategies.loss_names())):
             raise UserError(f"{path}: unknown loss; {did_you_mean(name, known)}")
         _require(type(coefficient) in (int, float), path, coefficient, "must be a number")
         _require(0 <= coefficient < math.inf, path, coefficient, "must not be negative or infinite")
@@ -177,11 +180,17 @@ def _data(config: Config) -> None:
     _require(0 < d.validation_fraction < 1, "data.validation_fraction", d.validation_fraction, "must be in (0, 1)")
     size = re.fullmatch(r"bpe:([0-9]{3,9})", d.tokenizer)
     _require(
-        d.tokenizer == "bytes" or d.tokenizer.endswith(".json") or (size is not None and int(size[1]) > 256),
+        d.tokenizer == "bytes"
+        or (size is not None and int(size[1]) > 256)
+        or (d.tokenizer[:4] != "bpe:" and (any(c in d.tokenizer for c in "./~") or os.path.isdir(d.tokenizer))),
         "data.tokenizer",
         d.tokenizer,
-        "must be bytes, bpe:SIZE with SIZE > 256, or the path of a tokenizer.json",
+        "must be bytes, bpe:SIZE with SIZE > 256, or the path of a tokenizer.json or of its directory",
     )
+    for name, source in d.sources.items():
+        _one_of(f"data.sources.{name}.null_text", source.null_text, ("stop", "skip"))
+        rule = "must be a text encoding that Python knows, as utf-8, utf-16, latin-1, cp1252"
+        _require(_is_encoding(source.encoding), f"data.sources.{name}.encoding", source.encoding, rule)
     weights = [s.weight for s in d.sources.values()]
     _require(
         all(0 <= w < math.inf for w in weights), "data.sources", weights, "weights must not be negative or infinite"
@@ -192,6 +201,13 @@ def _data(config: Config) -> None:
         weights,
         "either every source has a weight or none has",
     )
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        return codecs.lookup(name).incrementaldecoder is not None and "a".encode(name) is not None
+    except (LookupError, ValueError):  # unknown; not of text
+        return False
 
 
 def _optim(config: Config) -> None:
@@ -223,9 +239,16 @@ def _train(config: Config) -> None:
         t.batch_size,
         f"must be a multiple of train.accumulate_steps={t.accumulate_steps}",
     )
+    for name in tracker_names(config):
+        _one_of("train.trackers", name, ("tensorboard", "wandb", "trackio"))
     tokens = t.batch_size * config.data.sequence_length
     rule = f"times data.sequence_length={config.data.sequence_length} must be below {2**31} tokens"
     _require(tokens < 2**31, "train.batch_size", t.batch_size, rule)
+
+
+def tracker_names(config: Config) -> tuple[str, ...]:
+    """The names in train.trackers, each once."""
+    return tuple(dict.fromkeys(name for name in config.train.trackers.split(",") if name))
 
 
 def check_devices(config: Config, num_devices: int) -> dict[str, int]:

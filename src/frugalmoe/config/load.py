@@ -224,6 +224,8 @@ def _set(config: ConfigDict, dotted: str, value: Any) -> None:
         node = node.unlock() if open_keys else node
     if leaf not in node and not open_keys:
         _unknown(dotted, node)
+    if type(value) is int and value.bit_length() > 128:  # ConfigDict makes a float of it, which may not hold it
+        check_integer(dotted, value)
     _check_replacement(dotted, node.get(leaf), value, open_keys or _is_open([*parents, leaf]))
     with node.ignore_type():
         node[leaf] = value
@@ -249,21 +251,26 @@ def _unknown(dotted: str, node: ConfigDict) -> None:
     raise UserError(f"{dotted}: unknown config field; {did_you_mean(dotted.split('.')[-1], node.keys())}")
 
 
-def resolve(config: ConfigDict | Mapping[str, Any]) -> schema.Config:
+def resolve(config: ConfigDict | Mapping[str, Any] | schema.Config) -> schema.Config:
     """ConfigDict -> checked dataclasses. Raises `UserError` naming the field, the value and the rule."""
+    resolved = typed(config)
+    check(resolved)
+    return resolved
+
+
+def typed(config: ConfigDict | Mapping[str, Any] | schema.Config) -> schema.Config:
+    """ConfigDict -> dataclasses, in which each field has its type, whatever rule its value breaks."""
     from frugalmoe.routing import strategies
 
     resolved = build(schema.Config, config, "")
     moe = resolved.model.moe
     options = build(strategies.get(moe.router).options, moe.options, "model.moe.options")
     sources = {k: build(schema.Source, v, f"data.sources.{k}") for k, v in resolved.data.sources.items()}
-    resolved = dataclasses.replace(
+    return dataclasses.replace(
         resolved,
         model=dataclasses.replace(resolved.model, moe=dataclasses.replace(moe, options=options)),
         data=dataclasses.replace(resolved.data, sources=schema.FrozenDict(sources)),
     )
-    check(resolved)
-    return resolved
 
 
 def with_vocabulary(config: schema.Config, tokens: int) -> schema.Config:
@@ -311,9 +318,13 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
         if origin is not None and origin is not types.UnionType and not isinstance(value, tuple):
             raise UserError(f"{path}={value!r}: expected a mapping")
         return value
-    if kind in (int, float) and type(value) is int:
+    if kind is int and type(value) is int:
         check_integer(path, value)
-        return kind(value)
+        return value
+    if kind is float and type(value) is int:
+        if value.bit_length() > 128:  # no float holds it
+            check_integer(path, value)
+        value = float(value)
     if kind is float and type(value) is float:
         check_float(path, value)
     if path == "model.moe.router" and _is_router(value):

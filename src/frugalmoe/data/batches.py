@@ -13,6 +13,7 @@ showed. With none, as in runs from before there was a choice, the first token of
 it is an input and no target, and the end of a document is an input without a target.
 """
 
+import copy
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,9 +25,10 @@ import numpy as np
 
 from frugalmoe.config.schema import Data
 from frugalmoe.data.cache import digest
-from frugalmoe.data.prepare import prepare
-from frugalmoe.data.shards import Store, is_prepared
-from frugalmoe.data.tokenizer import Tokenizer, load_json, parse
+from frugalmoe.data.prepare import prepare, say
+from frugalmoe.data.shards import Sizes, Store, is_prepared
+from frugalmoe.data.split import check_domain
+from frugalmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_json, parse
 from frugalmoe.errors import UserError
 
 EVAL_SEED = "validation"  # of the order of validation rows: the same for every run, so that runs compare
@@ -69,6 +71,12 @@ class Rows:
 
     def __len__(self) -> int:
         return self._num_rows
+
+    def sizes(self) -> "Rows":
+        """The same rows with UTF-8 bytes of text in the place of tokens: of what each stands for."""
+        rows = copy.copy(self)
+        rows._store = Sizes(self._store)
+        return rows
 
     def __getitem__(self, row: int) -> Batch:
         """One row. It needs one token more than it has: the one before its first, or the one after its last."""
@@ -128,6 +136,8 @@ class Dataset:
         self.manifest: dict[str, Any] = store.manifest
         self.tokenizer: Tokenizer = store.tokenizer
         self.domains: tuple[str, ...] = tuple(self.manifest["domains"])  # sorted; position = domain id
+        for domain in self.domains:
+            check_domain(domain)
         made_from = [self.manifest["data"], self.tokenizer.fingerprint, self.manifest["validation_fraction"]]
         made_from += [list(weights), data.sequence_length]
         if data.document_start != "none":  # data from before there was a choice has the fingerprint that it had
@@ -167,6 +177,12 @@ class Dataset:
         steps = grain.MapDataset.range(start_step, sys.maxsize)
         return iter(steps.map(lambda step: self.batch(step, rows)).to_iter_dataset(ahead))
 
+    def eval_bytes(self, domain: str, max_rows: int | None = None) -> int:
+        """UTF-8 bytes of text that the targets of `eval_batches` stand for, all together."""
+        rows, batches = self._eval_rows(domain, 1, max_rows)
+        sizes = rows.sizes()
+        return sum(int(sizes[n].targets_BT.sum(dtype=np.int64)) for numbers in batches for n in numbers)
+
     def eval_batches(self, domain: str, batch_size: int, max_rows: int | None = None) -> Iterator[Batch]:
         """The first `max_rows` validation rows of one domain, or all, in an order that no seed changes.
 
@@ -205,6 +221,8 @@ def open_data(data: Data, *, batch_size: int, seed: int, progress: bool = True) 
     if not data.sources and data.path and is_prepared(path):
         store = Store(path)
         _check_prepared(data, store)
+        if progress:
+            say(store.manifest["notes"])
         weights = [source["weight"] for source in store.manifest["sources"]]
     else:
         store = Store(prepare(data, progress=progress))
@@ -216,7 +234,9 @@ def _check_prepared(data: Data, store: Store) -> None:
     made = store.manifest["tokenizer"]
     spec = parse(data.tokenizer)
     same = data.tokenizer == made["spec"]
-    if isinstance(spec, Path):
+    if spec is None:
+        same = made["fingerprint"] == ByteTokenizer().fingerprint
+    elif isinstance(spec, Path):
         same = load_json(spec, f"data.tokenizer={data.tokenizer!r}").fingerprint == made["fingerprint"]
     if not same:
         rule = f"{data.path!r} was prepared with {made['spec']!r} (fingerprint {made['fingerprint']}); both must agree"

@@ -18,7 +18,7 @@ class Scheduler(NamedTuple):
     template: str
     check: Callable[[str, Job], None]
     submit: tuple[str, ...]
-    copies: bool = False  # its processes see a copy of the checkout, and share runs/ alone
+    copies: bool = False  # its processes see a copy of this directory, and share runs/ alone
 
 
 SCHEDULERS = {

@@ -51,7 +51,11 @@ def check_space(directory: Path, state: State, freed: int = 0) -> None:
 
     `freed`: bytes that will be deleted before.
     """
-    arrays = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    check_space_for(directory, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)), freed)
+
+
+def check_space_for(directory: Path, arrays: int, freed: int = 0) -> None:
+    """Refuses a checkpoint of so many bytes of arrays."""
     needed = 1.1 * arrays + 2**18  # with Orbax's own files
     free = shutil.disk_usage(directory).free + freed
     if free < needed:

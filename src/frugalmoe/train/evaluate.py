@@ -74,9 +74,10 @@ def evaluate(
     computed in. With `trace`, appends what it saw of every batch to it.
     """
     loss, bits, stats = {}, {}, None  # (of the routers, of mixture of depths)
-    token_bytes, size_of_batch = data.tokenizer.token_bytes, _batch_size(config, mesh)
+    size_of_batch = _batch_size(config, mesh)
     for domain in data.domains:
-        nats = targets = size = 0.0
+        nats = targets = 0.0
+        size = data.eval_bytes(domain, config.train.eval_rows)
         rows = (domain, size_of_batch, config.train.eval_rows)
         for number, (batch, documents_BT) in enumerate(zip(data.eval_batches(*rows), data.eval_documents(*rows))):
             first_row = np.int32(number * size_of_batch)
@@ -86,7 +87,6 @@ def evaluate(
             )
             nats += float(out.ce_BT.sum(dtype=np.float64))
             targets += int(batch.loss_mask_BT.sum())
-            size += int(token_bytes[batch.targets_BT[batch.loss_mask_BT]].sum())
             found = (out.stats, out.depths)
             stats = found if stats is None else jax.tree.map(np.add, stats, found)
             if trace is not None:

@@ -12,24 +12,26 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from frugalmoe import sharding
-from frugalmoe.config import RECORD, Config, check_devices, to_dict, with_vocabulary
+from frugalmoe.config import Config, check_devices, to_dict, with_vocabulary
 from frugalmoe.data import Dataset, open_data
 from frugalmoe.data.batches import Batch
 from frugalmoe.errors import UserError
 from frugalmoe.files import read_json, write_json
 from frugalmoe.generate import Weights, sample_text
 from frugalmoe.model import depths
+from frugalmoe.model.causality import causality
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
 from frugalmoe.train import checkpoint, distributed, rundir
 from frugalmoe.train.evaluate import Scores, evaluate, own_rows, write_probe
+from frugalmoe.train.preflight import check_directory
 from frugalmoe.train.program import Program, compiled_eval_step
 from frugalmoe.train.progress import Progress
 from frugalmoe.train.step import State, abstract, init, knobs
+from frugalmoe.train.trackers import Trackers
 
 
 class NotFinite(UserError):
@@ -58,20 +60,11 @@ def train(
     axes = check_devices(config, jax.device_count())
     with distributed.together():
         if distributed.is_main():
-            _check_directory(config, workdir, resume, fresh)
+            check_directory(config, workdir, resume=resume, fresh=fresh)
     if distributed.exchange(rundir.is_complete(workdir))[0] and resume != "force" and not fresh:
         return read_json(workdir / "summary.json")
     with jax.set_mesh(sharding.make_mesh(axes)), opened(config, workdir, force=resume == "force", fresh=fresh) as run:
         return train_runs([run], progress, sample)[0]
-
-
-def _check_directory(config: Config, workdir: Path, resume: str, fresh: bool) -> None:
-    rundir.check_idle(workdir)
-    if fresh:
-        return rundir.check_fresh(workdir)
-    if resume == "never" and (workdir / RECORD).is_file():
-        raise UserError(f"--workdir={workdir}: holds a run and --resume=never was given")
-    rundir.check_config(workdir, to_dict(config), force=resume == "force")
 
 
 @contextmanager
@@ -135,6 +128,7 @@ def _describe(workdir: Path, config: Config, data: Dataset, start: int) -> None:
         "train_tokens": data.train_tokens,
         "validation_tokens": data.validation_tokens,
         "remainder": data.remainder,
+        "notes": data.manifest["notes"],
     }
     (workdir / "tokenizer").mkdir(exist_ok=True)
     data.tokenizer.save_into(workdir / "tokenizer")
@@ -184,7 +178,7 @@ def _loop(runs: Sequence["Run"], stop_requests: Callable[[], Callable[[int], boo
 
     while step < config.steps and not (stopped := stop(step)):
         batch = program.next_batch()
-        with jax.transfer_guard("disallow"):
+        with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
             metrics = program.step(batch)
         if step == runs[0].start:
             stop = stop_requests()
@@ -226,8 +220,7 @@ class Run:
         main = distributed.is_main()
         log = lambda name: rundir.Log(workdir / name if main else Path(os.devnull), self.start)
         self.metrics_log, self.load_log = log("metrics.jsonl"), log("expert_load.jsonl")
-        tensorboard = str(workdir / "tensorboard")
-        self.tensorboard = SummaryWriter(tensorboard, purge_step=self.start + 1, write_to_disk=main)
+        self.trackers = Trackers(config, workdir, self.start, quiet=not main)
         self.eval_step = compiled_eval_step(config)
         self.batches = data.train_batches(self.start, own_rows(mesh, config))
         self.tokens_per_second: list[float] = []
@@ -272,7 +265,7 @@ class Run:
         return summary
 
     def close(self) -> None:
-        for part in (self.metrics_log, self.load_log, self.tensorboard, self.manager):
+        for part in (self.metrics_log, self.load_log, self.trackers, self.manager):
             part.close()
 
     def evaluate(self) -> None:
@@ -303,8 +296,7 @@ class Run:
 
     def _write(self, step: int, row: Mapping[str, float]) -> None:
         self.metrics_log.write({"step": step, **row})
-        for name, value in row.items():
-            self.tensorboard.add_scalar(name, value, step)
+        self.trackers.log(step, row)
 
     def _log_scores(self, scores: Scores) -> None:
         if broken := [domain for domain, loss in scores.loss.items() if not np.isfinite(loss)]:
@@ -334,9 +326,15 @@ class Run:
             "eval": {"loss": scores.loss, "bits_per_byte": scores.bits_per_byte},
             "parameters": count_parameters(self.config.model),
             "speed": {"tokens_per_second": speed, "train_seconds": seconds},
-            "router": {"name": router.name, "causal": router.about.causal, "layers": layers},
+            "router": {"name": router.name, **self._causality(), "layers": layers},
             **({"mixture_of_depths": about | {"layers": blocks}} if blocks else {}),
         }
+
+    def _causality(self) -> dict[str, str]:
+        """Of router, executor and exchange together, mixture of depths too."""
+        devices = self.mesh.shape["expert"]
+        level = lambda train: causality(self.config.model, train, devices)
+        return {"causal": level(True), "causal_in_evaluation": level(False)}
 
     def _sample(self) -> dict[str, str]:
         """On one device: decoding is the work of one, and knows no mesh that splits sequences."""

@@ -29,7 +29,7 @@ _BEGINNING = ("checkpoints", "metrics.jsonl", "expert_load.jsonl", "tensorboard"
 _OWN = ("config.json", "environment.json", "data.json", "history.jsonl", "metrics.jsonl", "expert_load.jsonl",
         "summary.json", "probe.npz", "cross.json", ".*.json.*.tmp", ".*.jsonl.*.tmp",
         "tensorboard/events.out.tfevents.*", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
-        "report/index.html", "report/*.png", "trace/step_*.npz")  # fmt: skip
+        "report/index.html", "report/*.png", "trace/step_*.npz", "trackers.json", "wandb", "profile")  # fmt: skip
 _FOLDERS = ("checkpoints", "tensorboard", "tokenizer", "report", "trace")
 
 
@@ -37,12 +37,10 @@ def is_complete(workdir: Path) -> bool:
     """Whether a run is done, with a result: held-out losses that are numbers."""
     path = workdir / "summary.json"
     summary = read_json(path) if path.is_file() else {}
-    if not isinstance(summary, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(summary).__name__}")
-    if summary.get("status") != "complete":
+    try:
+        return summary.get("status") == "complete" and all(map(math.isfinite, summary["eval"]["loss"].values()))
+    except (AttributeError, LookupError, TypeError):  # a loss that is null, or no summary of ours
         return False
-    losses = summary.get("eval", {}).get("loss", {})
-    return all(isinstance(loss, int | float) and math.isfinite(loss) for loss in losses.values())
 
 
 def check_fresh(workdir: Path) -> None:
@@ -85,12 +83,15 @@ def _holds_something(workdir: Path) -> bool:
 
 
 def check_config(workdir: Path, config: Mapping[str, Any], force: bool) -> None:
-    """Refuses to continue a run of another config, and names what differs. The mesh may: it changes no answer."""
+    """Refuses to continue a run of another config, and names what differs. Mesh and trackers change no answer."""
     if not (workdir / RECORD).is_file():
         if _holds_something(workdir):
             raise UserError(f"--workdir={workdir}: holds files but no {RECORD}; give an empty or new directory")
         return
     saved = record(workdir / RECORD) | {"mesh": config["mesh"]}
+    saved["train"]["trackers"] = config["train"]["trackers"]
+    if "eval_batches" in read_json(workdir / RECORD)["train"]:  # an older run goes on with the held-out rows of today
+        saved["train"]["eval_rows"] = config["train"]["eval_rows"]
     differing = differences(saved, completed(config), "there", "here")
     if differing and not force:
         shown = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
