@@ -34,6 +34,7 @@ run-newest: .venv-newest/stamp
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/frugalmoe routers --format=markdown > docs/routers.md
 
 bench: .venv/run.stamp .venv-bench/stamp
 	$(BIN)/python benchmarks/run.py --torch-python .venv-bench/bin/python $(ARGS)

@@ -307,14 +307,14 @@ def test_bad_flags_are_refused(place, capsys):
     refused(capsys, ablate(place, "bad", "--jobs=0"), "--jobs=0: must be at least 1")
     refused(capsys, ablate(place, "bad", "--slurm=partition"), "must be NAME=VALUE")
     refused(capsys, ablate(place, "bad", "--config.model.dmi=3"), "did you mean 'dim'")
-    refused(capsys, ["ablate", str(place / "no.py")], "no such file")
+    refused(capsys, ["ablate", str(place / "no.py")], "no.py: no such file")
     refused(capsys, ["report", str(place / "text")], "not a run directory")
     assert not (place / "bad").exists()
 
 
 def test_another_study_and_another_config_are_refused(place, alone, capsys):
     other = variant(place, "other", 'name="tiny"', 'name="other"')
-    refused(capsys, ablate(place, "alone", study=other), "results of study 'tiny', not 'other'")
+    refused(capsys, ablate(place, "alone", study=other), "holds the study 'tiny', not 'other'")
     refused(capsys, ablate(place, "alone", "--config.train.steps=9"), "train.steps: 8 there, 9 here")
     refused(capsys, ablate(place, "text"), "holds files but no study.json")
     assert json.loads((alone / "study.json").read_text())["name"] == "tiny"

@@ -101,6 +101,7 @@ def test_without_the_scheduler_nothing_is_written(capsys, monkeypatch, tmp_path)
         # 2 nodes x 3 devices = 6 do not divide the batch of 16; the config's own check, before any cluster.
         (["slurm", CONFIG, "--nodes=2", "--devices-per-node=3", "--config.train.batch_size=16"], "batch_size=16"),
         (["slurm", CONFIG, "--nodes=0", "--devices-per-node=2"], "--nodes=0"),
+        (["slurm", CONFIG, f"--nodes={10**30}", "--devices-per-node=2", "--config.mesh.expert=3"], "from 1 to 100000"),
         (["slurm", CONFIG, "--devices-per-node=0"], "--devices-per-node=0"),
         (["slurm", "--config=configs/none.py", "--devices-per-node=1"], "configs/none.py"),
         (["slurm", CONFIG, "--devices-per-node=1", "--hosts=a"], "--hosts=a"),

@@ -101,6 +101,16 @@ def test_a_run_that_is_training_is_named(place):
         preflight.check(load(str(place / "tiny.py")), place / "run")
 
 
+def test_a_complete_run_needs_its_data_no_more(place):
+    config = load(str(place / "tiny.py"), {"data.path": "/gone"})
+    (place / "run").mkdir()
+    (place / "run/config.json").write_text(json.dumps(to_dict(config)))
+    (place / "run/summary.json").write_text(json.dumps({"status": "complete"}))
+    assert "this run is complete" in preflight.check(config, place / "run").notes[0]
+    with pytest.raises(preflight.UserError, match="no such file or directory"):
+        preflight.check(config, place / "run", fresh=True)
+
+
 def test_other_data_than_the_runs_is_refused(place):
     config = load(str(place / "tiny.py"))
     prepare(config.data)

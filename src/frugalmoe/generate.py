@@ -23,6 +23,7 @@ from frugalmoe.config.schema import Model
 from frugalmoe.data.continuation import Continuation, until
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
+from frugalmoe.experts import capacity
 from frugalmoe.model.attention import empty_cache
 from frugalmoe.model.causality import leaking
 from frugalmoe.model.moe import Context
@@ -101,13 +102,12 @@ def _tokens(
 
 def _check_slots(config: Config) -> None:
     """Evaluation counts an expert's slots over a whole row, of which a sampled text is only the beginning."""
-    moe = config.model.moe
-    routed = config.model.num_dense_layers < config.model.num_layers
-    enough = moe.num_experts / moe.num_experts_per_token  # a slot for every token of the row
-    if routed and experts.pick(moe, sharding.platform()) == "capacity" and moe.capacity_factor < enough:
+    moe, routed = config.model.moe, config.model.num_dense_layers < config.model.num_layers
+    if routed and experts.pick(moe, sharding.platform()) == "capacity" and not capacity.drops_nothing(moe):
         raise UserError(
             "model.moe.executor='capacity': cannot be sampled token by token, because an expert's slots are those of a "
-            f"whole row; with model.moe.capacity_factor={moe.capacity_factor}, below {enough:.4g}, they may run out"
+            f"whole row; with model.moe.capacity_factor={moe.capacity_factor}, below "
+            f"{moe.num_experts / moe.num_experts_per_token:.4g}, they may run out"
         )
 
 

@@ -19,6 +19,8 @@ EXAMPLES = """\
 
 A run that was stopped goes on with the same command."""
 
+MOST = 100_000  # nodes, or devices of one
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `frugalmoe launch`."""
@@ -84,8 +86,8 @@ def _make_job(args: argparse.Namespace, workdir: Path, copies: bool):
     hosts = read_hosts(args.hosts) if args.hosts is not None else ()
     nodes = args.nodes if args.nodes is not None else len(hosts) or 1
     for flag, value in (("nodes", nodes), ("devices-per-node", args.devices_per_node)):
-        if value < 1:
-            raise UserError(f"--{flag}={value}: must be at least 1")
+        if not 1 <= value <= MOST:
+            raise UserError(f"--{flag}={value}: must be from 1 to {MOST}")
     if hosts and nodes != len(hosts):
         raise UserError(f"--nodes={nodes}: --hosts names {len(hosts)}")
     if any(c.isspace() for c in str(workdir)):
