@@ -1,15 +1,18 @@
 """Every config resolves, published shapes have the published sizes, and bad values give one clear line."""
 
+import copy
 import dataclasses
 import json
 import math
+import operator
+import pickle
 import re
 import time
 from pathlib import Path
 
 import pytest
 
-from frugalmoe.config import Config, check_devices, default, load, override, resolve, to_dict
+from frugalmoe.config import Config, check_devices, default, load, override, record, resolve, to_dict
 from frugalmoe.errors import LONGEST_MESSAGE, UserError
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import strategies
@@ -181,6 +184,24 @@ def test_a_field_that_is_younger_than_a_run_leaves_it_as_it_was(tmp_path):
         rundir.check_config(tmp_path, to_dict(Config()), force=False)
 
 
+def test_a_run_from_before_documents_had_a_start_goes_on_without_one(tmp_path):
+    """The default changed what rows hold: the run's own config says nothing, and means what was so then."""
+    config = resolve(default())
+    assert config.data.document_start == "end_of_text" and rundir.as_begun(config, tmp_path) is config
+    old = json.loads(json.dumps(to_dict(config)))
+    del old["data"]["document_start"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert resolve(record(tmp_path / "config.json")).data.document_start == "none"
+    begun = rundir.as_begun(config, tmp_path)
+    assert begun == resolve(override(default(), {"data.document_start": "none"}))
+    rundir.check_config(tmp_path, to_dict(begun), force=False)
+    with pytest.raises(UserError, match=r"\(data\.document_start: 'none' there, 'end_of_text' here\)"):
+        rundir.check_config(tmp_path, to_dict(config), force=False)
+    for saved in (to_dict(config), {"data": 3}, [], None, {}):  # a run of today, and what is none
+        (tmp_path / "config.json").write_text(json.dumps(saved))
+        assert rundir.as_begun(config, tmp_path) is config
+
+
 def test_a_run_continues_on_another_mesh_and_not_with_another_seed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(resolve(default()))))
     rundir.check_config(tmp_path, to_dict(resolve(override(default(), {"mesh.fsdp": 4}))), force=False)
@@ -301,3 +322,25 @@ def test_a_file_that_is_no_config_is_one_line(tmp_path, name, text, message):
 def test_what_names_no_config_is_one_line(spec):
     with pytest.raises(UserError, match="--config="):
         load(spec)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.__setitem__("z", 9.0),
+        lambda d: d.__delitem__("z"),
+        lambda d: d.update(z=9.0),
+        lambda d: d.setdefault("new", 9.0),
+        lambda d: d.pop("z"),
+        lambda d: d.popitem(),
+        lambda d: d.clear(),
+        lambda d: operator.ior(d, {"z": 9.0}),
+    ],
+)
+def test_a_config_shares_no_mapping_that_can_be_changed(change):
+    """One config's edit would change every later config of the process, and the keys of caches."""
+    with pytest.raises(TypeError, match="cannot be changed"):
+        change(Config().model.moe.losses)
+    assert dict(Config().model.moe.losses) == {"load_balance": 0.01, "z": 0.001}
+    for copied in (copy.deepcopy(Config()), pickle.loads(pickle.dumps(Config()))):
+        assert copied == Config() and hash(copied) == hash(Config())

@@ -3,24 +3,50 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from frugalmoe import __version__, commands, completion
-from frugalmoe.errors import EXIT_USER_ERROR, UserError, one_line
+from frugalmoe.errors import EXIT_INTERRUPTED, EXIT_READER_GONE, EXIT_USER_ERROR, UserError, one_line
+from frugalmoe.interrupts import at_once, may_speak, silence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; 0 done, 2 user error, 75 stopped by a signal after saving."""
+    """Runs a command and returns its exit code.
+
+    0 done, 2 user error, 75 stopped by a signal after saving or before there was anything to save, 130 interrupted,
+    141 the reader of the output has gone.
+    """
+    try:
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # here, where it can be caught that nobody reads
+    except BrokenPipeError:
+        silence(sys.stdout)
+        return EXIT_READER_GONE
+    except KeyboardInterrupt:
+        if not may_speak():
+            time.sleep(10)  # the process is being ended
+        print("frugalmoe: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _run(argv: list[str]) -> int:
     parser = _parser()
     if completion.REQUESTED in os.environ:
         completion.complete(parser)
-    flags, overrides = _take_overrides(list(sys.argv[1:] if argv is None else argv))
-    args = parser.parse_args(flags)
+    flags, overrides = _take_overrides(argv)
+    args, unknown = parser.parse_known_args(flags)
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.overrides = overrides
     try:
         if overrides and not hasattr(args, "config"):
             raise UserError(f"--config.{overrides[0]}: frugalmoe {args.command} takes no config")
-        return commands.get(args.command).run(args) or 0
+        command = commands.get(args.command)
+        with at_once(resumable=getattr(command, "RESUMABLE", False)):
+            return command.run(args) or 0
     except Exception as e:
         if not (line := one_line(e)):
             raise
@@ -53,16 +79,16 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in commands.names():
         command = commands.get(name)
-        command.add_flags(
-            subparsers.add_parser(
-                name,
-                help=command.SUMMARY,
-                description=command.SUMMARY,
-                epilog=f"examples:\n{command.EXAMPLES}",
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-                allow_abbrev=False,
-            )
+        of_command = subparsers.add_parser(
+            name,
+            help=command.SUMMARY,
+            description=command.SUMMARY,
+            epilog=f"examples:\n{command.EXAMPLES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
+        of_command.set_defaults(parser=of_command)  # its usage is shown with what it does not know
+        command.add_flags(of_command)
     return parser
 
 

@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Iterable
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # by Ctrl-C, before anything was saved
+EXIT_READER_GONE = 141  # whoever read the output, as `head` in a pipe, has ended
 EXIT_PREEMPTED = 75  # a signal stopped a run after it saved; the same command continues it (EX_TEMPFAIL of sysexits.h)
 _OF_THE_DISK = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
 

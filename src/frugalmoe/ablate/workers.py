@@ -47,7 +47,9 @@ def _start(argv: Sequence[str], cores: set[int], log: Path) -> subprocess.Popen:
         os.sched_setaffinity(0, cores)  # inherited: XLA sizes its thread pool by it
         with log.open("wb") as file:
             command = [sys.executable, "-m", "frugalmoe.cli", *argv, "--worker=process"]
-            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT)
+            # In a group of its own: Ctrl-C in a terminal goes to this process alone, which then ends the workers.
+            pipes = dict(stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT)
+            return subprocess.Popen(command, **pipes, process_group=0)
     finally:
         os.sched_setaffinity(0, own)
 

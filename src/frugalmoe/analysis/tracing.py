@@ -83,7 +83,7 @@ class Tracer:
         self.layers = moe_layers(run, config)
         self.data = open_run_data(run, config)
         self.config = limited(config, len(self.data.domains), tokens)
-        self.eval_step = jax.jit(make_eval_step(self.config, trace=True))
+        self.eval_step = jax.jit(make_eval_step(self.config, trace=True, vocabulary=self.data.tokenizer.size))
 
     def columns(self, step: int) -> dict[str, np.ndarray]:
         """The arrays of one checkpoint's file that follow from its weights."""
@@ -119,10 +119,9 @@ def open_run_data(run: Path, config: Config) -> Dataset:
 
 
 def limited(config: Config, domains: int, tokens: int) -> Config:
-    """The config with as many evaluation batches per domain as come nearest to the number of tokens, at least one."""
-    per_batch = config.train.batch_size // config.train.accumulate_steps * config.data.sequence_length
-    batches = max(1, round(tokens / (domains * per_batch)))
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batches=batches))
+    """The config with as many held-out rows per domain as come nearest to the number of tokens, at least one."""
+    rows = max(1, round(tokens / (domains * config.data.sequence_length)))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, eval_rows=rows))
 
 
 def _plans(seen: list[Traced]) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -6,6 +6,7 @@ A command is a module of this folder with
     EXAMPLES   command lines, shown by --help
     add_flags  (parser) -> None
     run        (args) -> exit code
+    RESUMABLE  True where the same command goes on after SIGTERM, which then ends it with 75; may be left out
 
 All are imported for `frugalmoe --help` and for every typing error, so a module imports only the standard library at its
 top; what takes time is imported in `run`.

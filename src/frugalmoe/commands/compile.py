@@ -15,10 +15,11 @@ EXAMPLES = """\
   frugalmoe compile --config=configs/ling_lite.py --topology=v5p:4x4x4 --slices=2 ...
   frugalmoe compile --config=configs/small.py --topology=h100:1 --format=json
 
-A TPU program that is too large fails in seconds, one that fits takes minutes. The compilers are packages of their own:
-  pip install 'jax[tpu]'                                                      v5e, v5p, v6e
-  pip install 'jax[cuda12-local]' nvidia-cuda-nvcc-cu12 nvidia-cudnn-cu12     h200, h100, a100, a100-40, a6000, l40s,
-                                                                              l4, rtx4090"""
+A TPU program that is too large fails in seconds, one that fits takes minutes. The compilers are packages of their own.
+For v5e, v5p, v6e:
+  pip install 'jax[tpu]'
+For h200, h100, a100, a100-40, a6000, l40s, l4, rtx4090:
+  pip install 'jax[cuda12-local]' nvidia-cuda-nvcc-cu12 nvidia-cudnn-cu12 'jax-triton>=0.3.1'"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +38,7 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # a device that is there is of no use here, and may be in use
-    from rich.console import Console
-
+    from frugalmoe.console import Console
     from frugalmoe.cost.aot import compile_step
     from frugalmoe.cost.search import search
     from frugalmoe.cost.table import headline, markdown, row, tables
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.format == "markdown":
         print(markdown(results))
     else:
-        Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(*tables(results[-1]), sep="\n")
+        Console(width=None if sys.stdout.isatty() else 120).print(*tables(results[-1]), sep="\n")
     if nothing_fits:
         raise nothing_fits
     return 0

@@ -41,16 +41,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(fields) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from frugalmoe.console import Console
 
     table = Table("--config.FIELD", "value", "default", "meaning", box=None, pad_edge=False)
     for field in fields:
         style = "bold" if field.value != field.default else ""
         shown = (field.name, *(_shown(value) for value in (field.value, field.default)), field.meaning)
         table.add_row(*(Text(text, style=style) for text in shown))
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _shown(value) -> str:

@@ -22,6 +22,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="prepare|show")
     summary = "Read, split and tokenise; an interrupted one goes on where it was."
     prepare = actions.add_parser("prepare", help=summary, description=summary, allow_abbrev=False)
+    prepare.set_defaults(parser=prepare)
     add_config_flag(prepare)
     prepare.add_argument("--output", type=Path, help="a new directory for data.path (default: the cache)")
     prepare.add_argument(
@@ -29,6 +30,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     summary = "Print rows as the model sees them, a colour per document."
     show = actions.add_parser("show", help=summary, description=summary, allow_abbrev=False)
+    show.set_defaults(parser=show)
     add_config_flag(show)
     show.add_argument("--split", choices=("train", "validation"), default="train")
     show.add_argument("--count", type=int, default=4, help="rows, of each domain for validation (default: %(default)s)")
@@ -41,9 +43,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> int:
     """Prepares and prints where the data is and how much there is of each domain."""
-    from rich.console import Console
     from rich.table import Table
 
+    from frugalmoe.console import Console
     from frugalmoe.data.prepare import prepare
     from frugalmoe.data.shards import read_manifest
 
@@ -59,14 +61,13 @@ def _prepare(args: argparse.Namespace) -> int:
             table.add_row(domain, side, *numbers, f"{count['bytes'] / count['tokens']:.2f}")
     console = Console()
     console.print(table)
-    console.print(f"prepared in {directory}", soft_wrap=True, highlight=False)
+    console.print(f"prepared in {directory}", soft_wrap=True)
     return 0
 
 
 def _show(args: argparse.Namespace) -> int:
     """Prints `count` rows of the first training batches, or of each domain's validation rows."""
-    from rich.console import Console
-
+    from frugalmoe.console import Console
     from frugalmoe.data.batches import open_data
 
     if args.count < 1:
@@ -74,7 +75,7 @@ def _show(args: argparse.Namespace) -> int:
     config = load_config(args)
     dataset = open_data(config.data, batch_size=1, seed=config.train.seed)
     console = Console()
-    console.print(f"domains {', '.join(dataset.domains)}; {dataset.train_tokens:,} training tokens", highlight=False)
+    console.print(f"domains {', '.join(dataset.domains)}; {dataset.train_tokens:,} training tokens")
     if args.split == "train":
         batches = [dataset.batch(step) for step in range(args.count)]
     else:

@@ -18,11 +18,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the catalogue."""
-    from rich.console import Console
-
+    from frugalmoe.console import Console
+    from frugalmoe.routing import strategies
     from frugalmoe.routing.catalogue import BLOCKS, blocks, catalogue, format_markdown, format_table
 
     rows = catalogue()
+    for line in strategies.broken().values():
+        print(f"frugalmoe: {line}", file=sys.stderr)
     if args.format == "json":
         print(json.dumps(rows, indent=1))
     elif args.format == "markdown":

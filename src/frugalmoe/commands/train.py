@@ -8,6 +8,7 @@ from pathlib import Path
 from frugalmoe.commands import add_config_flag, load_config, set_up_training
 from frugalmoe.errors import EXIT_PREEMPTED, UserError
 
+RESUMABLE = True
 SUMMARY = "Train a config, or continue the run in its directory."
 EXAMPLES = """\
   frugalmoe train --config=configs/quickstart.py
@@ -54,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
     workdir = args.workdir or Path("runs") / config.name
     set_up_training(config)
     import jax
-    from rich.console import Console
 
+    from frugalmoe.console import Console
     from frugalmoe.train import distributed, preflight, rundir
     from frugalmoe.train.loop import train
     from frugalmoe.train.profile import profiled
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         return _dry_run(ready.config, workdir, ready.notes, distributed.is_main())
     was_complete = rundir.is_complete(workdir) and not args.fresh
     watched = {"progress": profiled(args.profile, workdir / "profile")} if args.profile else {}
-    summary = train(config, workdir, resume=args.resume, fresh=args.fresh, **watched)
+    summary = train(config, workdir, resume=args.resume, fresh=args.fresh, sample=True, **watched)
     if not distributed.is_main():
         return EXIT_PREEMPTED if summary["status"] == "stopped" else 0
     if summary["status"] == "stopped":
@@ -79,18 +80,19 @@ def run(args: argparse.Namespace) -> int:
         print(f"{workdir}: this run is complete ({summary['step']} steps); --fresh starts it over")
     from frugalmoe.analysis import load_run, summary_table, write_report
 
-    console = Console(highlight=False)
+    console = Console()
     console.print(summary_table(load_run(workdir)))
-    sample = summary["sample"]
-    console.print(f"sample: {sample['prompt']}{sample['text']}" if sample["text"] else sample["why"], markup=False)
-    console.print(f"report: {write_report(workdir)}", soft_wrap=True, markup=False)
+    if sample := summary.get("sample"):  # `train` of the library draws none
+        empty = "no sample: the model ended the document at once"
+        console.print(f"sample: {sample['prompt']}{sample['text']}" if sample["text"] else sample.get("why", empty))
+    console.print(f"report: {write_report(workdir)}", soft_wrap=True)
     return 0
 
 
 def _dry_run(config, workdir: Path, notes: Sequence[str], talks: bool) -> int:
     import jax
-    from rich.console import Console
 
+    from frugalmoe.console import Console
     from frugalmoe.cost.aot import compile_step
     from frugalmoe.cost.table import tables
     from frugalmoe.model.transformer import count_parameters
@@ -106,5 +108,5 @@ def _dry_run(config, workdir: Path, notes: Sequence[str], talks: bool) -> int:
     print(f"parameters     {counts['total']:,} total, {counts['active']:,} active")
     print(*(f"note: {note}" for note in notes), sep="\n", end="\n" if notes else "")
     print("compiling the step, which makes the start of the run shorter", flush=True)
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(*tables(compile_step(config)), sep="\n")
+    Console(width=None if sys.stdout.isatty() else 120).print(*tables(compile_step(config)), sep="\n")
     return 0

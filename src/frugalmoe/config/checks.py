@@ -1,6 +1,8 @@
 """Every rule that a resolved config must obey. One line per rule: the field, its value, the rule, the valid choices."""
 
+import codecs
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 
@@ -38,6 +40,12 @@ def check_integer(path: str, value: int, least: int = -(2**31)) -> None:
     if not least <= value < 2**31:
         shown = repr(value) if value.bit_length() < 128 else f"(an integer of {value.bit_length()} bits)"
         raise UserError(f"{path}={shown}: must be from {least} to {2**31 - 1}")
+
+
+def check_seed(path: str, seed: int) -> None:
+    """Raises `UserError` for what is no seed, wherever one is given."""
+    _require(type(seed) is int, path, seed, "must be an integer")
+    check_integer(path, seed, least=0)
 
 
 def check_float(path: str, value: float) -> None:
@@ -99,7 +107,7 @@ def _moe(config: Config) -> None:
     # Imported here: strategies and executors import the config's schema.
     from frugalmoe import experts
     from frugalmoe.experts import parallel
-    from frugalmoe.routing import strategies
+    from frugalmoe.routing import losses, strategies
 
     moe: MoE = config.model.moe
     router = strategies.get(moe.router)
@@ -121,11 +129,12 @@ def _moe(config: Config) -> None:
     )
     for name, coefficient in moe.losses.items():
         path = f"model.moe.losses.{name}"
-        known = {*strategies.loss_names(), *router.about.losses}
-        if name not in known:
+        own = {*losses.GATE_LOSSES, *router.about.losses}
+        # Those of other strategies are valid too, for configs that change the router; only then are all imported.
+        if name not in own and name not in (known := own.union(strategies.loss_names())):
             raise UserError(f"{path}: unknown loss; {did_you_mean(name, known)}")
-        _require(isinstance(coefficient, int | float), path, coefficient, "must be a number")
-        _require(coefficient >= 0, path, coefficient, "must not be negative")
+        _require(type(coefficient) in (int, float), path, coefficient, "must be a number")
+        _require(0 <= coefficient < math.inf, path, coefficient, "must not be negative or infinite")
     _require(
         moe.load_balance_devices > 0 and moe.num_experts % moe.load_balance_devices == 0,
         "model.moe.load_balance_devices",
@@ -167,22 +176,38 @@ def _check_scope(config: Config, devices: int) -> None:
 def _data(config: Config) -> None:
     d = config.data
     _require(d.sequence_length > 1, "data.sequence_length", d.sequence_length, "must be at least 2")
+    _one_of("data.document_start", d.document_start, ("end_of_text", "none"))
     _require(0 < d.validation_fraction < 1, "data.validation_fraction", d.validation_fraction, "must be in (0, 1)")
     size = re.fullmatch(r"bpe:([0-9]{3,9})", d.tokenizer)
     _require(
-        d.tokenizer == "bytes" or d.tokenizer.endswith(".json") or (size is not None and int(size[1]) > 256),
+        d.tokenizer == "bytes"
+        or (size is not None and int(size[1]) > 256)
+        or (d.tokenizer[:4] != "bpe:" and (any(c in d.tokenizer for c in "./~") or os.path.isdir(d.tokenizer))),
         "data.tokenizer",
         d.tokenizer,
-        "must be bytes, bpe:SIZE with SIZE > 256, or the path of a tokenizer.json",
+        "must be bytes, bpe:SIZE with SIZE > 256, or the path of a tokenizer.json or of its directory",
     )
+    for name, source in d.sources.items():
+        _one_of(f"data.sources.{name}.null_text", source.null_text, ("stop", "skip"))
+        rule = "must be a text encoding that Python knows, as utf-8, utf-16, latin-1, cp1252"
+        _require(_is_encoding(source.encoding), f"data.sources.{name}.encoding", source.encoding, rule)
     weights = [s.weight for s in d.sources.values()]
-    _require(all(w >= 0 for w in weights), "data.sources", weights, "weights must not be negative")
+    _require(
+        all(0 <= w < math.inf for w in weights), "data.sources", weights, "weights must not be negative or infinite"
+    )
     _require(
         all(w == 0 for w in weights) or all(w > 0 for w in weights),
         "data.sources",
         weights,
         "either every source has a weight or none has",
     )
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        return codecs.lookup(name).incrementaldecoder is not None and "a".encode(name) is not None
+    except (LookupError, ValueError):  # unknown; not of text
+        return False
 
 
 def _optim(config: Config) -> None:
@@ -202,9 +227,10 @@ def _optim(config: Config) -> None:
 
 def _train(config: Config) -> None:
     t, c = config.train, config.checkpoint
-    positive = "steps batch_size accumulate_steps log_every eval_batches loss_chunk"
+    positive = "steps batch_size accumulate_steps log_every eval_rows loss_chunk"
     _each("train", t, positive, lambda v: v > 0, "must be positive")
-    _each("train", t, "seed eval_every", lambda v: v >= 0, "must not be negative")
+    check_seed("train.seed", t.seed)
+    _each("train", t, "eval_every", lambda v: v >= 0, "must not be negative")
     _each("checkpoint", c, "every_steps keep_every_steps", lambda v: v >= 0, "must not be negative")
     _each("checkpoint", c, "keep_last", lambda v: v > 0, "must be positive")
     _require(

@@ -4,10 +4,12 @@ import ast
 import contextlib
 import dataclasses
 import importlib.util
+import os
 import types
 import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -15,16 +17,80 @@ from ml_collections import ConfigDict
 from frugalmoe.config import schema
 from frugalmoe.config.checks import check, check_float, check_integer
 from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.files import read_json
 from frugalmoe.shipped import CONFIGS, Folder
+
+RECORD = "config.json"  # of a run's directory: the config that it was trained with
+
+# What runs did that are older than a field, where its default makes new ones do something else.
+_BEFORE = {"data": {"document_start": "none"}}
 
 
 def default() -> ConfigDict:
     """A locked ConfigDict with every field at its default; a config file edits it and returns it."""
-    config = ConfigDict(to_dict(schema.Config())).lock()
+    return _open(ConfigDict(to_dict(schema.Config())))
+
+
+def _open(config: ConfigDict) -> ConfigDict:
+    """Locks a config but for the sections whose keys the user names."""
+    config.lock()
     config.model.moe.options.unlock()
     config.model.moe.losses.unlock()
     config.data.sources.unlock()
     return config
+
+
+def record(path: Path) -> dict[str, Any]:
+    """The config that a run's config.json holds, in the fields of today.
+
+    Fields that are younger than the run have what the run did: the defaults, or what `_BEFORE` says. Raises `UserError`
+    for a file that is no record of a run.
+    """
+    saved = read_json(path)
+    if not _is_record(saved):
+        raise UserError(f"{path}: not the config of a run; it needs a name and the sections {', '.join(_SECTIONS)}")
+    try:
+        train = dict(saved["train"])
+        if "eval_batches" in train:  # older runs count held-out rows in micro-batches
+            micro_batch = train["batch_size"] // train["accumulate_steps"]
+            train["eval_rows"] = train.pop("eval_batches") * micro_batch
+        older = {section: {**fields, **saved[section]} for section, fields in _BEFORE.items()}
+        return completed({**saved, **older, "train": train})
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as e:
+        raise UserError(f"{path}: a damaged config ({type(e).__name__}: {e})") from e
+
+
+_SECTIONS = ("model", "data", "optim", "train", "checkpoint", "mesh")
+
+
+def _is_record(saved: Any) -> bool:
+    """Whether the content of a config.json is a config of ours, of whatever age."""
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("name"), str):
+        return False
+    sections = [saved.get(name) for name in _SECTIONS]
+    return all(isinstance(s, Mapping) for s in sections) and isinstance(sections[0].get("moe"), Mapping)
+
+
+def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """`saved` with the fields that it lacks at their defaults; those that are no fields stay."""
+    from frugalmoe.routing import strategies
+
+    filled = _filled(saved, schema.Config())
+    data, moe = filled["data"], filled["model"]["moe"]
+    data["sources"] = {name: _filled(source, schema.Source()) for name, source in data["sources"].items()}
+    if moe["router"] in strategies.names():
+        moe["options"] = {**to_dict(strategies.get(moe["router"]).options()), **moe["options"]}
+    return filled
+
+
+def _filled(saved: Any, section: Any) -> Any:
+    if not isinstance(saved, Mapping):
+        return saved
+    new = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+    fill = lambda name, value: (
+        _filled(saved.get(name, {}), value) if dataclasses.is_dataclass(value) else saved.get(name, to_dict(value))
+    )
+    return {**saved, **{name: fill(name, value) for name, value in new.items()}}
 
 
 def to_dict(config: Any) -> Any:
@@ -45,12 +111,18 @@ def _is_router(value: Any) -> bool:
 
 
 def load(spec: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> schema.Config:
-    """`FILE[:ARG]` -> its `get_config(ARG)`, overridden, resolved and checked."""
+    """`FILE[:ARG]` -> its `get_config(ARG)`, or the config of a run, overridden, resolved and checked."""
     return resolve(override(read(spec), overrides))
 
 
 def read(spec: str) -> ConfigDict:
-    """`FILE[:ARG]` -> its `get_config(ARG)`. FILE is a path, or the name of a config that we ship."""
+    """`FILE[:ARG]` -> its `get_config(ARG)`. FILE is a path, or the name of a config that we ship.
+
+    The directory of a run, or its config.json -> what it was trained with.
+    """
+    run = Path(spec) / RECORD
+    if os.path.isfile(run) or spec.endswith(".json"):
+        return _open(ConfigDict(record(run if os.path.isfile(run) else Path(spec))))
     file, _, arg = spec.partition(":")
     get_config = python_file(CONFIGS, file, f"--config={spec}", "get_config")
     with _one_line_errors(f"--config={spec}"):
@@ -152,6 +224,8 @@ def _set(config: ConfigDict, dotted: str, value: Any) -> None:
         node = node.unlock() if open_keys else node
     if leaf not in node and not open_keys:
         _unknown(dotted, node)
+    if type(value) is int and value.bit_length() > 128:  # ConfigDict makes a float of it, which may not hold it
+        check_integer(dotted, value)
     _check_replacement(dotted, node.get(leaf), value, open_keys or _is_open([*parents, leaf]))
     with node.ignore_type():
         node[leaf] = value
@@ -244,9 +318,13 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
         if origin is not None and origin is not types.UnionType and not isinstance(value, tuple):
             raise UserError(f"{path}={value!r}: expected a mapping")
         return value
-    if kind in (int, float) and type(value) is int:
+    if kind is int and type(value) is int:
         check_integer(path, value)
-        return kind(value)
+        return value
+    if kind is float and type(value) is int:
+        if value.bit_length() > 128:  # no float holds it
+            check_integer(path, value)
+        value = float(value)
     if kind is float and type(value) is float:
         check_float(path, value)
     if path == "model.moe.router" and _is_router(value):

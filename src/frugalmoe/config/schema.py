@@ -12,10 +12,22 @@ Frozen = dataclasses.dataclass(frozen=True, kw_only=True)
 
 
 class FrozenDict(dict):
-    """A mapping that is not written to after construction, so that a config can be hashed."""
+    """A mapping that refuses to be written to: configs share their defaults, and are the keys of caches."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a FrozenDict cannot be changed; make a new one: FrozenDict({**old, name: value})")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
+
+    @classmethod
+    def fromkeys(cls, keys, value=None):
+        return cls(dict.fromkeys(keys, value))
 
     def __hash__(self):
         return hash(tuple(sorted(self.items())))
+
+    def __reduce__(self):  # copies and pickles are filled by construction, not item by item
+        return FrozenDict, (dict(self),)
 
 
 @Frozen
@@ -36,8 +48,9 @@ class MoE:
     executor: str = "auto"  # auto | dense | grouped (blocks | tpu | gpu, by platform) | capacity
     capacity_factor: float = 1.25  # executor=capacity: slots per expert = factor * tokens * k / experts, per sequence
     exchange: str = "auto"  # of tokens between devices that hold experts: auto | all_gather | all_to_all
-    exchange_room: float = 0.0  # rows a device has room for, times its fair share; 0: for all, none is dropped
-    drop_order: str = "token"  # executor=capacity: who keeps a slot: token (causal) | choice | weight
+    # Rows a device has room for, times its fair share; 0: for all, none is dropped. Rows lost depend on later tokens.
+    exchange_room: float = 0.0
+    drop_order: str = "token"  # executor=capacity: who keeps a slot: token (causal) | choice | weight (both leak)
 
 
 @Frozen
@@ -79,11 +92,13 @@ class Model:
 class Source:
     """One named source of text."""
 
-    # A file, directory or glob of .txt .md .jsonl(.gz .zst) .parquet; hf:NAME[:SPLIT]; quickstart[:DOMAIN] or
-    # mixed[:DOMAIN], the built-in corpora.
+    # A file or directory of .txt .md .jsonl .ndjson .json .csv .tsv (.gz .zst .bz2 .xz) or .parquet; a glob takes any
+    # text; hf:NAME[:SPLIT]; quickstart[:DOMAIN] or mixed[:DOMAIN], the built-in corpora.
     path: str = ""
     weight: float = 0.0  # share of the mixture; 0 for all sources: in proportion to their tokens
-    text_field: str = "text"  # field of jsonl and parquet records that holds the text
+    text_field: str = "text"  # field or column that holds a record's text; meta.text: `text` inside `meta`
+    null_text: str = "stop"  # at a record whose text is null or absent: stop | skip (they are counted and told)
+    encoding: str = "utf-8"  # of text files, tables and JSON, by Python's names: utf-16, latin-1, cp1252, gb18030 ...
     domain: str = (
         ""  # label of its documents; empty: the source's name, or the record's `domain` field where it has one
     )
@@ -95,8 +110,11 @@ class Data:
     # prepared directory; ignored where `sources` is given.
     path: str = "quickstart"
     sources: Mapping[str, Source] = FrozenDict()  # several named sources, data.sources.NAME.path=... and so on
-    tokenizer: str = "bytes"  # bytes | bpe:SIZE (trained on the data) | the path of a tokenizer.json
+    # bytes | bpe:SIZE (trained on the data) | the path of a published vocabulary or of the directory that it is in:
+    # tokenizer.json, tekken.json, *.tiktoken, tokenizer.model, vocab.json with merges.txt
+    tokenizer: str = "bytes"
     sequence_length: int = 256  # tokens in a row
+    document_start: str = "end_of_text"  # in front of a document, its first token a target: end_of_text | none
     validation_fraction: float = 0.05  # of documents, by a hash of their text; at least one per domain
     cache_dir: str = ""  # empty: $FRUGALMOE_CACHE, else ~/.cache/frugalmoe
 
@@ -106,8 +124,8 @@ class Optim:
     learning_rate: float = 1e-3  # peak
     schedule: str = "wsd"  # wsd (warmup, stable, decay) | cosine | constant
     warmup_steps: int = 100  # steps of linear warmup from zero
-    decay_fraction: float = 0.2  # wsd: last share of the steps, linear to the final rate
-    final_fraction: float = 0.1  # final rate / peak rate
+    decay_fraction: float = 0.2  # wsd: last share of the updates after the warmup, linear to the final rate; 0: none
+    final_fraction: float = 0.1  # rate of the very last update / peak rate
     weight_decay: float = 0.1  # decoupled; on matrices only, not on norms, biases, routers' vectors
     b1: float = 0.9  # AdamW: decay of the mean of gradients
     b2: float = 0.95  # AdamW: decay of the mean of their squares
@@ -124,7 +142,7 @@ class Train:
     seed: int = 0  # of parameters, order of the data and routers' noise
     log_every: int = 10  # steps from one row of metrics.jsonl to the next
     eval_every: int = 0  # 0: at the end only
-    eval_batches: int = 8  # per domain
+    eval_rows: int = 128  # held-out sequences of each domain, whatever batches they are computed in
     loss_chunk: int = 1024  # tokens whose logits exist at one time
     trackers: str = "tensorboard"  # who gets the metrics too, a,b: tensorboard | wandb | trackio; empty: nobody
 

@@ -25,10 +25,14 @@ _NEEDED = {
         ("jax-cuda12-pjrt", "jax_plugins.xla_cuda12"),
         ("nvidia-cuda-nvcc-cu12", "nvidia.cuda_nvcc"),
         ("nvidia-cudnn-cu12", "nvidia.cudnn"),
+        ("jax-triton", "jax_triton"),
     ),
 }
 # pip brings the versions that suit the jax that is installed.
-_INSTALLED_BY = {"tpu": ("jax[tpu]",), "cuda": ("jax[cuda12-local]", "nvidia-cuda-nvcc-cu12", "nvidia-cudnn-cu12")}
+_INSTALLED_BY = {
+    "tpu": ("jax[tpu]",),
+    "cuda": ("jax[cuda12-local]", "nvidia-cuda-nvcc-cu12", "nvidia-cudnn-cu12", "jax-triton>=0.3.1"),
+}
 
 
 class Topology(NamedTuple):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from frugalmoe.config import Config, check_devices, to_dict, with_vocabulary
+from frugalmoe.config import RECORD, Config, check_devices, to_dict, with_vocabulary
 from frugalmoe.data.look import Look, look
 from frugalmoe.data.tokenizer import parse
 from frugalmoe.errors import UserError
@@ -48,6 +48,7 @@ def check(
     if distributed.is_main():  # the one that tells them
         trackers.check(config)
     if workdir is not None:
+        config = config if fresh else rundir.as_begun(config, workdir)
         check_directory(config, workdir, resume=resume, fresh=fresh)
         if rundir.is_complete(workdir) and not fresh and resume != "force":
             return Ready(config, (f"--workdir={workdir}: this run is complete",))  # whatever became of its data
@@ -59,7 +60,8 @@ def check(
         return Ready(settled, notes)
     if not fresh:
         _check_same_data(workdir, found)
-    return Ready(settled, (*notes, *check_size(settled, workdir, count_parameters(settled.model)["total"])))
+    freed = rundir.size_of_run(workdir) if fresh else 0
+    return Ready(settled, (*notes, *check_size(settled, workdir, count_parameters(settled.model)["total"], freed)))
 
 
 def check_directory(config: Config, workdir: Path, *, resume: str = "auto", fresh: bool = False) -> None:
@@ -69,7 +71,7 @@ def check_directory(config: Config, workdir: Path, *, resume: str = "auto", fres
     if fresh:
         rundir.check_fresh(workdir)
         return
-    if resume == "never" and (workdir / "config.json").is_file():
+    if resume == "never" and (workdir / RECORD).is_file():
         raise UserError(f"--workdir={workdir}: holds a run and --resume=never was given")
     rundir.check_config(workdir, to_dict(config), force=resume == "force")
 
@@ -83,12 +85,15 @@ def settle(config: Config, found: Look) -> Ready:
     return Ready(with_vocabulary(config, found.vocabulary), found.notes)
 
 
-def check_size(config: Config, workdir: Path, parameters: int) -> list[str]:
-    """Raises `UserError` for a disk that is too small for a checkpoint; returns what may become too small."""
+def check_size(config: Config, workdir: Path, parameters: int, freed: int = 0) -> list[str]:
+    """Raises `UserError` for a disk that is too small for a checkpoint; returns what may become too small.
+
+    `freed`: bytes that will be deleted before.
+    """
     arrays = BYTES_PER_PARAMETER * parameters
     directory = _existing_parent(workdir)
-    checkpoint.check_space_for(directory, arrays)
-    at_once, free = _checkpoints_at_once(config), shutil.disk_usage(directory).free
+    checkpoint.check_space_for(directory, arrays, freed)
+    at_once, free = _checkpoints_at_once(config), shutil.disk_usage(directory).free + freed
     if at_once * arrays <= free:
         return []
     rule = f"{at_once} checkpoints of {arrays / 1e9:,.1f} GB lie there at one time; {free / 1e9:,.1f} GB are free"
