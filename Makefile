@@ -3,10 +3,15 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 CONFIG ?= configs/quickstart.py
 
-.PHONY: run test test-fast lint bench clean
+.PHONY: run laws test test-fast lint bench clean
 
 run: .venv/run.stamp
 	$(BIN)/frugalmoe train --config=$(CONFIG) $(if $(FRESH),--fresh) $(ARGS)
+
+laws: .venv/laws.stamp
+	@test -z "$(ROUTER)" || test -f src/frugalmoe/routing/strategies/$(ROUTER).py || \
+		{ echo "ROUTER=$(ROUTER): no such file in src/frugalmoe/routing/strategies" >&2; exit 2; }
+	$(BIN)/python -m pytest tests/test_routing_laws.py $(if $(ROUTER),-k "test_law[$(ROUTER)-") $(ARGS)
 
 test: .venv/dev.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -30,7 +35,11 @@ clean:
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	touch $@
 
-.venv/dev.stamp: .venv/run.stamp requirements-dev.txt requirements-aot.txt
+.venv/laws.stamp: .venv/run.stamp requirements-laws.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-laws.txt
+	touch $@
+
+.venv/dev.stamp: .venv/laws.stamp requirements-dev.txt requirements-aot.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target .venv/aot \
 		-r requirements-aot.txt

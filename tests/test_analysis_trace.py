@@ -268,7 +268,7 @@ def test_a_router_without_a_next_choice_is_refused_and_the_others_work(root, tmp
     assert trace.router["active_per_token"][-1] == pytest.approx(K, rel=0.05)
     assert trace.expert_SLNK.shape[-1] > K and trace.selected().sum() == (trace.expert_SLNK[-1] < E).sum()
 
-    with pytest.raises(UserError, match=r"router 'expert_choice': .* in evaluation too, so there is no causal loss"):
+    with pytest.raises(UserError, match=r"router='expert_choice': .* in evaluation too, so there is no causal loss"):
         train_causal_gap(path, tokens=500)
     causal = copy(path, tmp_path, options={"evaluate": "threshold"})
     *_, whole = train_causal_gap(causal, tokens=500)

@@ -1,6 +1,5 @@
 """The report finds what was planted, says honestly what is not there, and is one safe, self-contained page."""
 
-import argparse
 import json
 import re
 from html.parser import HTMLParser
@@ -9,9 +8,10 @@ import numpy as np
 import pytest
 from test_analysis_runs import DOMAINS, SCRIPT, write_planted_run
 
-from frugalmoe.analysis import report, write_report
+from frugalmoe.analysis import write_report
+from frugalmoe.cli import main
 
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "source"}
 
 
 class Reader(HTMLParser):
@@ -136,10 +136,7 @@ def test_noise_is_not_reported_as_specialisation(tmp_path, monkeypatch):
 
 
 def test_the_command_prints_where_the_page_is(tmp_path, capsys):
-    parser = argparse.ArgumentParser()
-    report.add_parsers(parser.add_subparsers())
-    args = parser.parse_args(["report", str(write_planted_run(tmp_path / "run"))])
-    assert args.handler(args) == 0
+    assert main(["report", str(write_planted_run(tmp_path / "run"))]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'run' / 'report' / 'index.html'}\n"
 
 

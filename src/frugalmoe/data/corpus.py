@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import zstandard
-from rich.console import Console
 
+from frugalmoe.console import Console
 from frugalmoe.data import readers
 from frugalmoe.data.end_of_text import read_object
 from frugalmoe.errors import UserError, did_you_mean

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 
 from frugalmoe.config.schema import Data
+from frugalmoe.console import Console
 from frugalmoe.data.cache import cache_root, digest
 from frugalmoe.data.shards import FORMAT, Item, is_prepared, read_index, read_manifest, write_manifest, write_shard
 from frugalmoe.data.sources import Document, Input, Notes, documents, open_inputs
@@ -38,7 +38,7 @@ def prepare(data: Data, output: Path | None = None, workers: int = 0, progress: 
     if progress:
         say(source.left_out for source in inputs)
     key = _key(data, inputs)
-    final = Path(output) if output else cache_root(data) / "prepared" / key
+    final = Path(output) if output else _in_cache(data, key)
     with locked(final):
         if final.exists():
             if not is_prepared(final) or read_manifest(final)["key"] != key:
@@ -65,7 +65,16 @@ def say(lines: Iterable[str]) -> None:
 
 @functools.cache
 def _say(line: str) -> None:
-    Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)
+    Console(stderr=True).print(line, soft_wrap=True)
+
+
+def prepared_in_cache(data: Data, inputs: list[Input]) -> bool:
+    """Whether `prepare` has nothing to do."""
+    return _in_cache(data, _key(data, inputs)).exists()
+
+
+def _in_cache(data: Data, key: str) -> Path:
+    return cache_root(data) / "prepared" / key
 
 
 def _key(data: Data, inputs: list[Input]) -> str:

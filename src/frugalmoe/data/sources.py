@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from frugalmoe.config.schema import Data, Source
 from frugalmoe.data import corpus, mixed, quickstart, readers
 from frugalmoe.data.cache import cache_root
-from frugalmoe.errors import UserError
+from frugalmoe.errors import UserError, needs_package
 
 BUILT_IN = {"quickstart": quickstart.build, "mixed": mixed.build}
 
@@ -233,7 +233,7 @@ def _hf_records(source: Input) -> Iterator[readers.Found]:
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"{source.where}: needs the package `datasets`; pip install 'datasets>=4'") from error
+        raise needs_package(source.where, "datasets>=4") from error
     try:
         dataset = datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub, the builder scripts and the file readers raise many kinds

@@ -41,6 +41,7 @@ class Tokenizer(Protocol):
 
     size: int  # ids are 0 .. size-1
     eos: int  # ends each document; never the result of encoding text
+    silent: tuple[int, ...]  # ids below `size` that show no text: specials, and gaps between ids
     token_bytes: np.ndarray  # int32[size]: bytes of a token by itself, 0 for specials: `document` counts
     fingerprint: str  # equal for equal tokenizers, on every machine
 
@@ -66,6 +67,7 @@ class ByteTokenizer:
 
     size = 257
     eos = 256
+    silent = (eos,)
 
     def __init__(self) -> None:
         self.token_bytes = np.array([1] * 256 + [0], np.int32)
@@ -115,6 +117,8 @@ class JsonTokenizer:
             raise UserError(f"{where}: end-of-text token {eos_token!r} is not in its vocabulary")
         self._where, self._eos_token = where, eos_token
         self.eos = vocabulary[eos_token]
+        specials = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.silent = tuple(sorted(specials | {self.eos} | (set(range(self.size)) - set(vocabulary.values()))))
         self._pieces = _pieces(self._content, self._tokenizer, self.size)
         self._pieces[self.eos] = b""
         self.token_bytes = np.array([len(piece) for piece in self._pieces], np.int32)

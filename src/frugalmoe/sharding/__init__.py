@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
@@ -162,10 +163,28 @@ def local(fn: Callable, in_letters: tuple[str, ...], out_letters: tuple[str, ...
     out = spec(out_letters) if isinstance(out_letters, str) else tuple(map(spec, out_letters))
 
     def apply(*args):
+        args = jax.tree.map(_with_value_gradient, args)
         entries = [jax.tree.map(functools.partial(_typed, letters), arg) for letters, arg in zip(in_letters, args)]
         return jax.shard_map(fn, in_specs=tuple(entries), out_specs=out, check_vma=False)(*args)
 
     return apply
+
+
+@jax.custom_vjp
+def _identity(a: Array) -> Array:
+    return a
+
+
+_identity.defvjp(lambda a: (a, None), lambda _, gradient: (gradient,))
+
+
+def _with_value_gradient(a: Array) -> Array:
+    """`a` itself, in no other program. Its gradient is a value when it leaves `shard_map`.
+
+    Where gradients are summed in place, it is added to its sum outside. Newer JAX would hand the sum to `shard_map` and
+    add there, which it refuses with `check_vma=False`: what devices have of a gradient must be summed before.
+    """
+    return _identity(a) if jnp.issubdtype(jnp.result_type(a), jnp.inexact) else a
 
 
 def _typed(letters: str, array: Array) -> P:
