@@ -167,6 +167,9 @@ def test_parquet_without_the_column_names_its_columns(tmp_path):
         ("{tmp}", "no file to read, nothing is there; read are .txt .md"),
         ("{tmp}/*.txt", "no file to read, nothing is there; read are .txt .md"),
         ("hf:", "hf:NAME:SPLIT"),
+        ("x" * 300, "no such file or directory"),
+        ("~nobody_of_that_name/x", "no such file or directory"),
+        ("a\0b", "no such file or directory"),
     ],
 )
 def test_bad_paths_name_the_field_and_the_rule(path, expected, tmp_path):

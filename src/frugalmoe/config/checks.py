@@ -2,9 +2,9 @@
 
 import codecs
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from frugalmoe.config.schema import Config, Model, MoE
 from frugalmoe.errors import UserError, did_you_mean
@@ -183,7 +183,7 @@ def _data(config: Config) -> None:
     _require(
         d.tokenizer == "bytes"
         or (size is not None and int(size[1]) > 256)
-        or (not d.tokenizer.startswith("bpe:") and (_MARKS.search(d.tokenizer) or Path(d.tokenizer).is_dir())),
+        or (not d.tokenizer.startswith("bpe:") and (_MARKS.search(d.tokenizer) or os.path.isdir(d.tokenizer))),
         "data.tokenizer",
         d.tokenizer,
         "must be bytes, bpe:SIZE with SIZE > 256, or the path of a tokenizer.json or of its directory",
