@@ -180,6 +180,21 @@ def test_runs_share_a_program_only_with_the_losses_that_they_name():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["sigmoid_bias", "quantile_balance"])
+def test_a_step_with_a_gate_far_out_leaves_all_parameters_finite(name: str) -> None:
+    """Half of the tokens have all their logits near -300, where float32 has no sigmoid."""
+    config, mesh = config_of({"model.moe.router": name}), mesh_of()
+    with jax.set_mesh(mesh):
+        state = init(config)
+        gate = state.params["moe_blocks"]["moe"]["router"]
+        gate["kernel_DE"] = gate["kernel_DE"].at[:, 0].set(300.0)
+        state, metrics = jax.jit(make_train_step(config))(
+            state, put_batch(mesh, Batch(*(x[None] for x in batch(0))), "ABT")
+        )
+    assert metrics["loss/logit_z"] > 0 and all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((state, metrics)))
+
+
+@pytest.mark.slow
 def test_evaluation_changes_no_state_and_is_not_touched_by_noise():
     config = config_of(STATEFUL)
     mesh = mesh_of()
