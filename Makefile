@@ -8,10 +8,15 @@ NEWEST_PYTHON = $(shell for python in python3.12 python3.13 $(HOME)/.pyenv/versi
 	"$$python" -c "import ensurepip" 2>/dev/null && echo "$$python" && break; done)
 NO_NEWEST_PYTHON = test-newest: no Python 3.12 or 3.13 runs on this machine, so nothing was tested on the newest JAX
 
-.PHONY: run test test-fast test-newest run-newest lint bench clean
+.PHONY: run laws test test-fast test-newest run-newest lint bench clean
 
 run: .venv/run.stamp
 	$(BIN)/frugalmoe train --config=$(CONFIG) $(if $(FRESH),--fresh) $(ARGS)
+
+laws: .venv/laws.stamp
+	@test -z "$(ROUTER)" || test -f src/frugalmoe/routing/strategies/$(ROUTER).py || \
+		{ echo "ROUTER=$(ROUTER): no such file in src/frugalmoe/routing/strategies" >&2; exit 2; }
+	$(BIN)/python -m pytest tests/test_routing_laws.py $(if $(ROUTER),-k "test_law[$(ROUTER)-") $(ARGS)
 
 test: .venv/dev.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -42,7 +47,11 @@ clean:
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	touch $@
 
-.venv/dev.stamp: .venv/run.stamp requirements-dev.txt requirements-aot.txt
+.venv/laws.stamp: .venv/run.stamp requirements-laws.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-laws.txt
+	touch $@
+
+.venv/dev.stamp: .venv/laws.stamp requirements-dev.txt requirements-aot.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target .venv/aot \
 		-r requirements-aot.txt

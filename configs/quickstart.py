@@ -1,7 +1,7 @@
 """Which experts does a small MoE language model use for plays, a novel, speeches and code?
 
 Command:   make run     (or: frugalmoe train --config=configs/quickstart.py)
-Cost:      1.2 M tokens, about four minutes of two CPU cores.
+Cost:      1.2 M tokens, about four minutes of two CPU cores, 0.4 GB for five checkpoints.
 Expected:  2.07 bits per byte on held-out documents (code 1.94, literature 2.34, novel 2.29, speeches 1.71), every
            expert in use, max violation below 0.4 there, and routing that knows code from English.
 """
@@ -31,5 +31,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.train.batch_size = 16
     c.train.steps = 300
     c.train.eval_every = 100
-    c.checkpoint.every_steps = 100
+    c.checkpoint.every_steps, c.checkpoint.keep_last = 60, 5  # enough to see when the routing settles
     return with_mode(c, arg)

@@ -31,5 +31,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.train.steps = 300
     c.train.batch_size = 16
     c.train.eval_every = 50
-    c.train.eval_batches = 4
+    c.train.eval_rows = 64
     return with_mode(c, arg)

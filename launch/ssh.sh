@@ -3,8 +3,8 @@
 #
 #   frugalmoe launch ssh --config=configs/small.py --hosts=node1,node2 --devices-per-node=8
 #
-# fills this in and runs it. Each host needs this checkout with its .venv at the same path (edit the `cd` below where it
-# is another) and the same runs/; the others must reach the first at PORT.
+# fills this in and runs it. Each host needs this directory and the environment in which you installed frugalmoe at the
+# same paths (edit `cd` and PATH below where they are others) and the same runs/; the others must reach the first at PORT.
 # When one host fails, at Ctrl-C, or when this script dies, all are told to save and end; after two minutes they are
 # killed. Exit code: of the first host that failed; 75: saved, the same command goes on.
 set -u
@@ -20,7 +20,7 @@ remote() {
   echo "COORDINATOR=${HOSTS[0]#*@}:$PORT COUNT=${#HOSTS[@]} INDEX=$1"
   cat << 'END'
 {
-  cd $directory && source .venv/bin/activate || exit
+  cd $directory && export PATH=$bin:"$PATH" || exit
   exec 3<&0
   $train \
     --coordinator="$COORDINATOR" --num_processes="$COUNT" --process_id="$INDEX" < /dev/null &

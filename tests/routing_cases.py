@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from frugalmoe.config.schema import FrozenDict, MoE
+from frugalmoe.errors import UserError
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import ExpertPlan, Inputs, Router, Routing, TokenPlan, combine_matrix
 
@@ -75,20 +76,23 @@ FAST = ("expert_choice", "hash", "random", "sigmoid_bias", "switch_top1", "topk_
 
 
 def case_parameters() -> list:
-    """`all_cases` as parameters of a test."""
-    return [
+    """`all_cases` as parameters of a test; a file that is no strategy yet fails under its own name alone."""
+    sound = [
         pytest.param(case, id=str(case), marks=() if case.router.name in FAST else pytest.mark.slow)
         for case in all_cases()
     ]
+    return sound + [pytest.param(UserError(what), id=name) for name, what in strategies.broken().items()]
 
 
 def all_cases() -> list[Case]:
-    cases = []
-    for name in strategies.names():
-        default = [make_case(name, *shape) for shape in SHAPES]
-        cases += [case for case in default if case.router.check(case.config) is None][:1]
-        cases += [make_case(name, 8, k, **options) for k, options in OPTIONS.get(name, ())]
-        assert cases and cases[-1].router.name == name, f"no shape suits {name}: add one to OPTIONS"
+    return [case for name in strategies.sound() for case in cases_of(name)]
+
+
+def cases_of(name: str) -> list[Case]:
+    default = [make_case(name, *shape) for shape in SHAPES]
+    cases = [case for case in default if case.router.check(case.config) is None][:1]
+    cases += [make_case(name, 8, k, **options) for k, options in OPTIONS.get(name, ())]
+    assert cases, f"no shape suits {name}: add one to OPTIONS"
     return cases
 
 
@@ -170,6 +174,42 @@ def eager_route(case: Case, inputs: Inputs) -> Routing:
     """The route, operation by operation."""
     inputs = with_experts(inputs._replace(carry=carry_into(case, inputs)), case.config)
     return case.router.route(*make_params(case), inputs, case.config)
+
+
+class Extreme(NamedTuple):
+    """Inputs, parameters and state that drive a gate to where float32 ends."""
+
+    inputs: Inputs
+    params: dict
+    state: dict
+
+
+def extremes(case: Case) -> dict[str, Extreme]:
+    """By name: all logits of a token at a level, spread over both signs, one token far out, ties, a bias beyond all.
+
+    The level comes in by channel 0 of the input, which every kernel reads with weight 1 (for a gate of another kind it
+    is just a large input). Levels: where a sigmoid's sum is lost to 1e-20, where float32 has no sigmoid, and far out.
+    """
+    inputs, (params, state) = make_inputs(), make_params(case)
+    x_BTD, kernels = np.asarray(inputs.x_BTD), ("kernel_DE", "kernel_DX", "projection_DP", "encoder_DP", "proj_DH")
+    reading = {name: p.at[0].set(1.0) if name in kernels else p for name, p in params.items()}
+    self_routed = not any(name in kernels for name in params)
+    far = {name: s + 1e3 * jnp.arange(8) if name.endswith("_E") else s for name, s in state.items()}
+
+    def at(level: float | np.ndarray) -> Inputs:
+        changed = x_BTD.copy()
+        changed[..., slice(None) if self_routed else 0] += level
+        return inputs._replace(x_BTD=jnp.asarray(changed, jnp.float32))
+
+    one = np.zeros((B, T, 1) if self_routed else (B, T), np.float32)
+    one[0, 1] = -100
+    found = {f"level {level:g}": Extreme(at(level), reading, state) for level in (-1e4, -100, -50, -46, 100, 1e4)}
+    found |= {f"times {f:g}": Extreme(inputs._replace(x_BTD=inputs.x_BTD * f), params, state) for f in (100, 1e4)}
+    found["one token"] = Extreme(at(one), reading, state)
+    found["ties"] = Extreme(inputs._replace(x_BTD=jnp.zeros_like(inputs.x_BTD)), params, state)
+    found["bias"] = Extreme(inputs, params, far)
+    found["bias and level"] = Extreme(at(-100), reading, far)
+    return found
 
 
 def combine(case: Case, routing: Routing, time: int = T) -> np.ndarray:
@@ -257,12 +297,18 @@ WEIGHT = np.random.default_rng(9).normal(size=(B, T, D)).astype(np.float32)
 
 
 def probe(
-    case: Case, inputs: Inputs, weight: Any = WEIGHT, *, params: dict | None = None, **coefficients: float
+    case: Case,
+    inputs: Inputs,
+    weight: Any = WEIGHT,
+    *,
+    params: dict | None = None,
+    state: dict | None = None,
+    **coefficients: float,
 ) -> Probe:
     """The objective and its gradients in training; losses that are not given a coefficient have 0."""
-    own_params, state = make_params(case)
+    own_params, own_state = make_params(case)
     coefficients = {name: jnp.float32(coefficients.get(name, 0)) for name in case.router.about.losses}
-    params = own_params if params is None else params
+    params, state = own_params if params is None else params, own_state if state is None else state
     function, config = case.router.route, case.config
     carry = carry_into(case, inputs)
     return _probe(function, config, jnp.asarray(weight), coefficients, params, state, carry, *inputs[:7])

@@ -30,7 +30,7 @@ TINY = {
     "train.steps": 12,
     "train.batch_size": 8,
     "train.log_every": 1,
-    "train.eval_batches": 2,
+    "train.eval_rows": 16,
 }
 
 

@@ -1,6 +1,7 @@
 """What a study may declare, what its statistics say, and its table: all without training."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -8,16 +9,18 @@ import pyarrow.parquet as pq
 import pytest
 from runs import TINY
 
-from frugalmoe.ablate import Study, load_study, results, statistics
+from frugalmoe import metrics
+from frugalmoe.ablate import Study, load_study, results, shrunk, statistics
 from frugalmoe.ablate.plan import Pair, Plan
 from frugalmoe.ablate.study import arms_of, choose
 from frugalmoe.ablate.together import bytes_of_run, groups
 from frugalmoe.config import default, override, resolve, to_dict
 from frugalmoe.cost import forward_flops
 from frugalmoe.errors import UserError
-from frugalmoe.files import write_json
+from frugalmoe.files import check_name, write_json
+from frugalmoe.model import depths
 from frugalmoe.model.transformer import count_parameters, structure
-from frugalmoe.routing import strategies
+from frugalmoe.routing import stats, strategies
 
 
 def base():
@@ -74,7 +77,7 @@ WRONG = [
     (dict(varies=("data",)), "varies='data'"),
     (dict(seeds=()), "seeds=()"),
     (dict(seeds=(1, 1)), "seeds=(1, 1)"),
-    (dict(arms={"aux": {}, "../x": {}}), "arm '../x'"),
+    (dict(arms={"aux": {}, "../x": {}}), "balance: arm='../x': a name holds letters, digits and _ . + -"),
     (dict(name=""), "name=''"),
 ]
 
@@ -92,6 +95,79 @@ def test_options_of_another_router_need_no_declaration_but_those_of_the_same_do(
     with pytest.raises(UserError, match=r"arm 'grouped': model\.moe\.options"):
         arms_of(changed(arms=grouped, baseline="bias", varies=("model.moe.router",)))
     arms_of(changed(arms={"aux": {}, **grouped}, varies=("model.moe.router",)))
+
+
+def test_a_study_in_small_is_another_study():
+    """Whatever counts steps shrinks with them: 4 of 12 warmup steps are 1 of 3. Its name says what it is."""
+    short = shrunk(STUDY, steps=3)
+    config = arms_of(short)[0].config
+    assert short.name == "balance-3-steps" and short.seeds == STUDY.seeds
+    assert (config.train.steps, config.optim.warmup_steps, config.model.dim) == (3, 1, TINY["model.dim"])
+    assert shrunk(STUDY) is STUDY
+    one = arms_of(shrunk(STUDY, steps=1))[0].config
+    assert one.train.steps == 1 and one.optim.warmup_steps == 0
+    with pytest.raises(UserError, match=r"--steps=0: must be at least 1"):
+        shrunk(STUDY, steps=0)
+
+
+def test_laptop_mode_of_a_study():
+    """The base's laptop mode and two seeds; a study that sets sizes of the model keeps its model."""
+    big = changed(base=lambda: override(default(), {"model.dim": 4096, "model.num_layers": 40, "model.num_heads": 32}))
+    small = shrunk(big, laptop=True)
+    arms = {arm.name: arm.config for arm in arms_of(small)}
+    assert small.name == "balance-laptop" and small.seeds == (0, 1)
+    assert {(c.model.dim, c.model.num_layers, c.train.steps) for c in arms.values()} == {(64, 3, 100)}
+    assert arms["bias"].model.moe.router == "sigmoid_bias" and arms["none"].model.moe.losses["load_balance"] == 0.0
+    arms = {"aux": {}, "wide": {"model.moe.expert_dim": 32}}
+    sized = shrunk(changed(arms=arms, varies=("model.moe.expert_dim",)), laptop=True, steps=5)
+    assert sized.name == "balance-laptop-5-steps"
+    configs = [arm.config for arm in arms_of(sized)]
+    assert [c.model.moe.expert_dim for c in configs] == [16, 32] and {c.train.steps for c in configs} == {5}
+
+
+@pytest.mark.parametrize("seeds", [(-1,), (2**31,), (2**32,), (1.5,), (True,), (0, 0), ()])
+def test_seeds_that_no_run_can_have_are_refused(seeds):
+    with pytest.raises(UserError, match=r"seeds=.*must be (different integers|an integer|from 0 to 2147483647)"):
+        arms_of(changed(seeds=seeds))
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/x", "a/b", "..", ".", "", ".x", "-x", "a b", "a\nb", "a\x00", "é" * 65, None, 3]
+)
+def test_a_name_that_is_no_folder_of_its_own_is_refused(name):
+    with pytest.raises(UserError, match=r"name=.*a name h") as error:
+        check_name("name", name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a", "_a", "4_blocks", "loss-free+bias.v2", "größe", "名", "x" * 128])
+def test_a_name_that_is_a_folder_is_taken(name):
+    check_name("name", name)
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def test_every_statistic_of_routing_has_a_row():
+    """Whatever `stats.metrics` derives has a label, and may be asked of a study."""
+    counts = {"counts": np.ones(4), "tokens": 1, "assigned": 4}
+    others = ("dropped", "entropy_sum", "lse_sum", "overflow", "ties", "busiest")
+    found = stats.metrics({**counts, **dict.fromkeys(others, np.zeros(()))})
+    assert {f"router/{name}" for name in found} == {m.name for m in metrics.prefixed("router/")}
+    found = depths.metrics({"tokens": 1, "passed": 1.0, "told": 1.0})
+    assert {f"depth/{name}" for name in found} == {m.name for m in metrics.prefixed("depth/")}
+    assert {*(f"router/{name}" for name in ("device_load", "overflow_rate"))} < set(results.known_metrics(["code"]))
+
+
+def test_what_a_metric_is_called():
+    assert metrics.titled("eval/loss/mean") == "loss (nats per token)"
+    assert metrics.titled("eval/loss/code") == "loss of code (nats per token)"
+    assert metrics.titled("router/entropy/layer_03") == "router entropy (nats)"
+    assert metrics.titled("loss/prototype_alignment") == "prototype alignment loss"
+    assert metrics.titled("mine/own") == "mine/own" and metrics.find("mine/own") is None
+    assert {m.better for m in metrics.ROWS} <= {"less", "more", ""} and len({m.name for m in metrics.ROWS}) == len(
+        metrics.ROWS
+    )
 
 
 def test_a_router_object_is_an_override_and_is_stored_by_name():
@@ -144,7 +220,7 @@ def test_a_file_that_is_no_study(tmp_path, text, message):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match="no such study"):
+    with pytest.raises(UserError, match="no such file"):
         load_study(tmp_path / "x.py")
 
 
@@ -158,15 +234,6 @@ def test_paired_t_interval_by_hand():
     assert found.half_width == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
     # F(t) of 2 df is 1/2 + t / (2 sqrt(2 + t^2)), so p = 1 - t / sqrt(2 + t^2) with t^2 = 12
     assert found.p == pytest.approx(1 - (12 / 14) ** 0.5, rel=1e-9)
-
-
-def test_the_bootstrap_stays_inside_the_values_and_holds_the_mean():
-    low, high = statistics.bootstrap(np.array([1.0, 2.0, 3.0]))
-    # three equal draws of the smallest value have probability 1/27 = 0.037 > 0.025: the ends are the values themselves
-    assert (low, high) == (1.0, 3.0)
-    many = np.random.default_rng(1).normal(size=200)
-    low, high = statistics.bootstrap(many)
-    assert high - low == pytest.approx(2 * statistics.paired(many).half_width, rel=0.05)  # the two agree at large n
 
 
 def test_holm_by_hand():
@@ -203,6 +270,87 @@ def test_verdict_lines():
     noise = statistics.compare({"b": {0: 1.0, 1: 1.0, 2: 1.0}, "a": {0: 0.9, 1: 1.2, 2: 1.0}}, "b")["a"]
     assert statistics.verdict(noise).startswith("not distinguishable at n=3 (+0.0333 ± ")
     assert statistics.verdict(statistics.paired(np.array([0.2]))) == "one seed: 0.2000 nats worse, no interval"
+
+
+NAN, INF = float("nan"), float("inf")
+# baseline, arm -> what the verdict says, and the seeds of pairs that diverged
+ODD = {
+    "one value of the baseline is NaN": ([NAN, 2.0, 3.0], [1.0, 1.9, 2.8], "better|not disting", (0,)),
+    "the whole baseline is NaN": ([NAN] * 3, [1.0, 1.1, 1.2], "no complete pair of runs: 3 of 3 diverged", (0, 1, 2)),
+    "the arm is infinite": ([1.0, 1.1, 1.2], [INF, -INF, INF], "no complete pair of runs: 3 of 3 diverged", (0, 1, 2)),
+    "both are infinite": (
+        [INF, 1.0, 1.0],
+        [INF, 1.1, 1.3],
+        "not distinguishable at n=2 .*; 1 of 3 pairs diverged",
+        (0,),
+    ),
+    "one seed is left": ([NAN, NAN, 1.0], [1.0, 1.0, 1.5], "one seed: 0.5000 nats worse, no interval; 2 of 3", (0, 1)),
+    "one seed at all": ([1.0], [1.5], "one seed: 0.5000 nats worse, no interval$", ()),
+    "one seed, and it diverged": ([NAN], [1.5], "no complete pair of runs: 1 of 1 diverged", (0,)),
+    "equal values": ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], "identical at n=3$", ()),
+    "equal but for the order of a sum": ([0.3, 0.6], [0.1 + 0.2, 0.4 + 0.2], "identical at n=2$", ()),
+    "the same difference in each seed": ([1.0, 2.0, 3.0], [1.5, 2.5, 3.5], r"worse by 0.5000 ± 0.0000 nats \(n=3", ()),
+    "opposite differences": ([1.0, 1.0], [0.5, 1.5], "not distinguishable at n=2 .*more than 100 seeds", ()),
+    "overflown but finite": ([1e308, 1.0, 1.0], [-1e308, 1.0, 1.0], "identical at n=2; 1 of 3 pairs diverged", (0,)),
+    "hardly anything": ([1.0, 1.0, 1.0], [1 + 1e-6, 1 + 1.1e-6, 1 + 0.9e-6], r"worse by 1.0e-06 ± 2.5e-07 nats", ()),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_no_verdict_comes_from_what_is_not_finite(name):
+    base, arm, said, diverged = ODD[name]
+    values = {"base": dict(enumerate(base)), "arm": dict(enumerate(arm)), "other": dict(enumerate(base))}
+    found = statistics.compare({k: values[k] for k in ("base", "arm")}, "base")["arm"]
+    line = statistics.verdict(found)
+    assert re.match(said, line) and found.diverged == diverged, line
+    assert not re.search(r"nan|inf", line)
+    beside = statistics.compare(values, "base")["other"]  # the odd arm takes nothing from its neighbour
+    assert statistics.judge(beside) in ("identical", "one seed", "diverged")
+
+
+def test_arms_and_baselines_without_runs_are_left_out():
+    assert statistics.compare({"base": {}, "arm": {0: 1.0}}, "base") == {}
+    assert statistics.compare({"arm": {0: 1.0}}, "base") == {}
+    assert statistics.compare({"base": {0: 1.0}, "arm": {}}, "base") == {}
+    assert statistics.compare({"base": {0: 1.0, 1: 1.0}, "arm": {2: 1.0}}, "base") == {}
+
+
+def test_an_interval_touches_zero_if_and_only_if_the_verdict_is_not_distinguishable():
+    """Holm's verdicts at 5%, over studies of 2 to 30 arms with real and no differences, tied p values, few seeds."""
+    rng = np.random.default_rng(1)
+    verdicts = {"better": 0, "worse": 0, "not distinguishable": 0}
+    for _ in range(150):
+        seeds, arms = int(rng.integers(2, 7)), int(rng.integers(2, 31))
+        effects = {"base": 0, **{f"a{i}": rng.choice([0, 0.3, -1, 5]) for i in range(arms)}}
+        values = {arm: dict(enumerate(effect + 0.1 * rng.normal(size=seeds))) for arm, effect in effects.items()}
+        values["twin"] = values["a0"]
+        for arm, f in statistics.compare(values, "base").items():
+            away = f.mean - f.half_width > 0 or f.mean + f.half_width < 0
+            assert away == (f.adjusted_p < 0.05), (arm, f)
+            assert away == (statistics.judge(f) != "not distinguishable")
+            verdicts[statistics.judge(f)] += 1
+    assert min(verdicts.values()) > 50, verdicts
+
+
+def test_levels_by_hand():
+    """Four comparisons: 0.01 < 0.05 / 4 and 0.013 < 0.05 / 3 hold; 0.03 > 0.05 / 2 ends it for itself and for 0.04."""
+    p = [0.03, 0.01, NAN, 0.04, 0.013]
+    np.testing.assert_allclose(statistics.levels(p), [0.05 / 2, 0.05 / 4, NAN, 0.05 / 2, 0.05 / 3])
+    assert statistics.levels([NAN]) != statistics.levels([0.2]) == [0.05] and statistics.levels([]) == []
+
+
+def test_seeds_needed_are_those_of_the_tables():
+    """Paired t test, two-sided 5%, power 80% (Cohen 1988, section 2.4): 199 pairs for 0.2, 34 for 0.5, 15 for 0.8."""
+    assert statistics.seeds_needed(0.5, 0.05) == 34 and statistics.seeds_needed(-0.8, 0.05) == 15
+    assert statistics.seeds_needed(0.2, 0.05) is None and statistics.seeds_needed(0.0, 0.05) is None
+    assert statistics.seeds_needed(0.5, 0.05 / 30) > 34 and statistics.seeds_needed(1e9, 0.05) == 2
+
+
+def test_the_seeds_that_a_verdict_asks_for_are_enough():
+    """Simulated: an effect of one deviation, at the level that 10 comparisons leave."""
+    n, rng = statistics.seeds_needed(1.0, 0.005), np.random.default_rng(0)
+    draw = lambda n: np.array([statistics.paired(1 + rng.normal(size=n)).p < 0.005 for _ in range(2000)]).mean()
+    assert draw(n) > 0.77 and draw(n - 2) < 0.80  # four standard errors of 0.009 beside 0.8
 
 
 def test_cost_to_target_is_read_between_evaluations():
@@ -300,13 +448,14 @@ SUMMARY = {
     "speed": {"tokens_per_second": 512.0},
 }
 
-LOGGED = [{"step": step, "loss/ce": 10.0 - step} for step in range(1, 13)]
+LOGGED = [{"step": step, "loss/ce": 10.0 - step, "optim/gradient_norm": 1.0 * step} for step in range(1, 13)]
 
 
 def test_final_metrics_by_hand():
     found = results.final_metrics(SUMMARY, LOGGED, described(), "aux")
     assert found["router/max_violation"] == 1.5 and "router/entropy" not in found
     assert found["train/loss"] == -1.5  # steps 11 and 12 of 12: (10 - 11 + 10 - 12) / 2
+    assert found["optim/gradient_norm"] == 11.5
     assert found["speed/step_seconds"] == 256 / 512
     assert found["cost/active_flops"] == 100 * 1.5 / 2 + 50  # 1.5 of 2 experts on average
 

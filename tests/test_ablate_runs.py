@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -200,6 +201,25 @@ def test_the_report_is_one_page_with_a_verdict(alone, capsys):
     }
 
 
+def test_a_kept_checkpoint_is_generated_from_and_traced_and_no_sample_was_drawn(place, capsys):
+    """A study in small has a name of its own, so that it is not taken for the whole one; a kept run can be traced."""
+    flags = ["--steps=2", "--keep-checkpoints", "--seeds=0", "--arms=aux", "--config.checkpoint.every_steps=1"]
+    assert main(ablate(place, "kept", *flags)) == 0
+    study = json.loads((place / "kept" / "study.json").read_text())
+    assert study["name"] == "tiny-2-steps" and study["steps"] == 2
+    run = place / "kept" / "aux" / "seed_0"
+    assert json.loads((run / "config.json").read_text())["train"]["eval_every"] == 1
+    assert "sample" not in json.loads((run / "summary.json").read_text())
+    assert (run / "checkpoints" / "2").is_dir()
+    assert main(["trace", str(run), "--tokens=64"]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(run), "--prompt=The ", "--max-tokens=4"]) == 0
+    assert capsys.readouterr().out.startswith("The ")
+    refused(capsys, ablate(place, "kept", "--seeds=0", "--arms=aux"), "'tiny-2-steps', not 'tiny'")
+    shutil.rmtree(run / "checkpoints")
+    refused(capsys, ablate(place, "kept", *flags), "is complete and kept no checkpoint; --fresh trains it again")
+
+
 def test_a_router_from_a_notebook_and_a_run_that_diverges(place, study, capsys):
     """A strategy that is no file of the package is an arm; an arm whose loss becomes infinite ends alone."""
     mine = dataclasses.replace(strategies.get("topk_softmax"), name="mine")
@@ -208,12 +228,22 @@ def test_a_router_from_a_notebook_and_a_run_that_diverges(place, study, capsys):
     other = dataclasses.replace(study, name="notebook", **changes)
     outcome = run_study(other, place / "notebook", seeds=[0])
     assert outcome.missing == [] and [p.arm for p in outcome.diverged] == ["wild"]
-    assert "wild seed 0: loss/total=" in capsys.readouterr().out
+    assert "wild seed 0: optim/parameter_norm=inf at step 1: not finite" in capsys.readouterr().out
     config = json.loads((place / "notebook" / "mine" / "seed_0" / "config.json").read_text())
     assert config["model"]["moe"]["router"] == "mine"
     c = load_comparison(place / "notebook")
     assert c.paired["mine"].mean == 0, "the same router under another name"
-    assert c.verdict("wild") == "no complete pair of runs"
+    assert c.verdict("wild") == "no complete pair of runs: 1 of 1 diverged"
+
+
+def test_a_run_that_diverges_does_not_take_those_with_it_that_share_its_program(place, study):
+    """The coefficient of a loss is an argument of the program: the gradients of one run alone are infinite."""
+    arms = {"aux": {}, "wild": {"model.moe.losses.load_balance": 3e38}}
+    other = dataclasses.replace(study, name="together", arms=arms, baseline="aux", evaluate_with=False)
+    outcome = run_study(other, place / "together", seeds=[0], at_once=2)
+    assert outcome.missing == [] and [p.arm for p in outcome.diverged] == ["wild"]
+    summary = json.loads((place / "together" / "aux" / "seed_0" / "summary.json").read_text())
+    assert summary["status"] == "complete" and np.isfinite(summary["eval"]["loss"]["mean"])
 
 
 # ---------------------------------------------------------------- what is refused
@@ -277,14 +307,14 @@ def test_bad_flags_are_refused(place, capsys):
     refused(capsys, ablate(place, "bad", "--jobs=0"), "--jobs=0: must be at least 1")
     refused(capsys, ablate(place, "bad", "--slurm=partition"), "must be NAME=VALUE")
     refused(capsys, ablate(place, "bad", "--config.model.dmi=3"), "did you mean 'dim'")
-    refused(capsys, ["ablate", str(place / "no.py")], "no such study")
+    refused(capsys, ["ablate", str(place / "no.py")], "no.py: no such file")
     refused(capsys, ["report", str(place / "text")], "not a run directory")
     assert not (place / "bad").exists()
 
 
 def test_another_study_and_another_config_are_refused(place, alone, capsys):
     other = variant(place, "other", 'name="tiny"', 'name="other"')
-    refused(capsys, ablate(place, "alone", study=other), "results of study 'tiny', not 'other'")
+    refused(capsys, ablate(place, "alone", study=other), "holds the study 'tiny', not 'other'")
     refused(capsys, ablate(place, "alone", "--config.train.steps=9"), "train.steps: 8 there, 9 here")
     refused(capsys, ablate(place, "text"), "holds files but no study.json")
     assert json.loads((alone / "study.json").read_text())["name"] == "tiny"

@@ -155,7 +155,8 @@ def test_a_trace_of_another_tokenizer_or_config_is_one_line(run_dir, tmp_path):
         UserError, match=r"step_00000004.npz: traced with another tokenizer \(fingerprint bytes-257 there"
     ):
         load_trace(path)
-    shutil.copytree(run_dir / "tokenizer", path / "tokenizer", dirs_exist_ok=True)
+    shutil.rmtree(path / "tokenizer")
+    shutil.copytree(run_dir / "tokenizer", path / "tokenizer")
     config = json.loads((path / "config.json").read_text())
     config["model"]["rope_theta"] = 5.0
     (path / "config.json").write_text(json.dumps(config))
@@ -199,9 +200,11 @@ def test_the_report_has_the_trace(run_dir, tmp_path):
     page = write_report(path).read_text()
     assert "When the routing settles" in page and "At step 4 of 12, tokens already go to" in page
     assert all((path / "report" / f"{name}.png").stat().st_size > 10_000 for name in ("saturation", "vocabulary"))
-    for step in (4, 8):
+    assert "3 checkpoints, " in analysis.plots.saturation(load_trace(path)).axes[0].get_title("left")
+    for step, count in ((4, "2 traced checkpoints"), (8, "1 traced checkpoint")):
         (path / "trace" / f"step_{step:08d}.npz").unlink()
-    assert "one traced checkpoint only" in write_report(path).read_text()
+        assert f"the run has {count}, and when the routing settles takes three" in write_report(path).read_text()
+        assert analysis.plots.saturation(load_trace(path)) is None, "a line between two points says nothing of when"
     shutil.rmtree(path / "trace")
     assert "When the routing settles" not in write_report(path).read_text()
 
@@ -267,7 +270,7 @@ def test_a_router_without_a_next_choice_is_refused_and_the_others_work(root, tmp
     assert trace.router["active_per_token"][-1] == pytest.approx(K, rel=0.05)
     assert trace.expert_SLNK.shape[-1] > K and trace.selected().sum() == (trace.expert_SLNK[-1] < E).sum()
 
-    with pytest.raises(UserError, match=r"router 'expert_choice': .* in evaluation too, so there is no causal loss"):
+    with pytest.raises(UserError, match=r"router='expert_choice': .* in evaluation too, so there is no causal loss"):
         train_causal_gap(path, tokens=500)
     causal = copy(path, tmp_path, options={"evaluate": "threshold"})
     *_, whole = train_causal_gap(causal, tokens=500)

@@ -13,7 +13,8 @@ from runs import config_file, run, write_text
 
 from frugalmoe.cli import EXIT_USER_ERROR, main
 from frugalmoe.config import load
-from frugalmoe.cost import aot, cli, hlo, topologies
+from frugalmoe.cost import aot, hlo, topologies
+from frugalmoe.cost import table as cost_table
 from frugalmoe.cost.devices import GIB, GPUS, usable
 from frugalmoe.cost.search import layouts
 from frugalmoe.errors import UserError
@@ -208,7 +209,9 @@ def test_topologies_that_are_none(text, slices, says):
 
 def test_the_compiler_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(topologies, "_is_installed", lambda module: module != "nvidia.cuda_nvcc")
-    with pytest.raises(UserError, match=r"package nvidia-cuda-nvcc-cu12: pip install 'frugalmoe\[aot-cuda\]'"):
+    with pytest.raises(
+        UserError, match=r"without nvidia-cuda-nvcc-cu12: .* pip install 'jax\[cuda12-local\]' nvidia-cuda"
+    ):
         topologies.devices(topologies.parse("l4:2"))
 
 
@@ -281,7 +284,7 @@ RESULT = aot.Compiled(
 def test_what_is_printed():
     console = Console(width=120, highlight=False)
     with console.capture() as printed:
-        console.print(*cli.tables(RESULT), sep="\n")
+        console.print(*cost_table.tables(RESULT), sep="\n")
     lines = [" ".join(line.split()) for line in printed.get().splitlines()]
     assert lines[0] == "v5e:2x2, fsdp 2 x expert 2: fits, 7.00 GiB of 16.00 GiB per device, compiled in 7 s"
     assert {
@@ -292,12 +295,12 @@ def test_what_is_printed():
     } <= set(lines)
     assert "f32[8,64] 0.25 GiB jvp()/dot_general" in lines
     flags = ["mesh.data=1", "mesh.fsdp=2", "mesh.expert=2", "train.batch_size=12", "train.accumulate_steps=3"]
-    assert cli._overrides(RESULT) == " ".join(f"--config.{flag}" for flag in flags)
+    assert cost_table._overrides(RESULT) == " ".join(f"--config.{flag}" for flag in flags)
 
 
 def test_what_is_printed_of_a_refused_program():
     refused = RESULT._replace(fits=False, memory={"parameters": GIB}, collectives=None, largest=None)
-    *_, row = cli._markdown([RESULT, refused]).splitlines()
+    *_, row = cost_table.markdown([RESULT, refused]).splitlines()
     assert row == "| v5e:2x2 | fsdp 2 x expert 2 | 3 x 4 | no | 7.00 / 16.00 | 1.00 |  |  | 1.00 |  | 7 |"
 
 

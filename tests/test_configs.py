@@ -1,14 +1,21 @@
 """Every config resolves, published shapes have the published sizes, and bad values give one clear line."""
 
+import copy
+import dataclasses
 import json
+import math
+import operator
+import pickle
 import re
+import time
 from pathlib import Path
 
 import pytest
 
-from frugalmoe.config import Config, check_devices, default, load, override, resolve, to_dict
-from frugalmoe.errors import UserError
+from frugalmoe.config import Config, check_devices, default, load, override, record, resolve, to_dict
+from frugalmoe.errors import LONGEST_MESSAGE, UserError
 from frugalmoe.model.transformer import count_parameters
+from frugalmoe.routing import strategies
 from frugalmoe.train import rundir
 
 CONFIGS = sorted(Path("configs").glob("*.py"))
@@ -51,7 +58,7 @@ BAD = [
     ("model.moe.num_experts_per_token=99", "model.moe.num_experts_per_token=99", "at most model.moe.num_experts=8"),
     ("model.num_heads=6,model.num_kv_heads=4", "model.num_heads=6", "multiple of model.num_kv_heads=4"),
     ("optim.learning_rate=-1.0", "optim.learning_rate=-1.0", "must be positive"),
-    ("optim.learning_rate=1e999", "optim.learning_rate=inf", "must be positive"),
+    ("optim.learning_rate=1e999", "optim.learning_rate=inf", "must be 0 or from"),
     ("model.rope_fraction=0.3", "model.rope_fraction=0.3", "even number of channels"),
     ("train.batch_size=10,train.accumulate_steps=4", "train.batch_size=10", "multiple of train.accumulate_steps=4"),
     ("model.moe.router=top_k", "model.moe.router", "no such routing strategy"),
@@ -76,6 +83,20 @@ BAD = [
     ("optim.warmup_steps=5000", "optim.warmup_steps=5000", "train.steps=1000"),
     ("model.num_dense_layers=1", "model.dense_dim=0", "width"),
     ("model=3", "model=3", "section"),
+    ("model={}", "model={}", "is a section; set its fields: compute_dtype"),  # would put every field at its default
+    ("model.moe.losses=()", "model.moe.losses=()", "section"),
+    ("mesh={1:2}", "mesh={1: 2}", "section"),
+    ("model.moe.losses={1:2}", "model.moe.losses={1: 2}", "names as keys"),
+    ("model.rope_theta=True", "model.rope_theta=True", "expected float, got bool"),
+    ("model.moe.load_balance_group=-1", "model.moe.load_balance_group=-1", "must be positive"),
+    ("train.batch_size=1073741824", "train.batch_size=1073741824", "must be below 2147483648 tokens"),
+    ("model.dense_dim=4294967296", "model.dense_dim=4294967296", "must be from -2147483648 to 2147483647"),
+    ("data.tokenizer=bpe:²²²²", "data.tokenizer='bpe:²²²²'", "bytes, bpe:SIZE"),
+    ("name=../x", "name='../x': a part of it='..'", "a name holds letters"),
+    ("name=/x", "name='/x': a part of it=''", "a name holds letters"),
+    ("name=.", "name='.'", "a name holds letters"),
+    ("name=a\nb", "name='a\\nb'", "a name holds letters"),
+    (f"name={'x' * 129}", "name='xxx", "at most 128 bytes"),
     ("model.mixture_of_depths.capacity=1.5", "model.mixture_of_depths.capacity=1.5", "in (0, 1]"),
     ("model.mixture_of_depths.capacity=-0.1", "model.mixture_of_depths.capacity=-0.1", "in (0, 1]"),
     ("model.mixture_of_depths.every=0", "model.mixture_of_depths.every=0", "must be positive"),
@@ -96,6 +117,53 @@ def test_bad_values_name_field_value_and_rule(overrides, field, rule):
     assert field in message and rule in message and "\n" not in message
 
 
+# What no field of any type means: too large, too small, not finite, of another kind, or a flood.
+HOSTILE = (
+    "inf", "nan", "1e999", "-1e999", "1e300", "1e-300", "-1", "2147483647", "1" + "0" * 30, "9" * 5000, "None", "True",
+    "()", "[]", "{}", "{1:2}", "{[]:1}", "{'a':{'b':1}}", "1j", "...", "'\\d'", "a\nb", "\x1b]0;x\x07", "-" * 3000,
+    "x" * 3000,
+)  # fmt: skip
+
+
+def _paths(section: dict, prefix: str = "") -> list[str]:
+    inner = [
+        path for name, part in section.items() if isinstance(part, dict) for path in _paths(part, f"{prefix}{name}.")
+    ]
+    return [*(prefix + name for name in section), *inner]
+
+
+def _hostile(base: list[str], field: str) -> None:
+    """Each value is either accepted, or refused in one short line that can be printed, and soon."""
+    for value in HOSTILE:
+        began = time.process_time()
+        try:
+            config = resolve(override(default(), [*base, f"{field}={value}"]))
+            check_devices(config, 8)
+            numbers = [v for v in _values(to_dict(config)) if isinstance(v, float)]
+            assert all(math.isfinite(n) for n in numbers), (field, value)
+        except UserError as e:
+            message = str(e)
+            assert message.isprintable() and len(message) <= LONGEST_MESSAGE, (field, value)
+        assert time.process_time() - began < 5, (field, value)
+
+
+def _values(value) -> list:
+    return [leaf for part in value.values() for leaf in _values(part)] if isinstance(value, dict) else [value]
+
+
+@pytest.mark.parametrize(
+    "field", [*_paths(to_dict(Config())), "data.sources.a.weight", "model.moe.losses.device_balance"]
+)
+def test_no_value_of_a_field_hangs_floods_or_is_no_number(field):
+    _hostile([], field)
+
+
+@pytest.mark.parametrize("router", strategies.names())
+def test_no_value_of_a_routers_option_does(router):
+    for option in dataclasses.fields(strategies.get(router).options):
+        _hostile([f"model.moe.router={router}"], f"model.moe.options.{option.name}")
+
+
 def test_naming_another_router_drops_the_options_of_the_old_one():
     config = load("configs/ling_mini_2.py", {"model.moe.router": "hash"})
     assert config.model.moe.options == type(config.model.moe.options)()
@@ -114,6 +182,24 @@ def test_a_field_that_is_younger_than_a_run_leaves_it_as_it_was(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match=r"model\.moe\.losses\.z: None there, 0\.001 here"):
         rundir.check_config(tmp_path, to_dict(Config()), force=False)
+
+
+def test_a_run_from_before_documents_had_a_start_goes_on_without_one(tmp_path):
+    """The default changed what rows hold: the run's own config says nothing, and means what was so then."""
+    config = resolve(default())
+    assert config.data.document_start == "end_of_text" and rundir.as_begun(config, tmp_path) is config
+    old = json.loads(json.dumps(to_dict(config)))
+    del old["data"]["document_start"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert resolve(record(tmp_path / "config.json")).data.document_start == "none"
+    begun = rundir.as_begun(config, tmp_path)
+    assert begun == resolve(override(default(), {"data.document_start": "none"}))
+    rundir.check_config(tmp_path, to_dict(begun), force=False)
+    with pytest.raises(UserError, match=r"\(data\.document_start: 'none' there, 'end_of_text' here\)"):
+        rundir.check_config(tmp_path, to_dict(config), force=False)
+    for saved in (to_dict(config), {"data": 3}, [], None, {}):  # a run of today, and what is none
+        (tmp_path / "config.json").write_text(json.dumps(saved))
+        assert rundir.as_begun(config, tmp_path) is config
 
 
 def test_a_run_continues_on_another_mesh_and_not_with_another_seed(tmp_path):
@@ -173,18 +259,88 @@ def test_the_open_axis_takes_what_remains():
     assert check_devices(config, 8) == {"data": 2, "fsdp": 2, "expert": 2, "tensor": 1, "context": 1}
 
 
-def test_a_missing_config_file_lists_the_ones_there_are():
+def test_a_missing_config_file_lists_the_ones_there_are(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"did you mean 'configs/quickstart\.py'"):
         load("configs/quickstrat.py")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"did you mean 'quickstart'\? valid: ling_1t, .*, study$"):
+        load("quickstrat")
 
 
-@pytest.mark.parametrize("body, message", [("c.model.dimm = 3", "Did you mean"), ("1 / 0", "ZeroDivisionError")])
+def test_shipped_configs_are_found_by_name_after_files_of_the_users(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for spec in ("quickstart", "quickstart.py", "configs/quickstart.py"):
+        assert load(f"{spec}:laptop").name == "quickstart-laptop"
+    write_config(tmp_path / "quickstart.py", "c.name = 'mine'")
+    assert (load("quickstart.py").name, load("quickstart").name) == ("mine", "quickstart")
+
+
+def write_config(path: Path, body: str) -> Path:
+    head = "import sys\nfrom frugalmoe.config import default\n\n\ndef get_config(arg=None):\n    c = default()\n"
+    path.write_text(head + "".join(f"    {line}\n" for line in [*body.splitlines(), "return c"]))
+    return path
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("c.model.dimm = 3", "Did you mean"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("sys.exit()", "SystemExit"),  # else the command would end with 0, and have done nothing
+        ("return get_config()", "RecursionError"),
+        ("return None", "returned NoneType: get_config() must edit what frugalmoe.config.default() gives"),
+        ("return {}", "returned dict"),
+        ("return type(c)()", "without the section checkpoint"),
+        ("del c.unlock().model.unlock().moe", "without the section model.moe"),
+        ("raise ValueError('a\\nb\\x1b[2J' + 5000 * 'x')", "ValueError: a"),
+    ],
+)
 def test_an_error_inside_a_config_file_is_one_line(tmp_path, body, message):
-    path = tmp_path / "broken.py"
-    path.write_text(
-        "from frugalmoe.config import default\n\n\n"
-        f"def get_config(arg=None):\n    c = default()\n    {body}\n    return c\n"
-    )
     with pytest.raises(UserError) as error:
-        load(str(path))
-    assert message in str(error.value) and "\n" not in str(error.value)
+        load(str(write_config(tmp_path / "broken.py", body)))
+    assert message in str(error.value) and str(error.value).isprintable() and len(str(error.value)) <= LONGEST_MESSAGE
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("x.yaml", "model: 3", "must be a Python file"),
+        ("x.txt", "def get_config(arg=None): pass", "must be a Python file"),
+        ("x.py", "c = 3", "defines no get_config"),
+        ("x.py", "def get_config(arg=None)\n", "SyntaxError"),
+        ("x.py", "import sys; sys.exit(0)", "SystemExit"),
+        ("x.py", "def get_config(): return 3", "TypeError"),
+    ],
+)
+def test_a_file_that_is_no_config_is_one_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("spec", ["", ":laptop", "x" * 300, "/", "quickstart:desktop", "../quickstart"])
+def test_what_names_no_config_is_one_line(spec):
+    with pytest.raises(UserError, match="--config="):
+        load(spec)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.__setitem__("z", 9.0),
+        lambda d: d.__delitem__("z"),
+        lambda d: d.update(z=9.0),
+        lambda d: d.setdefault("new", 9.0),
+        lambda d: d.pop("z"),
+        lambda d: d.popitem(),
+        lambda d: d.clear(),
+        lambda d: operator.ior(d, {"z": 9.0}),
+    ],
+)
+def test_a_config_shares_no_mapping_that_can_be_changed(change):
+    """One config's edit would change every later config of the process, and the keys of caches."""
+    with pytest.raises(TypeError, match="cannot be changed"):
+        change(Config().model.moe.losses)
+    assert dict(Config().model.moe.losses) == {"load_balance": 0.01, "z": 0.001}
+    for copied in (copy.deepcopy(Config()), pickle.loads(pickle.dumps(Config()))):
+        assert copied == Config() and hash(copied) == hash(Config())

@@ -20,6 +20,7 @@ T = 64
 NUM_WORDS = 70_000  # above 2^16: ids are stored as int32
 EOS = NUM_WORDS
 DOMAINS = ("east", "north", "west")
+BOTH = pytest.mark.parametrize("start", ["end_of_text", "none"])  # data.document_start
 
 
 @functools.cache
@@ -40,6 +41,7 @@ def corpus(tmp_path_factory):
     vocabulary = {str(n): n for n in range(NUM_WORDS)} | {"</s>": EOS}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, "0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["</s>"])
     tokenizer.save(str(root / "tokenizer.json"))
     for domain in DOMAINS:
         texts = [" ".join(str(w) for w in range(a, a + n)) for d, a, n in documents() if d == domain]
@@ -92,44 +94,85 @@ def last_words():
     return {first + length - 1 for _, first, length in documents()}
 
 
-def check_row(row):
-    """The law of a row, from the words alone."""
+@functools.cache
+def first_words():
+    return {first for _, first, _ in documents()}
+
+
+def check_row(row, start="end_of_text"):
+    """The law of a row, from the words alone; returns its targets, or with nothing in front of documents its inputs."""
     tokens, targets, segments, positions, mask, domains = (column.tolist() for column in row)
     valid = sum(segment > 0 for segment in segments)
     assert segments[valid:] == [0] * (T - valid) and not any(mask[valid:])
+    in_front = start == "end_of_text"
     for t in range(valid):
-        word = tokens[t]
-        begins = t == 0 or tokens[t - 1] == EOS
+        word, target = tokens[t], targets[t]
+        begins = t == 0 or (word == EOS if in_front else tokens[t - 1] == EOS)
         assert segments[t] == (1 if t == 0 else segments[t - 1] + begins)
         assert positions[t] == (0 if begins else positions[t - 1] + 1)
-        assert mask[t] == (word != EOS)  # a document's end predicts nothing, everything else has a next token
-        if word == EOS:
-            assert targets[t] == 0 and (begins or tokens[t - 1] in last_words())
-        else:
-            assert targets[t] == (EOS if word in last_words() else word + 1)
-            assert domains[t] == owner()[word][1]
-            assert begins or word == tokens[t - 1] + 1
-    return tokens[:valid]
+        assert mask[t] == (in_front or word != EOS)
+        if word != EOS:  # inside a document, whoever may see it: the next word, or the end
+            assert target == (EOS if word in last_words() else word + 1)
+            assert in_front or begins or word == tokens[t - 1] + 1
+        elif in_front:  # the token in front of a document is the document's, and its target is the first word
+            assert target in first_words()
+        else:  # an end has nothing to predict
+            assert target == 0 and (begins or tokens[t - 1] in last_words())
+        if (known := target if in_front and target != EOS else word) != EOS:
+            assert domains[t] == owner()[known][1]
+    return (targets if in_front else tokens)[:valid]
 
 
-def test_rows_obey_the_law(corpus):
-    for row in epoch(config(corpus)):
+@BOTH
+def test_rows_obey_the_law(corpus, start):
+    for row in epoch(config(corpus, document_start=start)):
         assert all(
             column.dtype == (bool if name == "loss_mask_BT" else np.int32) for name, column in row._asdict().items()
         )
-        check_row(row)
+        check_row(row, start)
 
 
-def test_an_epoch_has_every_token_once_but_for_the_declared_remainder(corpus):
-    data = config(corpus)
+@BOTH
+def test_an_epoch_has_every_token_once_but_for_the_declared_remainder(corpus, start):
+    """Each word and each end is a target once, first words too; with nothing in front of documents, an input once."""
+    data = config(corpus, document_start=start)
     opened = dataset(data)
-    tokens = [token for row in epoch(data) for token in row.tokens_BT.tolist()]
+    tokens = [token for row in epoch(data) for token in check_row(row, start)]
     words = [token for token in tokens if token != EOS]
     assert len(words) == len(set(words))
     assert len(tokens) + opened.remainder == opened.train_tokens and 0 <= opened.remainder < T
     train = {owner()[word][0] for word in words}
+    assert abs(tokens.count(EOS) - len(train)) <= 1 + opened.remainder  # a short document may lie in the remainder
     expected = sum(length + 1 for n, (_, _, length) in enumerate(documents()) if n in train)
-    assert abs(opened.train_tokens - expected) <= T  # a short document may lie in the remainder as a whole
+    assert abs(opened.train_tokens - expected) <= T
+
+
+def test_no_token_more_is_computed_and_both_layouts_cut_one_stream(corpus):
+    """Row r has the tokens r T .. r T + T - 1 of the stream as targets, of which the older layout makes its inputs;
+    element by element, against the law written out. Padded rows and long documents are among them.
+    """
+    old, new = (dataset(config(corpus, document_start=start)) for start in ("none", "end_of_text"))
+    assert (old.train_tokens, old.remainder) == (new.train_tokens, new.remainder)
+    for domain in new.domains:
+        (older, order), (newer, same) = (opened._eval_rows(domain, 1, None) for opened in (old, new))
+        assert order == same and len(older) == len(newer) and newer.tokens == new.validation_tokens[domain]
+        stream = np.concatenate([older[r].tokens_BT for r in range(len(older))])[: older.tokens].tolist()
+        document = np.concatenate([older.documents(r) for r in range(len(older))]).tolist()
+        for r in range(len(newer)):
+            row, place = newer[r], {}
+            np.testing.assert_array_equal(newer.documents(r), document[r * T : r * T + T])
+            for t, i in enumerate(range(r * T, min(r * T + T, len(stream)))):
+                place[document[i]] = place.get(document[i], -1) + 1
+                expected = (stream[i - 1] if i else EOS, stream[i], len(place), place[document[i]], True)
+                assert tuple(column[t] for column in row[:5]) == expected
+            assert not any(column[t + 1 :].any() for column in row)
+
+
+def test_the_token_before_a_row_is_that_of_the_row_before(corpus):
+    rows, _ = dataset(config(corpus))._eval_rows("east", 1, None)
+    assert rows[0].tokens_BT[0] == EOS
+    for r in range(1, len(rows)):
+        assert rows[r].tokens_BT[0] == rows[r - 1].targets_BT[-1]
 
 
 def test_epochs_have_the_same_rows_in_another_order(corpus):
@@ -137,14 +180,15 @@ def test_epochs_have_the_same_rows_in_another_order(corpus):
     assert sorted(first) == sorted(second) and first != second
 
 
-def test_validation_is_disjoint_and_whole_in_every_domain(corpus):
-    data = config(corpus)
+@BOTH
+def test_validation_is_disjoint_and_whole_in_every_domain(corpus, start):
+    data = config(corpus, document_start=start)
     opened = dataset(data)
-    train = {owner()[word][0] for row in epoch(data) for word in row.tokens_BT.tolist() if word != EOS}
+    train = {owner()[word][0] for row in epoch(data) for word in check_row(row, start) if word != EOS}
     for domain in opened.domains:
         batches = list(opened.eval_batches(domain, batch_size=8))
         assert all(batch.tokens_BT.shape == (8, T) for batch in batches)
-        tokens = [token for row in rows_of(batches) for token in check_row(row)]
+        tokens = [token for row in rows_of(batches) for token in check_row(row, start)]
         words = [word for word in tokens if word != EOS]
         found = {owner()[word][0] for word in words}
         assert found and not found & train
@@ -153,8 +197,9 @@ def test_validation_is_disjoint_and_whole_in_every_domain(corpus):
         assert len(set(words)) == len(words)
 
 
-def test_every_validation_token_knows_its_document(corpus):
-    opened, named, said = dataset(config(corpus)), {}, set()
+@BOTH
+def test_every_validation_token_knows_its_document(corpus, start):
+    opened, named, said = dataset(config(corpus, document_start=start)), {}, set()
     for domain in opened.domains:
         for batch, documents_BT in zip(opened.eval_batches(domain, 8), opened.eval_documents(domain, 8), strict=True):
             np.testing.assert_array_equal(documents_BT < 0, batch.segment_ids_BT == 0)
@@ -167,12 +212,14 @@ def test_every_validation_token_knows_its_document(corpus):
     assert len(set(named.values())) == len(named) and said == set(named.values())
 
 
-def test_validation_does_not_depend_on_the_seed_and_is_cut_by_max_batches(corpus):
+def test_validation_does_not_depend_on_the_seed_and_is_cut_by_max_rows(corpus):
     data = config(corpus)
-    first, second = (list(dataset(data, seed=seed).eval_batches("east", 2, 3)) for seed in (0, 1))
-    assert len(first) == 3
+    first, second = (list(dataset(data, seed=seed).eval_batches("east", 2, 5)) for seed in (0, 1))
+    assert [int((batch.segment_ids_BT > 0).any(-1).sum()) for batch in first] == [2, 2, 1]
     np.testing.assert_equal(first, second)
-    np.testing.assert_equal(first, list(dataset(data).eval_batches("east", 2))[:3])
+    np.testing.assert_equal(rows_of(first), rows_of(list(dataset(data).eval_batches("east", 2)))[:5])
+    for size in (1, 3, 8):
+        np.testing.assert_equal(rows_of(first), rows_of(list(dataset(data).eval_batches("east", size, 5))))
 
 
 def test_random_access_equals_iteration_from_anywhere(corpus):
@@ -275,9 +322,10 @@ def test_the_fingerprint_tells_data_sets_apart(corpus, tmp_path):
             config(corpus, tokenizer="bytes"),
             mixture(corpus, WEIGHTS),
             mixture(corpus, WEIGHTS | {"west": 0.2}),
+            config(corpus, document_start="none"),
         )
     }
-    assert len(fingerprints) == 6
+    assert len(fingerprints) == 7
 
 
 def test_a_row_longer_than_the_data_is_refused(corpus):

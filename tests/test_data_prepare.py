@@ -9,13 +9,24 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+from frugalmoe import sharding
+from frugalmoe.config import default, override, resolve
 from frugalmoe.config.schema import Data, Source
-from frugalmoe.data import open_data, prepare
+from frugalmoe.data import corpus, open_data, prepare, quickstart
+from frugalmoe.data.cache import digest
 from frugalmoe.data.shards import Store
+from frugalmoe.data.tokenizer import train_bpe
 from frugalmoe.errors import UserError
+from frugalmoe.files import write_json
+from frugalmoe.generate import Weights
+from frugalmoe.train.evaluate import evaluate
+from frugalmoe.train.step import Evaluated
 
 SMALL_SHARDS = "import frugalmoe.data.prepare\nsys.modules['frugalmoe.data.prepare'].SHARD_BYTES = (4000, 4000)\n"
 
@@ -240,3 +251,208 @@ def test_damage_is_never_silent(tmp_path):
 def read_all(directory: Path):
     store = Store(directory)
     return [store.read(piece) for piece in range(len(store.columns["length"]))]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sound")
+    data = Data(**(vars(write_corpus(root)) | {"tokenizer": "bpe:300"}))
+    return data, prepare(data, root / "prepared", progress=False)
+
+
+@pytest.fixture
+def copied(prepared, tmp_path):
+    data, directory = prepared
+    return data, Path(shutil.copytree(directory, tmp_path / "prepared"))
+
+
+def refused(data: Data, directory: Path) -> str:
+    """The line that opening and reading all of a directory ends with."""
+    with pytest.raises(UserError) as error:
+        open_directory(data, directory)
+        read_all(directory)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_another_tokenizer_in_a_prepared_directory_is_refused(copied):
+    data, directory = copied
+    train_bpe(["another text, of other words"] * 9, 290).save_into(directory)
+    assert refused(data, directory).startswith(f"{directory}: prepared with 'bpe:300' (fingerprint json-")
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer_config.json").write_text('{"kind": "bytes"}')
+    assert "the tokenizer there now has bytes-257" in refused(data, directory)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"3", b"\xff", b"", b"{}", b'{"format": 2}', b'{"format": [1]}'])
+def test_a_broken_manifest_is_one_line(content, copied):
+    data, directory = copied
+    (directory / "manifest.json").write_bytes(content)
+    assert refused(data, directory).startswith(f"{directory / 'manifest.json'}: ")
+
+
+def test_a_manifest_is_as_it_was_written(copied):
+    data, directory = copied
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name, value in manifest.items():
+        path.write_text(json.dumps({k: v for k, v in manifest.items() if k != name}))
+        assert str(path) in refused(data, directory), name
+        path.write_text(json.dumps(manifest | {name: [] if isinstance(value, dict) else {}}))
+        assert str(path) in refused(data, directory), name
+    forged = {k: v for k, v in manifest.items() if k != "digest"}
+    for name in ("../shard-00000", str(directory / "shard-00000"), "shard-00000/../shard-00000"):
+        forged["shards"] = {name: manifest["shards"]["shard-00000"]}
+        path.write_text(json.dumps(forged | {"digest": digest(forged)}))
+        assert "is no name of a shard" in refused(data, directory)
+
+
+def test_an_index_and_records_are_those_that_were_written(prepared, copied, tmp_path):
+    data, directory = copied
+    index = directory / "shard-00000.npz"
+    with np.load(index) as columns:
+        flipped = dict(columns) | {"validation": ~columns["validation"]}
+    np.savez(index, **flipped)
+    assert refused(data, directory).startswith(f"{index}: damaged (its hash is not the manifest's)")
+    other = Data(**(vars(data) | {"path": str(tmp_path / "d.jsonl")}))
+    text = Path(data.path).read_text().replace("document 1", "DOCUMENT 1")
+    (tmp_path / "d.jsonl").write_text(text)
+    others = prepare(other, tmp_path / "other", progress=False)
+    for file in ("shard-00000.npz", "shard-00000.array_record"):
+        shutil.copy(prepared[1] / file, directory / file)
+    shutil.copy(others / "shard-00000.array_record", directory / "shard-00000.array_record")
+    size = (directory / "shard-00000.array_record").stat().st_size
+    assert size == (prepared[1] / "shard-00000.array_record").stat().st_size  # else its size alone would tell
+    assert "is not the one that was written" in refused(data, directory)
+
+
+def test_no_flipped_bit_gives_other_text(prepared, copied):
+    data, directory = copied
+    sound = [record.tokens for record in read_all(prepared[1])]
+    rng = np.random.default_rng(0)
+    for file in ("manifest.json", "shard-00000.npz", "tokenizer.json", "tokenizer_config.json"):
+        content = (prepared[1] / file).read_bytes()
+        for position in rng.integers(len(content), size=30):
+            flipped = bytearray(content)
+            flipped[position] ^= 1 << int(rng.integers(8))
+            (directory / file).write_bytes(flipped)
+            try:
+                open_directory(data, directory)
+                np.testing.assert_equal([record.tokens for record in read_all(directory)], sound)
+            except UserError as error:
+                assert "\n" not in str(error) and str(directory) in str(error)
+        (directory / file).write_bytes(content)
+
+
+def built_in(cache: Path) -> Data:
+    """A small corpus where the quickstart is looked for."""
+    root = cache / quickstart.NAME
+    root.mkdir(parents=True)
+    texts = {f"{n}": f"document {n} of a small corpus, number {n}.\n" * 9 for n in range(60)}
+    domains = {name: corpus.write_domain(root, name, texts, "here", "none") for name in ("novel", "code")}
+    write_json(root / "manifest.json", {"format": 1, "domains": domains, "missing": {}})
+    return Data(path="quickstart", cache_dir=str(cache), sequence_length=32)
+
+
+def test_a_corpus_of_the_cache_is_as_it_was_built(tmp_path):
+    data = built_in(tmp_path)
+    sound = texts(prepare(data, progress=False))
+    path = tmp_path / quickstart.NAME / "novel.jsonl.zst"
+    content, line = (
+        path.read_bytes(),
+        f"is not as it was built (its hash differs); delete {path.parent} to build it again",
+    )
+    rng = np.random.default_rng(0)
+    noticed = 0
+    for position in rng.choice(len(content), 60, replace=False):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << int(rng.integers(8))
+        path.write_bytes(flipped)
+        try:
+            assert texts(prepare(data, tmp_path / f"out{position}", progress=False)) == sound
+        except UserError as error:
+            assert str(error) == f"{path}: {line}"
+            noticed += 1
+    assert noticed > 50  # some bits mean nothing
+    path.unlink()
+    with pytest.raises(UserError, match=r"novel\.jsonl\.zst: is missing; delete .* to build it again"):
+        prepare(data, tmp_path / "out", progress=False)
+    (path.parent / "manifest.json").write_text("[]")
+    with pytest.raises(UserError, match=r"manifest\.json: must hold a JSON object"):
+        prepare(data, tmp_path / "out", progress=False)
+
+
+def lower_cased(root: Path) -> tuple[Data, dict[int, int]]:
+    """Words that all differ, read without case and the spaces before each; id -> bytes that a word stands for."""
+    numbers = {f"word{n}é": n for n in range(2000)}
+    tokenizer = Tokenizer(models.WordLevel(numbers | {"?": 2000, "</s>": 2001}, "?"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(root / "tokenizer.json"))
+    documents = [[f"Word{n}É" for n in range(start, start + 50)] for start in range(0, 2000, 50)]
+    lines = [json.dumps({"text": "  ".join(words) + "\n", "domain": "ab"[n % 2]}) for n, words in enumerate(documents)]
+    (root / "d.jsonl").write_text("\n".join(lines))
+    sizes = {n: len(word.encode()) + 2 * (n % 50 > 0) for word, n in numbers.items()} | {2001: 1}
+    data = {"path": str(root / "d.jsonl"), "tokenizer": str(root / "tokenizer.json"), "cache_dir": str(root / "cache")}
+    return Data(**data, sequence_length=32, validation_fraction=0.3), sizes
+
+
+def test_bits_per_byte_count_the_bytes_that_the_targets_stand_for(tmp_path):
+    """A model that knows nothing needs log2(V) bits for a target, whatever a tokenizer makes of its text."""
+    data, sizes = lower_cased(tmp_path)
+    dataset = open_data(data, batch_size=4, seed=0, progress=False)
+    total = sum(len(json.loads(line)["text"].encode()) for line in Path(data.path).read_text().splitlines())
+    assert total == sum(side["bytes"] for sides in dataset.manifest["counts"].values() for side in sides.values())
+    fields = {f"data.{name}": value for name, value in vars(data).items() if name != "sources"}
+    config = resolve(override(default(), fields | {"train.batch_size": 4, "train.eval_batches": 2}))
+    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
+    seen = {"targets": 0, "bytes": 0}
+
+    def uniform(params, router_state, batch):
+        targets = np.array(batch.targets_BT)[np.array(batch.loss_mask_BT)]
+        seen["targets"] += len(targets)
+        seen["bytes"] += sum(sizes[int(target)] for target in targets)
+        return Evaluated(jnp.where(batch.loss_mask_BT, np.log(2002), 0.0), {}, {}, None, None, None)
+
+    with jax.set_mesh(mesh):
+        for domain in dataset.domains:
+            seen.update(targets=0, bytes=0)
+            dataset.domains = (domain,)
+            scores = evaluate(uniform, Weights({}, {}), dataset, config, mesh)
+            assert seen["bytes"] > 0
+            np.testing.assert_allclose(
+                scores.bits_per_byte[domain], seen["targets"] * np.log2(2002) / seen["bytes"], rtol=1e-6
+            )
+
+
+def test_what_a_user_should_know_is_told_and_kept(tmp_path, capsys):
+    data, _ = lower_cased(tmp_path)
+    with open(data.path, "a") as file:
+        file.write("\n" + json.dumps({"text": "Word1É\r\n" * 3, "domain": "a"}) + "\n")
+        file.write(json.dumps({"text": "Word1É\r\n" * 3, "domain": "a"}) + "\n" + json.dumps({"text": "\n"}))
+    directory = prepare(data, tmp_path / "out")
+    notes = json.loads((directory / "manifest.json").read_text())["notes"]
+    told = capsys.readouterr().err.splitlines()
+    for expected in (
+        "decoding gives other text than was read for 42 of 42 documents",
+        "1 of 42 documents repeat the text of another one",
+        "left out 1 records or files of white space alone",
+        "2 of 42 documents have line ends \\r\\n, which are kept",
+    ):
+        assert (
+            len([line for line in notes if expected in line]) == 1 == len([line for line in told if expected in line])
+        )
+
+
+def test_the_suffixes_that_a_directory_does_not_give_are_told_at_each_start(tmp_path, capsys):
+    code = tmp_path / "code"
+    code.mkdir()
+    for n in range(13):
+        (code / f"m{n}.py").write_text("import os\n")
+    for n in range(3):
+        (code / f"readme{n}.md").write_text(f"about {n}\n" * 9)
+    for _ in range(2):
+        sys.modules["frugalmoe.data.prepare"]._say.cache_clear()  # as another process begins
+        prepare(Data(path=str(code), cache_dir=str(tmp_path / "cache")))
+        told = f"data.path='{code}': left out 13 .py; a glob takes any text: '{code}/**/*.py'\n"
+        assert capsys.readouterr().err == told

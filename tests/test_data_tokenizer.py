@@ -1,14 +1,24 @@
 """Tokenizers: every text survives, every byte is counted, a saved one is the same one."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from frugalmoe.data.tokenizer import END_OF_TEXT, ByteTokenizer, load_from, load_json, parse, train_bpe
+from frugalmoe.data.tokenizer import (
+    END_OF_TEXT,
+    LARGEST,
+    ByteTokenizer,
+    JsonTokenizer,
+    load_from,
+    load_json,
+    parse,
+    train_bpe,
+)
 from frugalmoe.errors import UserError
 
 TEXTS = ["the cat sat on the mat. " * 20, "def f(x):\n\treturn x ** 2\n" * 20, "naïve café, 東京, 🙂 " * 20]
@@ -69,25 +79,210 @@ def test_a_saved_tokenizer_is_the_same(name, tmp_path):
     assert load_from(again).fingerprint == tokenizer.fingerprint
 
 
+def of_model(model, normalizer=None, pre_tokenizer=None, decoder=None, added=("</s>",), trainer=None):
+    tokenizer = Tokenizer(model)
+    if trainer:
+        tokenizer.train_from_iterator([part for text in TEXTS for part in text.split(". ")], trainer)
+    for name, value in (("normalizer", normalizer), ("pre_tokenizer", pre_tokenizer), ("decoder", decoder)):
+        if value:
+            setattr(tokenizer, name, value)
+    tokenizer.add_special_tokens([token for token in added if isinstance(token, str)])
+    tokenizer.add_tokens([token for token in added if not isinstance(token, str)])
+    return tokenizer
+
+
+def with_spaces_as_pieces():
+    """As Gemma's: runs of spaces are pieces and added tokens, what is no piece is bytes, nothing stands in front."""
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)] + ["</s>", "▁", "▁▁", "▁▁▁▁", "a", "▁a", "\n"]
+    merges = [("▁", "▁"), ("▁▁", "▁▁"), ("▁", "a")]
+    model = models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, byte_fallback=True, fuse_unk=True)
+    spaces = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    added = ("</s>", AddedToken("▁▁▁▁", normalized=False), AddedToken("\n\n", normalized=False))
+    return of_model(model, normalizers.Replace(" ", "▁"), None, spaces, added)
+
+
+def with_a_space_in_front():
+    """As Llama 2's."""
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)] + ["</s>", "▁", "a", "▁a", "b"]
+    model = models.BPE({piece: i for i, piece in enumerate(pieces)}, [("▁", "a")], byte_fallback=True)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    space = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return of_model(model, space, None, decoders.Sequence(parts))
+
+
+def word_pieces():
+    """As BERT's: lower case, no accents, no spaces, what is unknown is one token."""
+    words = ["[UNK]", "[SEP]", "the", "cat", "##s", "caf", "##e", ",", "."]
+    model = models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    lower, split = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    return of_model(model, lower, split, decoders.WordPiece(), ("[SEP]",))
+
+
+def unigrams(byte_fallback):
+    """As T5's: NFKC, spaces in front of words."""
+    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=["<unk>", "</s>"], unk_token="<unk>")
+    space = pre_tokenizers.Metaspace()
+    tokenizer = of_model(models.Unigram(), normalizers.NFKC(), space, decoders.Metaspace(), trainer=trainer)
+    content = json.loads(tokenizer.to_str())
+    if byte_fallback:
+        content["model"]["byte_fallback"] = True
+        content["model"]["vocab"] += [[f"<0x{byte:02X}>", -9.0] for byte in range(256)]
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def byte_level(normalizer):
+    """As GPT-2's, perhaps of normalised text, with an added run of spaces."""
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=level.alphabet(), show_progress=False)
+    added = ("<|endoftext|>", AddedToken("    ", normalized=False))
+    tokenizer = of_model(models.BPE(), normalizer, level, decoders.ByteLevel(), added, trainer)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return tokenizer
+
+
+PUBLISHED = {  # maker, whether decoding gives every text back
+    "spaces as pieces": (with_spaces_as_pieces, True),
+    "a space in front": (with_a_space_in_front, True),
+    "word pieces": (word_pieces, False),
+    "unigrams": (lambda: unigrams(False), False),
+    "unigrams and bytes": (lambda: unigrams(True), False),
+    "byte level": (lambda: byte_level(None), True),
+    "byte level, NFKC": (lambda: byte_level(normalizers.NFKC()), False),
+    "byte level, lower case": (lambda: byte_level(normalizers.Lowercase()), False),
+    "words": (lambda: of_model(models.WordLevel({"?": 0, "a": 1}, "?"), None, pre_tokenizers.Whitespace()), False),
+}
+
+
+@functools.cache
+def published(name):
+    tokenizer = PUBLISHED[name][0]()
+    end = next(t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special and t.content != "<unk>")
+    return JsonTokenizer(tokenizer.to_str(), end, "test")
+
+
+ODD = ["    ", "\n\n", "  ", "▁", "▁▁▁▁", "ﬁ", "①", "e\u0301", "Ⅷ", "<0x0A>", "##s", "The cats", "İ", "\r\n", "\0"]
+PARTS = st.sampled_from(ODD) | st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@settings(max_examples=100, deadline=None)
+@given(text=st.lists(PARTS, max_size=12).map("".join))
+def test_the_bytes_of_a_document_are_those_of_its_text(name, text):
+    tokenizer = published(name)
+    tokens, sizes, same = tokenizer.document(text)
+    np.testing.assert_array_equal(tokens, np.append(tokenizer.encode(text), tokenizer.eos))
+    assert tokens.dtype == np.int32 and sizes.shape == tokens.shape and (sizes >= 0).all()
+    assert sizes.sum() == len(text.encode())
+    assert same == (tokenizer.decode(tokens) == text)
+    if PUBLISHED[name][1] and "▁" not in text:
+        assert same and sizes[-1] == 0
+
+
+def test_bytes_are_counted_where_they_stand():
+    def sizes(name, text):
+        return published(name).document(text).sizes.tolist()
+
+    assert sizes("spaces as pieces", "    a\n\n é") == [4, 1, 2, 1, 1, 1, 0]
+    assert sizes("a space in front", "a é a") == [1, 1, 1, 1, 2, 0]  # ▁a ▁ <0xC3> <0xA9> ▁a </s>
+    # the cat ##s , [UNK] . and what follows: "The", " cat", "s", ",", " dogs", "." and two line ends that no token is
+    assert sizes("word pieces", "The cats, dogs.\n\n") == [3, 4, 1, 1, 5, 1, 2]
+    assert sizes("word pieces", "CAFÉ") == [3, 2, 0]
+    assert sizes("words", "") == [0] and sizes("words", " \n") == [2]
+
+
 def test_sentencepiece_style_vocabulary_counts_spaces_and_byte_tokens(tmp_path):
     vocabulary = {"<unk>": 0, "</s>": 1, "▁the": 2, "<0x0A>": 3, "é": 4}
-    Tokenizer(models.WordLevel(vocabulary, "<unk>")).save(str(tmp_path / "tokenizer.json"))
+    of_model(models.WordLevel(vocabulary, "<unk>")).save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_json(tmp_path / "tokenizer.json", "test")
     # "</s>" is 0; " the" is 4 bytes; the byte token 1; "é" is 2 in UTF-8
     assert tokenizer.eos == 1 and tokenizer.token_bytes[1:].tolist() == [0, 4, 1, 2]
 
 
-def test_the_end_of_text_token_is_named_by_the_config_beside_it(tmp_path):
-    word_level = Tokenizer(models.WordLevel({"a": 0, "<stop>": 1, "</s>": 2, "?": 3}, "?"))
-    word_level.pre_tokenizer = pre_tokenizers.Whitespace()
-    word_level.save(str(tmp_path / "tokenizer.json"))
-    assert load_from(tmp_path).eos == 2  # a known name
-    plain = load_from(tmp_path).fingerprint
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<stop>"}}))
-    assert load_from(tmp_path).eos == 1 and load_from(tmp_path).fingerprint != plain
+def write_words(directory, specials=("</s>",)):
+    """<stop> and </s> are pieces of the vocabulary; special are those that are named."""
+    vocabulary = {"a": 0, "<stop>": 1, "</s>": 2, "?": 3, "<eos>": 4, "<|im_end|>": 5}
+    of_model(models.WordLevel(vocabulary, "?"), None, pre_tokenizers.Whitespace(), None, specials).save(
+        str(directory / "tokenizer.json")
+    )
 
 
-@pytest.mark.parametrize("spec", ["bpe:", "bpe:x", "bpe:256", "bpe:-5", "byts", "no/such.json"])
+@pytest.mark.parametrize(
+    ("file", "field", "value", "eos"),
+    [
+        ("tokenizer_config.json", "eos_token", "<stop>", 1),
+        ("tokenizer_config.json", "eos_token", {"content": "<stop>", "lstrip": False}, 1),
+        ("tokenizer_config.json", "eos_token", None, 2),
+        ("tokenizer_config.json", "bos_token", "<stop>", 2),
+        ("special_tokens_map.json", "eos_token", {"content": "<stop>"}, 1),
+        ("generation_config.json", "eos_token_id", [1, 2], 1),
+        ("generation_config.json", "eos_token_id", [], None),
+        ("config.json", "eos_token_id", 1, 1),
+        ("config.json", "eos_token_id", 0, 0),
+        ("config.json", "eos_token_id", 6, None),
+        ("config.json", "eos_token_id", True, None),
+        ("config.json", "eos_token_id", 1.0, None),
+        ("tokenizer_config.json", "eos_token", "<absent>", None),
+        ("tokenizer_config.json", "eos_token", {"id": 1}, None),
+    ],
+)
+def test_the_end_of_text_token_is_named_by_a_file_beside_it(file, field, value, eos, tmp_path):
+    write_words(tmp_path)
+    plain = load_from(tmp_path)
+    assert plain.eos == 2  # a special token of a known name
+    (tmp_path / file).write_text(json.dumps({field: value}))
+    if eos is None:
+        with pytest.raises(UserError) as error:
+            load_from(tmp_path)
+        message = str(error.value)
+        assert message.startswith(f"{tmp_path / file}: {field}={value!r}: ") and "\n" not in message
+    else:
+        assert load_from(tmp_path).eos == eos
+        assert (load_from(tmp_path).fingerprint == plain.fingerprint) == (eos == 2)
+
+
+def test_only_special_tokens_count_where_no_file_names_one(tmp_path):
+    write_words(tmp_path, ["<eos>"])
+    assert load_from(tmp_path).eos == 4  # though </s> is a piece
+    write_words(tmp_path, ["<|im_end|>", "<eos>"])
+    assert load_from(tmp_path).eos == 4  # of several the one that ends a text, not a turn
+    write_words(tmp_path, ["<stop>"])
+    with pytest.raises(UserError, match=r"no end-of-text token is named or known \(its special tokens are <stop>\)"):
+        load_from(tmp_path)
+
+
+def test_a_text_never_holds_the_end_of_text(tmp_path):
+    write_words(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "a"}')  # an ordinary piece
+    with pytest.raises(UserError, match=r"a text encodes to the end-of-text token 'a'"):
+        load_from(tmp_path).document("a ? a")
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"3", b"\xff", b"", b"null", b'{"a":' * 100_000])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_a_broken_file_beside_it_is_one_line(file, content, tmp_path):
+    write_words(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_from(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / file}: ") and "\n" not in str(error.value)
+
+
+def test_a_saved_tokenizer_that_was_changed_is_refused(tmp_path):
+    BPE.save_into(tmp_path)
+    content = (tmp_path / "tokenizer.json").read_text()
+    changed = json.loads(content)
+    vocabulary = changed["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"tokenizer\.json: has the fingerprint .* changed after it was saved"):
+        load_from(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    (tmp_path / "tokenizer_config.json").write_text('{"kind": "bytes"}')
+    with pytest.raises(UserError, match=r"says kind 'bytes', but a tokenizer\.json is beside it"):
+        load_from(tmp_path)
+
+
+@pytest.mark.parametrize("spec", ["bpe:", "bpe:x", "bpe:256", "bpe:-5", "bpe:99999999999", "byts", "no/such.json"])
 def test_bad_specs_name_the_field_the_value_and_the_rule(spec):
     with pytest.raises(UserError) as error:
         parse(spec)
@@ -98,9 +293,13 @@ def test_bad_specs_name_the_field_the_value_and_the_rule(spec):
 
 def test_unusable_files_are_named(tmp_path):
     path = tmp_path / "tokenizer.json"
-    path.write_text("{}")
-    with pytest.raises(UserError, match="end-of-text"):
+    for content in ("{}", '["</s>"]', "", "\0"):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"data\.tokenizer: not a tokenizer\.json"):
+            load_json(path, "data.tokenizer")
+    path.write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"data\.tokenizer: cannot read"):
         load_json(path, "data.tokenizer")
-    path.write_text('["</s>"]')
-    with pytest.raises(UserError, match=r"data\.tokenizer: not a tokenizer\.json"):
+    of_model(models.WordLevel({"?": 0, "</s>": 2 * LARGEST}, "?")).save(str(path))
+    with pytest.raises(UserError, match=rf"data\.tokenizer: has token ids up to .* below {LARGEST}"):
         load_json(path, "data.tokenizer")

@@ -240,7 +240,7 @@ def test_a_trace_says_that_tokens_that_skip_have_no_expert():
 @pytest.mark.slow
 def test_a_run_logs_saves_samples_and_is_compared(tmp_path):
     config = tiny(write_text(tmp_path / "text"), tmp_path / "cache", CAPACITY | {"checkpoint.every_steps": 8})
-    summary, run = train(config, tmp_path / "run"), tmp_path / "run"
+    summary, run = train(config, tmp_path / "run", sample=True), tmp_path / "run"
     shares = [row["depth/share/layer_02"] for row in rows(run) if "loss/ce" in row]
     assert len(shares) == 12 and min(shares) == max(shares) == pytest.approx(10 / 32)  # ceil(0.3 * 32)
     said = summary["mixture_of_depths"]

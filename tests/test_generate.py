@@ -1,20 +1,25 @@
-"""Sampling with a cache equals recomputing the whole sequence for every token.
+"""Sampling with a cache equals recomputing the whole sequence for every token, or is refused.
 
-Letters: T tokens, V vocabulary.
+Letters: B sequences, T tokens, V vocabulary.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_train_step import WITH_DEPTHS, config_of, mesh_of, router
+from test_train_step import DEPTHS, WITH_DEPTHS, config_of, mesh_of, router
+from tokenizers import Tokenizer, decoders, models
 
-from frugalmoe import sharding
+from frugalmoe import cli, sharding
+from frugalmoe import generate as module
+from frugalmoe.commands.generate import unescaped
 from frugalmoe.config.schema import MoE
-from frugalmoe.data.tokenizer import ByteTokenizer
+from frugalmoe.data.tokenizer import ByteTokenizer, JsonTokenizer
 from frugalmoe.errors import UserError
-from frugalmoe.generate import Sampling, Weights, generate, sample_text, stream
+from frugalmoe.generate import Decoding, Sampling, Weights, generate, sample_text, stream
 from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import structure
 from frugalmoe.routing import strategies
@@ -67,6 +72,107 @@ def test_cached_tokens_equal_recomputed_ones(fields):
     assert len(set(produced)) > 3, "a constant output would pass for the wrong reason"
 
 
+EVERY_EXPERT = {"model.moe.executor": "capacity", "model.moe.capacity_factor": 8.0}  # slots for all tokens
+AUTO = {"model.moe.executor": "auto"}
+OTHERS = [{"model.moe.executor": name} for name in ("dense", "grouped", "blocks")]
+# Without state and with it, with a carry over layers, with as many experts as there are, with blocks that tokens skip.
+ROUTERS = [router(name) for name in ("topk_softmax", "sigmoid_bias", "moe_plus_plus", "expert_threshold", "top_p")]
+PAIRS = [
+    pytest.param(
+        {**fields, **executor},
+        id=f"{fields['model.moe.router']}-{executor['model.moe.executor']}",
+        marks=() if fields == ROUTERS[0] and executor == EVERY_EXPERT else pytest.mark.slow,
+    )
+    for fields in (*ROUTERS, DEPTHS)
+    for executor in (AUTO, EVERY_EXPERT, *(OTHERS if fields == ROUTERS[0] else ()))
+]
+
+
+@pytest.mark.parametrize("fields", PAIRS)
+def test_decoding_computes_the_logits_of_evaluation(fields, monkeypatch):
+    """Token by token after a prompt that comes in pieces, in a cache that grows, against a padded row of evaluation."""
+    monkeypatch.setattr(module, "_PIECE", 32)
+    monkeypatch.setattr(module, "_SLOTS", 64)
+    config, mesh, real, length = config_of(fields | BYTES), mesh_of(), 87, 96
+    tokens_T = np.random.default_rng(0).integers(0, 320, length).astype(np.int32)
+    with jax.set_mesh(mesh):
+        weights = weights_of(config)
+        graphdef, _, _ = structure(config.model)
+
+        @jax.jit
+        def evaluated(weights, tokens_BT):
+            model = nnx.merge(graphdef, *weights)
+            segments_BT = sharding.reshard((jnp.arange(length) < real)[None].astype(jnp.int32), "BT")
+            position_BT = sharding.reshard(jnp.arange(length)[None], "BT")
+            keys_B = sharding.reshard(jax.random.key(0)[None], "B")
+            context = Context(tokens_BT, segments_BT, position_BT, keys_B, jnp.int32(0))
+            return model.logits(model(context).hidden_BTD)[0]
+
+        expected_TV = np.asarray(evaluated(weights, sharding.put(mesh, tokens_T[None], "BT")))
+        decoding = Decoding(config.model, weights, real)
+        for begin, end in ((0, 7), (7, 8), (8, 9), (9, 79), *((t, t + 1) for t in range(79, real))):
+            logits_V = decoding.feed(tokens_T[begin:end])
+            np.testing.assert_allclose(logits_V, expected_TV[end - 1], rtol=2e-4, atol=2e-5, err_msg=str(end))
+
+
+def test_a_capacity_that_may_drop_is_refused():
+    """What is dropped depends on the length of the row, which a text that is being sampled does not have."""
+    fields = {"model.moe.executor": "capacity", "model.moe.capacity_factor": 3.9, "model.moe.num_experts_per_token": 2}
+    config, weights = config_of(fields | BYTES), Weights({}, {})
+    with jax.set_mesh(mesh_of()):
+        with pytest.raises(UserError, match=r"^model\.moe\.executor='capacity': cannot be sampled .*3\.9, below 4,"):
+            generate(config, weights, np.zeros(3, np.int32), Sampling())
+        assert "cannot be sampled" in sample_text(config, weights, ByteTokenizer())["why"]
+        dense = config_of(fields | BYTES | {"model.num_dense_layers": 3, "model.dense_dim": 64})
+        generate(dense, weights, np.zeros(3, np.int32), Sampling())  # no expert, no slot
+
+
+@pytest.mark.parametrize("start", ["end_of_text", "none"])
+def test_a_prompt_begins_as_documents_did_in_training(start):
+    config = config_of(BYTES | {"data.document_start": start})
+    greedy = Sampling(temperature=0.0, max_tokens=12)
+    with jax.set_mesh(mesh_of()):
+        weights, one = weights_of(config_of(BYTES)), ByteTokenizer()
+        after = lambda ids: bytes(generate(config, weights, np.array(ids), greedy, np.arange(320) < 256)).decode(
+            errors="replace"
+        )
+        front = [one.eos] if start == "end_of_text" else []
+        assert "".join(stream(config, weights, one, "ab", greedy)) == after([*front, *b"ab"])
+        assert "".join(stream(config, weights, one, "", greedy)) == after([one.eos])
+
+
+def letters() -> JsonTokenizer:
+    """Ids 0 .. 30: specials, a gap of ten ids, and a letter each."""
+    names = {"<pad>": 0, "<s>": 1, "</s>": 2, **{letter: n for n, letter in enumerate("abcdefghijklmnopqr", 13)}}
+    tokenizer = Tokenizer(models.WordLevel(names, "<pad>"))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
+    return JsonTokenizer(tokenizer.to_str(), "</s>", "test")
+
+
+def test_only_ids_that_show_text_are_sampled(monkeypatch):
+    """No padding of the vocabulary, which ended a sample; no special, which shows nothing; the end of a document."""
+    config, one, seen = config_of(BYTES), letters(), []
+    assert one.silent == (0, 1, 2, *range(3, 13)) and one.size == 31
+
+    def watched(*args):
+        for token in generate(*args):
+            seen.append(token)
+            yield token
+
+    monkeypatch.setattr(module, "generate", watched)
+    with jax.set_mesh(mesh_of()):
+        weights = weights_of(config)
+        for seed in range(4):
+            sampling = Sampling(temperature=1e4, top_p=1.0, max_tokens=60, seed=seed)
+            before = len(seen)
+            text = "".join(stream(config, weights, one, "abc", sampling))
+            tokens = seen[before:]
+            ended = tokens[-1] == one.eos
+            assert len(text) == len(tokens) - ended and (ended or len(tokens) == 60)
+    assert set(seen) == {one.eos, *range(13, 31)}
+
+
 @pytest.mark.slow
 def test_seeds_differ_and_repeat_and_top_p_zero_limit_is_greedy():
     config = config_of(BYTES)
@@ -88,6 +194,81 @@ def test_streamed_pieces_join_to_the_text_and_stop_texts_end_it():
         whole = "".join(run())
         stop = whole[6:8]
         assert "".join(run(stop=(stop,))) == whole[: whole.index(stop)]
+
+
+def test_a_stop_text_may_begin_in_the_prompt():
+    config = config_of(BYTES)
+    with jax.set_mesh(mesh_of()):
+        weights, one = weights_of(config), ByteTokenizer()
+        run = lambda *stop: "".join(
+            stream(config, weights, one, "ab", Sampling(temperature=0.0, max_tokens=20, stop=stop))
+        )
+        whole = run()
+        assert run("b" + whole[0]) == "" and run("ab") == whole[: (whole + "ab").index("ab")]
+
+
+def test_more_tokens_than_memory_has_room_for_are_refused():
+    config = config_of(BYTES)
+    with jax.set_mesh(mesh_of()):
+        weights, prompt = weights_of(config), np.zeros(5, np.int32)
+        rule = r"^--max-tokens=2147483647: this device, with .* GB, has room for \d+ after a prompt of 5 tokens$"
+        with pytest.raises(UserError, match=rule):
+            generate(config, weights, prompt, Sampling(max_tokens=2**31 - 1))
+        model = dataclasses.replace(config.model, num_layers=10**6, num_kv_heads=10**6)
+        with pytest.raises(UserError, match="room for 0 after"):
+            generate(dataclasses.replace(config, model=model), weights, prompt, Sampling(max_tokens=1))
+
+
+BAD = [
+    ("--max-tokens=0", "--max-tokens=0: must be positive"),
+    ("--max-tokens=99999999999", "--max-tokens=99999999999: must be from 1 to 2147483647"),
+    ("--temperature=nan", "--temperature=nan: must be 0 or from"),
+    ("--temperature=inf", "--temperature=inf: must be 0 or from"),
+    ("--temperature=-0.1", "--temperature=-0.1: must not be negative"),
+    ("--temperature=1e300", "--temperature=1e+300: must be 0 or from"),
+    ("--top-p=nan", "--top-p=nan: must be in (0, 1]"),
+    ("--top-p=1.1", "--top-p=1.1: must be in (0, 1]"),
+    ("--seed=-1", "--seed=-1: must be"),
+    ("--seed=4294967296", "--seed=4294967296: must be"),
+    ("--seed=99999999999999999999", "--seed=99999999999999999999: must be"),
+    ("--stop=", "must hold no empty text"),
+    ("--stop=\\", "--stop=\\: \\ is no escape; write \\\\ for a backslash"),
+    ("--stop=a\\d", "\\d is no escape"),
+    ("--stop=\\N{x}", "\\N{x} is no escape"),
+    ("--stop=\\N", "\\N is no escape"),
+    ("--stop=\\x4", "\\x is no escape"),
+    ("--stop=\\U00110000", "\\U00110000 is no escape"),
+    ("--stop=\\ud83d", "of a surrogate both halves"),
+    ("--stop=\udcff", "must be UTF-8"),  # how an argument's byte 0xff arrives
+]
+
+
+@pytest.mark.parametrize("flag, message", BAD, ids=[flag.encode("ascii", "replace").decode() for flag, _ in BAD])
+def test_bad_flags_are_one_line(flag, message, capsys):
+    assert cli.main(["generate", "nowhere", flag]) == 2
+    out, err = capsys.readouterr()
+    assert message in err and err.count("\n") == 1 and not out
+
+
+def test_escapes_of_stop_texts_are_those_of_text_in_any_script():
+    for written, meant in {
+        "。": "。",
+        "\\n\\n": "\n\n",
+        "日\\t本": "日\t本",
+        "\\\\n": "\\n",
+        "\\u3002\\x41\\101": "。AA",
+        "\\N{IDEOGRAPHIC FULL STOP}": "。",
+        "\\ud83d\\ude00\\U0001F600": "😀😀",
+        "\\'\\\"": "'\"",
+        "é{x}%": "é{x}%",
+    }.items():
+        assert unescaped(written) == meant
+
+
+def test_a_prompt_that_is_not_text_is_one_line():
+    config = config_of(BYTES)
+    with jax.set_mesh(mesh_of()), pytest.raises(UserError, match=r"^--prompt: must be UTF-8; character 2 is a byte"):
+        stream(config, weights_of(config), ByteTokenizer(), "ab\udcff", Sampling())
 
 
 def test_a_router_that_sees_the_future_cannot_be_sampled():

@@ -12,8 +12,8 @@ import yaml
 
 from frugalmoe.cli import main
 from frugalmoe.errors import UserError
-from frugalmoe.launch.cli import SCHEDULERS
 from frugalmoe.launch.job import Job, fill, read_hosts
+from frugalmoe.launch.schedulers import SCHEDULERS
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 CONFIG = "--config=configs/quickstart.py"
@@ -101,10 +101,11 @@ def test_without_the_scheduler_nothing_is_written(capsys, monkeypatch, tmp_path)
         # 2 nodes x 3 devices = 6 do not divide the batch of 16; the config's own check, before any cluster.
         (["slurm", CONFIG, "--nodes=2", "--devices-per-node=3", "--config.train.batch_size=16"], "batch_size=16"),
         (["slurm", CONFIG, "--nodes=0", "--devices-per-node=2"], "--nodes=0"),
+        (["slurm", CONFIG, f"--nodes={10**30}", "--devices-per-node=2", "--config.mesh.expert=3"], "from 1 to 100000"),
         (["slurm", CONFIG, "--devices-per-node=0"], "--devices-per-node=0"),
         (["slurm", "--config=configs/none.py", "--devices-per-node=1"], "configs/none.py"),
         (["slurm", CONFIG, "--devices-per-node=1", "--hosts=a"], "--hosts=a"),
-        (["slurm", CONFIG, "--devices-per-node=1", "--template=none.sbatch"], "none.sbatch: No such file"),
+        (["slurm", CONFIG, "--devices-per-node=1", "--template=none.sbatch"], "--template=none.sbatch: no such file; "),
         (["slurm", CONFIG, "--devices-per-node=1", "--workdir=runs/a b"], "must not contain spaces"),
         (["slurm", CONFIG, "--devices-per-node=1", f"--workdir=runs/{'x' * 41}"], "at most 40"),
         (["jobset", CONFIG, "--devices-per-node=1", "--workdir=/data/run"], "must lie in runs/"),
@@ -132,7 +133,7 @@ JOB = Job(nodes=4, devices_per_node=4, train=("train",), workdir=Path("runs/x"),
     [
         ("slurm.sbatch", "--nodes=4", "--nodes=2", "#SBATCH --nodes='2': must be '4'"),
         ("slurm.sbatch", "--ntasks-per-node=4", "--ntasks-per-node=1", "#SBATCH --ntasks-per-node='1': must be '4'"),
-        ("slurm.sbatch", "source .venv", "true\n#SBATCH --mem=0\nsource .venv", "#SBATCH --mem=0: stands after"),
+        ("slurm.sbatch", "export PATH", "true\n#SBATCH --mem=0\nexport PATH", "#SBATCH --mem=0: stands after"),
         ("slurm.sbatch", "then\n", "\n", "the script: bash cannot read it"),
         ("jobset.yaml", "completions: 4", "completions: 2", "completions=2: must be 4"),
         ("jobset.yaml", "gpu: 4", "gpu: 8", "nvidia.com/gpu=8: must be 4"),
@@ -174,7 +175,6 @@ def program(path: Path, *lines: str) -> Path:
 
 @pytest.mark.parametrize(("status", "requeued"), [(75, "requeue 7\n"), (0, ""), (3, "")])
 def test_slurm_requeues_what_was_saved(tmp_path, status, requeued):
-    program(tmp_path / ".venv/bin/activate")
     program(tmp_path / "srun", f"exit {status}")
     program(tmp_path / "scontrol", 'echo "$@"')
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "1"}
@@ -217,7 +217,6 @@ for _ in range(600):
 @pytest.fixture
 def started(tmp_path):
     """ssh.sh over two hosts, where the ssh program runs the command here, out of reach of this terminal's signals."""
-    program(tmp_path / ".venv/bin/activate")
     ssh = program(tmp_path / "ssh", 'exec setsid --wait env --default-signal=INT,TERM,HUP "${@:2}"')
     job = Job(2, 1, (sys.executable, "-c", PROCESS), tmp_path / "run", tmp_path, ("me@one", "two"))
     (tmp_path / "ssh.sh").write_text(fill(LAUNCH / "ssh.sh", job))

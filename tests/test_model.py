@@ -10,7 +10,7 @@ from test_train_step import batch, config_of, mesh_of, trained
 from frugalmoe.model.layers import rotary, rotate
 from frugalmoe.model.transformer import Transformer, split, structure
 from frugalmoe.train.evaluate import put_batch
-from frugalmoe.train.step import init, make_eval_step
+from frugalmoe.train.step import EVAL_SEED, _forward, init, make_eval_step
 
 
 def test_norm_head_divides_each_channel_by_its_norm_over_the_vocabulary_and_detaches_it():
@@ -54,6 +54,39 @@ def test_bfloat16_computes_near_float32_with_float32_parameters_and_routing():
             losses[dtype] = np.asarray(out.ce_BT)[batch(0).loss_mask_BT].mean()
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=5e-3)
     assert losses["bfloat16"] != losses["float32"]
+
+
+def test_predicted_ids_are_the_best_of_float32_logits_within_the_vocabulary():
+    """In bfloat16 a head of 1,024 ids has ties and wrong winners at every other token; padding is never predicted."""
+    config = config_of({"model.compute_dtype": "bfloat16", "model.vocab_size": 1024, "model.num_layers": 2})
+    mesh, one, size = mesh_of(), batch(0), 1000
+    with jax.set_mesh(mesh):
+        state, placed = init(config), put_batch(mesh, one, "BT")
+        head_DV = state.params["head_DV"]
+        # A padding id that would win everywhere else, and an id beside its twin, of which the lower one is predicted.
+        head_DV = (
+            head_DV.at[:, 1010].multiply(30).at[:, 1011].set(-head_DV[:, 1010] * 30).at[:, 501].set(head_DV[:, 500])
+        )
+        state.params["head_DV"] = head_DV
+        graphdef, _, _ = structure(config.model)
+
+        @jax.jit
+        def hidden_and_head(params, router_state, batch):
+            model = nnx.merge(graphdef, params, router_state)
+            return _forward(model, batch, 0, jnp.int32(0), EVAL_SEED, train=False).hidden_BTD, model.head()
+
+        evaluated = jax.jit(make_eval_step(config, trace=True, vocabulary=size))(
+            state.params, state.router_state, placed
+        )
+        hidden_BTD, head_DV = hidden_and_head(state.params, state.router_state, placed)
+    assert hidden_BTD.dtype == head_DV.dtype == jnp.bfloat16
+    logits_BTV = np.einsum("btd,dv->btv", *(np.asarray(a, np.float64) for a in (hidden_BTD, head_DV)))
+    real_BT = one.segment_ids_BT > 0
+    assert (np.argmax(logits_BTV, -1)[real_BT] >= size).mean() > 0.9, "padding would win"
+    expected_BT = np.argmax(logits_BTV[..., :size], -1)
+    np.testing.assert_array_equal(np.asarray(evaluated.predicted_BT)[real_BT], expected_BT[real_BT])
+    rounded_BT = np.argmax(jnp.asarray(logits_BTV[..., :size], jnp.bfloat16), -1)
+    assert (rounded_BT != expected_BT)[real_BT].any(), "rounded logits would pass too"
 
 
 def test_stacked_layers_start_different():

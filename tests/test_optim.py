@@ -1,10 +1,14 @@
 """Schedules by their corner values, and what weight decay touches."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
 
 from frugalmoe.config import default, override, resolve
+from frugalmoe.config.schema import Config, Optim, Train
+from frugalmoe.errors import UserError
 from frugalmoe.model.transformer import structure
 from frugalmoe.train.optim import decay_mask, optimizer, schedule
 
@@ -17,10 +21,11 @@ BASE = {
     "optim.decay_fraction": 0.2,
     "model.vocab_size": 64,
 }
-# (step, rate): warmup rises by a tenth of the peak; wsd falls over the last 18 of the 90 steps after the warmup.
+# (step, rate): warmup rises by a tenth of the peak; wsd falls over the last 18 of the 90 steps after the warmup, from
+# the peak at update 81 to a tenth of it at update 99; cosine from the peak at update 9, half way at update 54.
 CORNERS = {
-    "wsd": [(0, 0.05), (4, 0.25), (9, 0.5), (50, 0.5), (82, 0.5), (91, 0.275), (100, 0.05)],
-    "cosine": [(0, 0.05), (9, 0.5), (10, 0.5), (55, 0.275), (100, 0.05)],
+    "wsd": [(0, 0.05), (4, 0.25), (9, 0.5), (50, 0.5), (81, 0.5), (90, 0.275), (99, 0.05)],
+    "cosine": [(0, 0.05), (9, 0.5), (54, 0.275), (99, 0.05)],
     "constant": [(0, 0.05), (9, 0.5), (99, 0.5)],
 }
 
@@ -29,6 +34,33 @@ CORNERS = {
 def test_schedule(name, step, rate):
     config = resolve(override(default(), BASE | {"optim.schedule": name}))
     assert float(schedule(config)(step)) == pytest.approx(rate, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", CORNERS)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_the_last_update_has_the_final_rate_and_rates_never_rise_again(name, steps):
+    """Every warmup that the checks allow, every length of the decay, final rates from none to the peak."""
+    for warmup, fraction, final in itertools.product(
+        {0, 1, steps // 2, steps - 1} - {steps}, (0, 1e-6, 0.5, 1), (0, 0.1)
+    ):
+        optim = Optim(
+            learning_rate=PEAK, schedule=name, warmup_steps=warmup, decay_fraction=fraction, final_fraction=final
+        )
+        rate = schedule(Config(optim=optim, train=Train(steps=steps)))
+        rates = np.asarray([rate(np.int32(i)) for i in range(steps)])
+        case, top = str(optim), max(warmup - 1, 0)
+        decays = name == "cosine" or (name == "wsd" and fraction)
+        assert rates[-1] == pytest.approx(PEAK * final if decays else PEAK, rel=1e-6), case
+        assert np.allclose(rates[:warmup], PEAK * np.arange(1, warmup + 1) / max(warmup, 1)), case
+        if steps > 1:
+            assert rates[top] == pytest.approx(PEAK) and np.all(np.diff(rates[top:]) <= 0), case
+        else:
+            assert rates[0] == pytest.approx(PEAK * final if decays else PEAK), case
+
+
+def test_a_warmup_as_long_as_the_run_is_refused():
+    with pytest.raises(UserError, match=r"optim.warmup_steps=100: must be less than train.steps=100"):
+        resolve(override(default(), BASE | {"optim.warmup_steps": STEPS}))
 
 
 def test_no_warmup_starts_at_the_peak():

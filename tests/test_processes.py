@@ -26,7 +26,7 @@ STEPS, SAVE_EVERY = 12, 4
 # Eight devices: parameters and sequences are spread over processes, tokens of a sequence over the devices of one.
 FIELDS = {
     "train.steps": STEPS,
-    "train.eval_batches": 1,
+    "train.eval_rows": 8,
     "checkpoint.every_steps": SAVE_EVERY,
     "model.num_layers": 2,
     "model.num_dense_layers": 0,

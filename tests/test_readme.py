@@ -34,7 +34,7 @@ def house(tmp_path_factory) -> Path:
         for part in environment.iterdir():
             if not part.name.endswith("stamp"):
                 (copy / name / part.name).symlink_to(part)
-    for stamp in (".venv/run.stamp", ".venv/dev.stamp", ".venv-bench/stamp"):
+    for stamp in (".venv/run.stamp", ".venv/laws.stamp", ".venv/dev.stamp", ".venv-bench/stamp"):
         (copy / stamp).touch()
     code = re.findall(r"Save this as `(.*?)`.*?```python\n(.*?)```", README, re.S)
     (path, text), *_ = code

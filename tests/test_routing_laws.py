@@ -24,6 +24,7 @@ from routing_cases import (
     compiled_route,
     eager_route,
     effects,
+    extremes,
     make_case,
     make_inputs,
     make_params,
@@ -34,12 +35,14 @@ from routing_cases import (
 )
 
 from frugalmoe.config.schema import FrozenDict, MoE
+from frugalmoe.errors import UserError
 from frugalmoe.model.moe import execute
 from frugalmoe.routing import losses, select, stats
 from frugalmoe.routing.contract import (
     About,
     ExpertPlan,
     Inputs,
+    Loss,
     Router,
     Routing,
     TokenPlan,
@@ -67,6 +70,25 @@ def law_weights(case: Case) -> None:
         assert np.all((total > 0) & (total <= 1 + 1e-6)) and np.any(total < 1 - 1e-3)
     elif claim != "free":
         np.testing.assert_allclose(total, claim, rtol=1e-6)
+
+
+def law_extremes(case: Case) -> None:
+    """Whatever the size of logits and bias: everything is finite, gradients too, and weights add up as declared."""
+    claim = case.router.claim("weight_sum", case.config)
+    for name, (inputs, params, state) in extremes(case).items():
+        ones = dict.fromkeys(case.router.about.losses, 1.0)
+        probed = probe(case, inputs, params=params, state=state, **ones)
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(probed)), name
+        for train in (True, False):
+            routing = route(case, inputs._replace(train=train), params, state)
+            assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(routing)), name
+            g_BTE = combine(case, routing)
+            total = g_BTE.sum(-1)[np.asarray(inputs.valid_BT)]
+            assert np.all(g_BTE >= 0), name
+            if claim == "at_most_one":
+                assert np.all(total <= 1 + 1e-6), name
+            elif claim != "free":
+                np.testing.assert_allclose(total, claim, rtol=1e-6, err_msg=name)
 
 
 def law_causal_by_perturbation(case: Case) -> None:
@@ -409,7 +431,9 @@ LAWS = {name.removeprefix("law_"): law for name, law in list(globals().items()) 
 
 @pytest.mark.parametrize("law", LAWS.values(), ids=LAWS.keys())
 @pytest.mark.parametrize("case", case_parameters())
-def test_law(case: Case, law) -> None:
+def test_law(case: Case | UserError, law) -> None:
+    if isinstance(case, UserError):
+        raise case
     law(case)
 
 
@@ -420,7 +444,8 @@ def broken(route_fn, **claims) -> Case:
     about = About(
         year=0, paper="", score="softmax", selection="", weights="", balance="", losses=losses.GATE_LOSSES, **claims
     )
-    router = Router(about=about, route=route_fn, init=linear_init, name=route_fn.__name__)
+    state = {"init_state": lambda dim, config: {"bias_E": jnp.zeros(8)}} if route_fn is biased_shares else {}
+    router = Router(about=about, route=route_fn, init=linear_init, name=route_fn.__name__, **state)
     return make_case(router)
 
 
@@ -470,6 +495,39 @@ def unnormalised(params, state, inputs, config):
     return finish(logits_BTE, expert_BTK, select.at(jax.nn.softmax(logits_BTE), expert_BTK), inputs, config)
 
 
+def sigmoid_shares(params, state, inputs, config, least: float = 1e-20):
+    logits_BTE = linear_logits(params, inputs)
+    expert_BTK = select.top_k(logits_BTE, config.num_experts_per_token).expert_BTK
+    score_BTK = jax.nn.sigmoid(select.at(logits_BTE, expert_BTK))
+    return finish(logits_BTE, expert_BTK, score_BTK / (score_BTK.sum(-1, keepdims=True) + least), inputs, config)
+
+
+def clipped_shares(params, state, inputs, config):
+    """Its gradients are finite, and its weights do not add up."""
+    return sigmoid_shares(params, state, inputs, config, least=1e-10)
+
+
+def one_pass_deviation(params, state, inputs, config):
+    logits_BTE = linear_logits(params, inputs)
+    variance_BT1 = jnp.mean(logits_BTE**2, -1, keepdims=True) - logits_BTE.mean(-1, keepdims=True) ** 2
+    return top_k_by(logits_BTE / jnp.sqrt(variance_BT1), inputs, config)
+
+
+def bare_entropy(params, state, inputs, config):
+    routing = top_k_by(linear_logits(params, inputs), inputs, config)
+    probs_BTE = jax.nn.softmax(linear_logits(params, inputs))
+    entropy = -jnp.sum(probs_BTE * jnp.log(probs_BTE), where=inputs.valid_BT[..., None])
+    return routing._replace(losses={**routing.losses, "z": Loss(entropy, "token")})
+
+
+def biased_shares(params, state, inputs, config):
+    """Sound at any level of the logits, but not where a bias chooses experts of no probability."""
+    logits_BTE = linear_logits(params, inputs)
+    choice = select.top_k(logits_BTE + state["bias_E"], config.num_experts_per_token)
+    prob_BTK = select.at(jax.nn.softmax(logits_BTE - 50 * jnp.arange(8)), choice.expert_BTK)
+    return finish(logits_BTE, choice.expert_BTK, prob_BTK / prob_BTK.sum(-1, keepdims=True), inputs, config)
+
+
 def frozen(params, state, inputs, config):
     return top_k_by(jax.lax.stop_gradient(linear_logits(params, inputs)), inputs, config)
 
@@ -509,6 +567,12 @@ BROKEN = [
     ("no_duplicates", broken(with_replacement, learned=False, random=True)),
     ("weights", broken(unnormalised, weight_sum=1.0)),
     ("weights", broken(frozen, weight_sum="at_most_one")),
+    ("extremes", broken(sigmoid_shares)),
+    ("extremes", broken(clipped_shares, weight_sum=1.0)),
+    ("extremes", broken(one_pass_deviation)),
+    ("extremes", broken(bare_entropy)),
+    ("extremes", broken(biased_shares, weight_sum=1.0, stateful=True)),
+    ("extremes", broken(unnormalised, weight_sum=1.0)),
     ("learned", broken(frozen)),
     ("learned", make_case("topk_softmax", 8, 1)),
     ("finite_differences", broken(frozen)),

@@ -337,7 +337,7 @@ EVERY_LOSS = {"losses": FrozenDict.fromkeys(losses.GATE_LOSSES, 0.0), "load_bala
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scope", SCOPES, ids=str)
-@pytest.mark.parametrize("law", ["finite_differences", "padding", "shards"])
+@pytest.mark.parametrize("law", ["extremes", "finite_differences", "padding", "shards"])
 def test_every_loss_at_once_obeys_the_laws(law: str, scope: dict) -> None:
     """The laws of strategies look at the losses that every run has; here at all, of one strategy."""
     if law == "shards" and "load_balance_group" in scope:

@@ -1,6 +1,8 @@
 """Whole runs through the command line, in processes of their own that are really killed."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +119,25 @@ def test_killed_and_restarted_it_ends_in_the_same_bits(undisturbed, place, step)
     out = train(place, name)
     assert out.returncode == 0, out.stderr
     same_bits(place[0] / name, undisturbed[0])
+
+
+def test_a_run_from_before_documents_had_a_start_ends_as_it_would_have(place):
+    """The same command continues it bit for bit, though its default batches are others now."""
+    whole, cut = place[0] / "whole_old", place[0] / "cut_old"
+    assert train(place, whole.name, "--config.data.document_start=none").returncode == 0
+    shutil.copytree(whole, cut)
+    for path in (cut / "checkpoints" / "16", cut / "report"):
+        shutil.rmtree(path)
+    (cut / "summary.json").unlink()
+    config = json.loads((cut / "config.json").read_text())
+    del config["data"]["document_start"]
+    (cut / "config.json").write_text(json.dumps(config))
+    out = train(place, cut.name)
+    assert out.returncode == 0, out.stderr
+    same_bits(cut, whole)
+    assert json.loads((cut / "config.json").read_text()) == json.loads((whole / "config.json").read_text())
+    prompts = [run("generate", path, "--prompt=The", "--max-tokens=20").stdout for path in (cut, whole)]
+    assert prompts[0] == prompts[1] != ""
 
 
 def test_sigterm_saves_and_exits_with_75(undisturbed, place):
@@ -257,6 +278,8 @@ def test_generate_refuses_what_it_cannot_do(undisturbed, place):
     refused(run("generate", place[0]), "not a run directory")
     refused(run("generate", undisturbed[0], "--temperature=-1"), "--temperature=-1.0: must not be negative")
     refused(run("generate", undisturbed[0], "--top-p=0"), "--top-p=0.0: must be in (0, 1]")
+    refused(run("generate", undisturbed[0], "--max-tokens=999999999"), "--max-tokens=999999999: this device, with")
+    refused(run("generate", undisturbed[0], "--prompt=a\udcff"), "--prompt: must be UTF-8")
 
 
 @pytest.mark.parametrize("name", ["", "train", "ablate", "generate", "report", "data", "routers"])

@@ -6,6 +6,7 @@ Letters: B batch, T time, D model, E experts, K choices, G groups of experts.
 import dataclasses
 import io
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -15,6 +16,8 @@ import pytest
 from rich.console import Console
 from routing_cases import B, D, T, combine, make_case, make_inputs, make_params, route, selections
 
+from frugalmoe.cli import main
+from frugalmoe.config import default, override, resolve
 from frugalmoe.config.schema import MoE
 from frugalmoe.errors import UserError
 from frugalmoe.routing import strategies
@@ -61,6 +64,70 @@ def test_the_catalogue_lists_every_strategy_as_json_and_as_a_table() -> None:
     text = io.StringIO()
     Console(width=200, file=text).print(format_table(rows))
     assert all(name in text.getvalue() for name in strategies.names())
+
+
+HALF_WRITTEN = {  # name -> (text, what is said after the file's path)
+    "cut_off": ("import jax\n\ndef route(params,\n", ", line 3: SyntaxError: '(' was never closed"),
+    "empty": ("", ": ends without ROUTER = Router(...)"),
+    "no_router": ("ROUTER = 3\n", ": ends without ROUTER = Router(...)"),
+    "wrong_name": ("\nfrom frugalmoe.routing import selekt\n", ", line 2: ImportError: cannot import name 'selekt'"),
+    "fails": ("def f():\n    return {}['a']\nf()\n", ", line 2: KeyError: 'a'"),
+    "no_utf8": ("x = '\xe9'\n", ", line 1: SyntaxError: (unicode error)"),
+    "leaves": ("import sys\nsys.exit()\n", ", line 2: SystemExit"),
+    "old_claim": (
+        "from frugalmoe.routing.contract import About, Router\nROUTER = Router(about=About(color=1), route=None)\n",
+        ", line 2: TypeError: About.__init__() got an unexpected keyword argument 'color'",
+    ),
+}
+
+
+@pytest.fixture
+def half_written(tmp_path, monkeypatch) -> Path:
+    """A folder of strategies beside the package's, of which one leaves a mark when it is imported."""
+    for name, (text, _) in HALF_WRITTEN.items():
+        (tmp_path / f"{name}.py").write_text(text, encoding="latin-1")
+    sound = "from pathlib import Path\nPath(__file__ + '.mark').touch()\n"
+    sound += "from frugalmoe.routing.strategies.topk_softmax import ROUTER\n"
+    (tmp_path / "marked.py").write_text(sound)
+    monkeypatch.setattr(strategies, "__path__", [*strategies.__path__, str(tmp_path)])
+    yield tmp_path
+    sys.modules.pop("frugalmoe.routing.strategies.marked", None)
+
+
+def test_files_that_nobody_asks_for_stop_nobody(half_written: Path) -> None:
+    """A config of another router, with every kind of loss and a wrapper, resolves; nothing is imported for it."""
+    for fields in (
+        {},
+        {"model.moe.losses.importance": 0.1},
+        {"model.moe.router": "relu", "model.moe.losses.l1": 1.0},
+        {"model.moe.router": "stochastic_warmup", "model.moe.options.base": "sigmoid_bias"},
+    ):
+        resolve(override(default(), fields))
+    assert not (half_written / "marked.py.mark").exists()
+    resolve(override(default(), {"model.moe.router": "marked"}))
+    assert (half_written / "marked.py.mark").exists()
+
+
+def test_a_loss_of_no_sound_strategy_is_refused_with_the_names_of_all_sound_ones(half_written: Path) -> None:
+    resolve(override(default(), {"model.moe.losses.orthogonality": 0.1}))  # another strategy's: valid, as ever
+    with pytest.raises(UserError, match=r"losses\.orthogonalty: unknown loss; did you mean 'orthogonality'\?"):
+        resolve(override(default(), {"model.moe.losses.orthogonalty": 0.1}))
+
+
+@pytest.mark.parametrize("name", HALF_WRITTEN)
+def test_a_half_written_file_is_named_in_one_line(half_written: Path, name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve(override(default(), {"model.moe.router": name}))
+    assert str(caught.value).startswith(f"model.moe.router={name!r}: {half_written / name}.py{HALF_WRITTEN[name][1]}")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_lists_the_others_and_names_each_broken_file(half_written: Path, capsys) -> None:
+    assert main(["routers", "--format=json"]) == 0
+    out, err = capsys.readouterr()
+    assert {row["name"] for row in json.loads(out)} == set(strategies.names()) - HALF_WRITTEN.keys()
+    assert len(err.splitlines()) == len(HALF_WRITTEN)
+    assert all(f"{half_written / name}.py" in err for name in HALF_WRITTEN)
 
 
 def test_loss_names_are_those_that_some_strategy_returns() -> None:

@@ -11,8 +11,9 @@ from routing_cases import D, combine, make_case, make_inputs, make_params, route
 from test_routing_laws import LAWS
 from test_train_step import trained
 
+from frugalmoe.config.schema import FrozenDict
 from frugalmoe.routing import groups, select
-from frugalmoe.routing.contract import Inputs, linear_logits
+from frugalmoe.routing.contract import Inputs, combine_matrix, linear_logits
 from frugalmoe.routing.strategies import quantile_balance
 
 REFUSED = [
@@ -63,6 +64,62 @@ def test_scores_by_hand() -> None:
     assert np.all(np.isfinite(slope(jnp.asarray([-60.0, -200.0, -1e6]))))
     np.testing.assert_allclose(select.SCORES["sigmoid"](z), [0.5, 1], rtol=1e-6)
     np.testing.assert_allclose(select.SCORES["softmax"](jnp.log(jnp.asarray([1.0, 3.0]))), [0.25, 0.75], rtol=1e-6)
+
+
+LOG_SCORES = {  # name -> (log s, its slope), float64
+    "sigmoid": (lambda z: -np.logaddexp(0, -z), lambda z: 1 / (1 + np.exp(z))),
+    "softmax": (lambda z: z, np.ones_like),
+    "sqrt_softplus": (lambda z: log_softplus(z) / 2, lambda z: np.exp(-np.logaddexp(0, -z) - log_softplus(z)) / 2),
+}
+
+
+def log_softplus(z: np.ndarray) -> np.ndarray:
+    return np.where(z < -20, z, np.log(np.logaddexp(0, np.maximum(z, -20))))
+
+
+@pytest.mark.parametrize("level", [-1e4, -90.0, -46.0, -16.0, 0.0, 16.0, 90.0])
+@pytest.mark.parametrize("name", LOG_SCORES)
+def test_shares_of_scores_that_float32_does_not_have(name: str, level: float) -> None:
+    """Weights s_e / sum s and their gradients against float64, with all logits about a level; e^-90 is 0 in float32."""
+    z_E = (level + np.asarray([0.0, -0.5, 1.25, 2.0])).astype(np.float32)
+    log_score, slope = LOG_SCORES[name]
+    expected_E = softmax(log_score(z_E.astype(np.float64)))
+    shares = lambda z_E: select.shares(select.LOG_SCORES[name](z_E))
+    np.testing.assert_allclose(shares(z_E), expected_E, rtol=1e-5)
+    jacobian_EE = (np.diag(expected_E) - np.outer(expected_E, expected_E)) * slope(z_E.astype(np.float64))
+    np.testing.assert_allclose(jax.jacobian(shares)(z_E), jacobian_EE, rtol=1e-4, atol=1e-6)
+    plain = np.exp(log_score(z_E.astype(np.float64))) if name != "softmax" else expected_E
+    np.testing.assert_allclose(select.SCORES[name](z_E), plain, rtol=2e-5, atol=1e-37)
+
+
+@pytest.mark.parametrize("name", ["sigmoid_bias", "quantile_balance"])
+@pytest.mark.parametrize("score", LOG_SCORES)
+def test_the_choice_by_a_bias_beyond_all_scores_has_exact_weights(name: str, score: str) -> None:
+    """Experts 6 and 7 by their bias, whose logits are the least: -90, and 100 below those of others."""
+    case, rows = make_case(name, score=score), np.asarray([[20, 0, 0, 0, 0, 0, -90, -89], [10.0] * 6 + [-90, -89]])
+    ones = jnp.ones((1, 2), jnp.int32)
+    inputs = Inputs(jnp.asarray(rows[None], jnp.float32), ones, ones, ones, None, jnp.int32(0), jnp.int32(0))
+    bias_E = 1e3 * (jnp.arange(8) >= 6)
+    state = {"bias_E": bias_E} if name == "sigmoid_bias" else {"beta_E": -bias_E}
+    g_TE = combine_matrix(route(case, inputs, {"kernel_DE": jnp.eye(8)}, state).plan, 2, 8)
+    expected = softmax(LOG_SCORES[score][0](rows[:, 6:]))
+    np.testing.assert_allclose(g_TE[:, 6:], expected, rtol=1e-5)
+
+
+def test_the_sequence_loss_counts_the_largest_scores_whatever_bias_and_groups_chose() -> None:
+    """DeepSeek-V3, eq. 18; `load_balance` counts what was executed."""
+    limits = {"num_groups": 4, "groups_per_token": 1}
+    for name, options in (("sigmoid_bias", {}), ("topk_softmax", limits), ("quantile_balance", {}), ("moge", {})):
+        case, inputs = make_case(name, **options), make_inputs(padded=False)
+        state = {key: 3.0 * (-1) ** jnp.arange(8) for key in case.router.init_state(D, case.config)}
+        routing, z_BTE = route(case, inputs, state=state), logits_of(case, inputs)
+        s_BTE = softmax(z_BTE) if name in ("topk_softmax", "moge") else 1 / (1 + np.exp(-z_BTE))
+        f_BTE = s_BTE >= np.sort(s_BTE, axis=-1)[..., -2:-1]
+        assert not np.array_equal(f_BTE, selections(case, routing))
+        p_BTE = s_BTE / s_BTE.sum(-1, keepdims=True)
+        loss_B = 8 / 2 * np.sum(f_BTE.mean(1) * p_BTE.mean(1), axis=-1)
+        np.testing.assert_allclose(routing.losses["sequence_balance"].sum, loss_B.sum(), rtol=1e-5)
+        assert abs(float(routing.losses["load_balance"].sum) - loss_B.sum()) > 1e-3
 
 
 def test_a_group_scores_its_largest_or_its_two_largest() -> None:
@@ -149,6 +206,9 @@ def test_hash_layers_choose_by_token_id_and_weigh_by_score() -> None:
     kept_BTE = chosen_BTE * np.sqrt(np.log1p(np.exp(logits_of(HASHED, inputs))))
     np.testing.assert_allclose(combine(HASHED, first), kept_BTE / kept_BTE.sum(-1, keepdims=True), rtol=1e-4)
     assert first.losses["load_balance"].sum == first.losses["sequence_balance"].sum == first.stats["ties"] == 0
+    devices = {"load_balance_devices": 2, "losses": FrozenDict(device_balance=1.0)}
+    of_devices = make_case("sigmoid_bias", moe=devices, hash_layers=1)
+    assert route(of_devices, inputs).losses["device_balance"].sum == 0
     deeper = inputs._replace(layer=jnp.int32(1))
     np.testing.assert_array_equal(*(combine(case, route(case, deeper)) for case in (HASHED, plain)))
     assert route(HASHED, deeper).losses["load_balance"].sum > 0

@@ -179,7 +179,7 @@ def test_a_warmup_starts_from_noise_alone_and_ends_as_its_base(base: str) -> Non
 
 
 def test_warmup_noise_has_the_running_mean_and_deviation() -> None:
-    """A mean of 3 and a mean square of 13 give a deviation of sqrt(13 - 9) = 2; 8,192 numbers know it to 1 %.
+    """A mean of 3 and a mean squared distance of 4 from it give a deviation of 2; 8,192 numbers know it to 1 %.
 
     With K = E the weights are softmax(noise), and their logarithms differ as the noise does.
     """
@@ -187,7 +187,7 @@ def test_warmup_noise_has_the_running_mean_and_deviation() -> None:
     ones, positions = jnp.ones((1, time), jnp.int32), jnp.arange(time, dtype=jnp.int32)[None]
     keys_B = jax.random.split(jax.random.key(0), 1)
     inputs = Inputs(jnp.ones((1, time, D)), ones, ones, positions, keys_B, jnp.int32(0), jnp.int32(0), True)
-    routing = route(case, inputs, state={"logit_mean": jnp.float32(3), "logit_square": jnp.float32(13)})
+    routing = route(case, inputs, state={"logit_mean": jnp.float32(3), "logit_square": jnp.float32(4)})
     variance_N = np.log(routing.plan.weight_NK).var(axis=1, ddof=1)
     assert np.sqrt(variance_N.mean()) == pytest.approx(2, rel=0.05)
     lse = routing.stats["lse_sum"] / time  # log of a sum of E lognormals: between mu + ln E and mu + ln E + sigma^2 / 2
@@ -195,11 +195,27 @@ def test_warmup_noise_has_the_running_mean_and_deviation() -> None:
 
 
 def test_running_averages_by_hand() -> None:
-    """4 experts, 3 tokens: 12 logits of sum 6 and square sum 24, so mean 0.5 and mean square 2; decay 0.75."""
+    """4 experts, 3 tokens: 12 logits of sum 6 and square sum 24, so mean 0.5 and mean square 2; decay 0.75.
+
+    The mean square goes to 0.75 * 1 + 0.25 * 2 = 1.25 about 0, which is 1.25 - 0.125^2 about the new mean.
+    """
     case = make_case("stochastic_warmup", 4, 2, decay=0.75)
     stats = {"tokens": jnp.int32(3), "logit_sum": jnp.float32(6), "logit_square_sum": jnp.float32(24)}
     moved = case.router.update({"logit_mean": jnp.float32(0), "logit_square": jnp.float32(1)}, stats, case.config)
-    assert {name: float(value) for name, value in moved.items()} == {"logit_mean": 0.125, "logit_square": 1.25}
+    assert (float(moved["logit_mean"]), float(moved["logit_square"])) == (0.125, 1.25 - 0.125**2)
+
+
+def test_running_averages_see_the_deviation_of_logits_far_from_zero() -> None:
+    """Logits of deviation 1 about 3000, of which the squares about 0 have no such digit."""
+    case = make_case("stochastic_warmup", decay=0.9)
+    rng, ones = np.random.default_rng(0), jnp.ones((2, 64), jnp.int32)
+    x_BTD = jnp.asarray(rng.normal(size=(2, 64, 8)) + 3000, jnp.float32)
+    inputs = Inputs(x_BTD, ones, ones, ones, jax.random.split(jax.random.key(0), 2), jnp.int32(0), jnp.int32(0), True)
+    state, params = case.router.init_state(8, case.config), {"kernel_DE": jnp.eye(8)}
+    for _ in range(300):
+        state = case.router.update(state, route(case, inputs, params, state).stats, case.config)
+    assert float(state["logit_mean"]) == pytest.approx(float(x_BTD.mean()), rel=1e-6)
+    assert float(state["logit_square"]) == pytest.approx(np.var(np.asarray(x_BTD, np.float64)), rel=1e-3)
 
 
 def test_options_of_the_base_are_set_and_checked_as_its_own() -> None:

@@ -194,6 +194,19 @@ def test_normalised_logits_by_hand_do_not_depend_on_scale_and_shift() -> None:
         np.testing.assert_allclose(plan.weight_NK, [[p[3], p[2]]], rtol=1e-4)
 
 
+@pytest.mark.parametrize("offset", [300.0, 3000.0, -3e4])
+def test_normalised_logits_do_not_know_a_common_offset(offset: float) -> None:
+    """Against float64 on the same float32 logits, of deviation 1 about the offset."""
+    case = make_case("norm_logits", 8, 2)
+    z_BTE = (np.random.default_rng(0).normal(size=(1, 32, 8)) + offset).astype(np.float32)
+    inputs = alike(32, z_BTE[0, 0])._replace(x_BTD=jnp.asarray(z_BTE))
+    apart_BTE = z_BTE.astype(np.float64) - z_BTE.astype(np.float64).mean(-1, keepdims=True)
+    probs_BTE = softmax(apart_BTE / np.sqrt(np.mean(apart_BTE**2, axis=-1, keepdims=True) + 1e-6))
+    best_NK = np.sort(probs_BTE[0], axis=-1)[:, :-3:-1]
+    plan = route(case, inputs, {"kernel_DE": jnp.eye(8)}).plan
+    np.testing.assert_allclose(plan.weight_NK, best_NK / best_NK.sum(-1, keepdims=True), rtol=1e-5)
+
+
 def test_the_strength_follows_the_drop_rate_and_is_capped() -> None:
     """Counts (10, 6, 4, 0), mean 5, capacity 1.2 * 5: 4 of 20 slots above it. 0.8 * 0.5 + 0.2 * min(gain * 0.2, 1)."""
     counts = {"counts": jnp.asarray([10, 6, 4, 0])}

@@ -10,6 +10,7 @@ import pytest
 from routing_cases import make_case, route
 from test_strategies import softmax
 
+from frugalmoe.config.schema import FrozenDict
 from frugalmoe.routing.contract import Inputs
 
 
@@ -45,6 +46,46 @@ def test_adamoe_counts_its_nulls_at_their_mean_load() -> None:
     np.testing.assert_array_equal(routing.stats["counts"], [2, 1])
     expected = 4 * np.sum(np.asarray([2, 1, 1.5, 1.5]) / 6 * softmax(np.asarray(rows)).mean(0))
     np.testing.assert_allclose(routing.losses["load_balance"].sum, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "options"), [("adamoe", {"num_null": 1}), ("moe_plus_plus", {"num_copy": 0})])
+def test_experts_far_below_what_costs_nothing_share_the_whole_weight(name: str, options: dict) -> None:
+    """Two experts whose probabilities beside the null, or zero, choice are e^-199 and e^-200: weights 1/(1 + e^-1)."""
+    zeros = {"num_constant": 0, "num_zero": 1} if name == "moe_plus_plus" else {}
+    rows = [[-99.0, -100.0, 100.0]]
+    case, params, inputs, routing = steered(name, 3, rows, **options, **zeros)
+    weights = {int(e): float(w) for e, w in zip(routing.plan.expert_NK[0], routing.plan.weight_NK[0])}
+    expected = 1 / (1 + np.exp(-1.0))
+    assert weights == pytest.approx({2: 0.0, 0: expected, 1: 1 - expected}, rel=1e-5)
+    plan = lambda x: case.router.route(params, {}, inputs._replace(x_BTD=x), case.config).plan
+    gradient = jax.grad(lambda x: plan(x).weight_NK[0, 1])(inputs.x_BTD)
+    slope = expected * (1 - expected)  # of expert 0's weight by its own logit
+    np.testing.assert_allclose(gradient, [[[slope, -slope, 0]]], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamoe", "moe_plus_plus", "longcat"])
+@pytest.mark.parametrize("others", [1, 3, 4])
+def test_device_balance_is_of_real_experts(name: str, others: int) -> None:
+    """4 experts on 2 devices, beside choices that live on none: 2 where one device has all, 1 at uniform load."""
+    count = {"adamoe": "num_null", "longcat": "num_identity", "moe_plus_plus": "num_zero"}[name]
+    rest = {"num_copy": 0, "num_constant": 0} if name == "moe_plus_plus" else {}
+    moe = {"load_balance_devices": 2, "losses": FrozenDict(device_balance=1.0)}
+    case = make_case(name, 4, 2, moe=moe, **{count: others}, **rest)
+    ones, size = jnp.ones((1, 2), jnp.int32), 4 + others
+    params = dict(case.router.init(jax.random.key(0), size, case.config)) | {"kernel_DX": jnp.eye(size)}
+    state, carry = case.router.init_state(size, case.config), case.router.init_carry(case.config, 1, 2)
+
+    def loss(x_BTD):
+        inputs = Inputs(x_BTD, ones, ones, ones, None, jnp.int32(0), jnp.int32(0), carry=carry)
+        return case.router.route(params, state, inputs, case.config).losses["device_balance"].sum
+
+    for rows, expected in (
+        ([[9.0, 9.0, -9, -9], [9.0, 9.0, -9, -9]], 2.0),
+        ([[9.0, 8.5, -9, -9], [-9.0, -9, 9.0, 8.5]], 1.0),
+        ([[-99.0, -99, -200, -200]] * 2, 2.0 if others == 1 else 0.0),  # more of the others take all slots
+    ):
+        value, gradient = jax.value_and_grad(loss)(jnp.asarray([[row + [0.0] * others for row in rows]]))
+        assert float(value) == pytest.approx(expected, rel=1e-5) and np.all(np.isfinite(gradient))
 
 
 def test_moe_plus_plus_zero_copy_and_constant_by_hand() -> None:

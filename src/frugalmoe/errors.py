@@ -2,14 +2,40 @@
 
 import difflib
 import errno
+import shlex
 from collections.abc import Iterable
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # by Ctrl-C, before anything was saved
+EXIT_READER_GONE = 141  # whoever read the output, as `head` in a pipe, has ended
+EXIT_PREEMPTED = 75  # a signal stopped a run after it saved; the same command continues it (EX_TEMPFAIL of sysexits.h)
 _OF_THE_DISK = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
 
 
+LONGEST_MESSAGE = 1000  # characters
+
+
 class UserError(ValueError):
-    """Bad input: the message names the field, the value, the rule and the valid choices, on one line."""
+    """Bad input: the message names the field, the value, the rule and the valid choices, on one line.
+
+    Values that users give go into messages as they are: here line ends and other control characters, which a terminal
+    would obey, are escaped, and the middle of what is longer than LONGEST_MESSAGE is left out.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(_shortened(_printable(message)))
+
+
+def _printable(text: str) -> str:
+    """`text` on one line: pieces of several lines joined by a space, what cannot be printed as an escape."""
+    joined = " ".join(line.strip() for line in text.splitlines() if line.strip()) if "\n" in text else text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in joined)
+
+
+def _shortened(text: str) -> str:
+    """The name of a field is at the beginning and the rule often at the end, so the middle goes."""
+    half = LONGEST_MESSAGE // 2
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:half]} [...] {text[-half + 7 :]}"
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
@@ -19,12 +45,17 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     return (f"did you mean {near[0]!r}? " if near else "") + f"valid: {', '.join(valid) or 'none'}"
 
 
+def needs_package(what: str, *requirements: str) -> UserError:
+    """What to raise where `what` needs an optional package: names a command that installs it in any environment."""
+    return UserError(f"{what}: needs a package that is not installed: pip install {shlex.join(requirements)}")
+
+
 def one_line(error: BaseException) -> str:
     """What to tell a user who can do something about an error; empty for one that only a traceback explains."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
-        return f"{error.filename or 'write'}: {error.strerror}"
+        return str(UserError(f"{error.filename or 'write'}: {error.strerror}"))
     if isinstance(error, ValueError) and "RESOURCE_EXHAUSTED" in str(error):  # how TensorStore reports a failed write
         return "checkpoint: No space left on device; the last whole one is kept"
     return ""

@@ -3,14 +3,29 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from frugalmoe.errors import UserError
 
+LONGEST_NAME = 128  # bytes; a file name has 255, and temporary files add to it
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+
+
+def check_name(what: str, name: object) -> None:
+    """Refuses a name that could not be one folder in the place meant for it: of a study, an arm, a part of a run's.
+
+    Raises `UserError` beginning with `what` for a separator, a leading dot or dash, nothing, or more than fits.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
+        rule = "a name holds letters, digits and _ . + -, and begins with a letter, a digit or _"
+        raise UserError(f"{what}={name!r}: {rule}")
+    if len(name.encode(errors="replace")) > LONGEST_NAME:
+        raise UserError(f"{what}={name[:40] + '...'!r}: a name has at most {LONGEST_NAME} bytes")
 
 
 @contextlib.contextmanager
@@ -32,8 +47,21 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON: a number that is not finite is null, since JSON has no other word for it."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+    write_atomically(path, (to_json(value, indent=1) + "\n").encode())
 
 
 def write_generated(page: Path, text: str) -> None:
@@ -45,7 +73,10 @@ def write_generated(page: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises `UserError` for one that is missing or damaged."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as e:
-        raise UserError(f"{path}: not valid JSON ({e})") from e
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise UserError(f"{path}: no such file") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not valid JSON ({' '.join(str(e).split())[:200]})") from e

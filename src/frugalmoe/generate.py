@@ -1,10 +1,12 @@
 """Sampling from a trained run with a key-value cache.
 
-Letters: B sequences (equal ones: one per data device), T prompt tokens, V vocabulary.
+Letters: B sequences (equal ones: one per data device), T tokens, D model, V vocabulary.
 """
 
 import dataclasses
 import functools
+import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,17 +17,21 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from frugalmoe import sharding
-from frugalmoe.config import Config
+from frugalmoe import experts, sharding
+from frugalmoe.config import RECORD, Config, check_float, check_integer, check_seed, record, resolve
 from frugalmoe.config.schema import Model
+from frugalmoe.data.continuation import Continuation, until
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
-from frugalmoe.files import read_json
+from frugalmoe.experts import capacity
+from frugalmoe.model.attention import empty_cache
+from frugalmoe.model.causality import leaking
 from frugalmoe.model.moe import Context
-from frugalmoe.model.transformer import structure
-from frugalmoe.routing import strategies
+from frugalmoe.model.transformer import empty_caches, structure
 
-_PROMPT_BUCKET = 32  # prompts are padded to a multiple of this, so that few lengths are compiled
+_BUCKET = 32  # pieces of a prompt are padded to a multiple of this, so that few lengths are compiled
+_PIECE = 512  # tokens of a prompt that are computed at one time: their scores against all tokens exist
+_SLOTS = 1024  # of a cache at its start, at most: a full one is doubled, so that a token costs what is there already
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,12 +44,17 @@ class Sampling:
 
     def check(self) -> None:
         for name, ok, rule in (
-            ("temperature", self.temperature >= 0, "must not be negative"),
+            ("temperature", not self.temperature < 0, "must not be negative"),
             ("top_p", 0 < self.top_p <= 1, "must be in (0, 1]"),
             ("max_tokens", self.max_tokens > 0, "must be positive"),
+            ("stop", all(self.stop), "must hold no empty text, at which nothing would begin"),
         ):
             if not ok:
                 raise UserError(f"--{name.replace('_', '-')}={getattr(self, name)}: {rule}")
+        check_float("--temperature", self.temperature)
+        check_float("--top-p", self.top_p)
+        check_integer("--max-tokens", self.max_tokens, least=1)
+        check_seed("--seed", self.seed)
 
 
 class Weights(NamedTuple):
@@ -51,65 +62,136 @@ class Weights(NamedTuple):
     router_state: dict
 
 
-def generate(config: Config, weights: Weights, prompt_ids: np.ndarray, sampling: Sampling) -> Iterator[int]:
-    """Yields token ids one by one; the caller decides when to stop. A mesh must be in context."""
-    router = strategies.get(config.model.moe.router)
-    leaks = router.causality(config.model.moe, train=False) == "leak"
-    if leaks and config.model.num_dense_layers < config.model.num_layers:
+def generate(
+    config: Config,
+    weights: Weights,
+    prompt_ids: np.ndarray,
+    sampling: Sampling,
+    allowed_V: np.ndarray | None = None,
+) -> Iterator[int]:
+    """Token ids one by one; the caller decides when to stop. A mesh must be in context.
+
+    prompt_ids: at least one. allowed_V: bool, the ids that may be sampled; all by default. Raises `UserError` for a
+    model whose evaluation does something else, and for more tokens than there is memory for.
+    """
+    sampling.check()
+    if parts := leaking(config.model, False, sharding.axis_size("expert")):
         raise UserError(
-            f"model.moe.router={router.name!r}: cannot be sampled token by token, because its routing of a token "
-            "depends on later tokens in evaluation too (declared causal=leak)"
+            f"{parts}: cannot be sampled token by token, because the experts of a token depend on later tokens in "
+            "evaluation too (causal=leak)"
         )
-    length = len(prompt_ids)
-    padded = -(-length // _PROMPT_BUCKET) * _PROMPT_BUCKET
-    slots = -(-(padded + sampling.max_tokens) // 256) * 256
-    prompt = np.zeros(padded, np.int32)
-    prompt[:length] = prompt_ids
-    prefill, decode = _steps(config.model, slots, sharding.axis_size(*sharding.BATCH_AXES))
-    key = jax.random.key(sampling.seed)
-    settings = (jnp.float32(sampling.temperature), jnp.float32(sampling.top_p))
-    token, caches = prefill(*weights, prompt, jnp.int32(length), key, *settings)
-    for position in range(length, length + sampling.max_tokens):
-        yield int(token)
-        token, caches = decode(*weights, token, caches, jnp.int32(position), key, *settings)
+    _check_slots(config)
+    _check_memory(config.model, len(prompt_ids), sampling.max_tokens)
+    if allowed_V is None:
+        allowed_V = np.ones(config.model.vocab_size, bool)
+    return _tokens(config.model, weights, np.asarray(prompt_ids, np.int32), sampling, allowed_V)
+
+
+def _tokens(
+    config: Model, weights: Weights, ids: np.ndarray, sampling: Sampling, allowed_V: np.ndarray
+) -> Iterator[int]:
+    key, settings = jax.random.key(sampling.seed), (np.float32(sampling.temperature), np.float32(sampling.top_p))
+    end = len(ids) + sampling.max_tokens
+    decoding = Decoding(config, weights, end)
+    for position in range(len(ids), end):
+        logits_V = decoding.feed(ids)
+        token = int(_sample(logits_V, allowed_V, key, np.int32(position), *settings))
+        yield token
+        ids = np.array([token], np.int32)
+
+
+def _check_slots(config: Config) -> None:
+    """Evaluation counts an expert's slots over a whole row, of which a sampled text is only the beginning."""
+    moe, routed = config.model.moe, config.model.num_dense_layers < config.model.num_layers
+    if routed and experts.pick(moe, sharding.platform()) == "capacity" and not capacity.drops_nothing(moe):
+        raise UserError(
+            "model.moe.executor='capacity': cannot be sampled token by token, because an expert's slots are those of a "
+            f"whole row; with model.moe.capacity_factor={moe.capacity_factor}, below "
+            f"{moe.num_experts / moe.num_experts_per_token:.4g}, they may run out"
+        )
+
+
+def _check_memory(config: Model, prompt: int, new: int) -> None:
+    """Keys and values may take a quarter of a device's memory: growing copies them, and the model has its part."""
+    known = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    memory = known or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cache = jax.eval_shape(lambda: empty_cache(config, config.num_layers, 1, 1))
+    scores = 4 * 4 * config.num_heads * min(prompt, _PIECE)  # float32; they and their softmax, twice
+    token = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache)) + scores
+    most = memory // 4 // token - prompt
+    if new > most:
+        room = f"this device, with {memory / 1e9:.3g} GB, has room for {max(most, 0)}"
+        raise UserError(f"--max-tokens={new}: {room} after a prompt of {prompt} tokens")
+
+
+class Decoding:
+    """The tokens of a text so far, as keys and values: whoever feeds it tokens gets the logits of the next one.
+
+    In batches, for a mesh spreads sequences over devices: all are the same, one per device.
+    """
+
+    def __init__(self, config: Model, weights: Weights, most: int):
+        """`most`: how many tokens will be fed in all."""
+        self._weights, self._most = weights, most
+        self._empty, self._widen, self._step = _steps(config, sharding.axis_size(*sharding.BATCH_AXES))
+        self._slots, self._caches, self._length = 0, None, 0
+
+    def feed(self, tokens: np.ndarray) -> Array:
+        """int32 [T], at least one -> float32 logits [V] of what follows the last of them."""
+        self._grow(self._length + len(tokens) + _BUCKET)
+        for at in range(0, len(tokens), _PIECE):
+            piece = tokens[at : at + _PIECE]
+            size = -(-len(piece) // _BUCKET) * _BUCKET if len(piece) > 1 else 1
+            padded = np.pad(piece, (0, size - len(piece)))
+            numbers = np.int32(self._length), np.int32(len(piece))
+            logits_V, self._caches = self._step(*self._weights, padded, self._caches, *numbers)
+            self._length += len(piece)
+        return logits_V
+
+    def _grow(self, needed: int) -> None:
+        before, most = self._slots, -(-max(self._most + _BUCKET, needed) // 256) * 256
+        while self._slots < needed:
+            self._slots = min(max(2 * self._slots, _SLOTS), most)
+        if not before:
+            self._caches = self._empty(self._slots)
+        elif before < self._slots:
+            self._caches = self._widen(self._caches, self._slots - before)
 
 
 @functools.lru_cache(8)
-def _steps(config: Model, slots: int, batch: int):
-    """Jitted `prefill` and `decode`; each returns the next token (int32 []) and the caches."""
+def _steps(config: Model, batch: int):
+    """Jitted `empty(slots)` and `widen(caches, by)`, which return caches, and `step`: logits [V] and caches."""
     graphdef, _, _ = structure(config)
 
-    def run(model, tokens_T: Array, caches, start: Array, count: Array):
-        """Hidden states of T tokens at positions start, start + 1, ...; only the first `count` are real."""
+    def empty(slots: int):
+        place = lambda a: sharding.reshard(a, ".B" + "." * (a.ndim - 2))
+        return jax.tree.map(place, empty_caches(config, batch, slots))
+
+    def widen(caches, by: int):
+        pad = lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, by), (0, 0), (0, 0))) if a.ndim == 5 else a
+        return jax.tree.map(pad, caches)
+
+    def step(params, router_state, tokens_T: Array, caches, start: Array, count: Array):
+        """Of T tokens at positions start, start + 1, ... only the first `count` are real."""
+        model = nnx.merge(graphdef, params, router_state)
         index_T = jnp.arange(tokens_T.shape[0], dtype=jnp.int32)
         rows = lambda a_T: sharding.reshard(jnp.broadcast_to(a_T, (batch, *a_T.shape)), "BT")
         keys_B = sharding.reshard(jnp.broadcast_to(jax.random.key(0), (batch,)), "B")
         segments_T = (index_T < count).astype(jnp.int32)
         context = Context(rows(tokens_T), rows(segments_T), rows(start + index_T), keys_B, jnp.int32(0))
-        return model(context, caches, start)
+        out = model(context, caches, start)
+        hidden_TD = sharding.reshard(out.hidden_BTD, "...")[0]
+        hidden_D = jax.lax.dynamic_index_in_dim(hidden_TD, count - 1, keepdims=False)
+        return model.logits(hidden_D), out.caches
 
-    def pick(model, hidden_BTD, index, position, key, temperature, top_p):
-        hidden_D = jax.lax.dynamic_index_in_dim(sharding.reshard(hidden_BTD, "...")[0], index, keepdims=False)
-        return _sample(model.logits(hidden_D), jax.random.fold_in(key, position), temperature, top_p)
-
-    def prefill(params, router_state, tokens_T, length, key, temperature, top_p):
-        model = nnx.merge(graphdef, params, router_state)
-        place = lambda a: sharding.reshard(a, ".B" + "." * (a.ndim - 2))
-        caches = jax.tree.map(place, model.empty_caches(batch, slots))
-        out = run(model, tokens_T, caches, jnp.int32(0), length)
-        return pick(model, out.hidden_BTD, length - 1, length, key, temperature, top_p), out.caches
-
-    def decode(params, router_state, token, caches, position, key, temperature, top_p):
-        model = nnx.merge(graphdef, params, router_state)
-        out = run(model, token[None], caches, position, jnp.int32(1))
-        return pick(model, out.hidden_BTD, jnp.int32(0), position + 1, key, temperature, top_p), out.caches
-
-    return jax.jit(prefill), jax.jit(decode, donate_argnums=3)
+    return jax.jit(empty, static_argnums=0), jax.jit(widen, static_argnums=1), jax.jit(step, donate_argnums=3)
 
 
-def _sample(logits_V: Array, key: Array, temperature: Array, top_p: Array) -> Array:
-    """One token: the most likely one at temperature 0, else from the nucleus of probability `top_p`."""
-    scaled_V = logits_V / jnp.maximum(temperature, 1e-6)
+@jax.jit
+def _sample(logits_V: Array, allowed_V: Array, key: Array, position: Array, temperature: Array, top_p: Array) -> Array:
+    """The token of a position: the most likely one at temperature 0, else from the nucleus of probability `top_p`."""
+    key = jax.random.fold_in(key, position)
+    scaled_V = jnp.where(allowed_V, logits_V / jnp.maximum(temperature, 1e-6), -jnp.inf)
     sorted_V, token_V = jax.lax.sort((-scaled_V, jnp.arange(scaled_V.size, dtype=jnp.int32)), num_keys=1)
     p_V = jax.nn.softmax(-sorted_V)
     inside_V = jnp.cumsum(p_V) - p_V < top_p  # the first token is always inside
@@ -118,38 +200,51 @@ def _sample(logits_V: Array, key: Array, temperature: Array, top_p: Array) -> Ar
 
 
 def stream(config: Config, weights: Weights, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[str]:
-    """Yields pieces of text as they become complete; ends at the end-of-document token, a stop text or the limit."""
-    ids = np.concatenate([[tokenizer.eos], tokenizer.encode(prompt)]).astype(np.int32)
-    produced: list[int] = []
-    sent, held = 0, max((len(s) for s in sampling.stop), default=1) - 1
-    text = ""
-    for token in generate(config, weights, ids, sampling):
-        if token == tokenizer.eos or token >= tokenizer.size:
-            break
-        produced.append(token)
-        text = tokenizer.decode(produced)
-        cut = min((at for s in sampling.stop if (at := text.find(s)) >= 0), default=-1)
-        if cut >= 0:
-            yield text[sent:cut]
-            return
-        if text.endswith("\ufffd"):  # a character whose bytes are not all there yet
-            continue
-        ready = max(len(text) - held, sent)
-        yield text[sent:ready]
-        sent = ready
-    yield text[sent:]
+    """Pieces of text as they come to stand; ends at the end-of-document token, a stop text or the limit.
+
+    The text is that of a document which begins with the prompt. No id is sampled that shows nothing: what pads the
+    vocabulary, and special tokens other than that end. Raises `UserError` as `generate`, before the first piece.
+    """
+    ids = _prompt_ids(config, tokenizer, prompt)
+    allowed_V = np.arange(config.model.vocab_size) < tokenizer.size
+    allowed_V[list(tokenizer.silent)] = False
+    allowed_V[tokenizer.eos] = True
+    tokens = generate(config, weights, ids, sampling, allowed_V)
+    return until(sampling.stop, _pieces(tokens, tokenizer, ids), prompt)
+
+
+def _pieces(tokens: Iterator[int], tokenizer: Tokenizer, prompt_ids: np.ndarray) -> Iterator[str]:
+    continuation = Continuation(tokenizer, prompt_ids)
+    for token in itertools.takewhile(lambda token: token != tokenizer.eos, tokens):
+        yield continuation.add(token)
+    yield continuation.rest()
+
+
+def _prompt_ids(config: Config, tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+    """What training put in front of a document, and the prompt.
+
+    A run that put nothing there never learnt how documents begin: an empty prompt of it is their end, the token that
+    it saw next to a beginning.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"--prompt: must be UTF-8; character {e.start} is a byte that is none") from None
+    ids = tokenizer.encode(prompt)
+    if config.data.document_start == "end_of_text" or not len(ids):
+        ids = np.append(tokenizer.eos, ids)
+    return ids.astype(np.int32)
 
 
 def load(run: Path, step: int | None = None) -> tuple[Config, Weights, Tokenizer, jax.sharding.Mesh]:
     """The config, weights and tokenizer of a run directory's checkpoint, the newest by default, on one device."""
-    from frugalmoe.config import resolve
     from frugalmoe.data.tokenizer import load_from
     from frugalmoe.train import checkpoint
     from frugalmoe.train.step import abstract
 
-    if not (run / "config.json").is_file():
-        raise UserError(f"{run}: not a run directory (it holds no config.json)")
-    config = resolve(read_json(run / "config.json"))
+    if not (run / RECORD).is_file():
+        raise UserError(f"{run}: not a run directory (it holds no {RECORD})")
+    config = resolve(record(run / RECORD))
     tokenizer = load_from(run / "tokenizer")
     if not config.model.vocab_size:
         size = -(-tokenizer.size // 64) * 64
@@ -158,11 +253,17 @@ def load(run: Path, step: int | None = None) -> tuple[Config, Weights, Tokenizer
     with checkpoint.open_manager(run, config.checkpoint) as manager, jax.set_mesh(mesh):
         if manager.latest_step() is None:
             raise UserError(f"{run}: holds no checkpoint yet")
+        items = ("params", "router_state")
         if step is None:
-            step = manager.latest_step()
-        elif step not in manager.all_steps():
+            state, *_ = checkpoint.restore_newest(manager, abstract(config), items)
+        elif step in manager.all_steps():
+            state = checkpoint.restore(manager, step, abstract(config), items)
+            state = state if checkpoint.is_finite(state, items) else None
+        else:
             raise UserError(f"{run}: no checkpoint of step {step}; valid: {sorted(manager.all_steps())}")
-        state = checkpoint.restore(manager, step, abstract(config), ("params", "router_state"))
+        if state is None:
+            which = "no checkpoint" if step is None else f"not the checkpoint of step {step}"
+            raise UserError(f"{run}: holds finite numbers in {which}, so there is no model")
     return config, Weights(state.params, state.router_state), tokenizer, mesh
 
 

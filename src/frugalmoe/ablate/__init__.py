@@ -13,6 +13,7 @@ _HOME = {
     "load_study": "study",
     "publish_study": "publish",
     "run_study": "runner",
+    "shrunk": "study",
     "write_study_report": "report",
 }
 

@@ -30,7 +30,13 @@ class Comparison:
     @functools.cached_property
     def diverged(self) -> list[str]:
         """Runs whose loss became infinite or NaN."""
-        return [f"{arm} seed {seed}" for arm in self.arms for seed in self.final(results.DIVERGED, arm)]
+        return [f"{arm} seed {seed}" for arm in self.arms for seed in sorted(self._broken(arm))]
+
+    def _broken(self, arm: str) -> set[int]:
+        """Seeds that are marked as diverged, or ended with a deciding metric that is not finite."""
+        decided = self._finals.get((self.metric, arm), {})
+        marked = self._finals.get((results.DIVERGED, arm), {})
+        return {*marked, *(seed for seed, value in decided.items() if not np.isfinite(value))}
 
     @property
     def metric(self) -> str:
@@ -45,8 +51,9 @@ class Comparison:
         return found
 
     def final(self, metric: str, arm: str) -> dict[int, float]:
-        """{seed: value} of the complete runs; empty where there is none."""
-        return self._finals.get((metric, arm), {})
+        """{seed: value} of the complete runs that did not diverge; empty where there is none."""
+        values, broken = self._finals.get((metric, arm), {}), self._broken(arm)
+        return {seed: v for seed, v in values.items() if seed not in broken and np.isfinite(v)}
 
     def mean(self, metric: str, arm: str) -> float:
         values = self.final(metric, arm)
@@ -54,14 +61,15 @@ class Comparison:
 
     @functools.cached_property
     def paired(self) -> dict[str, statistics.Paired]:
-        values = {arm: self.final(self.metric, arm) for arm in self.arms}
+        values = {arm: dict.fromkeys(self._broken(arm), np.nan) | self.final(self.metric, arm) for arm in self.arms}
         return statistics.compare(values, self.study["baseline"])
 
     def verdict(self, arm: str) -> str:
         if arm == self.study["baseline"]:
             return "baseline"
-        unit = "nats" if self.metric.startswith("eval/loss") else "bits per byte"
-        return statistics.verdict(self.paired[arm], unit) if arm in self.paired else "no complete pair of runs"
+        if arm not in self.paired:
+            return "no complete pair of runs"
+        return statistics.verdict(self.paired[arm], "nats" if self.metric.startswith("eval/loss") else "bits per byte")
 
     def curves(self, arm: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """{seed: (steps, values)} of the deciding metric, evaluations in the course of a run and the last one."""
@@ -73,16 +81,16 @@ class Comparison:
 
     @functools.cached_property
     def _metric_curves(self) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
-        return self._curves(self.metric)
+        return self._curves(pc.equal(self.table["metric"], self.metric))
 
     @functools.cached_property
     def _violation_curves(self) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
-        return self._curves("router/max_violation/layer_")
+        return self._curves(pc.starts_with(self.table["metric"], "router/max_violation/layer_"))
 
-    def _curves(self, prefix: str) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
-        """Of the logged metrics that start so, their mean at each step."""
+    def _curves(self, wanted: pa.Array) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
+        """Of the logged metrics that are wanted, the mean of their finite values at each step."""
         points: dict[str, dict[int, dict[int, list[float]]]] = {}
-        logged = pc.and_(pc.invert(self.table["final"]), pc.starts_with(self.table["metric"], prefix))
+        logged = pc.and_(pc.invert(self.table["final"]), pc.and_(wanted, pc.is_finite(self.table["value"])))
         for row in self.table.filter(logged).to_pylist():
             by_step = points.setdefault(row["arm"], {}).setdefault(row["seed"], {})
             by_step.setdefault(row["step"], []).append(row["value"])
@@ -92,17 +100,16 @@ class Comparison:
     def cost_to_target(self, arm: str) -> dict[str, np.ndarray] | None:
         """Shares of the baseline's whole training that the arm needs to reach the baseline's final loss, per seed.
 
-        `steps`, `flops` and `time`; NaN for a seed that does not reach it. None without a common seed.
+        `steps` and `flops`; NaN for a seed that does not reach it. None without a common seed.
         """
-        base, found = self.study["baseline"], {"steps": [], "flops": [], "time": []}
+        base, found = self.study["baseline"], {"steps": [], "flops": []}
+        ours, theirs = (self.final("cost/active_flops", a) for a in (arm, base))
         for seed, target in self.final(self.metric, base).items():
-            if seed not in self.final(self.metric, arm):
+            if seed not in self.final(self.metric, arm) or seed not in self.curves(arm):
                 continue
             share = statistics.reaches(*self.curves(arm)[seed], target) / self.study["steps"]
             found["steps"].append(share)
-            for what, metric in (("flops", "cost/active_flops"), ("time", "speed/step_seconds")):
-                ours, theirs = self.final(metric, arm).get(seed, np.nan), self.final(metric, base).get(seed, np.nan)
-                found[what].append(share * ours / theirs)
+            found["flops"].append(share * ours.get(seed, np.nan) / theirs.get(seed, np.nan))
         return {k: np.array(v) for k, v in found.items()} if found["steps"] else None
 
     def training_flops(self, arm: str) -> float:

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import jax
 
 from frugalmoe.ablate.results import known_metrics
-from frugalmoe.ablate.study import Arm, Study, arms_of, choose
+from frugalmoe.ablate.study import Arm, Study, arms_of, check_arm, check_seeds, choose
 from frugalmoe.config import Config, check_devices, to_dict, with_vocabulary
 from frugalmoe.cost import forward_flops
 from frugalmoe.data import open_data
+from frugalmoe.data.look import look
 from frugalmoe.errors import UserError, did_you_mean
-from frugalmoe.files import read_json, write_json
+from frugalmoe.files import check_name, read_json, write_json
 from frugalmoe.model.transformer import count_parameters
 
 
@@ -35,6 +36,7 @@ class Plan:
     pairs: tuple[Pair, ...]  # those to run, seed after seed: an early look compares what is comparable
     flops: Mapping[str, Mapping[str, float]]  # arm -> part of the model -> forward FLOPs per token
     parameters: Mapping[str, Mapping[str, int]]
+    notes: tuple[str, ...] = ()  # what has still to be done before a step
 
     def config(self, pair: Pair) -> Config:
         return self.arms[pair.arm].with_seed(self.study, pair.seed)
@@ -49,20 +51,26 @@ def make_plan(
     overrides: Mapping[str, Any] | Sequence[str] = (),
     arms: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
+    dry: bool = False,
 ) -> Plan:
-    """Checks everything that can be checked before a step is trained; prepares the data."""
+    """Checks everything that can be checked before a step is trained; prepares the data, unless `dry`."""
     all_arms = {arm.name: arm for arm in arms_of(study, overrides)}
     chosen = choose("--arms", arms, list(all_arms))
+    if seeds is not None:
+        check_seeds("--seeds", seeds)
     config = all_arms[study.baseline].config
-    check_devices(config, jax.device_count())
-    data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
-    known = known_metrics(data.domains)
+    for arm in all_arms.values():
+        check_devices(arm.config, jax.device_count())
+    if not dry:
+        open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
+    data = look(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
+    known = known_metrics(data.domains or ())
     for metric in study.metrics:
-        if metric not in known:
+        if metric not in known and not (data.domains is None and metric.startswith("eval/")):
             raise UserError(f"{study.name}: metrics={metric!r}: unknown metric; {did_you_mean(metric, known)}")
     if not study.metrics or not study.metrics[0].startswith("eval/"):
         raise UserError(f"{study.name}: metrics={study.metrics}: the first one decides and must be one of eval/...")
-    models = {name: with_vocabulary(arm.config, data.tokenizer.size).model for name, arm in all_arms.items()}
+    models = {name: with_vocabulary(arm.config, data.vocabulary).model for name, arm in all_arms.items()}
     flops = {name: forward_flops(model, config.data.sequence_length) for name, model in models.items()}
     check_budgets(study, flops)
     return Plan(
@@ -72,6 +80,7 @@ def make_plan(
         pairs=tuple(Pair(arm, seed) for seed in (seeds or study.seeds) for arm in chosen),
         flops=flops,
         parameters={name: count_parameters(model) for name, model in models.items()},
+        notes=data.notes,
     )
 
 
@@ -94,19 +103,29 @@ def check_budgets(study: Study, flops: Mapping[str, Mapping[str, float]]) -> Non
 # ---------------------------------------------------------------- the study's directory
 
 
-def claim(workdir: Path, plan: Plan, command: Sequence[str]) -> None:
-    """Writes study.json, which marks the directory as this study's; refuses one that holds something else."""
+def check_claim(workdir: Path, plan: Plan) -> None:
+    """Refuses a directory that holds something else than this study."""
     path = workdir / "study.json"
     if path.is_file():
-        if (name := read_study(workdir)["name"]) != plan.study.name:
-            raise UserError(f"--workdir={workdir}: holds the study {name!r}, not {plan.study.name!r}; give another")
+        check_same_study(workdir, plan)
     elif workdir.is_dir() and any(workdir.iterdir()):
         raise UserError(f"--workdir={workdir}: holds files but no study.json; give an empty or new directory")
+
+
+def claim(workdir: Path, plan: Plan, command: Sequence[str]) -> None:
+    """Writes study.json, which marks the directory as this study's; refuses one that holds something else."""
+    check_claim(workdir, plan)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--workdir={workdir}: cannot be written ({e.strerror})") from e
-    write_json(path, describe(plan, command))
+    write_json(workdir / "study.json", describe(plan, command))
+
+
+def check_same_study(workdir: Path, plan: Plan) -> None:
+    """Refuses the directory of another study."""
+    if (name := read_study(workdir)["name"]) != plan.study.name:
+        raise UserError(f"--workdir={workdir}: holds the study {name!r}, not {plan.study.name!r}; give another")
 
 
 def describe(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
@@ -138,11 +157,51 @@ def describe(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
 
 
 def read_study(workdir: Path) -> dict[str, Any]:
-    """study.json of a study's directory."""
+    """study.json of a study's directory. Raises `UserError` naming what is not as `describe` writes it."""
     path = workdir / "study.json"
     if not path.is_file():
         raise UserError(f"{workdir}: not a study (no study.json)")
     described = read_json(path)
     if not isinstance(described, dict) or "baseline" not in described:
         raise UserError(f"{path}: not a study's description")
+    for field, (rule, holds) in _DESCRIBED.items():
+        if field not in described or not holds(described[field]):
+            there = repr(described[field])[:60] if field in described else "missing"
+            raise UserError(f"{path}: {field}={there}: must be {rule}")
+    check_name(f"{path}: name", described["name"])
+    for arm in described["arms"]:
+        check_arm(f"{path}: arm", arm)
+    if described["baseline"] not in described["arms"]:
+        raise UserError(f"{path}: baseline={described['baseline']!r}: no such arm")
+    for arm in described["arms"]:
+        flops, active = described["forward_flops"].get(arm), described["experts_per_token"].get(arm)
+        whole = isinstance(flops, dict) and any(map(_positive, flops.values())) and "routed experts" in flops
+        if not (whole and all(map(_positive_or_zero, flops.values())) and _positive(active)):
+            raise UserError(f"{path}: forward_flops, experts_per_token: must hold the numbers of arm {arm!r}")
     return described
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def _positive_or_zero(value: object) -> bool:
+    return value == 0 or _positive(value)
+
+
+def _list_of(kind: type, value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+_text = ("text", lambda value: isinstance(value, str))
+_mapping = ("a mapping", lambda value: isinstance(value, dict))
+_count = ("a positive integer", lambda value: type(value) is int and _positive(value))
+# What the report reads of study.json: the rule, and whether a value keeps it.
+_DESCRIBED = {
+    **dict.fromkeys(("name", "question", "expectation", "baseline"), _text),
+    **dict.fromkeys(("arms", "forward_flops", "experts_per_token"), _mapping),
+    **dict.fromkeys(("steps", "tokens_per_step"), _count),
+    "metrics": ("a list of names, at least one", lambda value: _list_of(str, value) and bool(value)),
+    "seeds": ("a list of integers", lambda value: _list_of(int, value)),
+    "command": ("a list of words", lambda value: _list_of(str, value)),
+}

@@ -1,109 +1,108 @@
-"""Pictures of a study, in the style of `frugalmoe.analysis.plots`."""
+"""Pictures of a study, in the style of `frugalmoe.analysis.plots`; each is drawn at a width in inches."""
 
-import functools
-from collections.abc import Callable
-
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from frugalmoe.ablate.comparison import Comparison
-from frugalmoe.analysis.plots import GREY, INK, OKABE_ITO, STYLE
+from frugalmoe.analysis.plots import (
+    GREY,
+    INK,
+    OKABE_ITO,
+    UNNAMED,
+    WIDE,
+    emphasis,
+    legend,
+    lines,
+    short,
+    styled,
+)
+from frugalmoe.metrics import titled
 
-UNNAMED = "#bbbbbb"
-
-
-def _styled(draw: Callable) -> Callable:
-    @functools.wraps(draw)
-    def styled(comparison: Comparison) -> Figure | None:
-        with matplotlib.rc_context(STYLE):
-            return draw(comparison)
-
-    return styled
+LONGEST_BAR = 6  # times the largest difference of a seed: a longer interval ends in an arrow
 
 
 def colours(c: Comparison) -> dict[str, str]:
     """The baseline black, then the arms in order of their result. Where there are more than colours, those in the
     middle are grey: the best and the worst are looked for.
     """
-    others = sorted((a for a in c.arms[1:]), key=lambda a: (np.isnan(c.mean(c.metric, a)), c.mean(c.metric, a)))
-    free = [colour for colour in OKABE_ITO if colour != "#000000"]
-    best, worst = len(free) - len(free) // 2, len(free) // 2
-    ends = others if len(others) <= len(free) else [*others[:best], *others[-worst:]]
-    named = dict(zip(ends, free))
-    return {c.arms[0]: INK, **{a: named.get(a, UNNAMED) for a in others}}
+    others = sorted(c.arms[1:], key=lambda a: (np.isnan(c.mean(c.metric, a)), c.mean(c.metric, a)))
+    return {c.arms[0]: INK, **emphasis(others, [colour for colour in OKABE_ITO if colour != "#000000"])}
 
 
-@_styled
-def differences(c: Comparison) -> Figure | None:
-    """Each arm's paired difference to the baseline: a dot per seed, the mean, and its t interval; best on top."""
-    arms = sorted(c.paired, key=lambda a: c.paired[a].mean)
+@styled
+def differences(c: Comparison, width: float = WIDE) -> Figure | None:
+    """Each arm's paired difference to the baseline: a dot per seed, the mean, and the interval that decides; best on
+    top.
+    """
+    arms = sorted((a for a in c.paired if c.paired[a].n), key=lambda a: c.paired[a].mean)
     if not arms:
         return None
-    figure = Figure(figsize=(9, 1.1 + 0.38 * len(arms)))
+    figure = Figure(figsize=(width, 1.1 + 0.3 * len(arms)))
     axes = figure.subplots()
-    base = c.final(c.metric, c.arms[0])
-    colour = colours(c)
+    base, colour = c.final(c.metric, c.arms[0]), colours(c)
+    seeds = {arm: [v - base[s] for s, v in c.final(c.metric, arm).items() if s in base] for arm in arms}
+    limit = LONGEST_BAR * max(abs(d) for differences in seeds.values() for d in differences) or 1.0
     for y, arm in enumerate(arms):
-        result, values = c.paired[arm], c.final(c.metric, arm)
-        seeds = [values[s] - base[s] for s in values if s in base]
-        if np.isfinite(result.half_width):
-            axes.hlines(y, result.mean - result.half_width, result.mean + result.half_width, color=colour[arm])
-        axes.plot(seeds, np.full(len(seeds), y), "|", color=GREY, markersize=10)
-        axes.plot(result.mean, y, "o", color=colour[arm], markersize=6)
+        result = c.paired[arm]
+        ends = np.array([result.mean - result.half_width, result.mean + result.half_width])
+        if result.n > 1:
+            axes.hlines(y, *np.clip(ends, -limit, limit), color=colour[arm])
+        for end in ends[np.abs(ends) > limit]:
+            axes.plot(np.sign(end) * limit, y, ">" if end > 0 else "<", color=colour[arm], markersize=5)
+        axes.plot(seeds[arm], np.full(len(seeds[arm]), y), "|", color=GREY, markersize=9)
+        axes.plot(result.mean, y, "o", color=colour[arm], markersize=5)
     axes.axvline(0, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-    axes.set_yticks(range(len(arms)), [f"{a} (n = {c.paired[a].n})" for a in arms])
+    longest = 40 if width >= WIDE else 16
+    axes.set_yticks(range(len(arms)), [f"{short(a, longest)} (n = {c.paired[a].n})" for a in arms])
     axes.set_ylim(len(arms) - 0.5, -0.5)
-    axes.set_xlabel(f"difference to {c.arms[0]} in {c.metric}  (left: better)")
+    axes.set_xlabel(f"difference to {short(c.arms[0])}:\n{titled(c.metric)}; left: better")
     axes.grid(axis="x")
     axes.set_axisbelow(True)
     return figure
 
 
-@_styled
-def learning_curves(c: Comparison) -> Figure | None:
+@styled
+def learning_curves(c: Comparison, width: float = WIDE) -> Figure | None:
     """Held-out loss over training, and its paired difference to the baseline; bands: the range over seeds."""
     baseline = c.curves(c.arms[0])
     if not baseline or max(len(steps) for steps, _ in baseline.values()) < 2:
         return None
-    figure = Figure(figsize=(9, 3.6))
-    left, right = figure.subplots(1, 2)
+    rows, columns = (1, 2) if width >= WIDE else (2, 1)
+    figure = Figure(figsize=(width, 0.6 + 2.8 * rows))
+    left, right = figure.subplots(rows, columns)
     for arm, colour in colours(c).items():
         curves = c.curves(arm)
         common = [seed for seed in curves if seed in baseline and len(curves[seed][0]) == len(baseline[seed][0])]
         if not common:
             continue
         values = np.array([curves[seed][1] for seed in common])
-        _band(left, curves[common[0]][0], values, colour, f"{arm} (n = {len(common)})")
+        _band(left, curves[common[0]][0], values, colour, f"{short(arm)} (n = {len(common)})")
         if arm != c.arms[0]:
             _band(right, curves[common[0]][0], values - np.array([baseline[s][1] for s in common]), colour, "_")
     right.axhline(0, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-    for axes, label in ((left, c.metric), (right, f"difference\nto {c.arms[0]}")):
-        axes.set(xlabel="optimizer step", ylabel=label)
-        axes.grid(axis="y")
-        axes.set_axisbelow(True)
+    lines(left, "optimizer step", titled(c.metric))
+    lines(right, "optimizer step", f"difference to {short(c.arms[0])}")
     _label_unnamed(left, c)
-    figure.legend(loc="outside upper left", ncols=4)
+    legend(figure, left)
     return figure
 
 
-@_styled
-def balance(c: Comparison) -> Figure | None:
+@styled
+def balance(c: Comparison, width: float = WIDE) -> Figure | None:
     """Max violation of training batches, mean over layers; None for a study of dense models."""
-    figure = Figure(figsize=(9, 3.2))
+    figure = Figure(figsize=(width, 3.0))
     axes = figure.subplots()
     for arm, colour in colours(c).items():
         curves = list(c.violations(arm).values())
         if curves and len({len(steps) for steps, _ in curves}) == 1:
-            _band(axes, curves[0][0], np.array([values for _, values in curves]), colour, arm)
+            _band(axes, curves[0][0], np.array([values for _, values in curves]), colour, short(arm))
     if not axes.lines:
         return None
-    axes.set(xlabel="optimizer step", ylabel="max violation", ylim=(0, None))
-    axes.grid(axis="y")
-    axes.set_axisbelow(True)
+    lines(axes, "optimizer step", "max violation\n(max load / mean − 1)")
+    axes.set_ylim(0)
     _label_unnamed(axes, c)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend(figure, axes)
     return figure
 
 

@@ -4,10 +4,10 @@ import json
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from frugalmoe.ablate.plan import Pair, Plan
+from frugalmoe.console import Console
 
 _SECONDS_BETWEEN_LOOKS, _SECONDS_BETWEEN_LINES = 0.5, 30.0
 
@@ -17,21 +17,21 @@ class StudyProgress:
 
     def __init__(self, plan: Plan, workdir: Path):
         self.plan, self.workdir = plan, workdir
-        self.console = Console(highlight=False)
+        self.console = Console()
         self.done = {pair: self._steps(pair) for pair in plan.pairs}
         self.total = plan.steps * len(plan.pairs)
         self.began, self.at_start = time.monotonic(), sum(self.done.values())
         self.last_look = self.last_line = self.began
         self.bar = Progress(
-            TextColumn(plan.study.name),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.percentage:3.0f}%  {task.fields[what]}"),
+            TextColumn("{task.percentage:3.0f}%  {task.fields[what]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("ETA {task.fields[eta]}"),
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.bar.add_task("", total=self.total, completed=self.at_start, what="", eta="?")
+        self.task = self.bar.add_task(plan.study.name, total=self.total, completed=self.at_start, what="", eta="?")
 
     def __enter__(self) -> "StudyProgress":
         self.bar.start()
@@ -44,7 +44,7 @@ class StudyProgress:
         self.bar.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
     def refresh(self, now: bool = False) -> None:
         """Looks at the directories again, a few times per second at most."""

@@ -7,25 +7,36 @@
 | NAME/study.json, results.parquet | what they are made from |
 """
 
-import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from frugalmoe.ablate.comparison import Comparison, load_comparison
-from frugalmoe.ablate.report import Grid, markdown, pictures, pipes, state_line, verdict_lines
+from frugalmoe.ablate.plan import read_study
+from frugalmoe.ablate.report import Grid, markdown, pictures, pipes, state_line, summary_line, verdict_lines
+from frugalmoe.errors import UserError
 from frugalmoe.files import write_atomically, write_generated, write_json
+
+FEW_ARMS = 8  # of more the index lists those only that differ
 
 
 def publish_study(workdir: str | Path, root: str | Path) -> Path:
     """Writes `root`/NAME and the index `root`/RESULTS.md; returns the page's path. `workdir` may be `root`/NAME itself.
 
-    Raises `UserError` for a directory that is not a study or has no complete run.
+    Raises `UserError`, before it writes, for a directory that is not a study or has no complete run, for a study that
+    was run in another size than the one of its name that is published, and for a published study that is damaged.
     """
     c = load_comparison(workdir)
-    folder = Path(root) / c.study["name"]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder(Path(root), c.study["name"])
+    for neighbour in _published(root):
+        load_comparison(neighbour)
     if folder.resolve() != c.workdir.resolve():
-        shutil.copyfile(c.workdir / "results.parquet", folder / "results.parquet")
+        _check_same_study(folder, c.study)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--publish={root}: cannot be written ({e.strerror})") from e
+        write_atomically(folder / "results.parquet", (c.workdir / "results.parquet").read_bytes())
         write_json(folder / "study.json", {**c.study, "workdir": str(workdir)})
         c = load_comparison(folder)
     drawn = pictures(c)
@@ -34,6 +45,31 @@ def publish_study(workdir: str | Path, root: str | Path) -> Path:
     write_generated(folder / "RESULTS.md", page(c, drawn))
     write_generated(Path(root) / "RESULTS.md", index(root))
     return folder / "RESULTS.md"
+
+
+def _folder(root: Path, name: str) -> Path:
+    """Where a study is published: a folder in `root`, and not one that a link puts elsewhere."""
+    folder = root / name
+    if name == "RESULTS.md" or folder.resolve().parent != root.resolve():
+        raise UserError(
+            f"--publish={root}: {folder} is no folder of its own there; rename the study, or remove the link"
+        )
+    return folder
+
+
+def _published(root: str | Path) -> list[Path]:
+    return [path.parent for path in sorted(Path(root).glob("*/results.parquet"))]
+
+
+def _check_same_study(folder: Path, study: Mapping[str, Any]) -> None:
+    """The comments by hand, and whoever cites the page, mean what stands there: another size is another study."""
+    if not (folder / "study.json").is_file():
+        return
+    there = read_study(folder)
+    fields = ("base", "overrides", "command_overrides", "steps", "tokens_per_step")
+    if differing := [f for f in fields if f in there and there[f] != study.get(f)]:
+        shown = ", ".join(f"{f}: {there[f]!r} there, {study.get(f)!r} here" for f in differing)
+        raise UserError(f"{folder}: holds the study as it was run with {shown}; delete its study.json to replace it")
 
 
 def page(c: Comparison, drawn: Iterable[str]) -> str:
@@ -46,8 +82,9 @@ def page(c: Comparison, drawn: Iterable[str]) -> str:
 def index(root: str | Path) -> str:
     """A table of the studies that are published under `root`."""
     rows = []
-    for path in sorted(Path(root).glob("*/results.parquet")):
-        c = load_comparison(path.parent)
-        name = c.study["name"]
-        rows.append([f"[{name}]({name}/RESULTS.md)", c.study["question"], state_line(c), "<br>".join(verdict_lines(c))])
+    for folder in _published(root):
+        c, name = load_comparison(folder), folder.name
+        found = [line for line in verdict_lines(c) if len(c.arms) <= FEW_ARMS or ": not disting" not in line]
+        found = "<br>".join([summary_line(c), *found])
+        rows.append([f"[{name}]({name}/RESULTS.md)", c.study["question"], state_line(c), found])
     return pipes(Grid("", ["study", "question", "run", "found"], rows, text_columns=4))

@@ -10,30 +10,12 @@ import numpy as np
 
 from frugalmoe.ablate import plots, statistics
 from frugalmoe.ablate.comparison import Comparison, load_comparison
-from frugalmoe.analysis.page import Html, count, document, folded, join, number, picture, png, table, tag
+from frugalmoe.analysis.page import Html, count, document, folded, join, number, picture, png, spread, table, tag
+from frugalmoe.analysis.plots import NARROW, WIDE
 from frugalmoe.files import write_atomically
+from frugalmoe.metrics import titled
 
-NAMES = {
-    "speed/step_seconds": "step time (ms)",
-    "speed/tokens_per_second": "tokens/s",
-    "cost/active_flops": "active FLOPs per token",
-    "router/drop_rate": "drop rate",
-    "router/max_violation": "max violation",
-    "router/entropy": "router entropy (nats)",
-    "router/load_entropy": "load entropy (nats)",
-    "router/dead_experts": "dead experts",
-    "router/active_per_token": "experts per token",
-    "router/tie_rate": "tie rate",
-    "router/logit_lse": "log-normaliser of the router",
-    "depth/share": "share of tokens that pass",
-    "depth/predictor_accuracy": "accuracy of the depth predictor",
-    "train/loss": "training loss, last tenth",
-    "parameters/total": "parameters",
-    "parameters/active": "active parameters",
-    "eval/loss/mean": "loss (nats per token)",
-    "eval/bits_per_byte/mean": "bits per byte",
-}
-COSTS = ("speed/step_seconds", "speed/tokens_per_second", "cost/active_flops", "parameters/total")
+COSTS = ("cost/active_flops", "parameters/total")  # what a clock on a shared machine says is none
 
 
 class Grid(NamedTuple):
@@ -59,13 +41,20 @@ def write_study_report(workdir: str | Path) -> Path:
     return folder / "index.html"
 
 
-def pictures(c: Comparison) -> dict[str, bytes]:
+def pictures(c: Comparison, width: float = WIDE) -> dict[str, bytes]:
     """PNG files by name, in reading order; what the study has no values for is left out."""
-    figures = {name: plot(c) for name, (plot, _, _) in PICTURES.items()}
+    figures = {name: plot(c, width) for name, (plot, _, _) in PICTURES.items()}
     return {name: png(figure) for name, figure in figures.items() if figure is not None}
 
 
 # ---------------------------------------------------------------- what there is to say
+
+
+def summary_line(c: Comparison) -> str:
+    """How many arms the study could tell from its baseline."""
+    told = [arm for arm in c.arms[1:] if arm in c.paired and statistics.judge(c.paired[arm]) in ("better", "worse")]
+    count = f"{len(told) or 'none'} of {len(c.arms) - 1} arm{'s' * (len(c.arms) > 2)}"
+    return f"{count} can be told from the baseline {c.arms[0]} by these runs"
 
 
 def verdict_lines(c: Comparison) -> list[str]:
@@ -75,10 +64,9 @@ def verdict_lines(c: Comparison) -> list[str]:
 def _saving(c: Comparison, arm: str) -> str:
     """What the arm needs to reach the baseline's final loss, where every seed reaches it before the end."""
     share = c.cost_to_target(arm)
-    if share is None or not (share["steps"] < 1).all():
+    if share is None or not (share["steps"] < 1).all() or not np.isfinite(share["flops"]).all():
         return ""
-    flops, time = share["flops"].mean(), share["time"].mean()
-    return f"; reaches the baseline's final loss with {flops:.2f}× the FLOPs and {time:.2f}× the time"
+    return f"; reaches the baseline's final loss with {share['flops'].mean():.2f}× the FLOPs"
 
 
 def state_line(c: Comparison) -> str:
@@ -93,12 +81,21 @@ def state_line(c: Comparison) -> str:
 
 
 def statistics_note(c: Comparison) -> str:
+    compared = sum(p.n > 1 for p in c.paired.values())
     return (
-        f"Differences are paired: seed s has the same start and the same batches in every arm. ±: 95% t interval over "
-        f"seeds, not corrected. A verdict of better or worse holds at 5% over all {len(c.paired)} comparisons (paired "
-        f"t tests, Holm's correction). The percentile bootstrap over seeds is shown for comparison only: with few "
-        f"seeds it is too narrow."
+        "Differences are paired: seed s has the same start and the same batches in every arm. A verdict of better or "
+        f"worse holds at 5% over all {compared} comparisons (paired t tests, Holm's correction). ±: the t interval "
+        f"over seeds at the confidence that the correction asks of the arm{_confidences(c)}; it holds 0 exactly where "
+        "the verdict is not distinguishable. Seeds needed: with which the same test would find a difference like the "
+        "one that is seen in 80% of studies, if the spread between seeds is the one that is seen: from few seeds a "
+        "rough estimate."
     )
+
+
+def _confidences(c: Comparison) -> str:
+    """(95% to 99.8%): of the intervals of this study."""
+    found = sorted(p.confidence for p in c.paired.values() if p.n > 1)
+    return f" ({spread(f'{100 * found[0]:.4g}%', f'{100 * found[-1]:.4g}%')})" if found else ""
 
 
 def grids(c: Comparison) -> list[Grid]:
@@ -111,14 +108,22 @@ def _result_grid(c: Comparison) -> Grid:
     for arm in c.arms:
         values, p = c.final(c.metric, arm), c.paired.get(arm)
         row = [arm, str(len(values)), number(c.mean(c.metric, arm), 4)]
-        if p is None:
-            row += ["–", "–", "–"]
-        else:
-            row += [f"{p.mean:+.4f}" + (f" ± {p.half_width:.4f}" if p.n > 1 else "")]
-            row += [f"{p.bootstrap[0]:+.4f} to {p.bootstrap[1]:+.4f}" if p.n > 1 else "–", _p(p.adjusted_p)]
+        row += ["–", "–", "–"] if p is None or not p.n else [_difference(p), _p(p.adjusted_p), _needed(p)]
         rows.append([*row, "baseline" if p is None and arm == c.arms[0] else statistics.judge(p) if p else "–"])
-    header = ["arm", "n", name_of(c.metric), f"difference to {c.arms[0]}", "bootstrap", "p (Holm)", "verdict"]
+    header = ["arm", "n", titled(c.metric), f"difference to {c.arms[0]}", "p (Holm)", "seeds needed", "verdict"]
     return Grid("Result", header, rows, statistics_note(c))
+
+
+def _difference(p: statistics.Paired) -> str:
+    mean = statistics.figure(p.mean, signed=True)
+    return f"{mean} ± {statistics.figure(p.half_width)}" if p.n > 1 else mean
+
+
+def _needed(p: statistics.Paired) -> str:
+    """Of a comparison that found nothing."""
+    if statistics.judge(p) != "not distinguishable":
+        return "–"
+    return str(statistics.needed(p) or f"> {statistics.MOST_SEEDS}")
 
 
 def _p(p: float) -> str:
@@ -131,18 +136,13 @@ def _metric_grid(c: Comparison) -> Grid:
     rows = [[arm, *(_value(m, c.mean(m, arm)) for m in metrics)] for arm in c.arms]
     note = (
         "Means over seeds. Router metrics are means over MoE layers on held-out documents; active FLOPs are those of a "
-        "forward pass with the experts that tokens really used. Step times are comparable where all arms ran alike."
+        "forward pass with the experts that tokens really used. For speed see `benchmarks/`: runs of a study share "
+        "their machine with each other and with whatever else runs there."
     )
-    return Grid("Routing and cost", ["arm", *map(name_of, metrics)], rows, note)
-
-
-def name_of(metric: str) -> str:
-    return NAMES.get(metric, metric)
+    return Grid("Routing and cost", ["arm", *map(titled, metrics)], rows, note)
 
 
 def _value(metric: str, value: float) -> str:
-    if metric == "speed/step_seconds":
-        return number(1000 * value)
     return count(value) if metric.startswith(("cost/", "parameters/")) else number(value)
 
 
@@ -153,28 +153,27 @@ def _target_grid(c: Comparison) -> Grid | None:
         if share is None:
             continue
         reached = np.isfinite(share["steps"])
-        cells = [f"{share[k][reached].mean():.2f}×" if reached.any() else "–" for k in ("steps", "flops", "time")]
+        cells = [f"{share[k][reached].mean():.2f}×" if reached.any() else "–" for k in ("steps", "flops")]
         rows.append([arm, f"{reached.sum()} of {len(reached)}", *cells])
     if not rows:
         return None
     note = (
-        "What an arm needs to reach the baseline's final loss of the same seed, over what the baseline spent: steps, "
-        "active FLOPs and time; means over the seeds that reach it, linear between evaluations. With a learning rate "
-        "that decays at the end, losses before the end are pessimistic, so a saving is understated."
+        "What an arm needs to reach the baseline's final loss of the same seed, over what the baseline spent: steps "
+        "and active FLOPs; means over the seeds that reach it, linear between evaluations. With a learning rate that "
+        "decays at the end, losses before the end are pessimistic, so a saving is understated."
     )
-    return Grid(
-        "Cost to the baseline's final loss", ["arm", "seeds that reach it", "steps", "FLOPs", "time"], rows, note
-    )
+    return Grid("Cost to the baseline's final loss", ["arm", "seeds that reach it", "steps", "FLOPs"], rows, note)
 
 
 def _domain_grid(c: Comparison) -> Grid | None:
-    kind = c.metric.rpartition("/")[0] + "/"
+    kind = "/".join(c.metric.split("/")[:2]) + "/"  # a domain's own name may hold a slash
     finals = {metric for metric, _ in c._finals if metric.startswith(kind)}
-    domains = sorted(m.removeprefix(kind) for m in finals if not m.endswith("/mean"))
+    domains = sorted(m.removeprefix(kind) for m in finals if m != f"{kind}mean")
     if len(domains) < 2:
         return None
     rows = [[arm, *(number(c.mean(kind + d, arm), 4) for d in domains)] for arm in c.arms]
-    return Grid(f"{name_of(c.metric)} by domain".capitalize(), ["arm", *domains], rows)
+    title = titled(c.metric)
+    return Grid(f"{title[0].upper()}{title[1:]} by domain", ["arm", *domains], rows)
 
 
 def _cross_grid(c: Comparison) -> Grid | None:
@@ -194,16 +193,20 @@ def _cross_grid(c: Comparison) -> Grid | None:
 
 
 def _page(c: Comparison, drawn: Mapping[str, bytes]) -> str:
-    study = c.study
+    study, narrow = c.study, pictures(c, NARROW)
     first, *others = [join([tag("h2", g.title), _html(g)]) for g in grids(c)]
     body = [
         tag("h1", study["name"]),
         tag("p", f"Report of a study: {state_line(c)}.", "lead"),
         tag("p", study["question"]),
         tag("p", join([tag("strong", "Expected:"), study["expectation"]], " ")),
-        tag("div", join([tag("strong", "Found:"), *(tag("div", line) for line in verdict_lines(c))]), "shows"),
+        tag(
+            "div",
+            join([tag("strong", f"Found: {summary_line(c)}."), *(tag("div", v) for v in verdict_lines(c))]),
+            "shows",
+        ),
         first,
-        *(_drawn(data, *PICTURES[name][1:]) for name, data in drawn.items()),
+        *(_drawn(c, name, data, narrow[name]) for name, data in drawn.items()),
         *others,
         tag("h2", "Reproduce"),
         tag("pre", reproduce(c)),
@@ -215,12 +218,14 @@ def _page(c: Comparison, drawn: Mapping[str, bytes]) -> str:
 
 
 HOW_DIFFERENCES = (
-    "Dots: mean over seeds of the paired difference; bars: 95% t interval; ticks: single seeds. Left of the dashed "
-    "line an arm is better than the baseline. An interval that touches the line says that these runs cannot tell."
+    "Dots: mean over seeds of the paired difference to the baseline; ticks: single seeds; left of the dashed line an "
+    "arm is better. Bars: the t interval that decides, at the confidence that the correction for all comparisons asks "
+    "of the arm{confidences}. An arm whose bar touches the line cannot be told from the baseline by these runs; a bar "
+    "that does not is a verdict. An arrow is a bar that goes on."
 )
 HOW_CURVES = (
-    "Held-out loss in the course of training. Lines: means over seeds; bands: their range. Right: the paired "
-    "difference to the baseline, where the spread between seeds cancels."
+    "Held-out loss in the course of training. Lines: means over seeds; bands: their range. The second "
+    "picture is the paired difference to the baseline, where the spread between seeds cancels."
 )
 
 HOW_BALANCE = (
@@ -237,8 +242,13 @@ PICTURES = {
 }
 
 
-def _drawn(data: bytes, title: str, how: str) -> Html:
-    return join([tag("h2", title), tag("p", how), picture(data, title)])
+def how_to_read(c: Comparison, name: str) -> str:
+    return PICTURES[name][2].replace("{confidences}", _confidences(c))
+
+
+def _drawn(c: Comparison, name: str, wide: bytes, narrow: bytes) -> Html:
+    title = PICTURES[name][1]
+    return join([tag("h2", title), tag("p", how_to_read(c, name)), picture(wide, narrow, title)])
 
 
 def _html(grid: Grid) -> Html:
@@ -263,17 +273,19 @@ def markdown(c: Comparison, drawn: Iterable[str], report: str = "") -> str:
         study["question"],
         f"**Expected.** {study['expectation']}",
         f"**Run.** {state_line(c)[0].upper()}{state_line(c)[1:]}.",
-        "**Found.**\n\n" + "\n".join(f"- {line}" for line in verdict_lines(c)),
+        f"**Found.** {summary_line(c)[0].upper()}{summary_line(c)[1:]}.\n\n"
+        + "\n".join(f"- {line}" for line in verdict_lines(c)),
     ]
     for grid in grids(c):
         parts += [f"## {grid.title}", pipes(grid)] + ([grid.note] if grid.note else [])
         if grid.title == "Result":
-            parts += [f"![{PICTURES[name][1]}]({name}.png)" for name in drawn]
+            for name in drawn:
+                parts += [f"![{PICTURES[name][1]}]({name}.png)", f"*{how_to_read(c, name)}*"]
     return "\n\n".join([*parts, "## Reproduce", f"```bash\n{reproduce(c, report)}\n```"]) + "\n"
 
 
 def pipes(grid: Grid) -> str:
-    escape = lambda cell: str(cell).replace("|", "\\|")
+    escape = lambda cell: " ".join(str(cell).split()).replace("|", "\\|")
     line = lambda cells: f"| {' | '.join(map(escape, cells))} |"
     rule = ["---"] * grid.text_columns + ["---:"] * (len(grid.header) - grid.text_columns)
     return "\n".join([line(grid.header), line(rule), *map(line, grid.rows)])

@@ -21,8 +21,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from frugalmoe import metrics
 from frugalmoe.errors import UserError
 from frugalmoe.files import locked, read_json, write_atomically
+from frugalmoe.routing.strategies import loss_names
 
 SCHEMA = pa.schema(
     [
@@ -34,41 +36,34 @@ SCHEMA = pa.schema(
         ("value", pa.float64()),
     ]
 )
-ROUTER = (
-    "max_violation",
-    "load_entropy",
-    "dead_experts",
-    "active_per_token",
-    "drop_rate",
-    "entropy",
-    "logit_lse",
-    "tie_rate",
-)
-DEPTH = ("share", "predictor_accuracy")  # of the blocks that mixture of depths routes
 DIVERGED, CROSS = "diverged", "cross/"
 TAIL = 0.1  # share of the steps whose mean is `train/loss`
-COST = ("cost/active_flops", "speed/tokens_per_second", "speed/step_seconds", "parameters/total", "parameters/active")
 
 
 def known_metrics(domains: Iterable[str]) -> list[str]:
-    """The names of final results that a study may ask for."""
-    scores = [f"eval/{kind}/{d}" for kind in ("loss", "bits_per_byte") for d in (*domains, "mean")]
-    return [*scores, "train/loss", *(f"router/{name}" for name in ROUTER), *(f"depth/{name}" for name in DEPTH), *COST]
+    """The names of final results that a study may ask for: every row of `metrics`, with its domains and losses."""
+    members = {"eval/loss/": (*domains, "mean"), "eval/bits_per_byte/": (*domains, "mean"), "loss/": loss_names()}
+    found = [m.name + member for m in metrics.ROWS for member in members.get(m.name, ("",))]
+    return list(dict.fromkeys(found))
 
 
 def final_metrics(
-    summary: Mapping[str, Any], logged: Sequence[Mapping[str, float]], study: Mapping[str, Any], arm: str
+    summary: Mapping[str, Any], logged: Sequence[Mapping[str, float | None]], study: Mapping[str, Any], arm: str
 ) -> dict[str, float]:
-    """A complete run's results; metrics of layers are means over those that have them, absent where none has."""
-    late = [row["loss/ce"] for row in logged if "loss/ce" in row and row["step"] > (1 - TAIL) * summary["step"]]
-    values = {"train/loss": float(np.mean(late))} if late else {}
-    values |= {f"eval/{kind}/{d}": v for kind, by_domain in summary["eval"].items() for d, v in by_domain.items()}
-    for kind, section, names in (("router", "router", ROUTER), ("depth", "mixture_of_depths", DEPTH)):
-        layers = list(summary.get(section, {"layers": {}})["layers"].values())
-        for name in names:
-            found = [layer[name] for layer in layers if name in layer]
-            if found:
-                values[f"{kind}/{name}"] = float(np.mean(found))
+    """A complete run's results; metrics of layers are means over those that have them, absent where none has.
+
+    Losses and the optimizer's figures are means over the last tenth of the steps.
+    """
+    late = [row for row in logged if row["step"] > (1 - TAIL) * summary["step"]]
+    names = dict.fromkeys(n for row in late for n in row if n.startswith(("loss/", "optim/")))
+    values = {name: float(np.mean([_number(row[name]) for row in late if name in row])) for name in names}
+    if "loss/ce" in values:
+        values["train/loss"] = values["loss/ce"]
+    values |= {f"eval/{kind}/{d}": _number(v) for kind, scores in summary["eval"].items() for d, v in scores.items()}
+    for kind, section in (("router", "router"), ("depth", "mixture_of_depths")):
+        layers = list(summary.get(section, {}).get("layers", {}).values())
+        for name in dict.fromkeys(name for layer in layers for name in layer):
+            values[f"{kind}/{name}"] = float(np.mean([_number(layer[name]) for layer in layers if name in layer]))
     values["cost/active_flops"] = active_flops(study, arm, values.get("router/active_per_token"))
     values |= {f"parameters/{k}": float(summary["parameters"][k]) for k in ("total", "active")}
     if speed := summary["speed"]["tokens_per_second"]:
@@ -77,10 +72,15 @@ def final_metrics(
     return values
 
 
+def _number(value: float | None) -> float:
+    """What is not finite is written as null."""
+    return np.nan if value is None else float(value)
+
+
 def active_flops(study: Mapping[str, Any], arm: str, active_per_token: float | None) -> float:
     """Forward FLOPs per token with the experts that tokens really used; the declared number where it is not known."""
     parts = dict(study["forward_flops"][arm])
-    if active_per_token is not None:
+    if active_per_token is not None and np.isfinite(active_per_token):
         parts["routed experts"] *= active_per_token / study["experts_per_token"][arm]
     return sum(parts.values())
 
@@ -95,44 +95,44 @@ def gather(workdir: Path, study: Mapping[str, Any]) -> pa.Table:
                 columns[name].append(value)
         table = pa.table(columns, SCHEMA.with_metadata({"study": study["name"]}))
         buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
+        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
         write_atomically(workdir / "results.parquet", buffer.getvalue())
     return table
 
 
 def _rows(workdir: Path, study: Mapping[str, Any]) -> Iterator[tuple]:
     for arm in study["arms"]:
-        for directory in sorted((workdir / arm).glob("seed_*"), key=lambda p: int(p.name.removeprefix("seed_"))):
-            seed, path = int(directory.name.removeprefix("seed_")), directory / "summary.json"
-            summary = read_json(path) if path.is_file() else {}
-            if summary.get("status") == "diverged":
-                yield (arm, seed, DIVERGED, 0, True, 1.0)
-            if summary.get("status") != "complete":
-                continue
-            logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-            for row in logged:
-                yield from ((arm, seed, name, row["step"], False, v) for name, v in row.items() if name != "step")
-            results = final_metrics(summary, logged, study, arm)
-            if (cross := directory / "cross.json").is_file():
-                results |= {f"{CROSS}{other}": loss for other, loss in read_json(cross).items()}
-            yield from ((arm, seed, name, summary["step"], True, v) for name, v in results.items())
+        found = ((d.name.removeprefix("seed_"), d) for d in (workdir / arm).glob("seed_*"))
+        for seed, directory in sorted((int(seed), d) for seed, d in found if seed.isdecimal()):
+            try:
+                yield from _rows_of_run(directory, study, arm, seed)
+            except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
+                if isinstance(e, UserError):
+                    raise
+                rule = "its summary and logs are not those of a run"
+                raise UserError(f"{directory}: {rule} ({type(e).__name__}: {' '.join(str(e).split())[:80]})") from e
+
+
+def _rows_of_run(directory: Path, study: Mapping[str, Any], arm: str, seed: int) -> Iterator[tuple]:
+    path = directory / "summary.json"
+    summary = read_json(path) if path.is_file() else {}
+    if summary.get("status") == "diverged":
+        yield (arm, seed, DIVERGED, 0, True, 1.0)
+    if summary.get("status") != "complete":
+        return
+    logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    for row in logged:
+        yield from ((arm, seed, name, row["step"], False, _number(v)) for name, v in row.items() if name != "step")
+    results = final_metrics(summary, logged, study, arm)
+    if (cross := directory / "cross.json").is_file():
+        results |= {f"{CROSS}{other}": _number(loss) for other, loss in read_json(cross).items()}
+    yield from ((arm, seed, name, summary["step"], True, value) for name, value in results.items())
 
 
 def check(workdir: Path, name: str) -> None:
     """Refuses a table that is damaged or another study's; an absent one is fine."""
-    path = workdir / "results.parquet"
-    if not path.exists():
-        return
-    try:
-        schema = pq.read_schema(path)
-        pq.read_table(path)
-    except (pa.ArrowException, OSError) as e:
-        raise UserError(f"{path}: not a readable table ({' '.join(str(e).split())[:80]}); {_REBUILD}") from e
-    found = (schema.metadata or {}).get(b"study", b"?").decode(errors="replace")
-    if found != name:
-        raise UserError(f"{path}: holds the results of study {found!r}, not {name!r}; {_REBUILD}")
-    if schema.remove_metadata() != SCHEMA:
-        raise UserError(f"{path}: has columns {', '.join(schema.names)}, not {', '.join(SCHEMA.names)}; {_REBUILD}")
+    if (workdir / "results.parquet").exists():
+        _read(workdir / "results.parquet", name)
 
 
 _REBUILD = "move it away and run `frugalmoe ablate` again: it is rebuilt from the run directories"
@@ -143,5 +143,21 @@ def load(workdir: Path, name: str) -> pa.Table:
     path = workdir / "results.parquet"
     if not path.exists():
         raise UserError(f"{path}: missing; no run of the study is complete")
-    check(workdir, name)
-    return pq.read_table(path)
+    return _read(path, name)
+
+
+def _read(path: Path, name: str) -> pa.Table:
+    try:
+        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, MemoryError, ValueError) as e:
+        raise UserError(f"{path}: not a readable table ({' '.join(str(e).split())[:80]}); {_REBUILD}") from e
+    found = (table.schema.metadata or {}).get(b"study", b"?").decode(errors="replace")
+    if found != name:
+        raise UserError(f"{path}: holds the results of study {found!r}, not {name!r}; {_REBUILD}")
+    if table.schema.remove_metadata() != SCHEMA:
+        columns, expected = ", ".join(table.schema.names), ", ".join(SCHEMA.names)
+        raise UserError(f"{path}: has columns {columns}, not {expected} of their types; {_REBUILD}")
+    if empty := [column for column in SCHEMA.names if table[column].null_count]:
+        raise UserError(f"{path}: has no value in places of {', '.join(empty)}; {_REBUILD}")
+    return table

@@ -1,7 +1,7 @@
 """Trains the runs of a study. Any number of processes may do so in one directory: a run's lock is the claim on it.
 
 A run that is complete is skipped, one that was interrupted continues from its checkpoint or from the start, and ends
-in the same bits. A complete run keeps no checkpoint.
+in the same bits. A complete run keeps no checkpoint, unless the study says so.
 """
 
 import functools
@@ -18,13 +18,15 @@ import jax
 from frugalmoe import sharding
 from frugalmoe.ablate import results
 from frugalmoe.ablate.cross import evaluate_under_others
-from frugalmoe.ablate.plan import Pair, Plan, claim, make_plan, read_study
+from frugalmoe.ablate.plan import Pair, Plan, check_claim, claim, make_plan, read_study
 from frugalmoe.ablate.progress import OfRun, StudyProgress
 from frugalmoe.ablate.study import Study
 from frugalmoe.ablate.together import groups
 from frugalmoe.config import check_devices, to_dict
+from frugalmoe.errors import UserError
 from frugalmoe.files import read_json, write_json
-from frugalmoe.train import rundir
+from frugalmoe.train import preflight, rundir, trackers
+from frugalmoe.train.checkpoint import saved_steps
 from frugalmoe.train.loop import NotFinite, opened, train_runs
 
 
@@ -50,17 +52,41 @@ def run_study(
         return train_plan(plan, workdir, shown, at_once)
 
 
-def prepare(plan: Plan, workdir: Path, command: Sequence[str], fresh: bool = False) -> None:
-    """Refuses, before a step is trained, a directory, a run or a table that is not this study's."""
+def check(plan: Plan, workdir: Path, fresh: bool = False) -> list[str]:
+    """Refuses, before a step is trained, a directory, a run or a table that is not this study's, a disk that is too
+    small for a checkpoint of an arm, and a tracker that is missing. Returns notes; writes nothing.
+    """
+    notes = []
+    for name in dict.fromkeys(pair.arm for pair in plan.pairs):
+        config = plan.arms[name].config
+        trackers.check(config)
+        notes += preflight.check_size(config, workdir, plan.parameters[name]["total"])
+    check_claim(workdir, plan)
     if (workdir / "study.json").is_file() and not fresh:
         results.check(workdir, plan.study.name)
         for pair in plan.pairs:
-            rundir.check_config(pair.directory(workdir), to_dict(plan.config(pair)), force=False)
-    claim(workdir, plan, command)
-    if fresh:
-        (workdir / "results.parquet").unlink(missing_ok=True)
-        for pair in plan.pairs:
-            rundir.start_over(pair.directory(workdir))
+            directory = pair.directory(workdir)
+            rundir.check_config(directory, to_dict(plan.config(pair)), force=False)
+            if plan.study.keep_checkpoints and status(directory) == "complete" and not saved_steps(directory):
+                rule = "is complete and kept no checkpoint; --fresh trains it again"
+                raise UserError(f"keep_checkpoints=True: {directory} {rule}")
+    return notes
+
+
+def prepare(plan: Plan, workdir: Path, command: Sequence[str], fresh: bool = False) -> None:
+    """Checks the study, and writes what marks its directory; `fresh` deletes the chosen runs, all or none."""
+    check(plan, workdir, fresh)
+    directories = [pair.directory(workdir) for pair in plan.pairs]
+    with ExitStack() as held:
+        if fresh and (workdir / "study.json").is_file():
+            for directory in directories:
+                held.enter_context(rundir.locked(directory))  # of all, before the first is deleted
+                rundir.check_fresh(directory)
+        claim(workdir, plan, command)
+        if fresh:
+            (workdir / "results.parquet").unlink(missing_ok=True)
+            for directory in directories:
+                rundir.start_over(directory)
 
 
 def train_plan(plan: Plan, workdir: Path, shown: StudyProgress, at_once: int | None = None) -> Outcome:
@@ -128,6 +154,6 @@ def _train_group(plan: Plan, pairs: Sequence[Pair], workdir: Path, shown: StudyP
         if plan.study.evaluate_with:
             for pair, run in zip(pairs, runs):
                 evaluate_under_others(plan, pair, run)
-    for pair in pairs:
+    for pair in pairs if not plan.study.keep_checkpoints else ():
         shutil.rmtree(pair.directory(workdir) / "checkpoints", ignore_errors=True)
     return False

@@ -1,76 +1,130 @@
 """Paired comparison of arms: each seed is one pair, with the same start and the same batches in both arms.
 
-The interval is Student's t over the paired differences. A percentile bootstrap over seeds is reported beside it: with
-n = 3 it is the range of the three values, which holds the true mean of a symmetric distribution with probability
-1 - 2 / 2^3 = 75%, not 95%. Verdicts are made at a family-wise error of 5% over the arms of
-a study, by the step-down procedure of Holm (1979).
+Verdicts are made at a family-wise error of 5% over the arms of a study, by paired t tests and the step-down procedure
+of Holm (1979). An arm's interval is Student's t at the level that the procedure asked of that arm, so that it touches
+zero if and only if the verdict is "not distinguishable". A pair of which one value is not finite has diverged: it
+enters nothing but its own count.
 """
 
-import itertools
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
-CONFIDENCE = 0.95
-RESAMPLES, EXACT = 10_000, 5  # 5 ** 5 = 3,125 resamples of five seeds
+ERROR = 0.05  # of all verdicts of a study together
+POWER, MOST_SEEDS = 0.8, 100  # of the number of seeds that a verdict asks for; where it stops counting
+ROUNDING = 1e-12  # differences below it are those of sums in another order
+LARGEST = float(np.finfo(np.float32).max)  # beyond it a loss has overflowed
 
 
 class Paired(NamedTuple):
     """An arm against the baseline, over the seeds that both have; differences are arm - baseline."""
 
-    n: int
-    mean: float
-    half_width: float  # of the t interval; NaN for n < 2
-    bootstrap: tuple[float, float]  # NaN for n < 2
-    p: float  # two-sided paired t test, not corrected; NaN for n < 2
+    n: int  # pairs of finite values
+    mean: float  # NaN for n = 0
+    deviation: float  # of the differences between seeds; NaN for n < 2, as the next four
+    p: float  # two-sided paired t test, not corrected
     adjusted_p: float  # by Holm over the arms of the study
+    level: float  # what Holm's procedure compares this p with
+    half_width: float  # of the t interval at confidence 1 - level, the one that decides
+    diverged: tuple[int, ...] = ()  # seeds of which a value is not finite
+
+    @property
+    def confidence(self) -> float:
+        return 1 - self.level
 
 
 def compare(values: Mapping[str, Mapping[int, float]], baseline: str) -> dict[str, Paired]:
-    """{arm: {seed: value}} -> each other arm's comparison with the baseline."""
+    """{arm: {seed: value}} -> each other arm's comparison with the baseline, where they have a seed in common."""
     base = values.get(baseline, {})
     found = {}
     for arm, by_seed in values.items():
         seeds = sorted(by_seed.keys() & base.keys())
         if arm != baseline and seeds:
-            found[arm] = paired(np.array([by_seed[s] - base[s] for s in seeds]))
-    adjusted = holm([f.p for f in found.values()])
-    return {arm: f._replace(adjusted_p=p) for (arm, f), p in zip(found.items(), adjusted)}
+            with np.errstate(over="ignore", invalid="ignore"):  # inf - inf
+                differences = np.array([by_seed[s] for s in seeds], float) - np.array([base[s] for s in seeds], float)
+            finite = np.abs(differences) < LARGEST
+            diverged = tuple(s for s, whole in zip(seeds, finite) if not whole)
+            found[arm] = paired(differences[finite])._replace(diverged=diverged)
+    p = [f.p for f in found.values()]
+    corrected = zip(found.items(), holm(p), levels(p))
+    return {arm: _at_level(f, level)._replace(adjusted_p=p) for (arm, f), p, level in corrected}
 
 
 def paired(differences: np.ndarray) -> Paired:
-    n, mean = len(differences), float(differences.mean())
-    if n < 2:
-        return Paired(n, mean, np.nan, (np.nan, np.nan), np.nan, np.nan)
-    error = float(differences.std(ddof=1)) / n**0.5
-    half_width = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
-    p = (1.0 if mean == 0 else 0.0) if error == 0 else float(2 * stats.t.sf(abs(mean) / error, n - 1))
-    return Paired(n, mean, half_width, bootstrap(differences), p, np.nan)
-
-
-def bootstrap(differences: np.ndarray) -> tuple[float, float]:
-    """Percentile interval of the mean over resampled seeds (Efron 1979); over all resamples where they are few."""
+    """Of finite differences, one per seed; not corrected for other arms."""
+    differences = np.where(np.abs(differences) > ROUNDING, differences, 0.0)
     n = len(differences)
-    if n <= EXACT:
-        chosen = np.array(list(itertools.product(range(n), repeat=n)))
+    mean = float(differences.mean()) if n else np.nan
+    if n < 2:
+        return Paired(n, mean, np.nan, np.nan, np.nan, np.nan, np.nan)
+    deviation = float(differences.std(ddof=1))
+    deviation = deviation if deviation > ROUNDING else 0.0
+    if deviation == 0:
+        p = 1.0 if mean == 0 else 0.0
     else:
-        chosen = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
-    tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
-    low, high = np.quantile(differences[chosen].mean(axis=1), tails, method="inverted_cdf")
-    return float(low), float(high)
+        p = float(2 * stats.t.sf(abs(mean) / (deviation / n**0.5), n - 1))
+    return _at_level(Paired(n, mean, deviation, p, p, np.nan, np.nan), ERROR)
+
+
+def _at_level(found: Paired, level: float) -> Paired:
+    """With the t interval at confidence 1 - level."""
+    if found.n < 2:
+        return found
+    quantile = float(stats.t.isf(level / 2, found.n - 1))
+    return found._replace(level=level, half_width=quantile * found.deviation / found.n**0.5)
 
 
 def holm(p: Sequence[float]) -> list[float]:
     """p values adjusted for the number of comparisons; NaN stays NaN and is not counted."""
     p = np.array(p, float)
     adjusted, running = np.full(len(p), np.nan), 0.0
-    order = [i for i in np.argsort(p) if np.isfinite(p[i])]
+    order = _ranked(p)
     for rank, i in enumerate(order):
         running = max(running, min(1.0, (len(order) - rank) * p[i]))
         adjusted[i] = running
     return adjusted.tolist()
+
+
+def levels(p: Sequence[float]) -> list[float]:
+    """The level that Holm's procedure holds against each p; NaN for NaN.
+
+    The r-th smallest of m (r = 0, 1, ...) meets 5% / (m - r). The first that is not below ends the procedure: its level
+    is that of all that follow, which are larger still.
+    """
+    p = np.array(p, float)
+    found, ended, level = np.full(len(p), np.nan), False, ERROR
+    order = _ranked(p)
+    for rank, i in enumerate(order):
+        level = level if ended else ERROR / (len(order) - rank)
+        ended = ended or p[i] >= level
+        found[i] = level
+    return found.tolist()
+
+
+def _ranked(p: np.ndarray) -> list[int]:
+    return [i for i in np.argsort(p, kind="stable") if np.isfinite(p[i])]
+
+
+@functools.lru_cache
+def seeds_needed(effect: float, level: float) -> int | None:
+    """The least number of pairs with which a paired t test at `level` finds a difference of `effect` standard
+    deviations in 80% of studies; None if it is more than 100.
+
+    Power is P(|T| > t) with T noncentral t of n - 1 degrees and noncentrality effect * sqrt(n) (Cohen 1988, chapter 2),
+    here integrated over the distribution of the estimated deviation.
+    """
+    return next((n for n in range(2, MOST_SEEDS + 1) if _power(n, abs(effect), level) >= POWER), None)
+
+
+def _power(n: int, effect: float, level: float) -> float:
+    """E over s of P(Z > t s - d) + P(Z < -t s - d), where (n - 1) s^2 is chi-squared and d = effect * sqrt(n)."""
+    shares = (np.arange(400) + 0.5) / 400
+    s = np.sqrt(stats.chi2.ppf(shares, n - 1) / (n - 1))
+    t, shift = stats.t.isf(level / 2, n - 1), effect * n**0.5
+    return float(np.mean(stats.norm.sf(t * s - shift) + stats.norm.cdf(-t * s - shift)))
 
 
 def reaches(steps: np.ndarray, losses: np.ndarray, target: float) -> float:
@@ -86,23 +140,40 @@ def reaches(steps: np.ndarray, losses: np.ndarray, target: float) -> float:
 
 
 def judge(result: Paired) -> str:
-    """better, worse, not distinguishable, identical, or one seed; less is better."""
+    """better, worse, not distinguishable, identical, one seed or diverged; less is better."""
     if result.n < 2:
-        return "one seed"
+        return "one seed" if result.n else "diverged"
     if result.mean == 0 and result.half_width == 0:
         return "identical"
-    if result.adjusted_p >= 1 - CONFIDENCE:
+    if abs(result.mean) <= result.half_width:
         return "not distinguishable"
     return "better" if result.mean < 0 else "worse"
 
 
 def verdict(result: Paired, unit: str = "nats") -> str:
     """`judge` with its figures, one honest line."""
-    word, size = judge(result), f"{abs(result.mean):.4f}"
+    word, size = judge(result), figure(abs(result.mean))
+    lost = f"; {len(result.diverged)} of {result.n + len(result.diverged)} pairs diverged" if result.diverged else ""
+    if word == "diverged":
+        return f"no complete pair of runs: {len(result.diverged)} of {len(result.diverged)} diverged"
     if word == "one seed":
-        return f"one seed: {size} {unit} {'better' if result.mean < 0 else 'worse'}, no interval"
+        return f"one seed: {size} {unit} {'better' if result.mean < 0 else 'worse'}, no interval{lost}"
     if word == "identical":
-        return f"identical at n={result.n}"
+        return f"identical at n={result.n}{lost}"
     if word == "not distinguishable":
-        return f"not distinguishable at n={result.n} ({result.mean:+.4f} ± {result.half_width:.4f} {unit})"
-    return f"{word} by {size} ± {result.half_width:.4f} {unit} (n={result.n})"
+        interval = f"{figure(result.mean, signed=True)} ± {figure(result.half_width)} {unit}"
+        seeds = f"about {n}" if (n := needed(result)) else f"more than {MOST_SEEDS}"
+        return f"not distinguishable at n={result.n} ({interval}; {seeds} seeds would be needed){lost}"
+    return f"{word} by {size} ± {figure(result.half_width)} {unit} (n={result.n}){lost}"
+
+
+def needed(result: Paired) -> int | None:
+    """How many seeds would tell a difference like the one that is seen; None for more than 100."""
+    n = seeds_needed(result.mean / result.deviation, result.level) if result.deviation else None
+    return n and max(n, result.n + 1)
+
+
+def figure(value: float, signed: bool = False) -> str:
+    """Four decimals, or two digits of what they would not show."""
+    small = value != 0 and abs(value) < 0.00005
+    return f"{value:{'+' if signed else ''}.{'1e' if small else '4f'}}"

@@ -1,7 +1,6 @@
 """What a study is, and the configs of its arms. `experiments/NAME.py` ends with `STUDY = Study(...)`."""
 
 import dataclasses
-import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,12 +8,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from frugalmoe.config import Config, override, read, resolve, to_dict
+from frugalmoe.config import Config, check_seed, override, python_file, read, resolve, to_dict, with_mode
 from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.files import check_name
+from frugalmoe.shipped import STUDIES
 
 # What every arm shares, so that seed s means the same start and the same batches in each of them.
 SHARED = ("name", "data", "mesh", "checkpoint", "train")
-DIRECTION = {"speed/tokens_per_second": 1}  # metrics of which more is better; of the others less is
+LAPTOP_STEPS = 100
+BESIDE_ARMS = ("report", "slurm", "study.json", "results.parquet", "results.parquet.lock")
 METRICS = ("eval/loss/mean", "eval/bits_per_byte/mean", "router/max_violation", "router/entropy", "router/drop_rate")
 
 
@@ -34,6 +36,7 @@ class Study:
     equal_flops: bool = True  # refuse arms whose active FLOPs per token differ by more than `tolerance`
     tolerance: float = 0.03
     evaluate_with: bool = False  # also evaluate each run under the routers of the other arms
+    keep_checkpoints: bool = False  # of complete runs, so that they can be sampled and traced
     name: str = ""  # the file's name
 
 
@@ -48,30 +51,17 @@ class Arm:
 
 
 def load_study(path: str | Path) -> Study:
-    """The `STUDY` of a file. Raises `UserError` naming what is wrong with it."""
-    path = Path(path)
-    if not path.is_file():
-        near = [str(p) for p in Path("experiments").glob("*.py")]
-        raise UserError(f"{path}: no such study; {did_you_mean(str(path), near)}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as e:
-        raise UserError(f"{path}: {type(e).__name__}: {' '.join(str(e).split())}") from e
-    study = getattr(module, "STUDY", None)
+    """The `STUDY` of a file, or of the study shipped by that name. Raises `UserError` naming what is wrong with it."""
+    study = python_file(STUDIES, str(path), str(path), "STUDY")
     if not isinstance(study, Study):
         raise UserError(f"{path}: STUDY={study!r}: a study's file ends with STUDY = Study(...)")
-    return dataclasses.replace(study, name=study.name or path.stem)
+    return dataclasses.replace(study, name=study.name or Path(path).stem)
 
 
 def arms_of(study: Study, overrides: Mapping[str, Any] | Sequence[str] = ()) -> list[Arm]:
     """The arms' checked configs. `overrides` change the base, as on the command line."""
     _check_declaration(study)
-    base = read(study.base) if isinstance(study.base, str) else study.base()
-    base = override(override(base, study.overrides), overrides)
+    base = override(override(_base(study), study.overrides), overrides)
     arms = [Arm(name, _resolve(base, study, name)) for name in study.arms]
     baseline = next(arm for arm in arms if arm.name == study.baseline)
     for arm in arms:
@@ -79,30 +69,91 @@ def arms_of(study: Study, overrides: Mapping[str, Any] | Sequence[str] = ()) -> 
     return arms
 
 
+def _base(study: Study) -> ConfigDict:
+    return read(study.base) if isinstance(study.base, str) else study.base()
+
+
+def shrunk(study: Study, *, steps: int | None = None, laptop: bool = False) -> Study:
+    """The study at a fraction of its cost, under a name of its own: its results are not those of the whole one.
+
+    `steps` trains each run so long; whatever counts steps (warmup, evaluations, logs, checkpoints) shrinks with them.
+    `laptop` puts the base in its laptop mode and takes the first two seeds. A study that sets sizes of the model keeps
+    its model and its tokens, and is smaller in training only: its arms stand in proportion to the base that it names.
+    """
+    if steps is None and not laptop:
+        return study
+    if steps is not None and steps < 1:
+        raise UserError(f"--steps={steps}: must be at least 1")
+    base = override(_base(study), study.overrides)
+    fields = _laptop_fields(study) if laptop else {}
+    in_steps = _in_steps(base, steps or min(base.train.steps, LAPTOP_STEPS))
+    name = study.name + "-laptop" * laptop + (f"-{steps}-steps" if steps else "")
+    seeds = study.seeds[:2] if laptop else study.seeds
+    return dataclasses.replace(study, name=name, seeds=seeds, overrides={**fields, **study.overrides, **in_steps})
+
+
+def _laptop_fields(study: Study) -> dict[str, Any]:
+    """What the laptop mode of the base sets, less what the study sets itself."""
+    full, small = (flatten(c.to_dict()) for c in (_base(study), with_mode(_base(study), "laptop")))
+    changed = {field for field, value in small.items() if value != full.get(field)} - {"name"}
+    own = {field for changes in (study.overrides, *study.arms.values()) for field in flatten(changes)}
+    if any(re.fullmatch(r"model\.(moe\.)?(num_\w+|\w*dim)", field) for field in own):
+        changed = {field for field in changed if field.startswith("train.")}
+    return {field: small[field] for field in sorted(changed - own)}
+
+
+_COUNT_STEPS = (
+    "optim.warmup_steps",
+    "train.log_every",
+    "train.eval_every",
+    "checkpoint.every_steps",
+    "checkpoint.keep_every_steps",
+)
+
+
+def _in_steps(base: ConfigDict, steps: int) -> dict[str, int]:
+    fields = flatten(base.to_dict())
+    shrink = lambda count: max(1, round(count * steps / base.train.steps)) if count else 0
+    found = {"train.steps": steps} | {name: shrink(fields[name]) for name in _COUNT_STEPS}
+    return found | {"optim.warmup_steps": min(found["optim.warmup_steps"], steps - 1)}
+
+
 def choose(what: str, wanted: Sequence[Any] | None, declared: Sequence[Any]) -> list[Any]:
     """The wanted ones in the declared order; all of them without a wish."""
     for name in wanted or ():
         if name not in declared:
             raise UserError(f"{what}={name}: no such arm; {did_you_mean(str(name), declared)}")
-    return [name for name in declared if wanted is None or name in wanted]
+    return [name for name in declared if not wanted or name in wanted]
+
+
+def check_arm(what: str, name: object) -> None:
+    """An arm's runs lie in a folder of its name, beside the study's own files and folders."""
+    check_name(what, name)
+    if name in BESIDE_ARMS or name.startswith("worker_"):
+        raise UserError(f"{what}={name!r}: the study has a file or folder of this name; choose another")
 
 
 def _check_declaration(study: Study) -> None:
-    if not re.fullmatch(r"[\w.+-]+", study.name):
-        raise UserError(f"name={study.name!r}: a study needs a name of letters, digits and _ . + -")
+    check_name("name", study.name)
     for name in study.arms:
-        if not re.fullmatch(r"\w[\w.+-]*", name):
-            raise UserError(f"{study.name}: arm {name!r}: a name is made of letters, digits and _ . + -")
+        check_arm(f"{study.name}: arm", name)
     if study.baseline not in study.arms:
         raise UserError(
             f"{study.name}: baseline={study.baseline!r}: no such arm; {did_you_mean(study.baseline, study.arms)}"
         )
-    if not study.seeds or len(set(study.seeds)) < len(study.seeds) or not all(type(s) is int for s in study.seeds):
-        raise UserError(f"{study.name}: seeds={study.seeds}: must be different integers, at least one")
+    check_seeds(f"{study.name}: seeds", study.seeds)
     for field in study.varies:
         if field.partition(".")[0] in SHARED:
             rule = "arms share data, batches, steps and seeds"
             raise UserError(f"{study.name}: varies={field!r}: {rule}; only model and optim may vary")
+
+
+def check_seeds(path: str, seeds: Sequence[int]) -> None:
+    """Raises `UserError` unless these are seeds, at least one, and no two are equal."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"{path}={seeds}: must be different integers, at least one")
+    for seed in seeds:
+        check_seed(path, seed)
 
 
 def _resolve(base: ConfigDict, study: Study, name: str) -> Config:

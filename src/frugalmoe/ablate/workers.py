@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from frugalmoe.ablate.progress import StudyProgress
-from frugalmoe.errors import UserError
+from frugalmoe.errors import UserError, needs_package
 from frugalmoe.train.distributed import stop_signals
 
 _POLL_SECONDS = 0.2
@@ -47,7 +47,9 @@ def _start(argv: Sequence[str], cores: set[int], log: Path) -> subprocess.Popen:
         os.sched_setaffinity(0, cores)  # inherited: XLA sizes its thread pool by it
         with log.open("wb") as file:
             command = [sys.executable, "-m", "frugalmoe.cli", *argv, "--worker=process"]
-            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT)
+            # In a group of its own: Ctrl-C in a terminal goes to this process alone, which then ends the workers.
+            pipes = dict(stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT)
+            return subprocess.Popen(command, **pipes, process_group=0)
     finally:
         os.sched_setaffinity(0, own)
 
@@ -76,7 +78,7 @@ def run_slurm(
     try:
         import submitit
     except ImportError as e:
-        raise UserError("--slurm: needs the package submitit: pip install 'frugalmoe[slurm]'") from e
+        raise needs_package("--slurm", "submitit>=1.5.4") from e
     parameters = {k: int(v) if v.isdigit() else v for k, v in parameters.items()}
     try:
         executor = submitit.AutoExecutor(folder=workdir / "slurm", cluster=parameters.pop("cluster", "slurm"))

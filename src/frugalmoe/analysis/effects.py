@@ -20,6 +20,7 @@ from frugalmoe.analysis.probe import Probe, make
 from frugalmoe.analysis.runs import Run
 from frugalmoe.analysis.tracing import TOKENS, limited, moe_layers, open_run_data
 from frugalmoe.analysis.uncertainty import Estimate, mean
+from frugalmoe.config import check_seed
 from frugalmoe.errors import UserError
 from frugalmoe.routing import strategies
 from frugalmoe.train.checkpoint import saved_steps
@@ -75,10 +76,11 @@ class Lab:
         model, moe = config.model, config.model.moe
         self.layers = moe_layers(run, config)
         self.router = strategies.get(moe.router)
-        self.eval_step = jax.jit(make_eval_step(self.config, trace=True))
+        size = self.data.tokenizer.size
+        self.eval_step = jax.jit(make_eval_step(self.config, trace=True, vocabulary=size))
         wider = dataclasses.replace(moe, num_experts_per_token=moe.num_experts_per_token + 1)
         wider = dataclasses.replace(self.config, model=dataclasses.replace(model, moe=wider))
-        self.spare_step = jax.jit(make_eval_step(wider, trace=True))
+        self.spare_step = jax.jit(make_eval_step(wider, trace=True, vocabulary=size))
         self.spare_checked = False
 
     def check(self, intervention: Intervention) -> None:
@@ -91,6 +93,8 @@ class Lab:
         if isinstance(intervention, Swap) and not 0 <= intervention.slot < self.config.model.moe.num_experts_per_token:
             last = self.config.model.moe.num_experts_per_token - 1
             raise UserError(f"Swap.slot={intervention.slot}: must be in 0 .. {last}")
+        if hasattr(intervention, "seed"):
+            check_seed(f"{name}.seed", intervention.seed)
         if isinstance(intervention, Mask | Demote) and intervention.instead not in INSTEAD:
             raise UserError(f"{name}.instead={intervention.instead!r}: unknown; valid: {', '.join(INSTEAD)}")
 
@@ -129,7 +133,7 @@ class Lab:
         """Every held-out batch."""
         seen: list[Traced] = []
         with jax.set_mesh(self.mesh):
-            changed = lambda params, state, batch: step(params, state, batch, intervention)
+            changed = lambda params, state, batch, first_row: step(params, state, batch, intervention, first_row)
             evaluate(changed, self.weights, self.data, self.config, self.mesh, seen)
         return seen
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from frugalmoe import metrics
 from frugalmoe.analysis import coactivation, plots
 from frugalmoe.analysis.dynamics import beyond_chance
 from frugalmoe.analysis.load import effective_experts, gini
@@ -10,6 +11,7 @@ from frugalmoe.analysis.probe import Probe
 from frugalmoe.analysis.runs import Run
 from frugalmoe.analysis.specialisation import Specialisation
 from frugalmoe.analysis.trace import Trace
+from frugalmoe.analysis.vocabulary import vocabulary_specialisation
 
 ALPHA = 0.05  # of a verdict, over all layers together
 
@@ -20,8 +22,11 @@ def loss(run: Run) -> str:
     if train is not None:
         parts.append(f"Training loss ended at {number(train.tail(), 4)} nats per token (mean of the last tenth).")
     final = {d: run.metrics[f"eval/loss/{d}"] for d in run.domains if f"eval/loss/{d}" in run.metrics}
+    if broken := [d for d, s in final.items() if not np.isfinite(s.values[-1])]:
+        parts.append(f"Validation loss on {listed(broken)} is not a number at the end: the run broke.")
+    final = {d: s for d, s in final.items() if d not in broken}
     if not final:
-        return " ".join([*parts, "The run has no evaluation yet."])
+        return " ".join(parts if broken else [*parts, "The run has no evaluation yet."])
     last = {d: s.values[-1] for d, s in final.items()}
     order = sorted(last, key=last.get)
     if len(order) == 1:
@@ -44,6 +49,49 @@ def speed(run: Run) -> str:
         f"The median was {number(middle, 3)} tokens per second; "
         f"eight tenths of the intervals lie between {number(low, 3)} and {number(high, 3)}."
     )
+
+
+def optimization(run: Run) -> str:
+    parts = []
+    norm = run.metrics.get("optim/gradient_norm")
+    if norm is not None and np.isfinite(norm.values).any():
+        top = int(np.nanargmax(norm.values))
+        parts.append(
+            f"The gradient norm was {number(float(np.nanmedian(norm.values)))} in the median, at most "
+            f"{number(norm.values[top])} (step {norm.steps[top]:,}), and {number(norm.tail())} over the last tenth."
+        )
+    rate = run.metrics.get("optim/learning_rate")
+    if rate is not None and np.isfinite(rate.values).any():
+        rates = rate.values[np.isfinite(rate.values)]
+        parts.append(f"The learning rate went up to {rates.max():.3g} and ended at {rates[-1]:.3g}.")
+    return " ".join(parts)
+
+
+def auxiliary_losses(run: Run) -> str:
+    """What each loss ended at, and the coefficient that the config gives it."""
+    coefficients = dict(run.config["model"]["moe"].get("losses", {}))
+    coefficients["logit_z"] = run.config.get("optim", {}).get("logit_z_loss", 0)
+    coefficients["depth_predictor"] = run.config["model"].get("mixture_of_depths", {}).get("predictor_loss", 0)
+    names = sorted(n for n in run.metrics if n.startswith("loss/") and n not in ("loss/ce", "loss/total"))
+    each = [
+        f"{metrics.find(name).label} {number(run.metrics[name].tail())} "
+        + (f"(times {c:g})" if (c := coefficients.get(name.removeprefix("loss/"), 0)) else "(watched only)")
+        for name in names
+    ]
+    return f"Over the last tenth of the logged steps: {listed(each)}."
+
+
+def vocabulary(probe: Probe) -> str:
+    """In which layer experts follow the token that is read most and least."""
+    known_N = probe.token_ids_N >= 0
+    shares = [vocabulary_specialisation(s[known_N], probe.token_ids_N[known_N], shuffles=3) for s in probe.selected_LNE]
+    value_L, floor_L = np.array(shares).T
+    most, least = int(np.nanargmax(value_L - floor_L)), int(np.nanargmin(value_L - floor_L))
+    said = [
+        f"{percent(value_L[l])} in layer {probe.layers_L[l]} (shuffled: {percent(floor_L[l])})"
+        for l in dict.fromkeys((most, least))
+    ]
+    return f"Of a token's occurrences its favourite expert gets {listed(said)}, the most and the least above chance."
 
 
 def load(run: Run) -> str:

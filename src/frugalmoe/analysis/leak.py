@@ -14,6 +14,7 @@ from frugalmoe.analysis.interventions import Nothing
 from frugalmoe.analysis.tracing import TOKENS
 from frugalmoe.analysis.uncertainty import Estimate, mean
 from frugalmoe.errors import UserError
+from frugalmoe.model.causality import leaking
 from frugalmoe.train.step import make_eval_step
 
 
@@ -43,11 +44,12 @@ def train_causal_gap(run: str | Path, *, checkpoint: int | None = None, tokens: 
     Raises `UserError` where evaluation leaks too, so that there is no causal loss. Cost: two evaluations.
     """
     lab = Lab(Path(run), checkpoint, tokens)
-    if lab.router.causality(lab.config.model.moe, train=False) == "leak":
-        rule = "its routing of a token depends on later tokens in evaluation too, so there is no causal loss to compare"
-        raise UserError(f"{run}: router {lab.router.name!r}: {rule}")
+    if parts := leaking(lab.config.model, train=False):
+        rule = "the experts of a token depend on later tokens in evaluation too, so there is no causal loss to compare"
+        raise UserError(f"{run}: {parts}: {rule}")
     causal = lab.probe(Nothing())
-    training = lab.probe(Nothing(), jax.jit(make_eval_step(lab.config, trace=True, as_in_training=lab.step)))
+    rule = {"as_in_training": lab.step, "vocabulary": lab.data.tokenizer.size}
+    training = lab.probe(Nothing(), jax.jit(make_eval_step(lab.config, trace=True, **rule)))
     return [
         Gap(
             domain,

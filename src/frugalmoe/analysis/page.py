@@ -7,6 +7,7 @@ import base64
 import html
 import io
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 
 from matplotlib.figure import Figure
@@ -23,7 +24,7 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 .note { font-size: .92rem; }
 .shows { border-left: 3px solid #0072B2; padding-left: .8rem; }
 figure { margin: 1rem 0; }
-img { width: 100%; height: auto; }
+img { display: block; width: 100%; height: auto; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; margin: .8rem 0; }
 caption { text-align: left; color: var(--grey); padding-bottom: .3rem; }
@@ -36,7 +37,10 @@ code, pre { font: .88em/1.5 ui-monospace, "SF Mono", "Liberation Mono", Consolas
 code { padding: .05em .3em; border-radius: 3px; white-space: pre-wrap; }
 pre { padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; border-radius: 4px; }
 summary { cursor: pointer; font-weight: 600; margin-top: .8rem; }
-@media (max-width: 40rem) { figure { overflow-x: auto; } img { width: 38rem; } }
+.passage { line-height: 2.5; margin: .4rem 0; overflow-wrap: anywhere; }
+.passage ruby { border-radius: 3px; padding: .05em 0; white-space: pre-wrap; ruby-position: under; }
+.passage rt { color: var(--ink); font-size: .62em; line-height: 1.1; user-select: none; }
+.key { display: inline-block; border-radius: 3px; padding: 0 .45em; margin: 0 .5em .2em 0; font-size: .9rem; }
 @media print { body { max-width: none; font-size: 10pt; padding: 0; } figure, tr, h2, h3 { break-inside: avoid; }
   h2, h3 { break-after: avoid; } }
 """
@@ -74,13 +78,17 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]], caption: s
     return tag("div", tag("table", inside), "wide")
 
 
-def picture(png: bytes, description: str) -> Html:
-    data = base64.b64encode(png).decode()
-    return tag("figure", Html(f'<img alt="{text(description)}" src="data:image/png;base64,{data}">'))
+def picture(wide: bytes, narrow: bytes, description: str) -> Html:
+    """A PNG file, and the one that a telephone shows in its place."""
+    wide, narrow = (f"data:image/png;base64,{base64.b64encode(data).decode()}" for data in (wide, narrow))
+    source = f'<source media="(max-width: 40rem)" srcset="{narrow}">'
+    return tag("figure", Html(f'<picture>{source}<img alt="{text(description)}" src="{wide}"></picture>'))
 
 
-def folded(title: str, content: Html) -> Html:
-    return tag("details", join([tag("summary", title), content]))
+def folded(title: str, content: Html, group: str = "", is_open: bool = False) -> Html:
+    """A title that shows its content when it is chosen; of a group one at a time."""
+    attributes = (f' name="{text(group)}"' if group else "") + (" open" if is_open else "")
+    return Html(f"<details{attributes}>{join([tag('summary', title), content])}</details>")
 
 
 def document(title: str, body: Html) -> str:
@@ -94,7 +102,9 @@ def document(title: str, body: Html) -> str:
 def png(figure: Figure) -> bytes:
     """The picture without the time and version that matplotlib would write into it."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None}, dpi=160)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a domain's name in a script that the font lacks: a box
+        figure.savefig(buffer, format="png", metadata={"Software": None}, dpi=160)
     return buffer.getvalue()
 
 

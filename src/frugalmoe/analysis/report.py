@@ -2,8 +2,8 @@
 
 import json
 import shlex
-from argparse import Namespace, _SubParsersAction
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,13 +24,13 @@ from frugalmoe.analysis.page import (
     table,
     tag,
 )
+from frugalmoe.analysis.passage import coloured
 from frugalmoe.analysis.probe import Probe
 from frugalmoe.analysis.runs import Run, load_run
 from frugalmoe.analysis.specialisation import Specialisation, group_units, specialise
 from frugalmoe.analysis.table import balance_rows, headline_rows, loss_rows
 from frugalmoe.analysis.trace import load_trace, trace_files
 from frugalmoe.analysis.vocabulary import TypicalToken, hash_likeness, typical_tokens
-from frugalmoe.commands import add_command
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.files import write_atomically
 
@@ -39,36 +39,12 @@ TYPICAL_EXPERTS = 6  # how many experts the table of typical tokens shows
 
 class Picture(NamedTuple):
     name: str  # of the PNG file
-    figure: Figure
+    draw: Callable[[float], Figure]  # at a width in inches
 
 
 class Section(NamedTuple):
     title: str
     parts: list  # Html and Picture, in reading order
-
-
-def add_parsers(subparsers: _SubParsersAction) -> None:
-    """`frugalmoe report PATH`."""
-    summary = "Write PATH/report/index.html: what a run or a study shows, with pictures."
-    examples = (
-        "  frugalmoe report runs/quickstart\n  frugalmoe report runs/balance\n"
-        "  frugalmoe report runs/balance --publish=experiments"
-    )
-    parser = add_command(subparsers, "report", _command, summary, examples)
-    parser.add_argument("path", metavar="PATH", help="the directory of a run or of a study, finished or not")
-    parser.add_argument(
-        "--publish", metavar="DIR", help="write a study's results, pictures and RESULTS.md into DIR/NAME and its index"
-    )
-
-
-def _command(args: Namespace) -> int:
-    if args.publish or (Path(args.path) / "study.json").is_file():
-        from frugalmoe import ablate  # imports the training loop, which a run's report does without
-
-        print(ablate.publish_study(args.path, args.publish) if args.publish else ablate.write_study_report(args.path))
-    else:
-        print(write_report(args.path))
-    return 0
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -81,9 +57,9 @@ def write_report(run_dir: str | Path) -> Path:
         body.append(tag("h2", section.title))
         for part in section.parts:
             if isinstance(part, Picture):
-                data = png(part.figure)
-                write_atomically(folder / f"{part.name}.png", data)
-                part = picture(data, section.title)
+                wide, narrow = png(part.draw(plots.WIDE)), png(part.draw(plots.NARROW))
+                write_atomically(folder / f"{part.name}.png", wide)
+                part = picture(wide, narrow, section.title)
             body.append(part)
     body.append(tag("p", "Each picture is also a PNG file beside this page.", "note"))
     page = document(f"{run.name} – frugalmoe report", join(body))
@@ -104,6 +80,24 @@ def _sections(run: Run) -> list[Section]:
         ),
         *probe,
         *_trace_sections(run),
+        _section(
+            "Optimization",
+            run,
+            plots.optimization,
+            findings.optimization,
+            "optimization",
+            "no optimizer metrics",
+            HOW_OPTIM,
+        ),
+        _section(
+            "Auxiliary losses",
+            run,
+            plots.auxiliary_losses,
+            findings.auxiliary_losses,
+            "auxiliary",
+            "none",
+            HOW_AUXILIARY,
+        ),
         _section("Speed", run, plots.speed, findings.speed, "speed", "no timed steps", HOW_SPEED),
         Section("Sample", [_sample(run)]),
         Section("Reproduce", [_reproduce(run)]),
@@ -112,7 +106,7 @@ def _sections(run: Run) -> list[Section]:
 
 HOW_LOSS = (
     "Mean cross-entropy of predicting the next token; lower is better. Grey: training batches, smoothed if many. "
-    "Dots: whole held-out documents of each domain."
+    "Dots: whole held-out documents of each domain; of more than eight domains the hardest and the easiest are named."
 )
 HOW_LOAD = (
     "One row per expert, steps from left to right. White: the load that balance would give; orange: more; "
@@ -123,6 +117,20 @@ HOW_BALANCE = (
     "the dashed line is what sampling alone gives. Router entropy says how undecided the router is about a token: "
     "at ln E all experts look the same to it, at 0 it is certain."
 )
+HOW_OPTIM = (
+    "Gradient norm: the length of the gradient of all parameters, before it is clipped; a jump is a batch that pulled "
+    "hard, a rise that stays is a run about to break. Parameter norm: the length of the parameters after the step. "
+    "Learning rate: the size of a step, as the schedule sets it."
+)
+HOW_AUXILIARY = (
+    "What training adds to the cross-entropy, or only watches: each loss as it is before its coefficient, mean over "
+    "layers, of training batches. A load balance loss is 1 where every expert gets its share."
+)
+HOW_PASSAGE = (
+    "Held-out text as the model saw it: the colour and the number under a token name the expert that it went to, or of "
+    "its experts the one with the fewest tokens here (hover to see all). ⏎ is a line break, · a part of a character, "
+    "▪ the end of a document. One layer is shown at a time."
+)
 HOW_SPEED = "Tokens of all devices per second of training; evaluation and checkpoints are left out."
 HOW_DOMAINS = (
     "The share of a domain's held-out tokens that goes to each expert (domain specialisation of OLMoE, "
@@ -130,8 +138,10 @@ HOW_DOMAINS = (
     "Numbers, where there is room: percent of the domain's tokens."
 )
 HOW_INTERVALS = (
-    "The layer of the most specialised pair in detail. Bars: 95% bootstrap intervals over units; n: probe "
-    "tokens of the domain. A unit is a held-out document (a row of the probe in runs that did not note documents)."
+    "The layer of the most specialised pair in detail: the pairs of domain and expert that differ most from the mean "
+    "over domains. Dots: share of the domain's tokens, orange above and blue below the dashed line, which is chance; "
+    "bars: 95% bootstrap intervals over units. A unit is a held-out document (a row of the probe in runs that did not "
+    "note documents)."
 )
 HOW_CO_ACTIVATION = (
     "Of the tokens of expert i, how many also go to expert j, over what independent choices at the same loads would "
@@ -152,10 +162,9 @@ HOW_VOCABULARY = (
 
 
 def _section(title: str, run: Run, draw: Callable, find: Callable, name: str, lacking: str, how: str) -> Section:
-    figure = draw(run)
-    if figure is None:
+    if draw(run) is None:
         return Section(title, [_missing(lacking)])
-    return Section(title, [_how(how), Picture(name, figure), _shows(find(run))])
+    return Section(title, [_how(how), Picture(name, partial(draw, run)), _shows(find(run))])
 
 
 def _how(sentence: str) -> Html:
@@ -206,10 +215,11 @@ def _results(run: Run) -> list[Html]:
 
 def _load_section(run: Run) -> Section:
     title = "Expert load over training"
-    if run.loads is None:
+    if run.loads is None or not run.loads.counts_SLE.sum(-1).all():
         return Section(title, [_missing("no expert loads (expert_load.jsonl)")])
     return Section(
-        title, [_how(HOW_LOAD), Picture("expert_load", plots.expert_load(run.loads)), _shows(findings.load(run))]
+        title,
+        [_how(HOW_LOAD), Picture("expert_load", partial(plots.expert_load, run.loads)), _shows(findings.load(run))],
     )
 
 
@@ -223,11 +233,11 @@ def _probe_sections(run: Run, probe: Probe) -> list[Section]:
     sections = [
         Section("What the experts specialise in: domains", _domain_parts(found, probe, domains)),
         Section("What the experts specialise in: tokens", _token_parts(run, probe)),
+        Section("A passage, token by token", _passage_parts(run, probe, domains)),
     ]
-    figure = plots.co_activation(probe)
-    together = [_missing("one expert per token at most, so no pairs")]
-    if figure is not None:
-        together = [_how(HOW_CO_ACTIVATION), Picture("co_activation", figure), _shows(findings.co_activation(probe))]
+    draw, together = partial(plots.co_activation, probe), [_missing("one expert per token at most, so no pairs")]
+    if draw() is not None:
+        together = [_how(HOW_CO_ACTIVATION), Picture("co_activation", draw), _shows(findings.co_activation(probe))]
     return [*sections, Section("Experts that work together", together)]
 
 
@@ -235,13 +245,15 @@ def _domain_parts(found: Specialisation, probe: Probe, domains: list[str]) -> li
     present = np.flatnonzero(found.tokens_G)
     if len(present) < 2:
         return [_missing("fewer than two domains in its probe")]
-    sizes = ", ".join(f"{domains[g]} {found.tokens_G[g]:,} tokens in {found.units_G[g]:,} units" for g in present)
+    few = sorted(present, key=lambda g: found.tokens_G[g])[:8]
+    sizes = ", ".join(f"{domains[g]} {found.tokens_G[g]:,} tokens in {found.units_G[g]:,} units" for g in sorted(few))
+    sizes += f", and more of {len(present) - 8} other domains" if len(present) > 8 else ""
     return [
         _how(HOW_DOMAINS),
-        Picture("domains", plots.domain_heatmaps(found, probe.layers_L, domains)),
+        Picture("domains", partial(plots.domain_heatmaps, found, probe.layers_L, domains)),
         _shows(findings.specialisation(found, probe.layers_L, domains)),
         _how(HOW_INTERVALS),
-        Picture("domain_intervals", plots.domain_intervals(found, probe.layers_L, domains)),
+        Picture("domain_intervals", partial(plots.domain_intervals, found, probe.layers_L, domains)),
         _information_table(found, probe),
         tag(
             "p",
@@ -252,6 +264,12 @@ def _domain_parts(found: Specialisation, probe: Probe, domains: list[str]) -> li
             "note",
         ),
     ]
+
+
+def _passage_parts(run: Run, probe: Probe, domains: list[str]) -> list[Html]:
+    if run.tokenizer is None:
+        return [_missing("no tokenizer to write the tokens with")]
+    return [_how(HOW_PASSAGE), coloured(probe, run.tokenizer, domains)]
 
 
 def _information_table(found: Specialisation, probe: Probe) -> Html:
@@ -326,10 +344,15 @@ def _trace_sections(run: Run) -> list[Section]:
     if not trace_files(run.path):
         return []
     trace = load_trace(run.path)
-    settling = [_missing("one traced checkpoint only, so no change to show")]
-    if (figure := plots.saturation(trace)) is not None:
-        settling = [_how(HOW_SATURATION), Picture("saturation", figure), _shows(findings.saturation(trace))]
-    words = [_how(HOW_VOCABULARY), Picture("vocabulary", plots.vocabulary_specialisation(trace.probe()))]
+    count, draw = len(trace.steps_S), partial(plots.saturation, trace)
+    settling = [_missing(f"{count} traced checkpoint{'s' * (count > 1)}, and when the routing settles takes three")]
+    if draw() is not None:
+        settling = [_how(HOW_SATURATION), Picture("saturation", draw), _shows(findings.saturation(trace))]
+    words = [
+        _how(HOW_VOCABULARY),
+        Picture("vocabulary", partial(plots.vocabulary_specialisation, trace.probe())),
+        _shows(findings.vocabulary(trace.probe())),
+    ]
     return [Section("When the routing settles", settling), Section("Whose words the experts follow", words)]
 
 

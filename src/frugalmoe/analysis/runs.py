@@ -5,7 +5,7 @@ Letters: S logged steps, L MoE layers, E experts.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,9 @@ class Run:
     loads: Loads | None
     probe: Probe | None
     tokenizer: Tokenizer | None
+    # A row per start: time (UTC), step, command, versions, git_commit, platform, devices, processes, and the changes
+    # of the config since the start before, field -> [then, now]. Empty for runs that are older than their history.
+    history: Sequence[Mapping[str, Any]] = ()
 
     @property
     def name(self) -> str:
@@ -88,6 +91,7 @@ def load_run(path: str | Path) -> Run:
         loads=_loads(path / "expert_load.jsonl"),
         probe=load_probe(path / "probe.npz") if (path / "probe.npz").exists() else None,
         tokenizer=_tokenizer(path / "tokenizer"),
+        history=tuple(row for _, row in _rows(path / "history.jsonl")) if (path / "history.jsonl").exists() else (),
     )
 
 

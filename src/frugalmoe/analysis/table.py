@@ -3,18 +3,12 @@
 from rich.table import Table
 from rich.text import Text
 
+from frugalmoe import metrics
 from frugalmoe.analysis.page import count, number, percent
 from frugalmoe.analysis.runs import Run
-
-# What `summary.json` may say of a layer's routing, and the words for it.
-BALANCE = {
-    "max_violation": "max violation",
-    "entropy": "router entropy (nats)",
-    "load_entropy": "load entropy (nats)",
-    "drop_rate": "drop rate",
-    "dead_experts": "dead experts",
-    "tie_rate": "tie rate",
-}
+from frugalmoe.config import resolve, to_dict, with_vocabulary
+from frugalmoe.cost import TRAIN_FACTOR, forward_flops
+from frugalmoe.errors import UserError
 
 
 def headline_rows(run: Run) -> list[tuple[str, str]]:
@@ -27,7 +21,7 @@ def headline_rows(run: Run) -> list[tuple[str, str]]:
         rows.append(("optimizer steps", steps))
     if "name" in router:
         where = f", {moe['num_experts_per_token']} of {moe['num_experts']} experts" if moe else ""
-        rows.append(("router", f"{router['name']}{where}; causality: {router.get('causal', 'unknown')}"))
+        rows.append(("router", f"{router['name']}{where}; causality: {_causality(router)}"))
     if depths := run.summary.get("mixture_of_depths"):
         shares = [
             f"{percent(v['share'])} in layer {int(k.removeprefix('layer_'))}" for k, v in depths["layers"].items()
@@ -37,10 +31,20 @@ def headline_rows(run: Run) -> list[tuple[str, str]]:
     if "total" in parameters:
         names = [("total", "total"), ("active", "active per token"), ("embedding", "embedding")]
         rows.append(("parameters", ", ".join(f"{count(parameters[k])} {w}" for k, w in names if k in parameters)))
-    if "tokens_per_second" in speed:
+    if tokens := tokens_seen(run):
+        rows.append(("training tokens", count(tokens)))
+        if flops := training_flops(run):
+            rows.append(("training compute", f"{count(flops)} FLOPs ({count(flops / tokens)} per token)"))
+    if speed.get("tokens_per_second") is not None:
         seconds = f" ({number(speed['step_seconds'])} s per step)" if "step_seconds" in speed else ""
         rows.append(("training speed", f"{number(speed['tokens_per_second'], 4)} tokens/s{seconds}"))
     return rows
+
+
+def _causality(router: dict) -> str:
+    """In training, and in evaluation where it differs."""
+    training, evaluation = router.get("causal", "unknown"), router.get("causal_in_evaluation")
+    return training if evaluation in (None, training) else f"{training}; {evaluation} in evaluation"
 
 
 def loss_rows(run: Run) -> list[tuple[str, str, str]]:
@@ -54,11 +58,40 @@ def loss_rows(run: Run) -> list[tuple[str, str, str]]:
 def balance_rows(run: Run) -> tuple[list[str], list[list[str]]]:
     """Header and one row per MoE layer of what the summary says of its routing."""
     layers = run.summary.get("router", {}).get("layers", {})
-    names = [n for n in BALANCE if any(n in values for values in layers.values())]
-    rows = [
+    rows = {m.name.removeprefix("router/"): m for m in metrics.prefixed("router/")}
+    names = [n for n in rows if any(n in values for values in layers.values())]
+    titles = [rows[n].title for n in names]
+    cells = [
         [str(int(key.removeprefix("layer_"))), *(number(v.get(n)) for n in names)] for key, v in sorted(layers.items())
     ]
-    return ["layer", *(BALANCE[n] for n in names)], rows
+    return ["layer", *titles], cells
+
+
+def tokens_seen(run: Run) -> int:
+    """Of the optimizer steps that are logged; 0 where the config does not say."""
+    train, data = run.config.get("train", {}), run.config.get("data", {})
+    per_step = train.get("batch_size", 0) * data.get("sequence_length", 0)
+    return per_step * max((int(s.steps[-1]) for s in run.metrics.values()), default=0)
+
+
+def training_flops(run: Run) -> float:
+    """Forward and backward, with the experts that tokens really used; 0 where the config is of other code than this."""
+    try:
+        config = resolve(to_dict(run.config))
+        config = with_vocabulary(config, run.tokenizer.size if run.tokenizer else 0)
+    except UserError:
+        return 0.0
+    if not config.model.vocab_size:
+        return 0.0
+    used = [
+        layer["active_per_token"]
+        for layer in run.summary.get("router", {}).get("layers", {}).values()
+        if layer.get("active_per_token")
+    ]
+    active = sum(used) / len(used) if used else None
+    return (
+        TRAIN_FACTOR * tokens_seen(run) * sum(forward_flops(config.model, config.data.sequence_length, active).values())
+    )
 
 
 def summary_table(run: Run) -> Table:

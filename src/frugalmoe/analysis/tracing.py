@@ -14,7 +14,6 @@ Letters: L MoE layers, N tokens, E experts, K experts per token.
 
 import dataclasses
 import io
-from argparse import Namespace, _SubParsersAction
 from pathlib import Path
 
 import jax
@@ -24,7 +23,6 @@ from rich.progress import track
 from frugalmoe import generate
 from frugalmoe.analysis.probe import read_columns
 from frugalmoe.analysis.trace import FOLDER, check_file, fingerprints, trace_files
-from frugalmoe.commands import add_command
 from frugalmoe.config import Config
 from frugalmoe.data import Dataset, open_data
 from frugalmoe.errors import UserError
@@ -35,32 +33,6 @@ from frugalmoe.train.evaluate import Traced, evaluate, probe_columns
 from frugalmoe.train.step import make_eval_step
 
 TOKENS = 65_536
-
-
-def add_parsers(subparsers: _SubParsersAction) -> None:
-    """`frugalmoe trace RUN`."""
-    parser = add_command(
-        subparsers,
-        "trace",
-        _command,
-        "Store how each checkpoint of a run routes the same held-out tokens, for analysis and the report.",
-        "  frugalmoe trace runs/quickstart\n"
-        "  frugalmoe trace runs/quickstart --checkpoints=last --tokens=200000\n"
-        "  frugalmoe report runs/quickstart     (afterwards: with saturation, words and churn)",
-    )
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory with checkpoints")
-    parser.add_argument(
-        "--checkpoints", choices=("all", "last"), default="all", help="checkpoints already traced are skipped"
-    )
-    parser.add_argument(
-        "--tokens", type=int, default=TOKENS, help=f"about how many, spread evenly over domains (default: {TOKENS})"
-    )
-
-
-def _command(args: Namespace) -> int:
-    written = write_trace(args.run, checkpoints=args.checkpoints, tokens=args.tokens)
-    print(f"{args.run / FOLDER}: {len(trace_files(args.run))} checkpoints traced, {len(written)} of them now")
-    return 0
 
 
 def write_trace(
@@ -111,7 +83,7 @@ class Tracer:
         self.layers = moe_layers(run, config)
         self.data = open_run_data(run, config)
         self.config = limited(config, len(self.data.domains), tokens)
-        self.eval_step = jax.jit(make_eval_step(self.config, trace=True))
+        self.eval_step = jax.jit(make_eval_step(self.config, trace=True, vocabulary=self.data.tokenizer.size))
 
     def columns(self, step: int) -> dict[str, np.ndarray]:
         """The arrays of one checkpoint's file that follow from its weights."""
@@ -147,10 +119,9 @@ def open_run_data(run: Path, config: Config) -> Dataset:
 
 
 def limited(config: Config, domains: int, tokens: int) -> Config:
-    """The config with as many evaluation batches per domain as come nearest to the number of tokens, at least one."""
-    per_batch = config.train.batch_size // config.train.accumulate_steps * config.data.sequence_length
-    batches = max(1, round(tokens / (domains * per_batch)))
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batches=batches))
+    """The config with as many held-out rows per domain as come nearest to the number of tokens, at least one."""
+    rows = max(1, round(tokens / (domains * config.data.sequence_length)))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, eval_rows=rows))
 
 
 def _plans(seen: list[Traced]) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -1,14 +1,20 @@
 """Every rule that a resolved config must obey. One line per rule: the field, its value, the rule, the valid choices."""
 
+import codecs
 import math
+import os
+import re
 from collections.abc import Callable, Iterable
 
 from frugalmoe.config.schema import Config, Model, MoE
 from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.files import check_name
 
 
 def check(config: Config) -> None:
     """Raises `UserError` for the first rule that the config breaks."""
+    for part in config.name.split("/"):  # a study's runs are STUDY/ARM/SEED
+        check_name("name" if part == config.name else f"name={config.name!r}: a part of it", part)
     for rules in (_model, _depths, _moe, _data, _optim, _train):
         rules(config)
 
@@ -27,6 +33,28 @@ def _each(prefix: str, section: object, names: str, ok: Callable[[float], bool],
     for name in names.split():
         value = getattr(section, name)
         _require(math.isfinite(value) and ok(value), f"{prefix}.{name}", value, rule)
+
+
+def check_integer(path: str, value: int, least: int = -(2**31)) -> None:
+    """Raises `UserError` for an integer that 32 bits with a sign, as in JAX and in tables of results, do not hold."""
+    if not least <= value < 2**31:
+        shown = repr(value) if value.bit_length() < 128 else f"(an integer of {value.bit_length()} bits)"
+        raise UserError(f"{path}={shown}: must be from {least} to {2**31 - 1}")
+
+
+def check_seed(path: str, seed: int) -> None:
+    """Raises `UserError` for what is no seed, wherever one is given."""
+    _require(type(seed) is int, path, seed, "must be an integer")
+    check_integer(path, seed, least=0)
+
+
+def check_float(path: str, value: float) -> None:
+    """Raises `UserError` for what is infinite, NaN, or either of these or zero in float32, in which it is used."""
+    ok = value == 0 or _SMALLEST <= abs(value) <= _LARGEST
+    _require(ok, path, value, f"must be 0 or from {_SMALLEST:g} to {_LARGEST:g} in size, as float32 has it")
+
+
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**128 - 2.0**104  # of the normal numbers of float32
 
 
 def _model(config: Config) -> None:
@@ -79,7 +107,7 @@ def _moe(config: Config) -> None:
     # Imported here: strategies and executors import the config's schema.
     from frugalmoe import experts
     from frugalmoe.experts import parallel
-    from frugalmoe.routing import strategies
+    from frugalmoe.routing import losses, strategies
 
     moe: MoE = config.model.moe
     router = strategies.get(moe.router)
@@ -91,6 +119,7 @@ def _moe(config: Config) -> None:
         lambda v: v > 0,
         "must be positive",
     )
+    _each("model.moe", moe, "load_balance_group", lambda v: v > 0, "must be positive")
     _each("model.moe", moe, "num_shared_experts", lambda v: v >= 0, "must not be negative")
     _require(
         moe.num_experts_per_token <= moe.num_experts,
@@ -100,11 +129,12 @@ def _moe(config: Config) -> None:
     )
     for name, coefficient in moe.losses.items():
         path = f"model.moe.losses.{name}"
-        known = {*strategies.loss_names(), *router.about.losses}
-        if name not in known:
+        own = {*losses.GATE_LOSSES, *router.about.losses}
+        # Those of other strategies are valid too, for configs that change the router; only then are all imported.
+        if name not in own and name not in (known := own.union(strategies.loss_names())):
             raise UserError(f"{path}: unknown loss; {did_you_mean(name, known)}")
-        _require(isinstance(coefficient, int | float), path, coefficient, "must be a number")
-        _require(coefficient >= 0, path, coefficient, "must not be negative")
+        _require(type(coefficient) in (int, float), path, coefficient, "must be a number")
+        _require(0 <= coefficient < math.inf, path, coefficient, "must not be negative or infinite")
     _require(
         moe.load_balance_devices > 0 and moe.num_experts % moe.load_balance_devices == 0,
         "model.moe.load_balance_devices",
@@ -146,24 +176,38 @@ def _check_scope(config: Config, devices: int) -> None:
 def _data(config: Config) -> None:
     d = config.data
     _require(d.sequence_length > 1, "data.sequence_length", d.sequence_length, "must be at least 2")
+    _one_of("data.document_start", d.document_start, ("end_of_text", "none"))
     _require(0 < d.validation_fraction < 1, "data.validation_fraction", d.validation_fraction, "must be in (0, 1)")
-    kind, _, size = d.tokenizer.partition(":")
+    size = re.fullmatch(r"bpe:([0-9]{3,9})", d.tokenizer)
     _require(
         d.tokenizer == "bytes"
-        or d.tokenizer.endswith(".json")
-        or (kind == "bpe" and size.isdigit() and int(size) > 256),
+        or (size is not None and int(size[1]) > 256)
+        or (d.tokenizer[:4] != "bpe:" and (any(c in d.tokenizer for c in "./~") or os.path.isdir(d.tokenizer))),
         "data.tokenizer",
         d.tokenizer,
-        "must be bytes, bpe:SIZE with SIZE > 256, or the path of a tokenizer.json",
+        "must be bytes, bpe:SIZE with SIZE > 256, or the path of a tokenizer.json or of its directory",
     )
+    for name, source in d.sources.items():
+        _one_of(f"data.sources.{name}.null_text", source.null_text, ("stop", "skip"))
+        rule = "must be a text encoding that Python knows, as utf-8, utf-16, latin-1, cp1252"
+        _require(_is_encoding(source.encoding), f"data.sources.{name}.encoding", source.encoding, rule)
     weights = [s.weight for s in d.sources.values()]
-    _require(all(w >= 0 for w in weights), "data.sources", weights, "weights must not be negative")
+    _require(
+        all(0 <= w < math.inf for w in weights), "data.sources", weights, "weights must not be negative or infinite"
+    )
     _require(
         all(w == 0 for w in weights) or all(w > 0 for w in weights),
         "data.sources",
         weights,
         "either every source has a weight or none has",
     )
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        return codecs.lookup(name).incrementaldecoder is not None and "a".encode(name) is not None
+    except (LookupError, ValueError):  # unknown; not of text
+        return False
 
 
 def _optim(config: Config) -> None:
@@ -183,9 +227,10 @@ def _optim(config: Config) -> None:
 
 def _train(config: Config) -> None:
     t, c = config.train, config.checkpoint
-    positive = "steps batch_size accumulate_steps log_every eval_batches loss_chunk"
+    positive = "steps batch_size accumulate_steps log_every eval_rows loss_chunk"
     _each("train", t, positive, lambda v: v > 0, "must be positive")
-    _each("train", t, "seed eval_every", lambda v: v >= 0, "must not be negative")
+    check_seed("train.seed", t.seed)
+    _each("train", t, "eval_every", lambda v: v >= 0, "must not be negative")
     _each("checkpoint", c, "every_steps keep_every_steps", lambda v: v >= 0, "must not be negative")
     _each("checkpoint", c, "keep_last", lambda v: v > 0, "must be positive")
     _require(
@@ -194,6 +239,16 @@ def _train(config: Config) -> None:
         t.batch_size,
         f"must be a multiple of train.accumulate_steps={t.accumulate_steps}",
     )
+    for name in tracker_names(config):
+        _one_of("train.trackers", name, ("tensorboard", "wandb", "trackio"))
+    tokens = t.batch_size * config.data.sequence_length
+    rule = f"times data.sequence_length={config.data.sequence_length} must be below {2**31} tokens"
+    _require(tokens < 2**31, "train.batch_size", t.batch_size, rule)
+
+
+def tracker_names(config: Config) -> tuple[str, ...]:
+    """The names in train.trackers, each once."""
+    return tuple(dict.fromkeys(name for name in config.train.trackers.split(",") if name))
 
 
 def check_devices(config: Config, num_devices: int) -> dict[str, int]:
@@ -263,11 +318,13 @@ def _check_layout(config: Config, axes: dict[str, int]) -> None:
 
 
 def _divides(path: str, size: int, what: str, total: int) -> None:
-    _require(total % size == 0, path, size, f"must divide {what}; {_nearest(size, total)}")
+    if total % size:
+        raise UserError(f"{path}={size!r}: must divide {what}; {_nearest(size, total)}")
 
 
 def _nearest(size: int, total: int) -> str:
     """The divisors of a total on both sides of a size that is none."""
-    valid = [n for n in range(1, total + 1) if total % n == 0]
+    small = [n for n in range(1, math.isqrt(total) + 1) if total % n == 0]
+    valid = sorted({*small, *(total // n for n in small)})
     near = [*[n for n in valid if n < size][-1:], *[n for n in valid if n > size][:1]]
     return f"nearest valid: {', '.join(map(str, near))}"

@@ -1,28 +1,96 @@
 """From a config file and overrides to a checked `Config`. The only place where ConfigDicts live."""
 
 import ast
+import contextlib
 import dataclasses
 import importlib.util
+import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from frugalmoe.config import schema
-from frugalmoe.config.checks import check
+from frugalmoe.config.checks import check, check_float, check_integer
 from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.files import read_json
+from frugalmoe.shipped import CONFIGS, Folder
+
+RECORD = "config.json"  # of a run's directory: the config that it was trained with
+
+# What runs did that are older than a field, where its default makes new ones do something else.
+_BEFORE = {"data": {"document_start": "none"}}
 
 
 def default() -> ConfigDict:
     """A locked ConfigDict with every field at its default; a config file edits it and returns it."""
-    config = ConfigDict(to_dict(schema.Config())).lock()
+    return _open(ConfigDict(to_dict(schema.Config())))
+
+
+def _open(config: ConfigDict) -> ConfigDict:
+    """Locks a config but for the sections whose keys the user names."""
+    config.lock()
     config.model.moe.options.unlock()
     config.model.moe.losses.unlock()
     config.data.sources.unlock()
     return config
+
+
+def record(path: Path) -> dict[str, Any]:
+    """The config that a run's config.json holds, in the fields of today.
+
+    Fields that are younger than the run have what the run did: the defaults, or what `_BEFORE` says. Raises `UserError`
+    for a file that is no record of a run.
+    """
+    saved = read_json(path)
+    if not _is_record(saved):
+        raise UserError(f"{path}: not the config of a run; it needs a name and the sections {', '.join(_SECTIONS)}")
+    try:
+        train = dict(saved["train"])
+        if "eval_batches" in train:  # older runs count held-out rows in micro-batches
+            micro_batch = train["batch_size"] // train["accumulate_steps"]
+            train["eval_rows"] = train.pop("eval_batches") * micro_batch
+        older = {section: {**fields, **saved[section]} for section, fields in _BEFORE.items()}
+        return completed({**saved, **older, "train": train})
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as e:
+        raise UserError(f"{path}: a damaged config ({type(e).__name__}: {e})") from e
+
+
+_SECTIONS = ("model", "data", "optim", "train", "checkpoint", "mesh")
+
+
+def _is_record(saved: Any) -> bool:
+    """Whether the content of a config.json is a config of ours, of whatever age."""
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("name"), str):
+        return False
+    sections = [saved.get(name) for name in _SECTIONS]
+    return all(isinstance(s, Mapping) for s in sections) and isinstance(sections[0].get("moe"), Mapping)
+
+
+def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """`saved` with the fields that it lacks at their defaults; those that are no fields stay."""
+    from frugalmoe.routing import strategies
+
+    filled = _filled(saved, schema.Config())
+    data, moe = filled["data"], filled["model"]["moe"]
+    data["sources"] = {name: _filled(source, schema.Source()) for name, source in data["sources"].items()}
+    if moe["router"] in strategies.names():
+        moe["options"] = {**to_dict(strategies.get(moe["router"]).options()), **moe["options"]}
+    return filled
+
+
+def _filled(saved: Any, section: Any) -> Any:
+    if not isinstance(saved, Mapping):
+        return saved
+    new = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+    fill = lambda name, value: (
+        _filled(saved.get(name, {}), value) if dataclasses.is_dataclass(value) else saved.get(name, to_dict(value))
+    )
+    return {**saved, **{name: fill(name, value) for name, value in new.items()}}
 
 
 def to_dict(config: Any) -> Any:
@@ -43,32 +111,75 @@ def _is_router(value: Any) -> bool:
 
 
 def load(spec: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> schema.Config:
-    """`FILE[:ARG]` -> its `get_config(ARG)`, overridden, resolved and checked."""
+    """`FILE[:ARG]` -> its `get_config(ARG)`, or the config of a run, overridden, resolved and checked."""
     return resolve(override(read(spec), overrides))
 
 
 def read(spec: str) -> ConfigDict:
-    """`FILE[:ARG]` -> its `get_config(ARG)`."""
+    """`FILE[:ARG]` -> its `get_config(ARG)`. FILE is a path, or the name of a config that we ship.
+
+    The directory of a run, or its config.json -> what it was trained with.
+    """
+    run = Path(spec) / RECORD
+    if os.path.isfile(run) or spec.endswith(".json"):
+        return _open(ConfigDict(record(run if os.path.isfile(run) else Path(spec))))
     file, _, arg = spec.partition(":")
-    path = Path(file)
-    if not path.is_file():
-        near = sorted(str(p) for p in Path("configs").glob("*.py"))
-        raise UserError(f"--config={spec}: no such file; {did_you_mean(file, near)}")
+    get_config = python_file(CONFIGS, file, f"--config={spec}", "get_config")
+    with _one_line_errors(f"--config={spec}"):
+        config = get_config(arg or None)
+    rule = "get_config() must edit what frugalmoe.config.default() gives, and return it"
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={spec}: returned {type(config).__name__}: {rule}")
+    if missing := _missing_sections(config, default()):
+        raise UserError(f"--config={spec}: without the section {missing[0]}: {rule}")
+    return config
+
+
+def python_file(shipped: Folder, file: str, what: str, name: str) -> Any:
+    """`name` of the Python file at a path or shipped under that name; raises `UserError` that begins with `what`.
+
+    What the file does wrong is the user's error too, be it syntax, an exception or an end of the program.
+    """
+    path = shipped.find(file, what)
+    if path.suffix != ".py":
+        raise UserError(f"{what}: must be a Python file, NAME.py, that defines {name}")
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(module_spec)
-    try:
+    with _one_line_errors(what):
         module_spec.loader.exec_module(module)
-        return module.get_config(arg or None)
+    if not hasattr(module, name):
+        raise UserError(f"{what}: defines no {name}")
+    return getattr(module, name)
+
+
+@contextlib.contextmanager
+def _one_line_errors(what: str) -> Iterator[None]:
+    try:
+        yield
     except UserError:
         raise
-    except Exception as e:
-        raise UserError(f"--config={spec}: {type(e).__name__}: {_one_line(e)}") from e
+    except (Exception, SystemExit) as e:  # with SystemExit the program would end well, and nothing have been done
+        raise UserError(f"{what}: {type(e).__name__}: {_one_line(e)}") from e
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     """ConfigDict prints the whole section between what is wrong and its 'Did you mean'."""
-    lines = [line for line in str(error).strip("'\"").replace("\\n", "\n").splitlines() if line.strip()] or [""]
+    text = str(error)
+    if " Other fields" not in text:
+        return text  # UserError joins its lines
+    lines = [line for line in text.strip("'\"").replace("\\n", "\n").splitlines() if line.strip()]
     return lines[0].split(" Other fields")[0] + (f" {lines[-1]}" if "Did you mean" in lines[-1] else "")
+
+
+def _missing_sections(config: ConfigDict, whole: ConfigDict, path: str = "") -> list[str]:
+    """The sections of a whole config that another lacks, or has a value for."""
+    missing = []
+    for name, section in whole.items():
+        if isinstance(section, ConfigDict):
+            found = config.get(name)
+            inner = isinstance(found, ConfigDict)
+            missing += _missing_sections(found, section, f"{path}{name}.") if inner else [path + name]
+    return missing
 
 
 def override(config: ConfigDict, overrides: Mapping[str, Any] | Sequence[str]) -> ConfigDict:
@@ -92,8 +203,9 @@ def _parse_assignment(text: str) -> tuple[str, Any]:
     if not equals:
         raise UserError(f"--config.{text}: an override is written --config.{text}=VALUE")
     try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+        with warnings.catch_warnings(action="ignore"):  # of text that looks like Python, as '\\d' does
+            return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return name, {"true": True, "false": False}.get(value, value)
 
 
@@ -112,34 +224,53 @@ def _set(config: ConfigDict, dotted: str, value: Any) -> None:
         node = node.unlock() if open_keys else node
     if leaf not in node and not open_keys:
         _unknown(dotted, node)
+    if type(value) is int and value.bit_length() > 128:  # ConfigDict makes a float of it, which may not hold it
+        check_integer(dotted, value)
+    _check_replacement(dotted, node.get(leaf), value, open_keys or _is_open([*parents, leaf]))
     with node.ignore_type():
         node[leaf] = value
 
 
+def _check_replacement(dotted: str, old: Any, value: Any, is_open: bool) -> None:
+    """Refuses what ConfigDict would take and make something else of; types are checked in `resolve`."""
+    is_mapping = isinstance(value, Mapping | ConfigDict)
+    if isinstance(old, ConfigDict) and not (is_mapping and is_open):
+        raise UserError(f"{dotted}={value!r}: is a section; set its fields: {', '.join(old.keys()) or 'it has none'}")
+    if is_mapping and not all(isinstance(key, str) for key in value):
+        raise UserError(f"{dotted}={value!r}: expected names as keys")
+    if type(value) is bool and type(old) in (int, float):  # would become 1.0
+        raise UserError(f"{dotted}={value!r}: expected {type(old).__name__}, got bool")
+
+
 def _is_open(path: list[str]) -> bool:
-    """Mappings whose keys the user names; their contents are checked in `resolve`."""
-    return path in (["model", "moe", "options"], ["model", "moe", "losses"], ["data", "sources"])
+    """Whether the user names the keys of a mapping, which may also be set whole; `resolve` checks what it holds."""
+    return path[:3] == ["model", "moe", "options"] or path in (["model", "moe", "losses"], ["data", "sources"])
 
 
 def _unknown(dotted: str, node: ConfigDict) -> None:
     raise UserError(f"{dotted}: unknown config field; {did_you_mean(dotted.split('.')[-1], node.keys())}")
 
 
-def resolve(config: ConfigDict | Mapping[str, Any]) -> schema.Config:
+def resolve(config: ConfigDict | Mapping[str, Any] | schema.Config) -> schema.Config:
     """ConfigDict -> checked dataclasses. Raises `UserError` naming the field, the value and the rule."""
+    resolved = typed(config)
+    check(resolved)
+    return resolved
+
+
+def typed(config: ConfigDict | Mapping[str, Any] | schema.Config) -> schema.Config:
+    """ConfigDict -> dataclasses, in which each field has its type, whatever rule its value breaks."""
     from frugalmoe.routing import strategies
 
     resolved = build(schema.Config, config, "")
     moe = resolved.model.moe
     options = build(strategies.get(moe.router).options, moe.options, "model.moe.options")
     sources = {k: build(schema.Source, v, f"data.sources.{k}") for k, v in resolved.data.sources.items()}
-    resolved = dataclasses.replace(
+    return dataclasses.replace(
         resolved,
         model=dataclasses.replace(resolved.model, moe=dataclasses.replace(moe, options=options)),
         data=dataclasses.replace(resolved.data, sources=schema.FrozenDict(sources)),
     )
-    check(resolved)
-    return resolved
 
 
 def with_vocabulary(config: schema.Config, tokens: int) -> schema.Config:
@@ -187,8 +318,15 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
         if origin is not None and origin is not types.UnionType and not isinstance(value, tuple):
             raise UserError(f"{path}={value!r}: expected a mapping")
         return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if kind is int and type(value) is int:
+        check_integer(path, value)
+        return value
+    if kind is float and type(value) is int:
+        if value.bit_length() > 128:  # no float holds it
+            check_integer(path, value)
+        value = float(value)
+    if kind is float and type(value) is float:
+        check_float(path, value)
     if path == "model.moe.router" and _is_router(value):
         return value  # a strategy that is no file of the package: a notebook's
     if type(value) is not kind:

@@ -23,6 +23,6 @@ def with_mode(c: ConfigDict, arg: str | None) -> ConfigDict:
     c.data.tokenizer, c.data.sequence_length = "bytes", 128
     c.optim.learning_rate, c.optim.warmup_steps = 3e-3, 20
     c.train.steps, c.train.batch_size, c.train.accumulate_steps = 100, 16, 1
-    c.train.eval_every, c.train.eval_batches = 0, 4
+    c.train.eval_every, c.train.eval_rows = 0, 64
     c.checkpoint.every_steps = 0
     return c

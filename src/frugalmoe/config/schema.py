@@ -12,10 +12,22 @@ Frozen = dataclasses.dataclass(frozen=True, kw_only=True)
 
 
 class FrozenDict(dict):
-    """A mapping that is not written to after construction, so that a config can be hashed."""
+    """A mapping that refuses to be written to: configs share their defaults, and are the keys of caches."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a FrozenDict cannot be changed; make a new one: FrozenDict({**old, name: value})")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
+
+    @classmethod
+    def fromkeys(cls, keys, value=None):
+        return cls(dict.fromkeys(keys, value))
 
     def __hash__(self):
         return hash(tuple(sorted(self.items())))
+
+    def __reduce__(self):  # copies and pickles are filled by construction, not item by item
+        return FrozenDict, (dict(self),)
 
 
 @Frozen
@@ -25,8 +37,8 @@ class MoE:
     # A file name in frugalmoe/routing/strategies (`frugalmoe routers` lists them), or from Python a `Router` itself.
     router: str = "topk_softmax"
     options: Any = FrozenDict()  # the strategy's own options; after `resolve`, an instance of its `Options`
-    num_experts: int = 8
-    num_experts_per_token: int = 2
+    num_experts: int = 8  # routed experts of a layer
+    num_experts_per_token: int = 2  # experts that a token is sent to
     expert_dim: int = 128  # hidden width of one routed expert
     num_shared_experts: int = 0  # always active; computed as one feed-forward of width num_shared_experts * expert_dim
     losses: Mapping[str, float] = FrozenDict(load_balance=0.01, z=0.001)  # coefficient of each loss the router returns
@@ -36,8 +48,9 @@ class MoE:
     executor: str = "auto"  # auto | dense | grouped (blocks | tpu | gpu, by platform) | capacity
     capacity_factor: float = 1.25  # executor=capacity: slots per expert = factor * tokens * k / experts, per sequence
     exchange: str = "auto"  # of tokens between devices that hold experts: auto | all_gather | all_to_all
-    exchange_room: float = 0.0  # rows a device has room for, times its fair share; 0: for all, none is dropped
-    drop_order: str = "token"  # executor=capacity: who keeps a slot: token (causal) | choice | weight
+    # Rows a device has room for, times its fair share; 0: for all, none is dropped. Rows lost depend on later tokens.
+    exchange_room: float = 0.0
+    drop_order: str = "token"  # executor=capacity: who keeps a slot: token (causal) | choice | weight (both leak)
 
 
 @Frozen
@@ -54,19 +67,19 @@ class Model:
     """A decoder-only transformer."""
 
     vocab_size: int = 0  # 0: the tokenizer's, rounded up to a multiple of 64
-    dim: int = 256
-    num_layers: int = 4
+    dim: int = 256  # width of the residual stream
+    num_layers: int = 4  # transformer blocks, dense and MoE
     num_dense_layers: int = 0  # the first n layers have a dense feed-forward
     dense_dim: int = 0  # hidden width of a dense layer's feed-forward
-    num_heads: int = 8
-    num_kv_heads: int = 8
-    head_dim: int = 32
+    num_heads: int = 8  # query heads
+    num_kv_heads: int = 8  # heads of keys and values, each shared by num_heads / num_kv_heads query heads
+    head_dim: int = 32  # channels of a head
     qk_norm: str = "none"  # none | head (per head, as Qwen3 and Ling 2.0) | full (over all heads, as OLMoE)
-    qkv_bias: bool = False
-    rope_theta: float = 10_000.0
+    qkv_bias: bool = False  # biases on the projections to queries, keys and values
+    rope_theta: float = 10_000.0  # base of the rotary angles' wavelengths
     rope_fraction: float = 1.0  # share of each head that is rotated
-    norm_eps: float = 1e-6
-    tie_embeddings: bool = False
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    tie_embeddings: bool = False  # the head's weights are the embedding's
     norm_head: bool = False  # Ling 1: head weights divided by their norm over the vocabulary
     init_std: float = 0.02  # weights that write into the residual stream are further divided by sqrt(2 * num_layers)
     compute_dtype: str = "float32"  # float32 | bfloat16; parameters are float32 always
@@ -79,11 +92,13 @@ class Model:
 class Source:
     """One named source of text."""
 
-    # A file, directory or glob of .txt .md .jsonl(.gz .zst) .parquet; hf:NAME[:SPLIT]; quickstart[:DOMAIN] or
-    # mixed[:DOMAIN], the built-in corpora.
+    # A file or directory of .txt .md .jsonl .ndjson .json .csv .tsv (.gz .zst .bz2 .xz) or .parquet; a glob takes any
+    # text; hf:NAME[:SPLIT]; quickstart[:DOMAIN] or mixed[:DOMAIN], the built-in corpora.
     path: str = ""
     weight: float = 0.0  # share of the mixture; 0 for all sources: in proportion to their tokens
-    text_field: str = "text"  # field of jsonl and parquet records that holds the text
+    text_field: str = "text"  # field or column that holds a record's text; meta.text: `text` inside `meta`
+    null_text: str = "stop"  # at a record whose text is null or absent: stop | skip (they are counted and told)
+    encoding: str = "utf-8"  # of text files, tables and JSON, by Python's names: utf-16, latin-1, cp1252, gb18030 ...
     domain: str = (
         ""  # label of its documents; empty: the source's name, or the record's `domain` field where it has one
     )
@@ -91,10 +106,15 @@ class Source:
 
 @Frozen
 class Data:
-    path: str = "quickstart"  # as Source.path; ignored where `sources` is given. A prepared directory is also accepted
-    sources: Mapping[str, Source] = FrozenDict()
-    tokenizer: str = "bytes"  # bytes | bpe:SIZE (trained on the data) | the path of a tokenizer.json
-    sequence_length: int = 256
+    # A file, directory or glob of text, hf:NAME[:SPLIT], quickstart[:DOMAIN] or mixed[:DOMAIN], as Source.path, or a
+    # prepared directory; ignored where `sources` is given.
+    path: str = "quickstart"
+    sources: Mapping[str, Source] = FrozenDict()  # several named sources, data.sources.NAME.path=... and so on
+    # bytes | bpe:SIZE (trained on the data) | the path of a published vocabulary or of the directory that it is in:
+    # tokenizer.json, tekken.json, *.tiktoken, tokenizer.model, vocab.json with merges.txt
+    tokenizer: str = "bytes"
+    sequence_length: int = 256  # tokens in a row
+    document_start: str = "end_of_text"  # in front of a document, its first token a target: end_of_text | none
     validation_fraction: float = 0.05  # of documents, by a hash of their text; at least one per domain
     cache_dir: str = ""  # empty: $FRUGALMOE_CACHE, else ~/.cache/frugalmoe
 
@@ -103,33 +123,34 @@ class Data:
 class Optim:
     learning_rate: float = 1e-3  # peak
     schedule: str = "wsd"  # wsd (warmup, stable, decay) | cosine | constant
-    warmup_steps: int = 100
-    decay_fraction: float = 0.2  # wsd: last share of the steps, linear to the final rate
-    final_fraction: float = 0.1  # final rate / peak rate
+    warmup_steps: int = 100  # steps of linear warmup from zero
+    decay_fraction: float = 0.2  # wsd: last share of the updates after the warmup, linear to the final rate; 0: none
+    final_fraction: float = 0.1  # rate of the very last update / peak rate
     weight_decay: float = 0.1  # decoupled; on matrices only, not on norms, biases, routers' vectors
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
+    b1: float = 0.9  # AdamW: decay of the mean of gradients
+    b2: float = 0.95  # AdamW: decay of the mean of their squares
+    eps: float = 1e-8  # AdamW: added to the root of the mean square
     clip_norm: float = 1.0  # 0: no clipping
     logit_z_loss: float = 0.0  # coefficient of mean(logsumexp(logits)^2)
 
 
 @Frozen
 class Train:
-    steps: int = 1000
+    steps: int = 1000  # optimizer steps
     batch_size: int = 16  # sequences in an optimizer step, over all devices and micro-batches
     accumulate_steps: int = 1  # micro-batches in an optimizer step
-    seed: int = 0
-    log_every: int = 10
+    seed: int = 0  # of parameters, order of the data and routers' noise
+    log_every: int = 10  # steps from one row of metrics.jsonl to the next
     eval_every: int = 0  # 0: at the end only
-    eval_batches: int = 8  # per domain
+    eval_rows: int = 128  # held-out sequences of each domain, whatever batches they are computed in
     loss_chunk: int = 1024  # tokens whose logits exist at one time
+    trackers: str = "tensorboard"  # who gets the metrics too, a,b: tensorboard | wandb | trackio; empty: nobody
 
 
 @Frozen
 class Checkpoint:
     every_steps: int = 0  # 0: at the end (and on SIGTERM) only
-    keep_last: int = 2
+    keep_last: int = 2  # newest checkpoints that are kept
     keep_every_steps: int = 0  # steps that are multiples of this are kept for ever; 0: none
 
 
@@ -137,11 +158,11 @@ class Checkpoint:
 class Mesh:
     """Devices per axis; one axis may be -1 (all that remain)."""
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    tensor: int = 1
-    context: int = 1
+    data: int = -1  # batches are split; parameters are whole on each
+    fsdp: int = 1  # batches are split; parameters are stored in parts and gathered when used
+    expert: int = 1  # batches and experts are split; tokens travel to their experts
+    tensor: int = 1  # heads and hidden widths are split
+    context: int = 1  # sequences are split
 
 
 @Frozen

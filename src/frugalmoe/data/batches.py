@@ -4,9 +4,16 @@ Letters: B rows of a batch, T tokens of a row, P stored pieces of documents.
 
 Documents, each ending with the end-of-text token, are put in an order fixed by the seed and cut into rows of T tokens.
 Rows are drawn in a fresh shuffled order in each epoch; where sources have weights, each is its own such stream and the
-streams are mixed. Every token is an input once per epoch, except the `remainder`, the last partial row of a stream.
+streams are mixed. Every token is a target once per epoch, except the `remainder`, the last partial row of a stream.
+
+What a document begins with is `data.document_start`. With end_of_text it is the token that ended the document before
+it, the input whose target is the first token; it belongs to the document that it begins, and the first document of a
+stream gets one too. So a model learns how documents begin, at no more tokens, and generation begins with what training
+showed. With none, as in runs from before there was a choice, the first token of a document has nothing in front of it:
+it is an input and no target, and the end of a document is an input without a target.
 """
 
+import copy
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,9 +25,10 @@ import numpy as np
 
 from frugalmoe.config.schema import Data
 from frugalmoe.data.cache import digest
-from frugalmoe.data.prepare import prepare
-from frugalmoe.data.shards import Store, is_prepared
-from frugalmoe.data.tokenizer import Tokenizer, load_json, parse
+from frugalmoe.data.prepare import prepare, say
+from frugalmoe.data.shards import Sizes, Store, is_prepared
+from frugalmoe.data.split import check_domain
+from frugalmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_json, parse
 from frugalmoe.errors import UserError
 
 EVAL_SEED = "validation"  # of the order of validation rows: the same for every run, so that runs compare
@@ -30,7 +38,7 @@ class Batch(NamedTuple):
     """Rows of tokens. int32, the mask bool; [T] for one row, [B, T] for a batch."""
 
     tokens_BT: np.ndarray
-    targets_BT: np.ndarray  # the next token of the same document; 0 where the mask is False
+    targets_BT: np.ndarray  # the next token of the document; 0 where the mask is False
     segment_ids_BT: np.ndarray  # 1, 2, ... for the documents of a row; 0 = padding
     positions_BT: np.ndarray  # inside the document; a document that goes on in another row restarts at 0 there
     loss_mask_BT: np.ndarray
@@ -38,9 +46,12 @@ class Batch(NamedTuple):
 
 
 class Rows:
-    """Chosen documents of a store in an order fixed by the seed, cut into rows. A grain random-access source."""
+    """Chosen documents of a store in an order fixed by the seed, cut into rows. A grain random-access source.
 
-    def __init__(self, store: Store, chosen_P: np.ndarray, seed: int | str, length: int, pad: bool = False) -> None:
+    `data` says how long rows are and what documents begin with.
+    """
+
+    def __init__(self, store: Store, chosen_P: np.ndarray, seed: int | str, data: Data, pad: bool = False) -> None:
         columns = store.columns
         pieces = np.flatnonzero(chosen_P)
         # The order depends on the texts alone, not on files, shards or workers. The document's number breaks ties of
@@ -48,66 +59,90 @@ class Rows:
         order = np.lexsort(
             (pieces, columns["document"][pieces], _mix(columns["hash"][pieces], _seed(seed, "documents")))
         )
-        self._store, self._length, self._pieces = store, length, pieces[order]
+        self._store, self._length, self._pieces = store, data.sequence_length, pieces[order]
+        self._front = store.tokenizer.eos if data.document_start == "end_of_text" else None
         self._document = columns["document"][self._pieces]
         self._domain = columns["domain"][self._pieces]
         self._lengths = columns["length"][self._pieces]
         self._ends = np.cumsum(self._lengths, dtype=np.int64)
         self.tokens = int(self._ends[-1]) if len(self._ends) else 0
-        self.remainder = 0 if pad else self.tokens % length
-        self._num_rows = -(-self.tokens // length) if pad else self.tokens // length
+        self.remainder = 0 if pad else self.tokens % self._length
+        self._num_rows = -(-self.tokens // self._length) if pad else self.tokens // self._length
 
     def __len__(self) -> int:
         return self._num_rows
 
+    def sizes(self) -> "Rows":
+        """The same rows with UTF-8 bytes of text in the place of tokens: of what each stands for."""
+        rows = copy.copy(self)
+        rows._store = Sizes(self._store)
+        return rows
+
     def __getitem__(self, row: int) -> Batch:
-        """One row; its last target is the first token of the row that follows."""
-        span, inside = self._place(row)
-        tokens = np.concatenate([self._store.read(piece).tokens for piece in self._pieces[span]])[inside]
-        document = np.repeat(self._document[span], self._lengths[span])[inside]
-        domain = np.repeat(self._domain[span], self._lengths[span])[inside]
-        return _row(tokens, document, domain, self._length)
+        """One row. It needs one token more than it has: the one before its first, or the one after its last."""
+        start, stop = self._bounds(row)
+        if self._front is None:
+            tokens, document, domain = self._read(start, min(stop + 1, self.tokens))
+            mask = document[1:] == document[:-1]
+            return _row(tokens[: stop - start], tokens[1:] * mask, mask, document, domain, self._length)
+        tokens, document, domain = self._read(max(start - 1, 0), stop)
+        tokens = tokens if start else np.append(self._front, tokens)
+        n = stop - start
+        return _row(tokens[:n], tokens[1:], np.ones(n, bool), document[-n:], domain[-n:], self._length)
 
     def documents(self, row: int) -> np.ndarray:
         """The number, in the store, of the document of each token of a row; -1 for padding. Reads no text."""
-        span, inside = self._place(row)
-        numbers = np.repeat(self._document[span], self._lengths[span])[inside][: self._length]
+        span, inside = self._place(*self._bounds(row))
+        numbers = np.repeat(self._document[span], self._lengths[span])[inside]
         return np.pad(numbers, (0, self._length - len(numbers)), constant_values=-1)
 
-    def _place(self, row: int) -> tuple[slice, slice]:
-        """(pieces that hold a row and its look-ahead, where it lies in their tokens)."""
+    def _bounds(self, row: int) -> tuple[int, int]:
+        """The part of the stream that a row has as targets; with nothing in front of documents, as inputs."""
         start = row * self._length
-        stop = min(start + self._length + 1, self.tokens)
+        return start, min(start + self._length, self.tokens)
+
+    def _read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens of the stream, and the document and the domain of each."""
+        span, inside = self._place(start, stop)
+        tokens = np.concatenate([self._store.read(piece).tokens for piece in self._pieces[span]])
+        of_piece = (np.repeat(column[span], self._lengths[span]) for column in (self._document, self._domain))
+        return tokens[inside], *(column[inside] for column in of_piece)
+
+    def _place(self, start: int, stop: int) -> tuple[slice, slice]:
+        """(pieces that hold a part of the stream, where it lies in their tokens)."""
         first = int(np.searchsorted(self._ends, start, side="right"))
         last = int(np.searchsorted(self._ends, stop, side="left"))
         skipped = start - (self._ends[first] - self._lengths[first])
         return slice(first, last + 1), slice(skipped, skipped + stop - start)
 
 
-def _row(tokens: np.ndarray, document: np.ndarray, domain: np.ndarray, length: int) -> Batch:
-    """A row of up to T+1 tokens of a stream: T inputs and the look-ahead."""
-    inputs = min(len(tokens), length)
-    begins = np.append(True, document[1:inputs] != document[: inputs - 1])
-    t = np.arange(inputs)
-    mask = np.zeros(inputs, bool)
-    mask[: len(tokens) - 1] = document[1:] == document[:-1]
-    targets = np.zeros(inputs, np.int32)
-    targets[: len(tokens) - 1] = tokens[1:]
+def _row(
+    inputs: np.ndarray, targets: np.ndarray, mask: np.ndarray, document: np.ndarray, domain: np.ndarray, length: int
+) -> Batch:
+    """A row of up to T inputs, of which each belongs to a document and a domain; targets may be one fewer."""
+    t = np.arange(len(inputs))
+    document, domain = document[: len(t)], domain[: len(t)]
+    begins = np.append(True, document[1:] != document[:-1])
     positions = t - np.maximum.accumulate(np.where(begins, t, 0))
-    row = Batch(tokens[:inputs], targets * mask, np.cumsum(begins), positions, mask, domain[:inputs])
-    return Batch(*(np.pad(x.astype(bool if x.dtype == bool else np.int32), (0, length - inputs)) for x in row))
+    row = Batch(inputs, targets, np.cumsum(begins), positions, mask, domain)
+    return Batch(*(np.pad(x.astype(bool if x.dtype == bool else np.int32), (0, length - len(x))) for x in row))
 
 
 class Dataset:
     """What `open_data` returns."""
 
     def __init__(self, store: Store, data: Data, weights: Sequence[float], batch_size: int, seed: int) -> None:
-        self._store, self._length, self._batch_size = store, data.sequence_length, batch_size
+        self._store, self._data, self._batch_size = store, data, batch_size
         self.manifest: dict[str, Any] = store.manifest
         self.tokenizer: Tokenizer = store.tokenizer
         self.domains: tuple[str, ...] = tuple(self.manifest["domains"])  # sorted; position = domain id
+        for domain in self.domains:
+            check_domain(domain)
         made_from = [self.manifest["data"], self.tokenizer.fingerprint, self.manifest["validation_fraction"]]
-        self.fingerprint: str = digest([*made_from, list(weights), data.sequence_length])
+        made_from += [list(weights), data.sequence_length]
+        if data.document_start != "none":  # data from before there was a choice has the fingerprint that it had
+            made_from.append(data.document_start)
+        self.fingerprint: str = digest(made_from)
         counts = self.manifest["counts"]
         self.train_tokens: int = sum(counts[domain]["train"]["tokens"] for domain in self.domains)
         self.validation_tokens: dict[str, int] = {d: counts[d]["validation"]["tokens"] for d in self.domains}
@@ -123,11 +158,11 @@ class Dataset:
         train, source = ~self._store.columns["validation"], self._store.columns["source"]
         names = [source["name"] for source in self.manifest["sources"]]
         chosen = {name: train & (source == n) for n, name in enumerate(names)} if any(weights) else {"all": train}
-        streams = {name: Rows(self._store, pieces, f"{seed} {name}", self._length) for name, pieces in chosen.items()}
+        streams = {name: Rows(self._store, pieces, f"{seed} {name}", self._data) for name, pieces in chosen.items()}
         for name, rows in streams.items():
             if not len(rows):
                 rule = f"must not be longer than the {rows.tokens} training tokens of source {name!r}"
-                raise UserError(f"data.sequence_length={self._length}: {rule}")
+                raise UserError(f"data.sequence_length={self._data.sequence_length}: {rule}")
         return list(streams.values())
 
     def batch(self, step: int, rows: Sequence[int] | None = None) -> Batch:
@@ -142,31 +177,40 @@ class Dataset:
         steps = grain.MapDataset.range(start_step, sys.maxsize)
         return iter(steps.map(lambda step: self.batch(step, rows)).to_iter_dataset(ahead))
 
-    def eval_batches(self, domain: str, batch_size: int, max_batches: int | None = None) -> Iterator[Batch]:
-        """Validation rows of one domain in an order that no seed changes; the last batch is padded with segment 0."""
-        rows, batches = self._eval_rows(domain, batch_size, max_batches)
+    def eval_bytes(self, domain: str, max_rows: int | None = None) -> int:
+        """UTF-8 bytes of text that the targets of `eval_batches` stand for, all together."""
+        rows, batches = self._eval_rows(domain, 1, max_rows)
+        sizes = rows.sizes()
+        return sum(int(sizes[n].targets_BT.sum(dtype=np.int64)) for numbers in batches for n in numbers)
+
+    def eval_batches(self, domain: str, batch_size: int, max_rows: int | None = None) -> Iterator[Batch]:
+        """The first `max_rows` validation rows of one domain, or all, in an order that no seed changes.
+
+        The last batch is padded with segment 0.
+        """
+        rows, batches = self._eval_rows(domain, batch_size, max_rows)
         for numbers in batches:
             stacked = [np.stack(columns) for columns in zip(*(rows[n] for n in numbers))]
             missing = ((0, batch_size - len(numbers)), (0, 0))
             yield Batch(*(np.pad(column, missing) for column in stacked))
 
-    def eval_documents(self, domain: str, batch_size: int, max_batches: int | None = None) -> Iterator[np.ndarray]:
+    def eval_documents(self, domain: str, batch_size: int, max_rows: int | None = None) -> Iterator[np.ndarray]:
         """The document [B, T] of each token of `eval_batches`, a number that no run changes; -1 for padding."""
-        rows, batches = self._eval_rows(domain, batch_size, max_batches)
+        rows, batches = self._eval_rows(domain, batch_size, max_rows)
         for numbers in batches:
             missing = ((0, batch_size - len(numbers)), (0, 0))
             yield np.pad(np.stack([rows.documents(n) for n in numbers]), missing, constant_values=-1)
 
-    def _eval_rows(self, domain: str, batch_size: int, max_batches: int | None) -> tuple[Rows, list[list[int]]]:
+    def _eval_rows(self, domain: str, batch_size: int, max_rows: int | None) -> tuple[Rows, list[list[int]]]:
         """The validation rows of a domain, and the numbers of those in each batch."""
         if domain not in self.domains:
             raise UserError(f"domain {domain!r}: unknown; valid: {', '.join(self.domains)}")
         columns = self._store.columns
         chosen = columns["validation"] & (columns["domain"] == self.domains.index(domain))
-        rows = Rows(self._store, chosen, EVAL_SEED, self._length, pad=True)
+        rows = Rows(self._store, chosen, EVAL_SEED, self._data, pad=True)
         order = np.argsort(_mix(np.arange(len(rows), dtype=np.uint64), _seed(EVAL_SEED, "rows")), kind="stable")
-        batches = [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
-        return rows, batches[:max_batches]
+        chosen = order[:max_rows]
+        return rows, [chosen[i : i + batch_size].tolist() for i in range(0, len(chosen), batch_size)]
 
 
 def open_data(data: Data, *, batch_size: int, seed: int, progress: bool = True) -> Dataset:
@@ -177,6 +221,8 @@ def open_data(data: Data, *, batch_size: int, seed: int, progress: bool = True) 
     if not data.sources and data.path and is_prepared(path):
         store = Store(path)
         _check_prepared(data, store)
+        if progress:
+            say(store.manifest["notes"])
         weights = [source["weight"] for source in store.manifest["sources"]]
     else:
         store = Store(prepare(data, progress=progress))
@@ -188,7 +234,9 @@ def _check_prepared(data: Data, store: Store) -> None:
     made = store.manifest["tokenizer"]
     spec = parse(data.tokenizer)
     same = data.tokenizer == made["spec"]
-    if isinstance(spec, Path):
+    if spec is None:
+        same = made["fingerprint"] == ByteTokenizer().fingerprint
+    elif isinstance(spec, Path):
         same = load_json(spec, f"data.tokenizer={data.tokenizer!r}").fingerprint == made["fingerprint"]
     if not same:
         rule = f"{data.path!r} was prepared with {made['spec']!r} (fingerprint {made['fingerprint']}); both must agree"

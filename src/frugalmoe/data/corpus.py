@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import zstandard
-from rich.console import Console
 
+from frugalmoe.console import Console
+from frugalmoe.data import readers
+from frugalmoe.data.end_of_text import read_object
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.files import locked
 
@@ -39,10 +41,35 @@ def build(cache: Path, name: str, fill: Callable[[Path, Path, Console], None], p
 
 def files(root: Path, domain: str, where: str) -> tuple[Path, ...]:
     """The files of one domain, or of all for ""."""
-    found = {file.name.removesuffix(SUFFIX): file for file in sorted(root.glob("*" + SUFFIX))}
+    found = {name: root / f"{name}{SUFFIX}" for name in sorted(_entries(root))}
     if domain and domain not in found:
         raise UserError(f"{where}: unknown domain; {did_you_mean(domain, found)}")
-    return (found[domain],) if domain else tuple(found.values())
+    chosen = (found[domain],) if domain else tuple(found.values())
+    for file in chosen:
+        if not file.is_file():
+            raise UserError(f"{file}: is missing; delete {root} to build it again")
+    return chosen
+
+
+def check(root: Path, file: Path) -> None:
+    """Raises `UserError` where a file of a corpus is not as it was built. Costs about a second for 300 MB of text."""
+    entry = _entries(root).get(file.name.removesuffix(SUFFIX), {})
+    content = hashlib.sha256()
+    try:
+        for block in readers.blocks(file):
+            content.update(block)
+    except (UserError, *readers.ERRORS):
+        content = hashlib.sha256(b"unreadable")
+    if content.hexdigest() != entry.get("sha256"):
+        raise UserError(f"{file}: is not as it was built (its hash differs); delete {root} to build it again")
+
+
+def _entries(root: Path) -> dict[str, dict[str, Any]]:
+    """The manifest's entry of each domain."""
+    domains = read_object(root / "manifest.json").get("domains")
+    if not isinstance(domains, dict) or not all(isinstance(entry, dict) for entry in domains.values()):
+        raise UserError(f"{root / 'manifest.json'}: damaged; delete {root} to build it again")
+    return domains
 
 
 def write_domain(directory: Path, domain: str, texts: Mapping[str, str], source: str, licence: str) -> dict[str, Any]:

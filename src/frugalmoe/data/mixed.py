@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.progress import Progress
 
+from frugalmoe.console import Console
 from frugalmoe.data import corpus
 from frugalmoe.data.debian import Apt, Deb, complaint, members
 from frugalmoe.data.text import cut, html_words, roff_words
@@ -109,7 +109,7 @@ def _fill(directory: Path, downloads: Path, console: Console) -> None:
     if missing:
         gaps = ", ".join(f"{package} ({why})" for package, why in missing.items())
         again = f"delete {NAME} in the cache to try again"
-        console.print(f"mixed corpus: without {gaps}; {again}", soft_wrap=True, markup=False, highlight=False)
+        console.print(f"mixed corpus: without {gaps}; {again}", soft_wrap=True)
     packages = {item.deb.name: item.deb._asdict() for item in found}
     manifest = {"format": FORMAT, "domains": domains, "packages": packages, "missing": missing}
     write_json(directory / "manifest.json", manifest)

@@ -4,24 +4,25 @@ A preparation that was interrupted goes on after its last complete shard.
 """
 
 import collections
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 
 from frugalmoe.config.schema import Data
+from frugalmoe.console import Console
 from frugalmoe.data.cache import cache_root, digest
-from frugalmoe.data.shards import FORMAT, Item, is_prepared, read_index, read_manifest, write_shard
-from frugalmoe.data.sources import Document, Input, documents, open_inputs
+from frugalmoe.data.shards import FORMAT, Item, is_prepared, read_index, read_manifest, write_manifest, write_shard
+from frugalmoe.data.sources import Document, Input, Notes, documents, open_inputs
 from frugalmoe.data.split import Sample, Split, Survey, text_hash
 from frugalmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_from, load_json, parse, train_bpe
 from frugalmoe.errors import UserError
-from frugalmoe.files import locked, write_json
+from frugalmoe.files import locked
 
 SAMPLE_CHARACTERS = 8_000_000  # of training text that BPE is trained on
 SHARD_BYTES = (4 << 20, 256 << 20)  # least and most text in a shard; between them, 64 shards
@@ -34,12 +35,16 @@ def prepare(data: Data, output: Path | None = None, workers: int = 0, progress: 
     depend on their number. Raises `UserError` for data that cannot be read.
     """
     inputs = open_inputs(data, progress)
+    if progress:
+        say(source.left_out for source in inputs)
     key = _key(data, inputs)
-    final = Path(output) if output else cache_root(data) / "prepared" / key
+    final = Path(output) if output else _in_cache(data, key)
     with locked(final):
         if final.exists():
             if not is_prepared(final) or read_manifest(final)["key"] != key:
                 raise UserError(f"--output={str(final)!r}: exists and is not this data; name another or delete it")
+            if progress:
+                say(read_manifest(final)["notes"])
             return final
         partial = final.with_name(final.name + ".partial")
         partial.mkdir(exist_ok=True)
@@ -47,20 +52,42 @@ def prepare(data: Data, output: Path | None = None, workers: int = 0, progress: 
         with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as bar:
             _prepare_into(partial, data, inputs, key, workers or os.cpu_count() or 1, bar)
         partial.rename(final)
+    if progress:
+        say(read_manifest(final)["notes"])
     return final
+
+
+def prepared_in_cache(data: Data, inputs: list[Input]) -> bool:
+    """Whether `prepare` has nothing to do."""
+    return _in_cache(data, _key(data, inputs)).exists()
+
+
+def _in_cache(data: Data, key: str) -> Path:
+    return cache_root(data) / "prepared" / key
+
+
+def say(lines: Iterable[str]) -> None:
+    """Prints what a user should know of the data, each line once in a process."""
+    for line in filter(None, lines):
+        _say(line)
+
+
+@functools.cache
+def _say(line: str) -> None:
+    Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _key(data: Data, inputs: list[Input]) -> str:
     """Names prepared data before any document is read, so that a second start is fast."""
     spec = parse(data.tokenizer)
-    tokenizer = load_json(spec, "data.tokenizer").fingerprint if isinstance(spec, Path) else data.tokenizer
+    tokenizer = load_json(spec, "data.tokenizer").fingerprint if isinstance(spec, Path) else spec or "bytes"
     return digest([FORMAT, tokenizer, data.validation_fraction, [source.identity() for source in inputs]])
 
 
 def _prepare_into(directory: Path, data: Data, inputs: list[Input], key: str, workers: int, bar: Progress) -> None:
-    survey, sample = Survey(), Sample(SAMPLE_CHARACTERS)
+    survey, sample, notes = Survey(), Sample(SAMPLE_CHARACTERS), [Notes() for _ in inputs]
     task = bar.add_task("reading documents", total=None)
-    for source, document in _documents(inputs):
+    for source, document in _documents(inputs, notes):
         h = text_hash(document.text)
         survey.add(inputs[source].name, document, h)
         sample.add(h, document.text)
@@ -73,28 +100,28 @@ def _prepare_into(directory: Path, data: Data, inputs: list[Input], key: str, wo
     bar.update(task, description="tokenising", total=survey.bytes, completed=0)
     shards = _shards(inputs, split, domains, survey.bytes)
     paths = _write(directory, shards, tokenizer, workers, lambda size: bar.advance(task, size))
-    files = {file.name: file.stat().st_size for path in paths for file in (path, path.with_suffix(".npz"))}
+    files = {file.name for path in paths for file in (path, path.with_suffix(".npz"))}
     for file in directory.iterdir():
         if file.name not in files:  # left by an interrupted preparation: a part of a file, or shards of other data
             file.unlink()
     tokenizer.save_into(directory)
+    counts, of_tokenizer = _counts(paths, domains, data.tokenizer)
     manifest = {
-        "format": FORMAT,
         "key": key,
         "data": f"{survey.digest:032x}",
         "tokenizer": {"spec": data.tokenizer, "fingerprint": tokenizer.fingerprint, "size": tokenizer.size},
         "validation_fraction": data.validation_fraction,
         "sources": [{"name": i.name, "path": i.source.path, "weight": i.source.weight} for i in inputs],
         "domains": domains,
-        "counts": _counts(paths, domains),
-        "shards": files,
+        "counts": counts,
+        "notes": [line for i, of_input in zip(inputs, notes) for line in of_input.lines(i)] + of_tokenizer,
     }
-    write_json(directory / "manifest.json", manifest)
+    write_manifest(directory, manifest, paths)
 
 
-def _documents(inputs: list[Input]) -> Iterator[tuple[int, Document]]:
+def _documents(inputs: list[Input], notes: list[Notes] | None = None) -> Iterator[tuple[int, Document]]:
     for number, source in enumerate(inputs):
-        for document in documents(source):
+        for document in documents(source, notes[number] if notes else None):
             yield number, document
 
 
@@ -158,14 +185,17 @@ def _write(
     return paths
 
 
-def _counts(paths: list[Path], domains: list[str]) -> dict[str, Any]:
-    """Documents, tokens and bytes of each domain's two sides; raises where a side is empty."""
+def _counts(paths: list[Path], domains: list[str], tokenizer: str) -> tuple[dict[str, Any], list[str]]:
+    """(documents, tokens and bytes of each domain's two sides; what to tell); raises where a side is empty."""
     counts = {domain: {side: np.zeros(3, np.int64) for side in ("train", "validation")} for domain in domains}
+    changed, hashes = 0, []
     for path in paths:
         index = read_index(path.with_suffix(".npz"))
         _, first = np.unique(index["document"], return_index=True)
         starts = np.zeros(len(index["document"]), np.int64)
         starts[first] = 1
+        changed += int((~index["same"][first]).sum())
+        hashes.append(index["hash"][first])
         for number, domain in enumerate(domains):
             for side, chosen in (("train", ~index["validation"]), ("validation", index["validation"])):
                 rows = (index["domain"] == number) & chosen
@@ -175,4 +205,12 @@ def _counts(paths: list[Path], domains: list[str]) -> dict[str, Any]:
             if not values[0]:
                 raise UserError(f"data: domain {domain!r} has no {side} document; its texts all occur in other domains")
     names = ("documents", "tokens", "bytes")
-    return {d: {s: dict(zip(names, v.tolist())) for s, v in sides.items()} for d, sides in counts.items()}
+    counts = {d: {s: dict(zip(names, v.tolist())) for s, v in sides.items()} for d, sides in counts.items()}
+    hashes = np.concatenate(hashes)
+    told = []
+    if changed:
+        what = f"decoding gives other text than was read for {changed:,} of {len(hashes):,} documents"
+        told.append(f"data.tokenizer={tokenizer!r}: {what}; bits per byte count the bytes that were read")
+    if repeated := len(hashes) - len(np.unique(hashes)):
+        told.append(f"data: {repeated:,} of {len(hashes):,} documents repeat the text of another one")
+    return counts, told

@@ -21,8 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
-
+from frugalmoe.console import Console
 from frugalmoe.data import corpus
 from frugalmoe.errors import UserError
 from frugalmoe.files import write_json

@@ -1,43 +1,50 @@
 """Tokens on disk. A prepared directory holds
 
-    manifest.json                           what it was made from, counts per domain, the shards and their sizes
+    manifest.json                           what it was made from, counts per domain, the shards with sizes and hashes
     tokenizer.json, tokenizer_config.json
     shard-00000.array_record                one record per piece of a document: `encode_record`
     shard-00000.npz                         one row per record: the columns `COLUMNS`
 
-A shard's .npz is written last and atomically: a shard that has one is complete. ArrayRecord checks a hash of every
-record that it reads. Nothing is pickled.
+A shard's .npz is written last and atomically: a shard that has one is complete. Opening checks a chain of hashes that
+costs a hundredth of the data to read: the manifest holds its own hash, those of the .npz files and the fingerprint of
+the tokenizer; a .npz holds the hash of every record, looked at when the record is read. Nothing is pickled.
 """
 
 import hashlib
 import io
-import json
 import os
+import re
 import struct
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from frugalmoe.data.cache import digest
+from frugalmoe.data.end_of_text import read_object
 from frugalmoe.data.tokenizer import Tokenizer, load_from
 from frugalmoe.errors import UserError
-from frugalmoe.files import write_atomically
+from frugalmoe.files import write_atomically, write_json
 
-FORMAT = 1
+FORMAT = 2
 PIECE_TOKENS = 2048  # documents are stored in pieces, so that a row of a long one does not read all of it
+AGAIN = "delete the directory and prepare it again"
 COLUMNS = {
     "document": np.int64,  # number of the piece's document in the shard
     "hash": np.uint64,  # of the document's text
     "length": np.int32,  # tokens
-    "bytes": np.int32,  # UTF-8 bytes that the tokens stand for
+    "bytes": np.int64,  # UTF-8 bytes of the text that the tokens stand for
     "domain": np.int32,  # number in the manifest's `domains`
     "source": np.int32,  # number in the manifest's `sources`
     "validation": np.bool_,
+    "same": np.bool_,  # decoding the document's tokens gives its text back
+    "check": np.uint64,  # hash of the stored record
 }
-HEADER = struct.Struct("<IIH")  # domain, offset of the first token in the document, bytes of the id
+HEADER = struct.Struct("<IIHH")  # domain, offset of the first token in the document, bytes of the id, odd sizes
+ODD = np.dtype([("at", "<u2"), ("size", "<u4")])  # a token of the piece that counts other bytes than by itself
 
 
 class Item(NamedTuple):
@@ -52,33 +59,48 @@ class Item(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A piece of a document, as stored."""
+    """A piece of a document."""
 
     domain: int
     offset: int
     id: str
-    tokens: np.ndarray
+    tokens: np.ndarray  # int32[n]
+    sizes: np.ndarray  # int32[n]: UTF-8 bytes of the document's text that each token stands for
 
 
 def token_dtype(tokenizer: Tokenizer) -> str:
     return "<u2" if tokenizer.size <= 1 << 16 else "<i4"
 
 
-def encode_record(record: Record, dtype: str) -> bytes:
+def encode_record(record: Record, tokenizer: Tokenizer) -> bytes:
     name = record.id.encode(errors="replace")[:1000]
-    return HEADER.pack(record.domain, record.offset, len(name)) + name + record.tokens.astype(dtype).tobytes()
+    (at,) = np.nonzero(record.sizes != tokenizer.token_bytes[record.tokens])
+    odd = np.empty(len(at), ODD)
+    odd["at"], odd["size"] = at, record.sizes[at]
+    header = HEADER.pack(record.domain, record.offset, len(name), len(odd))
+    return header + name + odd.tobytes() + record.tokens.astype(token_dtype(tokenizer)).tobytes()
 
 
-def decode_record(raw: bytes, dtype: str) -> Record:
-    domain, offset, length = HEADER.unpack_from(raw)
+def decode_record(raw: bytes, tokenizer: Tokenizer) -> Record:
+    domain, offset, length, count = HEADER.unpack_from(raw)
     start = HEADER.size + length
     name = raw[HEADER.size : start].decode(errors="replace")
-    return Record(domain, offset, name, np.frombuffer(raw, dtype, offset=start).astype(np.int32))
+    odd = np.frombuffer(raw, ODD, count, start)
+    tokens = np.frombuffer(raw, token_dtype(tokenizer), offset=start + odd.nbytes).astype(np.int32)
+    sizes = tokenizer.token_bytes[tokens]
+    sizes[odd["at"]] = odd["size"]
+    return Record(domain, offset, name, tokens, sizes)
+
+
+def record_hash(raw: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
 
 
 def write_shard(path: Path, items: Sequence[Item], tokenizer: Tokenizer) -> None:
     """Writes `path` and its index, unless both are there, made from the same documents."""
-    made_from = hashlib.sha256(repr([tokenizer.fingerprint, *(item._replace(text="") for item in items)]).encode())
+    made_from = hashlib.sha256(
+        repr([FORMAT, tokenizer.fingerprint, *(item._replace(text="") for item in items)]).encode()
+    )
     made_from = np.frombuffer(made_from.digest(), np.uint8)
     index = path.with_suffix(".npz")
     if path.is_file() and index.is_file():
@@ -89,10 +111,12 @@ def write_shard(path: Path, items: Sequence[Item], tokenizer: Tokenizer) -> None
     writer = ArrayRecordWriter(str(temporary), "group_size:1,zstd:1")
     rows = []
     for number, item in enumerate(items):
-        for record in _pieces(item, tokenizer):
-            writer.write(encode_record(record, token_dtype(tokenizer)))
-            size = tokenizer.token_bytes[record.tokens].sum()
-            rows.append((number, item.hash, len(record.tokens), size, item.domain, item.source, item.validation))
+        records, same = _pieces(item, tokenizer)
+        for record in records:
+            raw = encode_record(record, tokenizer)
+            writer.write(raw)
+            of_piece = (number, item.hash, len(record.tokens), int(record.sizes.sum(dtype=np.int64)))
+            rows.append((*of_piece, item.domain, item.source, item.validation, same, record_hash(raw)))
     writer.close()
     os.replace(temporary, path)
     columns = {name: np.array(values, dtype) for (name, dtype), values in zip(COLUMNS.items(), zip(*rows))}
@@ -101,34 +125,59 @@ def write_shard(path: Path, items: Sequence[Item], tokenizer: Tokenizer) -> None
     write_atomically(index, buffer.getvalue())
 
 
-def _pieces(item: Item, tokenizer: Tokenizer) -> Iterator[Record]:
-    tokens = np.append(tokenizer.encode(item.text), np.int32(tokenizer.eos))
-    for offset in range(0, len(tokens), PIECE_TOKENS):
-        yield Record(item.domain, offset, item.id, tokens[offset : offset + PIECE_TOKENS])
+def _pieces(item: Item, tokenizer: Tokenizer) -> tuple[list[Record], bool]:
+    """The document in pieces, and whether decoding gives it back."""
+    tokens, sizes, same = tokenizer.document(item.text)
+    cuts = [slice(offset, offset + PIECE_TOKENS) for offset in range(0, len(tokens), PIECE_TOKENS)]
+    return [Record(item.domain, cut.start, item.id, tokens[cut], sizes[cut]) for cut in cuts], same
 
 
-def read_index(path: Path) -> dict[str, np.ndarray]:
+def read_index(path: Path, sha256: str = "") -> dict[str, np.ndarray]:
+    """The columns of a shard; with a hash, only if the file has it."""
     try:
-        with np.load(path) as index:
+        content = path.read_bytes()
+        if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+            raise ValueError("its hash is not the manifest's")
+        with np.load(io.BytesIO(content)) as index:
             return {name: index[name] for name in COLUMNS}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: damaged ({error}); delete the directory and prepare it again") from error
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: damaged ({error}); {AGAIN}") from error
 
 
 def is_prepared(directory: Path) -> bool:
     return (directory / "manifest.json").is_file() and any(directory.glob("shard-*.array_record"))
 
 
+def write_manifest(directory: Path, manifest: dict[str, Any], shards: Sequence[Path]) -> None:
+    """Adds each shard's size and the hash of its index, then a hash of it all."""
+    described = {
+        path.stem: {
+            "bytes": path.stat().st_size,
+            "index": hashlib.sha256(path.with_suffix(".npz").read_bytes()).hexdigest(),
+        }
+        for path in shards
+    }
+    manifest = {"format": FORMAT, **manifest, "shards": described}
+    write_json(directory / "manifest.json", {**manifest, "digest": digest(manifest)})
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest, after a look that every shard is there in its full size."""
-    manifest = json.loads((directory / "manifest.json").read_text())
-    if manifest["format"] != FORMAT:
-        raise UserError(f"{directory}: prepared in format {manifest['format']}, need {FORMAT}; prepare it again")
-    for file, size in manifest["shards"].items():
-        path = directory / file
-        if not path.is_file() or path.stat().st_size != size:
-            state = f"has {path.stat().st_size} bytes, not {size}" if path.is_file() else "is missing"
-            raise UserError(f"{path}: {state}; delete the directory and prepare it again")
+    """The manifest, after a look that it is as written and that every shard is there in its full size."""
+    path = directory / "manifest.json"
+    manifest = read_object(path)
+    if manifest.get("format") != FORMAT:
+        found = f"format {manifest['format']!r}" if "format" in manifest else "an unknown format"
+        raise UserError(f"{path}: prepared in {found}, need {FORMAT}; {AGAIN}")
+    if digest({name: value for name, value in manifest.items() if name != "digest"}) != manifest.get("digest"):
+        raise UserError(f"{path}: changed after it was written; {AGAIN}")
+    for name, shard in manifest["shards"].items():
+        if not re.fullmatch(r"shard-\d{5,}", name):
+            raise UserError(f"{path}: {name!r} is no name of a shard, as in shard-00000; {AGAIN}")
+        for file, size in ((f"{name}.array_record", shard["bytes"]), (f"{name}.npz", None)):
+            file = directory / file
+            if not file.is_file() or file.stat().st_size != (size or file.stat().st_size):
+                state = f"has {file.stat().st_size} bytes, not {size}" if file.is_file() else "is missing"
+                raise UserError(f"{file}: {state}; {AGAIN}")
     return manifest
 
 
@@ -138,7 +187,7 @@ def _reader(path: Path) -> ArrayRecordReader:
             str(path), "readahead_buffer_size:0,max_parallelism:0"
         )  # rows are read in random order
     except Exception as error:  # the library raises what its C++ status maps to
-        raise UserError(f"{path}: damaged; delete the directory and prepare it again") from error
+        raise UserError(f"{path}: damaged; {AGAIN}") from error
 
 
 class Store:
@@ -147,9 +196,14 @@ class Store:
     def __init__(self, directory: Path) -> None:
         self.manifest = read_manifest(directory)
         self.tokenizer = load_from(directory)
-        self._dtype = token_dtype(self.tokenizer)
-        self._paths = [directory / file for file in self.manifest["shards"] if file.endswith(".array_record")]
-        indexes = [read_index(path.with_suffix(".npz")) for path in self._paths]
+        made = self.manifest["tokenizer"]
+        if self.tokenizer.fingerprint != made["fingerprint"]:
+            was = f"prepared with {made['spec']!r} (fingerprint {made['fingerprint']})"
+            other = f"the tokenizer there now has {self.tokenizer.fingerprint}; put the old one back, or {AGAIN}"
+            raise UserError(f"{directory}: {was}, but {other}")
+        shards = self.manifest["shards"]
+        self._paths = [directory / f"{name}.array_record" for name in shards]
+        indexes = [read_index(path.with_suffix(".npz"), shards[path.stem]["index"]) for path in self._paths]
         self._first = np.cumsum([0] + [len(index["length"]) for index in indexes])  # piece that each shard starts with
         documents = np.cumsum([0] + [index["document"][-1] + 1 for index in indexes])
         for index, start in zip(indexes, documents):
@@ -162,7 +216,19 @@ class Store:
         number = int(piece - self._first[shard])
         try:
             (raw,) = self._readers[shard].read([number])
-        except Exception as error:
-            path = self._paths[shard]
-            raise UserError(f"{path}: record {number} is damaged; delete the directory and prepare it again") from error
-        return decode_record(raw, self._dtype)
+        except Exception as error:  # the library raises what its C++ status maps to
+            raise UserError(f"{self._paths[shard]}: record {number} is damaged; {AGAIN}") from error
+        if record_hash(raw) != int(self.columns["check"][piece]):
+            raise UserError(f"{self._paths[shard]}: record {number} is not the one that was written; {AGAIN}")
+        return decode_record(raw, self.tokenizer)
+
+
+class Sizes:
+    """A store that gives the bytes of text that a token stands for in the place of the token."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self.tokenizer = store, store.tokenizer
+
+    def read(self, piece: int) -> Record:
+        record = self._store.read(piece)
+        return record._replace(tokens=record.sizes)

@@ -1,28 +1,24 @@
-"""Documents of a `config.data`: files, directories and globs, Hugging Face datasets, the built-in corpora."""
+"""Documents of a `config.data`: files, directories and globs, Hugging Face datasets, the built-in corpora.
 
+A directory gives the files whose names say what they hold (`readers.SUFFIXES`), tables and .json only if they have the
+text field; hidden files and links to directories are left out, links to files are followed. A glob, or a file's own
+name, takes any text. What was left out is told.
+"""
+
+import collections
 import dataclasses
 import glob
-import gzip
-import io
-import json
-import zlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
-
-import pyarrow
-import pyarrow.parquet
-import zstandard
+from typing import Any, NamedTuple
 
 from frugalmoe.config.schema import Data, Source
-from frugalmoe.data import corpus, mixed, quickstart
+from frugalmoe.data import corpus, mixed, quickstart, readers
 from frugalmoe.data.cache import cache_root
-from frugalmoe.data.text import cut
-from frugalmoe.errors import UserError
+from frugalmoe.errors import UserError, needs_package
 
 BUILT_IN = {"quickstart": quickstart.build, "mixed": mixed.build}
-SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-PIECE_CHARACTERS = (256, 16_384)  # least and most in a document cut from a single text file; between them, 20 documents
 
 
 class Document(NamedTuple):
@@ -41,6 +37,12 @@ class Input:
     hf: tuple[str, str] | None = None  # (name, split)
     root: Path | None = None
     files: tuple[Path, ...] = ()
+    left_out: str = ""  # what was found but is not read
+    built_in: bool = False
+
+    @property
+    def where(self) -> str:
+        return f"{self.field}={self.source.path!r}"
 
     def identity(self) -> list[Any]:
         """What must be equal for prepared data to be used again: for files their names, sizes and times.
@@ -51,7 +53,31 @@ class Input:
         files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
         place = Path(self.hf[0] if self.hf else self.root)
         place = str(place.resolve() if place.exists() else place)
-        return [self.name, self.source.text_field, self.source.domain, self.hf, place, files]
+        options = dataclasses.asdict(dataclasses.replace(self.source, path="", weight=0.0))
+        return [self.name, options, self.hf, place, files]
+
+
+class Notes:
+    """What a user should know of the documents of an input, counted while they are read."""
+
+    def __init__(self) -> None:
+        self.empty: list[str] = []  # files that gave no document
+        self.skipped = self.blank = self.carriage_returns = self.documents = 0
+
+    def lines(self, source: Input) -> list[str]:
+        told = []
+        if self.empty:
+            more = f" and {len(self.empty) - 5} more" if len(self.empty) > 5 else ""
+            told.append(f"no document in {', '.join(self.empty[:5])}{more}")
+        if self.skipped:
+            told.append(f"skipped {self.skipped:,} records without {source.source.text_field!r}")
+        if self.blank:
+            told.append(f"left out {self.blank:,} records or files of white space alone")
+        if self.carriage_returns:
+            told.append(
+                f"{self.carriage_returns:,} of {self.documents:,} documents have line ends \\r\\n, which are kept"
+            )
+        return [f"{source.where}: {line}" for line in told]
 
 
 def open_inputs(data: Data, progress: bool) -> list[Input]:
@@ -78,141 +104,180 @@ def _open_input(field: str, name: str, source: Source, data: Data, progress: boo
     if kind in BUILT_IN:
         root = BUILT_IN[kind](cache_root(data), progress)
         files = corpus.files(root, rest, f"{field}={source.path!r}")
-        return Input(field, name or kind, source, root=root, files=files)
-    root, files = _find(source.path, field)
-    return Input(field, name or root.resolve().stem, source, root=root.parent if root.is_file() else root, files=files)
+        return Input(field, name or kind, source, root=root, files=files, built_in=True)
+    root, files, left_out = _find(source, field)
+    folder = root.parent if root.is_file() else root
+    return Input(field, name or root.resolve().stem, source, root=folder, files=files, left_out=left_out)
 
 
-def _find(path: str, field: str) -> tuple[Path, tuple[Path, ...]]:
-    """The root of a path (file, directory, or a glob's fixed part) and its files, sorted."""
-    accepted = ", ".join(SUFFIXES)
-    root = Path(path).expanduser()
+def _find(source: Source, field: str) -> tuple[Path, tuple[Path, ...], str]:
+    """The root of a path (file, directory, or a glob's fixed part), its files in order, what was left out."""
+    path, root = source.path, Path(source.path).expanduser()
     if path and root.is_file():
-        if not root.name.endswith(SUFFIXES):
-            raise UserError(f"{field}={path!r}: a file must end in one of {accepted}")
-        return root, (root,)
+        return root, (root,), ""
     if path and root.is_dir():
-        found = [file for file in root.rglob("*") if not any(p.startswith(".") for p in file.relative_to(root).parts)]
+        found, left_out = _walk(root, field)
+        chosen = [file for file in found if _is_named(file, source)]
+        hint = "a glob takes any text: {}"
     elif glob.has_magic(path):
-        found = [Path(file) for file in glob.glob(str(root), recursive=True)]
+        names = [Path(file) for file in glob.glob(str(root), recursive=True)]
+        found = [file for file in names if file.is_file()]
+        left_out = collections.Counter({"directory": len(names) - len(found)})
         root = next(parent for parent in root.parents if not glob.has_magic(str(parent)))
+        chosen = [file for file in found if _is_named(file, source) or _is_other_text(file, source)]
+        hint = f"they are no text, or tables and JSON without {source.text_field!r}"
+    elif path and root.exists():
+        raise UserError(f"{field}={path!r}: is no regular file, and must be read more than once; write it into one")
     else:
         valid = ", ".join(("a glob", "hf:NAME[:SPLIT]", *BUILT_IN))
         raise UserError(f"{field}={path!r}: no such file or directory; also valid: {valid}")
-    files = tuple(sorted(file for file in found if file.name.endswith(SUFFIXES) and file.is_file()))
-    if not files:
-        raise UserError(f"{field}={path!r}: no file ends in one of {accepted}")
-    return root, files
+    others = collections.Counter(str(readers.kind(file)) for file in set(found).difference(chosen))
+    told = _told(others + left_out)
+    hint = hint.format(repr(os.path.join(path, "**", "*" + _commonest(others)))) if others else ""
+    if not chosen:
+        there = f"there are {told}" if told else "nothing is there"
+        raise UserError(
+            f"{field}={path!r}: no file to read, {there}; read are {readers.accepted()}; {hint}".rstrip("; ")
+        )
+    return root, tuple(sorted(chosen)), f"{field}={path!r}: left out {told}; {hint}".rstrip("; ") if told else ""
 
 
-def documents(source: Input) -> Iterator[Document]:
+def _walk(root: Path, field: str) -> tuple[list[Path], collections.Counter]:
+    """The regular files under a directory, and how many of what else is there."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{field}={str(root)!r}: {error.filename}: cannot be listed ({error.strerror})")
+
+    found, others = [], collections.Counter()
+    for folder, folders, files in os.walk(root, onerror=refuse):
+        hidden = [name for name in (*folders, *files) if name.startswith(".")]
+        folders[:] = [name for name in folders if name not in hidden]
+        others["hidden"] += len(hidden)
+        others["linked directory"] += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
+        paths = [Path(folder, name) for name in files if name not in hidden]
+        found += [path for path in paths if path.is_file()]
+        others["special or broken"] += sum(not path.is_file() for path in paths)
+    return found, others
+
+
+def _is_named(file: Path, source: Source) -> bool:
+    """Whether a file of a directory is read: a table or a .json may be there for other ends than text."""
+    kind = readers.kind(file)
+    if not kind.is_known or kind.suffix not in (*readers.JSON, *readers.TABLES):
+        return kind.is_known
+    try:
+        first = next(readers.records(file, "", source.encoding, source.text_field), None)
+    except UserError:
+        return False
+    except readers.ERRORS:  # cut off or damaged, which reading it will say
+        return True
+    return first is not None and isinstance(_value(first.value, source.text_field), str)
+
+
+def _is_other_text(file: Path, source: Source) -> bool:
+    return not readers.kind(file).is_known and readers.is_text(file, source.encoding)
+
+
+def _commonest(kinds: collections.Counter) -> str:
+    suffix = kinds.most_common(1)[0][0]
+    return suffix if suffix.startswith(".") else ""
+
+
+def _told(counts: collections.Counter) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in counts.most_common() if count)
+
+
+def documents(source: Input, notes: Notes | None = None) -> Iterator[Document]:
     """Every document that holds more than white space, in a fixed order. The text is as in the file."""
-    empty = True
-    for text, domain, where in _records(source):
-        if text.strip():
-            empty = False
-            yield Document(text, source.source.domain or domain or source.name, where)
-    if empty:
-        raise UserError(f"{source.field}={source.source.path!r}: holds no text")
-
-
-def _records(source: Input) -> Iterator[tuple[str, str, str]]:
-    """(text, domain or "", id) of each record."""
+    notes = notes or Notes()
     if source.hf:
-        yield from _hf_records(source)
+        yield from _documents(_hf_records(source), source, notes)
     for file in source.files:
-        where = file.relative_to(source.root).as_posix()
+        if source.built_in:
+            corpus.check(source.root, file)
+        before = notes.documents
         try:
-            if file.name.endswith((".txt", ".md")):
-                yield from _text_records(file, where, alone=len(source.files) == 1)
-            elif file.name.endswith(".parquet"):
-                yield from _parquet_records(file, where, source.source.text_field)
-            else:
-                yield from _jsonl_records(file, where, source.source.text_field)
-        except (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException) as error:
+            yield from _documents(_records(file, source), source, notes)
+        except readers.ERRORS as error:
             raise UserError(f"{file}: cannot be read ({str(error).partition(chr(10))[0]})") from error
+        if notes.documents == before:
+            notes.empty.append(file.relative_to(source.root).as_posix())
+    if not notes.documents:
+        told = [line.removeprefix(f"{source.where}: ") for line in notes.lines(source)]
+        raise UserError("; ".join([f"{source.where}: holds no text", *told]))
 
 
-def _text_records(file: Path, where: str, alone: bool) -> Iterator[tuple[str, str, str]]:
-    """A text file is one document; a source that is one text file is cut, for a validation split needs several."""
-    text = _decode(file.read_bytes(), file, 0).removeprefix("\ufeff")
-    if not alone:
-        yield text, "", where
-        return
-    least, most = PIECE_CHARACTERS
-    for n, piece in enumerate(cut(text, min(max(len(text) // 20, least), most))):
-        yield piece, "", f"{where}#{n}"
+def _records(file: Path, source: Input) -> Iterator[readers.Found]:
+    name, encoding = file.relative_to(source.root).as_posix(), source.source.encoding
+    kind = readers.kind(file)
+    if kind.is_known and kind.suffix not in readers.TEXT:
+        return readers.records(file, name, encoding, source.source.text_field)
+    return readers.texts(file, name, encoding, alone=len(source.files) == 1)
 
 
-def _jsonl_records(file: Path, where: str, field: str) -> Iterator[tuple[str, str, str]]:
-    offset = 0
-    with _open_lines(file) as lines:
-        for number, line in enumerate(lines, 1):
-            text = _decode(line, file, offset)
-            offset += len(line)
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}:{number}: not JSON ({error.msg} at column {error.colno})") from error
-            yield *_fields(record, field, f"{file}:{number}"), f"{where}:{number}"
+def _documents(found: Iterable[readers.Found], source: Input, notes: Notes) -> Iterator[Document]:
+    for record in found:
+        text, domain = _fields(record, source.source)
+        if text is None:
+            notes.skipped += 1
+        elif not text.strip():
+            notes.blank += 1
+        else:
+            notes.documents += 1
+            notes.carriage_returns += "\r\n" in text
+            yield Document(text, source.source.domain or domain or source.name, record.id)
 
 
-def _open_lines(file: Path) -> BinaryIO:
-    if file.name.endswith(".gz"):
-        return gzip.open(file, "rb")
-    if file.name.endswith(".zst"):
-        raw = open(file, "rb")  # noqa: SIM115  closed with the reader
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
-    return open(file, "rb")
-
-
-def _parquet_records(file: Path, where: str, field: str) -> Iterator[tuple[str, str, str]]:
-    with pyarrow.parquet.ParquetFile(file) as table:
-        names = table.schema_arrow.names
-        columns = [name for name in dict.fromkeys((field, "domain")) if name in names]
-        if field not in columns:
-            raise UserError(f"{file}: no column {field!r} (data text_field); columns: {', '.join(names)}")
-        row = 0
-        for batch in table.iter_batches(columns=columns, batch_size=1024):
-            for record in batch.to_pylist():
-                yield *_fields(record, field, f"{file}#{row}"), f"{where}#{row}"
-                row += 1
-
-
-def _hf_records(source: Input) -> Iterator[tuple[str, str, str]]:
+def _hf_records(source: Input) -> Iterator[readers.Found]:
     name, split = source.hf
-    where = f"{source.field}={source.source.path!r}"
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"{where}: needs the package `datasets`; pip install frugalmoe[hf]") from error
+        raise needs_package(source.where, "datasets>=4") from error
     try:
         dataset = datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub, the builder scripts and the file readers raise many kinds
-        raise UserError(f"{where}: cannot be loaded ({(str(error) or repr(error)).partition(chr(10))[0]})") from error
+        message = (str(error) or repr(error)).partition(chr(10))[0]
+        raise UserError(f"{source.where}: cannot be loaded ({message})") from error
     for row, record in enumerate(dataset):
-        yield *_fields(record, source.source.text_field, f"{where} row {row}"), f"{name}:{split}#{row}"
+        yield readers.Found(record, f"{source.where} row {row}", f"{name}:{split}#{row}")
 
 
-def _fields(record: Any, field: str, where: str) -> tuple[str, str]:
-    """(text, domain or "") of a record."""
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: must be a JSON object with the field {field!r}, is {type(record).__name__}")
-    if not isinstance(record.get(field), str):
-        state = f"is {type(record[field]).__name__}, must be a string" if field in record else "is absent"
-        raise UserError(f"{where}: field {field!r} (text_field) {state}; fields: {', '.join(record) or 'none'}")
-    try:
-        record[field].encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: field {field!r} has a lone surrogate at character {error.start}") from error
-    domain = record.get("domain")
-    return record[field], domain if isinstance(domain, str) else ""
+def _fields(record: readers.Found, source: Source) -> tuple[str | None, str]:
+    """(text, or None for a record to skip; domain or "") of a record."""
+    field, where, fields = source.text_field, record.where, record.value
+    if isinstance(fields, str):  # a text file; a string among JSON values
+        fields = {field: fields}
+    if not isinstance(fields, dict):
+        raise UserError(f"{where}: must be an object with the field {field!r}, is {type(fields).__name__}")
+    text = _value(fields, field)
+    if isinstance(text, bytes):  # a binary column of Parquet
+        try:
+            text = text.decode(source.encoding)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: field {field!r} is not {source.encoding} at byte {error.start}") from error
+    if text is None and source.null_text == "skip":
+        return None, ""
+    if not isinstance(text, str):
+        state = f"is {type(text).__name__}, must be a string"
+        if text is None:
+            state = "is null or absent; null_text='skip' of its source skips and counts such records"
+        raise UserError(f"{where}: field {field!r} (text_field) {state}; fields: {', '.join(fields)[:200] or 'none'}")
+    domain = fields.get("domain")
+    domain = domain if isinstance(domain, str) else ""
+    for name, value in ((field, text), ("domain", domain)):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: field {name!r} has a lone surrogate at character {error.start}") from error
+    return text, domain
 
 
-def _decode(raw: bytes, file: Path, offset: int) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 at byte {offset + error.start} (0x{raw[error.start]:02x})") from error
+def _value(fields: Any, field: str) -> Any:
+    """A field by its name, or by a dotted path through objects; None where it is not there."""
+    if not isinstance(fields, dict):
+        return None
+    if field in fields:
+        return fields[field]
+    name, _, rest = field.partition(".")
+    return _value(fields.get(name), rest) if rest else None

@@ -9,6 +9,14 @@ from frugalmoe.data.sources import Document
 from frugalmoe.errors import UserError
 
 HASHES = 1 << 64
+TAKEN = ("mean", "all")  # names beside the domains' own: of their mean, and of all tokens
+
+
+def check_domain(name: str) -> None:
+    """Raises `UserError` for a label that metrics and tables cannot name: taken, blank, or not printable."""
+    if name in TAKEN or not name.strip() or not name.isprintable():
+        rule = f"a label must be printable text, and not {' or '.join(TAKEN)}, which name results over all domains"
+        raise UserError(f"data: domain {name!r}: {rule}; give another by `domain` of its source")
 
 
 def text_hash(text: str) -> int:
@@ -52,6 +60,7 @@ class Survey:
         """Each domain has its lowest hash in validation and its highest in training."""
         threshold = int(fraction * HASHES)
         for domain, low in self.lowest.items():
+            check_domain(domain)
             if low == self.highest[domain]:
                 rule = "a domain needs 2 (one for validation); put it into another by `domain` of its source"
                 raise UserError(f"data: domain {domain!r} has only 1 distinct document; {rule}")

@@ -1,4 +1,4 @@
-"""Text to token ids and back: raw bytes, byte-level BPE trained on the data, or any `tokenizer.json`.
+"""Text to token ids and back: raw bytes, byte-level BPE trained on the data, or a published vocabulary.
 
 A tokenizer is saved as the two files that Hugging Face uses, `tokenizer.json` and `tokenizer_config.json` (bytes need
 only the second), so that a run directory and a published model directory are read by the same function.
@@ -9,12 +9,14 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from frugalmoe.data import end_of_text, vocabularies
+from frugalmoe.data.end_of_text import END_OF_TEXT, read_object
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.files import write_atomically, write_json
 
@@ -22,18 +24,16 @@ from frugalmoe.files import write_atomically, write_json
 # cores); `prepare` runs one document per thread instead, which scales.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-END_OF_TEXT = "<|endoftext|>"
-KNOWN_EOS = (
-    END_OF_TEXT,
-    "</s>",
-    "<eos>",
-    "<|end_of_text|>",
-    "<|eot_id|>",
-    "<|im_end|>",
-    "<｜end▁of▁sentence｜>",
-    "[EOS]",
-)
 SMALLEST_BPE = 257  # 256 bytes and the end of a document
+LARGEST = 1 << 22  # tokens in a vocabulary: a bound against damage, eight times the largest in use
+
+
+class Encoded(NamedTuple):
+    """A whole document."""
+
+    tokens: np.ndarray  # int32[n]; the last is the end-of-text token
+    sizes: np.ndarray  # int32[n]: UTF-8 bytes of the text that each token stands for; their sum is the text's
+    same: bool  # decoding gives the text back
 
 
 class Tokenizer(Protocol):
@@ -41,7 +41,8 @@ class Tokenizer(Protocol):
 
     size: int  # ids are 0 .. size-1
     eos: int  # ends each document; never the result of encoding text
-    token_bytes: np.ndarray  # int32[size]: UTF-8 bytes that a token stands for, 0 for specials
+    silent: tuple[int, ...]  # ids below `size` that show no text: specials, and gaps between ids
+    token_bytes: np.ndarray  # int32[size]: bytes of a token by itself, 0 for specials: `document` counts
     fingerprint: str  # equal for equal tokenizers, on every machine
 
     def encode(self, text: str) -> np.ndarray:
@@ -49,6 +50,10 @@ class Tokenizer(Protocol):
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+
+    def document(self, text: str) -> Encoded:
+        """The text with its end-of-text token, and how many bytes of it each token stands for."""
+        ...
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; specials are left out, bytes that are not UTF-8 become U+FFFD."""
@@ -62,6 +67,7 @@ class ByteTokenizer:
 
     size = 257
     eos = 256
+    silent = (eos,)
 
     def __init__(self) -> None:
         self.token_bytes = np.array([1] * 256 + [0], np.int32)
@@ -73,6 +79,10 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
 
+    def document(self, text: str) -> Encoded:
+        tokens = np.append(self.encode(text), np.int32(self.eos))
+        return Encoded(tokens, self.token_bytes[tokens], True)
+
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in map(int, ids) if i < 256).decode(errors="replace")
 
@@ -81,9 +91,12 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-    """A Hugging Face `tokenizer.json`. The text `<|endoftext|>` in a document is text, not the special token."""
+    """A Hugging Face `tokenizer.json`. The text `<|endoftext|>` in a document is text, not the special token.
 
-    def __init__(self, content: str, eos_token: str, where: str) -> None:
+    Its end-of-text token is `eos_token`, or None: what a file of `directory` names, or a special token of a known name.
+    """
+
+    def __init__(self, content: str, eos_token: str | None, where: str, directory: Path | None = None) -> None:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the library raises a bare Exception
@@ -91,15 +104,24 @@ class JsonTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True
+        self._content = json.loads(content)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.size = max(vocabulary.values(), default=-1) + 1
+        if not 0 < self.size <= LARGEST:
+            raise UserError(f"{where}: has token ids up to {self.size - 1}; they must be below {LARGEST}")
+        if eos_token is None:
+            added = self._tokenizer.get_added_tokens_decoder().values()
+            specials = [token.content for token in added if token.special]
+            eos_token = end_of_text.find(directory, vocabulary, specials, where)
         if eos_token not in vocabulary:
             raise UserError(f"{where}: end-of-text token {eos_token!r} is not in its vocabulary")
-        self._content = json.loads(content)
-        self._eos_token = eos_token
-        self.size = max(vocabulary.values()) + 1
+        self._where, self._eos_token = where, eos_token
         self.eos = vocabulary[eos_token]
-        self.token_bytes = _token_bytes(self._content, vocabulary, self.size)
-        self.token_bytes[self.eos] = 0
+        specials = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.silent = tuple(sorted(specials | {self.eos} | (set(range(self.size)) - set(vocabulary.values()))))
+        self._pieces = _pieces(self._content, self._tokenizer, self.size)
+        self._pieces[self.eos] = b""
+        self.token_bytes = np.array([len(piece) for piece in self._pieces], np.int32)
         canonical = json.dumps([self._content, eos_token], sort_keys=True, ensure_ascii=False)
         self.fingerprint = "json-" + hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -110,53 +132,78 @@ class JsonTokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
+    def document(self, text: str) -> Encoded:
+        """Where the tokens' own bytes join to the text they are what is counted. Else a token counts as all of the
+        text from the end of the one before it to its own end, and end-of-text as what no token stands for.
+        """
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        tokens = np.array([*encoding.ids, self.eos], np.int32)
+        if self.eos in encoding.ids:
+            rule = "it must be no piece that a text can hold; name another"
+            raise UserError(f"{self._where}: a text encodes to the end-of-text token {self._eos_token!r}; {rule}")
+        raw, joined = text.encode(), b"".join([self._pieces[i] for i in encoding.ids])
+        sizes = self.token_bytes[tokens]
+        if joined == raw and (self._content.get("decoder") or {}).get("type") == "ByteLevel":
+            return Encoded(tokens, sizes, True)  # which is what that decoder does; any other is asked
+        if joined == b" " + raw:  # SentencePiece's dummy prefix
+            sizes[0] -= 1
+        elif joined != raw:
+            sizes = _sizes(text, len(raw), [end for _, end in encoding.offsets])
+        return Encoded(tokens, sizes, self.decode(encoding.ids) == text)
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def save_into(self, directory: str | Path) -> None:
         content = json.dumps(self._content, ensure_ascii=False).encode()
         write_atomically(Path(directory) / "tokenizer.json", content)
-        write_json(Path(directory) / "tokenizer_config.json", {"kind": "json", "eos_token": self._eos_token})
+        config = {"kind": "json", "eos_token": self._eos_token, "fingerprint": self.fingerprint}
+        write_json(Path(directory) / "tokenizer_config.json", config)
 
 
 def load_from(directory: str | Path) -> Tokenizer:
     """The tokenizer that `save_into` wrote, or that of a published model's directory."""
-    config = Path(directory) / "tokenizer_config.json"
-    if config.is_file() and json.loads(config.read_text()).get("kind") == "bytes":
+    directory = Path(directory)
+    if _is_bytes(directory):
         return ByteTokenizer()
-    return load_json(Path(directory) / "tokenizer.json", f"tokenizer of {directory}")
+    return load_json(vocabularies.find(directory, f"tokenizer of {directory}"), f"tokenizer of {directory}")
+
+
+def _is_bytes(directory: Path) -> bool:
+    config = directory / "tokenizer_config.json"
+    if not config.is_file() or read_object(config).get("kind") != "bytes":
+        return False
+    if (directory / "tokenizer.json").is_file():
+        raise UserError(f"{config}: says kind 'bytes', but a tokenizer.json is beside it; one of them is not its own")
+    return True
 
 
 def load_json(path: Path, where: str) -> JsonTokenizer:
-    """Read a tokenizer.json; its end-of-text token is named by a tokenizer_config.json beside it or is a known name."""
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: cannot read {str(path)!r} ({error})") from error
+    """Read a tokenizer.json, or another vocabulary that can be written as one: see `vocabularies`."""
+    tokenizer = JsonTokenizer(vocabularies.read(path, where), None, where, directory=path.parent)
     config = path.with_name("tokenizer_config.json")
-    named = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
-    if isinstance(named, dict):  # Hugging Face writes an added token as a record
-        named = named["content"]
-    eos_token = named or next((token for token in KNOWN_EOS if json.dumps(token, ensure_ascii=False) in content), None)
-    if eos_token is None:
-        known = ", ".join(KNOWN_EOS)
-        raise UserError(f"{where}: no end-of-text token; name it in a tokenizer_config.json beside it; known: {known}")
-    return JsonTokenizer(content, eos_token, where)
+    saved = read_object(config).get("fingerprint") if config.is_file() else None
+    if saved not in (None, tokenizer.fingerprint):
+        rule = "it, or its end-of-text token, changed after it was saved; put the saved one back"
+        raise UserError(f"{path}: has the fingerprint {tokenizer.fingerprint}, not {saved}: {rule}")
+    return tokenizer
 
 
 def parse(spec: str) -> int | Path | None:
-    """`data.tokenizer` as None (bytes), a vocabulary size (bpe:SIZE) or the path of a tokenizer.json."""
+    """`data.tokenizer` as None (bytes), a vocabulary size (bpe:SIZE) or the file of a vocabulary."""
     if spec == "bytes":
         return None
     if spec.startswith("bpe:"):
         size = spec.removeprefix("bpe:")
-        if not size.isdecimal() or int(size) < SMALLEST_BPE:
-            raise UserError(f"data.tokenizer={spec!r}: SIZE of bpe:SIZE must be a whole number >= {SMALLEST_BPE}")
+        if not (size.isdecimal() and len(size) < 10 and SMALLEST_BPE <= int(size) <= LARGEST):
+            rule = f"SIZE of bpe:SIZE must be a whole number from {SMALLEST_BPE} to {LARGEST}"
+            raise UserError(f"data.tokenizer={spec!r}: {rule}")
         return int(size)
     path = Path(spec).expanduser()
-    path = path / "tokenizer.json" if path.is_dir() else path
+    if path.is_dir():
+        return None if _is_bytes(path) else vocabularies.find(path, f"data.tokenizer={spec!r}")
     if not path.is_file():
-        hint = did_you_mean(spec, ["bytes", "bpe:SIZE", "the path of a tokenizer.json"])
+        hint = did_you_mean(spec, ["bytes", "bpe:SIZE", "the path of a tokenizer.json or of its directory"])
         raise UserError(f"data.tokenizer={spec!r}: no such kind or file; {hint}")
     return path
 
@@ -187,16 +234,35 @@ def train_bpe(texts: Iterable[str], size: int) -> JsonTokenizer:
     return JsonTokenizer(tokenizer.to_str(), END_OF_TEXT, "trained BPE")
 
 
-def _token_bytes(content: dict, vocabulary: dict[str, int], size: int) -> np.ndarray:
-    """UTF-8 bytes of each token. In a byte-level vocabulary one character stands for one byte."""
+def _pieces(content: dict, tokenizer: tokenizers.Tokenizer, size: int) -> list[bytes]:
+    """UTF-8 bytes of each token by itself, as far as a vocabulary tells them; `JsonTokenizer.document` compares."""
+    model, pieces = content["model"], [b""] * size
     byte_level = '"type": "ByteLevel"' in json.dumps([content.get("decoder"), content.get("pre_tokenizer")])
-    added = {token["content"]: token["special"] for token in content.get("added_tokens", ())}
-    counts = np.zeros(size, np.int32)
-    for token, i in vocabulary.items():
-        if token in added:
-            counts[i] = 0 if added[token] else len(token.encode())
-        elif byte_level or (token.startswith("<0x") and len(token) == 6):  # <0x0A>: a byte-fallback token
-            counts[i] = len(token) if byte_level else 1
+    # In a byte-level vocabulary one character stands for one byte; SentencePiece writes a space as U+2581.
+    table = vocabularies.byte_alphabet() if byte_level else {"▁": b" "}
+    for token, i in tokenizer.get_vocab(with_added_tokens=False).items():
+        if not byte_level and vocabularies.is_byte(token):
+            pieces[i] = bytes([int(token[3:5], 16)])
+        elif model.get("type") == "WordPiece":
+            pieces[i] = token.removeprefix(model.get("continuing_subword_prefix") or "##").encode()
         else:
-            counts[i] = len(token.replace("▁", " ").encode())  # SentencePiece writes a space as ▁
-    return counts
+            pieces[i] = b"".join([table.get(character) or character.encode() for character in token])
+    of_model = tokenizer.get_vocab(with_added_tokens=False)
+    for i, token in tokenizer.get_added_tokens_decoder().items():
+        if token.special:
+            pieces[i] = b""
+        elif token.content not in of_model:
+            pieces[i] = token.content.encode()
+    return pieces
+
+
+def _sizes(text: str, total: int, ends: list[int]) -> np.ndarray:
+    """Bytes of the text between the ends (in characters) of neighbouring tokens; then those after the last, to `total`.
+
+    Tokens that share a character have its bytes once: the first of them.
+    """
+    characters = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    width = 1 + (characters > 0x7F) + (characters > 0x7FF) + (characters > 0xFFFF)
+    before = np.append(0, np.cumsum(width))
+    reached = np.maximum.accumulate(np.append(before[np.array(ends, np.int64)], total))
+    return np.diff(reached, prepend=0).astype(np.int32)

@@ -4,7 +4,7 @@
 |---|---|---|---|
 | dense | E / K | no | the oracle of the tests |
 | grouped | 1 | no | the default: `blocks`, `tpu` or `gpu`, whichever this platform runs |
-| capacity | capacity_factor | yes | comparison with capacity-limited systems; causal with drop_order=token only |
+| capacity | capacity_factor | yes | comparison with capacity-limited systems; `capacity.causality` says when it leaks |
 | blocks | 1 (at most 4/3, plus a partial block per expert) | no | plain XLA, any platform, made for CPUs |
 | tpu, gpu | 1 (plus a partial tile per expert) | no | Pallas kernels |
 

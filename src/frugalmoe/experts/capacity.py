@@ -18,7 +18,7 @@ from frugalmoe.routing.contract import ExpertPlan, TokenPlan
 # Who keeps a slot when an expert's queue overflows -> whether a token's fate depends on later tokens of its sequence.
 ORDERS = {
     "token": "safe",  # first come, first served
-    "choice": "leak",  # all first choices, then all second choices, ... (GShard, V-MoE); safe for k = 1 only
+    "choice": "leak",  # all first choices, then all second choices, ... (GShard, V-MoE); of one choice: as `token`
     "weight": "leak",  # largest weight first (batch-prioritised routing, Riquelme et al. 2106.05974)
 }
 
@@ -27,6 +27,19 @@ def capacity(num_tokens: int, num_rows: int, config: MoE) -> int:
     """Slots per expert and sequence of `num_tokens` tokens and `num_rows` token-expert pairs."""
     fair = num_tokens * config.num_experts_per_token / config.num_experts
     return min(max(math.ceil(config.capacity_factor * fair), 1), num_rows)
+
+
+def causality(plan: TokenPlan | ExpertPlan, config: MoE) -> str:
+    """What this executor adds to a router's claim; of the plan only its form and shape count."""
+    if isinstance(plan, ExpertPlan):  # it has its capacity already
+        return "safe"
+    by_token = config.drop_order == "choice" and plan.expert_NK.shape[1] == 1
+    return "safe" if drops_nothing(config) or by_token else ORDERS[config.drop_order]
+
+
+def drops_nothing(config: MoE) -> bool:
+    """Whether each expert has a slot for every token of a sequence."""
+    return config.capacity_factor * config.num_experts_per_token >= config.num_experts
 
 
 def limit(plan: TokenPlan, config: MoE, num_sequences: int) -> tuple[TokenPlan, Array]:

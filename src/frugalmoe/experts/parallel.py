@@ -9,8 +9,8 @@ axis a part of their hidden width, one of the `context` axis a part of the token
 | token-major | all_to_all | about K N (X - 1) / X, one for each choice of a token; padded without a ragged collective |
 | expert-major, or capacity | slots | E C (X - 1) / X: all slots, full or empty (GShard, Lepikhin et al. 2006.16668) |
 
-The first two drop nothing unless `model.moe.exchange_room` says so. The work of shared experts depends on none of
-these, so that a compiler may do it while rows travel.
+The first two drop nothing unless `model.moe.exchange_room` says so, and then they leak (see `causality`). The work of
+shared experts depends on none of these, so that a compiler may do it while rows travel.
 
 Letters: B batch, T time, N tokens, D model, E experts, F expert hidden, K choices, C slots per expert, R rows,
 X devices of the expert axis, Q rows that a device has room for; 2 = (gate, up).
@@ -66,6 +66,19 @@ def execute_slots(plan: ExpertPlan, x_RD: Array, gate_up_ED2F: Array, down_EFD: 
     y_RD = jnp.zeros(x_RD.shape, jnp.float32)
     y_RD = y_RD.at[plan.token_EC].add(y_ECD * plan.weight_EC[..., None], mode="drop")
     return lax.psum(y_RD.astype(x_RD.dtype), "tensor")
+
+
+def causality(plan: Plan, config: MoE, devices: int) -> str:
+    """What the exchange adds to a router's claim; of the plan only its form and shape count.
+
+    Rows beyond `model.moe.exchange_room` are lost in the order of experts, over all sequences of the devices that
+    share them: a later token's row for expert 0 pushes out an earlier token's for expert 1.
+    """
+    if isinstance(plan, ExpertPlan) or devices == 1 or not config.exchange_room:
+        return "safe"
+    slots = plan.expert_NK.shape[1]
+    worst = devices * min(slots, config.num_experts // devices)
+    return "leak" if config.exchange_room * slots < worst else "safe"
 
 
 def load_of_devices(plan: Plan, valid_BT: Array, config: MoE) -> dict[str, Array]:

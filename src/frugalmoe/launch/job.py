@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+import sys
 from pathlib import Path
 
 from frugalmoe.errors import UserError, did_you_mean
@@ -21,6 +22,7 @@ class Job:
     workdir: Path
     directory: Path  # where it runs
     hosts: tuple[str, ...] = ()
+    bin: Path = Path(sys.executable).parent  # where `frugalmoe` is, here and on the nodes
 
     @property
     def name(self) -> str:
@@ -39,7 +41,7 @@ def fill(path: Path, job: Job) -> str:
     try:
         text = path.read_text()
     except OSError as e:
-        raise UserError(f"{path}: {e.strerror}; run it in the checkout, or name a --template") from e
+        raise UserError(f"{path}: {e.strerror}") from e
     values = {
         "name": job.name,
         "nodes": str(job.nodes),
@@ -47,6 +49,7 @@ def fill(path: Path, job: Job) -> str:
         "train": shlex.join(job.train),
         "workdir": str(job.workdir),
         "directory": shlex.quote(str(job.directory)),
+        "bin": shlex.quote(str(job.bin)),
         "hosts": shlex.join(job.hosts),
     }
 

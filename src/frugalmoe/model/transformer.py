@@ -160,10 +160,11 @@ class Transformer(nnx.Module):
         """float32 logits [..., V]; for generation and tests, where the whole matrix may exist."""
         return jnp.einsum("...d,dv->...v", hidden, self.head(), preferred_element_type=jnp.float32)
 
-    def empty_caches(self, batch: int, slots: int) -> tuple[Cache | None, Cache | None]:
-        dense = self.config.num_dense_layers
-        counts = (dense, self.config.num_layers - dense)
-        return tuple(empty_cache(self.config, n, batch, slots) if n else None for n in counts)
+
+def empty_caches(config: Model, batch: int, slots: int) -> tuple[Cache | None, Cache | None]:
+    """Of the dense and of the MoE layers."""
+    dense = config.num_dense_layers
+    return tuple(empty_cache(config, n, batch, slots) if n else None for n in (dense, config.num_layers - dense))
 
 
 def _look_up(embed_VD: Array, token_ids_BT: Array) -> Array:

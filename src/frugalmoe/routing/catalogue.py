@@ -19,7 +19,8 @@ HEADER = """# Routing strategies
 Written by `frugalmoe routers --format=markdown > docs/routers.md` from what each file of
 `src/frugalmoe/routing/strategies` declares. Claims that vary with the options are given at the defaults; the laws in
 `tests/test_routing_laws.py` check them. `causal`: safe, a token's experts depend on no later token; batch, on other
-sequences; leak, on later tokens of its own. `form`: token, tokens choose experts; expert, experts choose tokens.
+sequences; leak, on later tokens of its own; executor and exchange may add to that, and a run's summary says what holds
+for all together. `form`: token, tokens choose experts; expert, experts choose tokens.
 `state`: what is carried from step to step beside the parameters.
 """
 BLOCKS = "Around whole blocks"
@@ -32,8 +33,8 @@ included, is the one expert, and chooses tokens; the others skip it. `tests/test
 
 
 def catalogue() -> list[dict]:
-    """One row per strategy, ready for JSON; claims that vary with the options are given at the defaults."""
-    return [_row(strategies.get(name)) for name in strategies.names()]
+    """One row per sound strategy, ready for JSON; claims that vary with the options are given at the defaults."""
+    return [_row(strategies.get(name)) for name in strategies.sound()]
 
 
 def blocks() -> list[dict]:

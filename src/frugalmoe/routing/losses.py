@@ -35,17 +35,30 @@ class Total(NamedTuple):
     metrics: dict[str, Array]  # each unscaled loss, mean over layers
 
 
-def gate_losses(logits_BTE: Array, probs_BTE: Array, load_BE: Array, inputs: Inputs, config: MoE) -> dict[str, Loss]:
+def gate_losses(
+    logits_BTE: Array,
+    probs_BTE: Array,
+    load_BE: Array,
+    inputs: Inputs,
+    config: MoE,
+    scored_BE: Array | None = None,
+) -> dict[str, Loss]:
     """The losses of any token-choice gate: those of `REPORTED` and those of `GATE_LOSSES` that the config names.
 
     A loss that is not asked for costs nothing; one named with coefficient 0 is reported and not trained on.
+    `scored_BE`: the load as the K largest scores alone would have it, where a bias, a price or groups had a say.
+    Where the last axis holds choices beyond the experts, the probabilities are the softmax of the logits.
     """
     of_load = (probs_BTE, load_BE, inputs, config)
+    of_scores = (probs_BTE, load_BE if scored_BE is None else scored_BE, inputs, config)
+    num_experts, on_devices = config.num_experts, of_load
+    if probs_BTE.shape[-1] > num_experts:  # what is no expert lives on no device
+        on_devices = (jax.nn.softmax(logits_BTE[..., :num_experts]), load_BE[:, :num_experts], inputs, config)
     makers = {
         "load_balance": lambda: load_balance(*of_load),
-        "sequence_balance": lambda: sequence_balance(*of_load),
+        "sequence_balance": lambda: sequence_balance(*of_scores),
         "z": lambda: z(logits_BTE, inputs),
-        "device_balance": lambda: device_balance(*of_load),
+        "device_balance": lambda: device_balance(*on_devices),
         "importance": lambda: importance(probs_BTE, inputs, config),
         "marginal_entropy": lambda: marginal_entropy(probs_BTE, inputs, config),
         "token_entropy": lambda: token_entropy(probs_BTE, inputs),
@@ -82,15 +95,20 @@ def load_balance(probs_BTE: Array, load_BE: Array, inputs: Inputs, config: MoE) 
     """E * sum_e f_e P_e over each group (Fedus et al., 2101.03961, eq. 4-6).
 
     f_e, the share of the group's slots that name the expert, sums to 1 over experts; P_e is the mean of probabilities
-    that sum to 1. So the loss is 1 at uniform load and E/K at collapse. Counts are those of the selection that was
-    executed, its bias included.
+    that sum to 1. So the loss is 1 at uniform load and E/K at collapse. Counts are those of the selection, its bias
+    included, before any drop; a strategy that counts something else says so.
     """
     scope = _scope(load_BE.shape[0], inputs, config)
     return Loss(_balance(probs_BTE, load_BE, inputs, scope), scope.per)
 
 
 def sequence_balance(probs_BTE: Array, load_BE: Array, inputs: Inputs, config: MoE) -> Loss:
-    """The complementary sequence-wise loss of DeepSeek-V3 (2412.19437, eq. 17-20): always one group per sequence."""
+    """The complementary sequence-wise loss of DeepSeek-V3 (2412.19437, eq. 17-20): always one group per sequence.
+
+    f counts the K largest scores (eq. 18), without the bias and the groups by which experts are chosen; so does
+    Megatron-LM, while torchtitan counts the choice itself. Where experts are drawn, or a token takes as many as it
+    wants, it counts those that it took.
+    """
     scope = Scope(1, (), "sequence")
     return Loss(_balance(probs_BTE, load_BE, inputs, scope), scope.per)
 
@@ -99,7 +117,8 @@ def device_balance(probs_BTE: Array, load_BE: Array, inputs: Inputs, config: MoE
     """The load-balance loss of `config.load_balance_devices` devices of consecutive experts, 1 at uniform load.
 
     DeepSeekMoE (2401.06066, eq. 15-17): the mean over a device of its experts' f, times the sum of their P. How the
-    load spreads inside a device does not matter.
+    load spreads inside a device does not matter. Probabilities and load are of real experts alone: null and zero-cost
+    choices live on no device.
     """
     devices = config.load_balance_devices
     prob_BTd = probs_BTE.reshape(*probs_BTE.shape[:2], devices, -1).sum(-1)

@@ -13,13 +13,25 @@ from jax.ad_checkpoint import checkpoint_name
 
 from frugalmoe.routing.contract import Inputs, TokenPlan
 
+FAR_BELOW = -15.0  # below it softplus(z) is e^z (1 - e^z / 2) to the last bit of float32
+
 
 def sqrt_softplus(logits_BTE: Array) -> Array:
     """sqrt(log(1 + e^z)): positive, about e^(z/2) for z << 0 and sqrt(z) for z >> 0 (DeepSeek-V4)."""
-    return jnp.sqrt(jax.nn.softplus(jnp.maximum(logits_BTE, -80)))  # float32 has no e^-90, and sqrt no slope at 0
+    near_BTE = jnp.sqrt(jax.nn.softplus(jnp.maximum(logits_BTE, FAR_BELOW)))
+    return jnp.where(logits_BTE < FAR_BELOW, jnp.exp(log_sqrt_softplus(logits_BTE)), near_BTE)
+
+
+def log_sqrt_softplus(logits_BTE: Array) -> Array:
+    """log(log(1 + e^z)) / 2, about z / 2 for z << 0, where float32 has no e^z."""
+    below_BTE = jnp.minimum(logits_BTE, FAR_BELOW)
+    far_BTE = below_BTE - jnp.exp(below_BTE) / 2
+    near_BTE = jnp.log(jax.nn.softplus(jnp.maximum(logits_BTE, FAR_BELOW)))
+    return jnp.where(logits_BTE < FAR_BELOW, far_BTE, near_BTE) / 2
 
 
 SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax, "sqrt_softplus": sqrt_softplus}
+LOG_SCORES = {"sigmoid": jax.nn.log_sigmoid, "softmax": jax.nn.log_softmax, "sqrt_softplus": log_sqrt_softplus}
 
 
 class Choice(NamedTuple):
@@ -46,9 +58,17 @@ def at(score_BTE: Array, expert_BTK: Array) -> Array:
     return jnp.take_along_axis(score_BTE, expert_BTK, axis=-1)
 
 
-def shares(score_BTE: Array) -> Array:
-    """Positive scores over their sum along the last axis."""
-    return score_BTE / (score_BTE.sum(-1, keepdims=True) + 1e-20)
+def shares(log_score_BTE: Array, among_BTE: Array | None = None) -> Array:
+    """Positive scores over their sum along the last axis, from their logarithms (of a softmax, the logits will do).
+
+    So scores that float32 does not have, e^-90, have shares and gradients. `among`: those that take part; the others
+    get 0, and where there is none, so do all.
+    """
+    if among_BTE is None:
+        return jax.nn.softmax(log_score_BTE, axis=-1)
+    nobody_BT1 = ~jnp.any(among_BTE, axis=-1, keepdims=True)
+    share_BTE = jax.nn.softmax(jnp.where(among_BTE | nobody_BT1, log_score_BTE, -jnp.inf), axis=-1)
+    return jnp.where(among_BTE, share_BTE, 0)
 
 
 def token_plan(expert_BTK: Array, weight_BTK: Array, inputs: Inputs, num_experts: int) -> TokenPlan:

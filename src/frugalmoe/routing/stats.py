@@ -36,11 +36,16 @@ def load(plan: Plan, inputs: Inputs, num_experts: int) -> Array:
     batch, time = inputs.token_ids_BT.shape
     valid_BT = inputs.valid_BT
     if isinstance(plan, TokenPlan):
-        hit_BTKE = plan.expert_NK.reshape(batch, time, -1, 1) == jnp.arange(num_experts)
-        return jnp.sum(hit_BTKE & valid_BT[..., None, None], axis=(1, 2), dtype=jnp.int32)
+        return load_of_choices(plan.expert_NK.reshape(batch, time, -1), inputs, num_experts)
     hit_BEC = plan.token_EC // time == jnp.arange(batch)[:, None, None]
     valid_EC = jnp.append(valid_BT, False)[plan.token_EC]
     return jnp.sum(hit_BEC & valid_EC, axis=-1, dtype=jnp.int32)
+
+
+def load_of_choices(expert_BTK: Array, inputs: Inputs, num_experts: int) -> Array:
+    """The same of experts, or other choices, that no plan holds."""
+    hit_BTKE = expert_BTK[..., None] == jnp.arange(num_experts)
+    return jnp.sum(hit_BTKE & inputs.valid_BT[..., None, None], axis=(1, 2), dtype=jnp.int32)
 
 
 def of_layer(

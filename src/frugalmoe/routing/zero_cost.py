@@ -40,13 +40,6 @@ def weights(choice_BTK: Array, weight_BTK: Array, inputs: Inputs, num_experts: i
     return jnp.sum(jnp.where(hit_BTKZ, weight_BTK[..., None], 0), axis=-2)
 
 
-def load(choice_BTK: Array, inputs: Inputs, num_choices: int) -> Array:
-    """Slots per sequence and choice, int32 [B, X], of valid tokens."""
-    batch, time, k = choice_BTK.shape
-    every = TokenPlan(choice_BTK.reshape(batch * time, k), jnp.zeros(()))
-    return stats.load(every, inputs, num_choices)
-
-
 def finish(
     logits_BTX: Array,
     choice: Choice,
@@ -55,15 +48,19 @@ def finish(
     added_BTD: Array | None,
     inputs: Inputs,
     config: MoE,
+    scored_BX: Array | None = None,
 ) -> Routing:
-    """The routing; `balanced_BX` is the load as the strategy's balance losses see it."""
+    """The routing; `balanced_BX` is the load as the strategy's balance losses see it, `scored_BX` that by scores alone.
+
+    `scored_BX` is given where the choice looked at more; see `losses.sequence_balance`.
+    """
     probs_BTX, num_experts = jax.nn.softmax(logits_BTX, axis=-1), config.num_experts
     experts = plan(choice.expert_BTK, weight_BTK, inputs, num_experts)
     load_BE = stats.load(experts, inputs, num_experts)
     layer = stats.of_layer(load_BE, inputs, logits_BTE=logits_BTX, probs_BTE=probs_BTX, tied_BT=choice.tied_BT)
     return Routing(
         experts,
-        losses.gate_losses(logits_BTX, probs_BTX, balanced_BX, inputs, config),
+        losses.gate_losses(logits_BTX, probs_BTX, balanced_BX, inputs, config, scored_BX),
         layer | {"prob_sum": layer["prob_sum"][:num_experts]},
         added_BTD=added_BTD,
     )

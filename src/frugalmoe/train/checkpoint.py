@@ -10,7 +10,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from frugalmoe import sharding
 from frugalmoe.config.schema import Checkpoint
 from frugalmoe.errors import UserError
-from frugalmoe.train.step import State
+from frugalmoe.train.step import State, finite
 
 _ITEMS = ("params", "router_state", "opt_state", "step")
 
@@ -46,11 +46,18 @@ def save(manager: ocp.CheckpointManager, step: int, state: State) -> None:
     manager.save(step, args=ocp.args.Composite(**items), force=True)
 
 
-def check_space(directory: Path, state: State) -> None:
-    """Refuses before a byte is written what a full disk would end in the middle of a write."""
-    arrays = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+def check_space(directory: Path, state: State, freed: int = 0) -> None:
+    """Refuses before a byte is written what a full disk would end in the middle of a write.
+
+    `freed`: bytes that will be deleted before.
+    """
+    check_space_for(directory, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)), freed)
+
+
+def check_space_for(directory: Path, arrays: int, freed: int = 0) -> None:
+    """Refuses a checkpoint of so many bytes of arrays."""
     needed = 1.1 * arrays + 2**18  # with Orbax's own files
-    free = shutil.disk_usage(directory).free
+    free = shutil.disk_usage(directory).free + freed
     if free < needed:
         raise UserError(
             f"{directory}: No space left on device: "
@@ -72,6 +79,26 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: State, items: t
     # and P() mean the same but compare unequal): else the first step and the others would each be compiled.
     values = jax.jit(sharding.store, donate_argnums=0)({k: restored[k] for k in wanted})
     return abstract._replace(**values | ({"step": values["step"]["step"]} if "step" in values else {}))
+
+
+def restore_newest(
+    manager: ocp.CheckpointManager, abstract: State, items: tuple[str, ...] = _ITEMS
+) -> tuple[State | None, int | None, list[int]]:
+    """(the newest saved state whose numbers are all finite, its step, the later steps that hold others); None, None
+    where there is none.
+    """
+    broken = []
+    for step in sorted(manager.all_steps(), reverse=True):
+        state = restore(manager, step, abstract, items)
+        if is_finite(state, items):
+            return state, step, broken
+        broken.append(step)
+    return None, None, broken
+
+
+def is_finite(state: State, items: tuple[str, ...] = _ITEMS) -> bool:
+    """Whether all numbers of these items are; older versions saved states in which they are not."""
+    return bool(jax.jit(finite)([getattr(state, item) for item in items]))
 
 
 def _nonempty(state: State) -> dict:

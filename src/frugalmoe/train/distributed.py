@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from frugalmoe.errors import EXIT_USER_ERROR, UserError, one_line
+from frugalmoe.interrupts import is_watched
 from frugalmoe.train.rundir import differences
 
 EXIT_PEER_LOST = 1
@@ -183,6 +184,8 @@ def all_or_none(shared: type[Exception]) -> Iterator[None]:
 def _what_happened(error: BaseException) -> str:
     if line := one_line(error):
         return line
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
     if _is_loss_of_peer(error):
         how = "the same command in all processes goes on from the last checkpoint"
         return f"another process has ended, or cannot be reached ({_first_line(error)}); {how}"
@@ -197,13 +200,16 @@ def _is_loss_of_peer(error: BaseException) -> bool:
 def stop_signals() -> Iterator[list[int]]:
     """Collects SIGTERM and SIGINT; a second one ends the process at once."""
     received: list[int] = []
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def handle(number, frame):
-        if received:
+        if not received:
+            received.append(number)
+        elif not is_watched(previous[number]):  # else the watch ends the process
             raise KeyboardInterrupt
-        received.append(number)
 
-    previous = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
+    for number in previous:
+        signal.signal(number, handle)
     try:
         yield received
     finally:

@@ -54,9 +54,10 @@ def _micro_batch(config: Config) -> int:
     return config.train.batch_size // config.train.accumulate_steps
 
 
-def _batches(config: Config) -> tuple[int, int]:
-    """(size of an evaluation batch, which is that of a training micro-batch; how many of each domain)."""
-    return _micro_batch(config), config.train.eval_batches
+def _batch_size(config: Config, mesh: jax.sharding.Mesh) -> int:
+    """Rows of an evaluation batch: a training micro-batch, or less where fewer rows are evaluated."""
+    devices = sharding.axis_size(*sharding.BATCH_AXES, mesh=mesh)
+    return min(_micro_batch(config), -(-config.train.eval_rows // devices) * devices)
 
 
 def evaluate(
@@ -67,17 +68,25 @@ def evaluate(
     mesh: jax.sharding.Mesh,
     trace: list[Traced] | None = None,
 ) -> Scores:
-    """Every domain's loss on its held-out documents. With `trace`, appends what it saw of every batch to it."""
+    """Every domain's loss on the first `train.eval_rows` rows of its held-out documents.
+
+    The rows, and what a router draws for each, are the same whatever batches, micro-batches and devices they are
+    computed in. With `trace`, appends what it saw of every batch to it.
+    """
     loss, bits, stats = {}, {}, None  # (of the routers, of mixture of depths)
-    token_bytes = data.tokenizer.token_bytes
+    size_of_batch = _batch_size(config, mesh)
     for domain in data.domains:
-        nats = targets = size = 0.0
-        documents = data.eval_documents(domain, *_batches(config))
-        for batch, documents_BT in zip(data.eval_batches(domain, *_batches(config)), documents):
-            out: Evaluated = sharding.fetch(eval_step(state.params, state.router_state, put_batch(mesh, batch, "BT")))
+        nats = targets = 0.0
+        size = data.eval_bytes(domain, config.train.eval_rows)
+        rows = (domain, size_of_batch, config.train.eval_rows)
+        for number, (batch, documents_BT) in enumerate(zip(data.eval_batches(*rows), data.eval_documents(*rows))):
+            first_row = np.int32(number * size_of_batch)
+            placed = put_batch(mesh, batch, "BT")
+            out: Evaluated = sharding.fetch(
+                eval_step(state.params, state.router_state, placed, first_row=sharding.put(mesh, first_row, ""))
+            )
             nats += float(out.ce_BT.sum(dtype=np.float64))
             targets += int(batch.loss_mask_BT.sum())
-            size += int(token_bytes[batch.targets_BT[batch.loss_mask_BT]].sum())
             found = (out.stats, out.depths)
             stats = found if stats is None else jax.tree.map(np.add, stats, found)
             if trace is not None:

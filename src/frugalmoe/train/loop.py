@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from frugalmoe import sharding
 from frugalmoe.config import Config, check_devices, to_dict, with_vocabulary
@@ -22,18 +21,21 @@ from frugalmoe.errors import UserError
 from frugalmoe.files import read_json, write_json
 from frugalmoe.generate import Weights, sample_text
 from frugalmoe.model import depths
+from frugalmoe.model.causality import causality
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
 from frugalmoe.train import checkpoint, distributed, rundir
 from frugalmoe.train.evaluate import Scores, evaluate, own_rows, write_probe
+from frugalmoe.train.preflight import check_directory
 from frugalmoe.train.program import Program, compiled_eval_step
 from frugalmoe.train.progress import Progress
-from frugalmoe.train.step import abstract, init, knobs
+from frugalmoe.train.step import State, abstract, init, knobs
+from frugalmoe.train.trackers import Trackers
 
 
 class NotFinite(UserError):
-    """The loss of a step is not a number."""
+    """A loss, a gradient or the state after a step holds what is no number; nothing of it is saved."""
 
 
 def train(
@@ -42,39 +44,39 @@ def train(
     *,
     resume: str = "auto",
     fresh: bool = False,
+    sample: bool = False,
     progress: Callable[[Config, int], Any] = Progress,
 ) -> dict[str, Any]:
     """Trains, or continues, the run in `workdir` and returns its summary. `status` is complete or stopped.
 
-    resume: auto continues a run of the same config; force continues it whatever its config; never refuses.
-    Raises UserError for input that cannot be run; nothing is written then. With several processes (`distributed.start`)
-    all call it, alike.
+    resume: auto continues a run of the same config; force continues it whatever its config; never refuses. fresh
+    replaces the run that is there, once all has been checked. sample: the summary of a complete run has a passage of
+    generated text. Raises UserError for input that cannot be run; nothing is written or deleted then. With several
+    processes (`distributed.start`) all call it, alike.
     """
+    config = config if fresh else rundir.as_begun(config, workdir)
     flags = {"--workdir": str(workdir), "--resume": resume, "--fresh": fresh}
     distributed.check_same(to_dict(config) | flags)
     axes = check_devices(config, jax.device_count())
     with distributed.together():
         if distributed.is_main():
-            _check_directory(config, workdir, resume, fresh)
-    if distributed.exchange(rundir.is_complete(workdir))[0] and resume != "force":
+            check_directory(config, workdir, resume=resume, fresh=fresh)
+    if distributed.exchange(rundir.is_complete(workdir))[0] and resume != "force" and not fresh:
         return read_json(workdir / "summary.json")
-    with jax.set_mesh(sharding.make_mesh(axes)), opened(config, workdir, force=resume == "force") as run:
-        return train_runs([run], progress)[0]
-
-
-def _check_directory(config: Config, workdir: Path, resume: str, fresh: bool) -> None:
-    if fresh:
-        rundir.start_over(workdir)
-    elif resume == "never" and (workdir / "config.json").is_file():
-        raise UserError(f"--workdir={workdir}: holds a run and --resume=never was given")
-    rundir.check_config(workdir, to_dict(config), force=resume == "force")
+    with jax.set_mesh(sharding.make_mesh(axes)), opened(config, workdir, force=resume == "force", fresh=fresh) as run:
+        return train_runs([run], progress, sample)[0]
 
 
 @contextmanager
 def opened(
-    config: Config, workdir: Path, *, force: bool = False, done: Callable[[], bool] = lambda: False
+    config: Config,
+    workdir: Path,
+    *,
+    force: bool = False,
+    fresh: bool = False,
+    done: Callable[[], bool] = lambda: False,
 ) -> Iterator["Run"]:
-    """The run of a directory, new or continued and locked, on the mesh in context.
+    """The run of a directory, new or continued and locked, on the mesh in context; `fresh` replaces the one there.
 
     Raises `rundir.Busy` if another process has it, or had it until it was `done`.
     """
@@ -89,19 +91,36 @@ def opened(
                 held.enter_context(rundir.locked(workdir))
                 if done():
                     raise rundir.Busy(f"--workdir={workdir}: another process has just completed this run")
-                rundir.check_config(workdir, to_dict(config), force=force)
-                checkpoint.check_space(workdir, abstract(model_config))
-                _describe(workdir, config, data)
+                if fresh:
+                    rundir.check_fresh(workdir)
+                else:
+                    rundir.check_config(workdir, to_dict(config), force=force)
+                    _check_data(workdir, data)
+                freed = rundir.size_of_run(workdir) if fresh else 0
+                checkpoint.check_space(workdir, abstract(model_config), freed)
+                if fresh:
+                    rundir.start_over(workdir)
         with distributed.together():
-            if not (workdir / "config.json").is_file():
+            if not (workdir / ".lock").is_file():
                 rule = "all processes must share it, but what process 0 wrote is not there"
                 raise UserError(f"--workdir={workdir}: {rule}")
         with distributed.all_or_none(shared=NotFinite):
             run = held.enter_context(closing(Run(model_config, workdir, data, jax.sharding.get_mesh())))
+            with distributed.together():
+                if main:
+                    _describe(workdir, config, data, run.start)
             yield run
 
 
-def _describe(workdir: Path, config: Config, data: Dataset) -> None:
+def _check_data(workdir: Path, data: Dataset) -> None:
+    path = workdir / "data.json"
+    if path.is_file() and (old := read_json(path)["fingerprint"]) != data.fingerprint:
+        raise UserError(
+            f"--workdir={workdir}: the run's data changed (fingerprint {old} there, {data.fingerprint} now)"
+        )
+
+
+def _describe(workdir: Path, config: Config, data: Dataset, start: int) -> None:
     """Everything that makes the run directory self-describing."""
     described = {
         "fingerprint": data.fingerprint,
@@ -109,34 +128,37 @@ def _describe(workdir: Path, config: Config, data: Dataset) -> None:
         "train_tokens": data.train_tokens,
         "validation_tokens": data.validation_tokens,
         "remainder": data.remainder,
+        "notes": data.manifest["notes"],
     }
-    path = workdir / "data.json"
-    if path.is_file() and (old := read_json(path)["fingerprint"]) != data.fingerprint:
-        raise UserError(
-            f"--workdir={workdir}: the run's data changed (fingerprint {old} there, {data.fingerprint} now)"
-        )
     (workdir / "tokenizer").mkdir(exist_ok=True)
     data.tokenizer.save_into(workdir / "tokenizer")
-    write_json(workdir / "environment.json", rundir.environment())
-    write_json(path, described)
-    write_json(workdir / "config.json", to_dict(config))  # last: it marks the directory as a run
+    write_json(workdir / "data.json", described)
+    rundir.describe(workdir, to_dict(config), start)  # last: it marks the directory as a run
 
 
-def train_runs(runs: Sequence["Run"], progress: Callable[[Config, int], Any]) -> list[dict[str, Any]]:
+def train_runs(
+    runs: Sequence["Run"], progress: Callable[[Config, int], Any], sample: bool = False
+) -> list[dict[str, Any]]:
     """Trains runs to the end and returns their summaries; several at once where they stand at one step and their
     configs differ in `Knobs` and name only.
     """
     began, config = time.perf_counter(), runs[0].config
-    with distributed.stop_requests() as stop, progress(config, runs[0].start) as shown:
-        stopped = _loop(runs, stop, shown)
+    with ExitStack() as held:
+        shown = held.enter_context(progress(config, runs[0].start))
+        for note in (note for run in runs for note in run.notes):
+            shown.say(note)
+        stopped = _loop(runs, lambda: held.enter_context(distributed.stop_requests()), shown)
         if not stopped:
             shown.say("evaluating on held-out documents")
-        return [run.finish(stopped, (time.perf_counter() - began) / len(runs)) for run in runs]
+        return [run.finish(stopped, (time.perf_counter() - began) / len(runs), sample) for run in runs]
 
 
-def _loop(runs: Sequence["Run"], stop: Callable[[int], bool], shown: Any) -> bool:
-    """Trains to the end, or to the step where `stop` says so: True then."""
-    config, step = runs[0].config.train, runs[0].step
+def _loop(runs: Sequence["Run"], stop_requests: Callable[[], Callable[[int], bool]], shown: Any) -> bool:
+    """Trains to the end, or to the step where a stop is requested: True then.
+
+    Until the first step is under way, which is compiled before, there is nothing to save, and a signal just ends it.
+    """
+    config, step, stop = runs[0].config.train, runs[0].step, lambda step: False
     save_every = runs[0].config.checkpoint.every_steps
     program = Program(runs)
     pending, clock, stopped = None, _Clock(), False
@@ -148,14 +170,18 @@ def _loop(runs: Sequence["Run"], stop: Callable[[int], bool], shown: Any) -> boo
         logged, metrics = pending
         values = program.of_each_run(jax.device_get(metrics))
         seconds = clock.tick()
+        for run, own in zip(runs, values):
+            run.check(logged, own)
         shown.update(logged, float(values[0]["loss/ce"]), sum(float(v["count/tokens"]) for v in values), seconds)
         for run, own in zip(runs, values):
             run.log(logged, own, seconds / len(runs))
 
     while step < config.steps and not (stopped := stop(step)):
         batch = program.next_batch()
-        with jax.transfer_guard("disallow"):
+        with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
             metrics = program.step(batch)
+        if step == runs[0].start:
+            stop = stop_requests()
         log_pending()
         step += 1
         pending = (step, metrics)
@@ -187,33 +213,59 @@ class Run:
         self.layers = list(range(model.num_dense_layers, model.num_layers))
         self.routed_blocks = [layer for layers in depths.routed_layers(model) for layer in layers]
         self.manager = checkpoint.open_manager(workdir, config.checkpoint, cleanup=True)
-        saved = self.manager.latest_step()
-        self.state = init(config) if saved is None else checkpoint.restore(self.manager, saved, abstract(config))
+        self.notes: list[str] = []  # for whoever started the run
+        self.state = self._restored() or init(config)
         self.start = self.step = int(self.state.step)
         self.knobs = jax.tree.map(lambda number: sharding.put(mesh, number, ""), knobs(config))
         main = distributed.is_main()
         log = lambda name: rundir.Log(workdir / name if main else Path(os.devnull), self.start)
         self.metrics_log, self.load_log = log("metrics.jsonl"), log("expert_load.jsonl")
-        tensorboard = str(workdir / "tensorboard")
-        self.tensorboard = SummaryWriter(tensorboard, purge_step=self.start + 1, write_to_disk=main)
+        self.trackers = Trackers(config, workdir, self.start, quiet=not main)
         self.eval_step = compiled_eval_step(config)
         self.batches = data.train_batches(self.start, own_rows(mesh, config))
         self.tokens_per_second: list[float] = []
 
-    def finish(self, stopped: bool, seconds: float) -> dict[str, Any]:
-        """Saves the state; unless stopped, evaluates. Returns the summary, which a complete run also writes."""
+    def _restored(self) -> State | None:
+        """The newest saved state; those that hold what is no number, as older versions saved them, are deleted."""
+        state, saved, broken = checkpoint.restore_newest(self.manager, abstract(self.config))
+        if broken and state is None:
+            rule = "no checkpoint holds finite numbers only, so there is nothing to continue; --fresh starts over"
+            raise NotFinite(f"{self.workdir}: {rule}")
+        for step in broken:
+            self.manager.delete(step)
+            self.notes.append(f"checkpoint of step {step}: not finite; deleted, the one of step {saved} is taken")
+        return state
+
+    def check(self, step: int, values: dict[str, Any]) -> None:
+        """Raises `NotFinite` unless a step's loss and gradient and the state after it are finite."""
+        names = ("loss/total", "optim/gradient_norm", "optim/parameter_norm")
+        broken = [f"{name}={values[name]}" for name in names if not np.isfinite(values[name])]
+        broken += [name for name, finite in values.pop("finite").items() if not finite]
+        if broken:
+            self.metrics_log.write({"step": step, **{name: float(values[name]) for name in names}})
+            raise NotFinite(self._broken(f"{', '.join(broken)} at step {step}"))
+
+    def _broken(self, what: str) -> str:
+        saved = self.manager.latest_step()
+        last = "nothing is saved yet" if saved is None else f"the last checkpoint is {saved}"
+        return f"{what}: not finite; {last}; lower optim.learning_rate={self.config.optim.learning_rate}"
+
+    def finish(self, stopped: bool, seconds: float, sample: bool) -> dict[str, Any]:
+        """Saves the state; unless stopped, evaluates, and samples if asked to. Returns the summary, which a complete
+        run also writes.
+        """
         scores = None if stopped else self._finish()
         self.save()
         self.manager.wait_until_finished()
         summary = {"status": "stopped" if stopped else "complete", "step": self.step, "steps": self.config.train.steps}
         if scores:
-            summary |= self._summary(scores, seconds)
+            summary |= self._summary(scores, seconds) | ({"sample": self._sample()} if sample else {})
             if distributed.is_main():
                 write_json(self.workdir / "summary.json", summary)
         return summary
 
     def close(self) -> None:
-        for part in (self.metrics_log, self.load_log, self.tensorboard, self.manager):
+        for part in (self.metrics_log, self.load_log, self.trackers, self.manager):
             part.close()
 
     def evaluate(self) -> None:
@@ -229,12 +281,6 @@ class Run:
 
     def log(self, step: int, values: dict[str, Any], seconds: float) -> None:
         """The host's copy of a step's metrics; `seconds` is 0 for a step without a time."""
-        if not np.isfinite(values["loss/total"]):
-            self.metrics_log.write({"step": step, "loss/total": float(values["loss/total"])})
-            raise NotFinite(
-                f"loss/total={values['loss/total']} at step {step}: not finite; the last checkpoint is "
-                f"{self.manager.latest_step()}; lower optim.learning_rate={self.config.optim.learning_rate}"
-            )
         tokens = float(values.pop("count/tokens"))
         counts_LE = values.pop("counts_LE", None)
         if step % self.config.train.log_every and step != self.config.train.steps:
@@ -250,16 +296,18 @@ class Run:
 
     def _write(self, step: int, row: Mapping[str, float]) -> None:
         self.metrics_log.write({"step": step, **row})
-        for name, value in row.items():
-            self.tensorboard.add_scalar(name, value, step)
+        self.trackers.log(step, row)
 
     def _log_scores(self, scores: Scores) -> None:
+        if broken := [domain for domain, loss in scores.loss.items() if not np.isfinite(loss)]:
+            raise NotFinite(self._broken(f"held-out loss of {', '.join(broken)} after step {self.step}"))
         named = {"loss": scores.loss, "bits_per_byte": scores.bits_per_byte}
         self._write(self.step, {f"eval/{k}/{d}": v for k, by_domain in named.items() for d, v in by_domain.items()})
 
     def _finish(self) -> Scores:
         trace: list | None = [] if self.layers and distributed.is_main() else None
-        eval_step = compiled_eval_step(self.config, trace=True) if self.layers else self.eval_step
+        traced = lambda: compiled_eval_step(self.config, trace=True, vocabulary=self.data.tokenizer.size)
+        eval_step = traced() if self.layers else self.eval_step
         scores = evaluate(eval_step, self.state, self.data, self.config, self.mesh, trace)
         self._log_scores(scores)
         if trace:
@@ -278,10 +326,15 @@ class Run:
             "eval": {"loss": scores.loss, "bits_per_byte": scores.bits_per_byte},
             "parameters": count_parameters(self.config.model),
             "speed": {"tokens_per_second": speed, "train_seconds": seconds},
-            "router": {"name": router.name, "causal": router.about.causal, "layers": layers},
+            "router": {"name": router.name, **self._causality(), "layers": layers},
             **({"mixture_of_depths": about | {"layers": blocks}} if blocks else {}),
-            "sample": self._sample(),
         }
+
+    def _causality(self) -> dict[str, str]:
+        """Of router, executor and exchange together, mixture of depths too."""
+        devices = self.mesh.shape["expert"]
+        level = lambda train: causality(self.config.model, train, devices)
+        return {"causal": level(True), "causal_in_evaluation": level(False)}
 
     def _sample(self) -> dict[str, str]:
         """On one device: decoding is the work of one, and knows no mesh that splits sequences."""

@@ -31,13 +31,13 @@ def _compiled_train_step(config: Config, together: bool, options: tuple) -> Call
 
 
 @functools.lru_cache(PROGRAMS_KEPT)
-def _compiled_eval_step(config: Config, trace: bool) -> Callable:
-    return jax.jit(make_eval_step(config, trace))
+def _compiled_eval_step(config: Config, trace: bool, vocabulary: int | None) -> Callable:
+    return jax.jit(make_eval_step(config, trace, vocabulary=vocabulary))
 
 
-def compiled_eval_step(config: Config, trace: bool = False) -> Callable:
+def compiled_eval_step(config: Config, trace: bool = False, vocabulary: int | None = None) -> Callable:
     """The jitted `make_eval_step`, one for all runs of a process that differ in name and knobs only."""
-    return _compiled_eval_step(without_knobs(config), trace)
+    return _compiled_eval_step(without_knobs(config), trace, vocabulary)
 
 
 def compiled_train_step(config: Config, together: bool = False) -> Callable:

@@ -1,14 +1,17 @@
 """The run directory: who owns it, what config it holds, and its append-only logs. Analysis needs nothing else."""
 
+import contextlib
 import dataclasses
+import datetime
 import fcntl
 import json
+import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -16,33 +19,80 @@ from typing import Any, TextIO
 
 import jax
 
-from frugalmoe.config import Config, to_dict
+from frugalmoe.config import RECORD, Config, completed, record
 from frugalmoe.errors import UserError
-from frugalmoe.files import read_json, write_atomically
+from frugalmoe.files import read_json, to_json, write_atomically, write_json
+
+# What a run writes, by the order in which it may appear: files before config.json, which marks a directory as a run.
+_BEGINNING = ("checkpoints", "metrics.jsonl", "expert_load.jsonl", "tensorboard", "tokenizer", "environment.json",
+              "data.json", "history.jsonl")  # fmt: skip
+_OWN = ("config.json", "environment.json", "data.json", "history.jsonl", "metrics.jsonl", "expert_load.jsonl",
+        "summary.json", "probe.npz", "cross.json", ".*.json.*.tmp", ".*.jsonl.*.tmp",
+        "tensorboard/events.out.tfevents.*", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
+        "report/index.html", "report/*.png", "trace/step_*.npz", "trackers.json", "wandb", "profile")  # fmt: skip
+_FOLDERS = ("checkpoints", "tensorboard", "tokenizer", "report", "trace")
 
 
 def is_complete(workdir: Path) -> bool:
-    summary = workdir / "summary.json"
-    return summary.is_file() and read_json(summary).get("status") == "complete"
+    """Whether a run is done, with a result: held-out losses that are numbers."""
+    path = workdir / "summary.json"
+    summary = read_json(path) if path.is_file() else {}
+    try:
+        return summary.get("status") == "complete" and all(map(math.isfinite, summary["eval"]["loss"].values()))
+    except (AttributeError, LookupError, TypeError):  # a loss that is null, or no summary of ours
+        return False
+
+
+def check_fresh(workdir: Path) -> None:
+    """Refuses to start over in a directory that holds something, but no run of ours."""
+    if (workdir / RECORD).is_file():
+        record(workdir / RECORD)
+    elif _holds_something(workdir):
+        raise UserError(f"--workdir={workdir}: --fresh deletes runs only, and this directory holds no {RECORD}")
 
 
 def start_over(workdir: Path) -> None:
-    """Deletes a run; refuses a directory that is not one."""
-    if workdir.is_dir() and any(workdir.iterdir()):
-        if not (workdir / "config.json").is_file():
-            raise UserError(f"--workdir={workdir}: --fresh deletes runs only, and this directory holds no config.json")
-        shutil.rmtree(workdir)
+    """Deletes what a run wrote, and nothing else. To be called when the new run has the lock and all was checked."""
+    check_fresh(workdir)
+    for path in _own(workdir):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for name in _FOLDERS:
+        with contextlib.suppress(OSError):  # absent, or it holds files of somebody else's
+            (workdir / name).rmdir()
+
+
+def size_of_run(workdir: Path) -> int:
+    """Bytes that `start_over` sets free."""
+    files = [file for path in _own(workdir) for file in (path, *path.rglob("*"))]
+    return sum(file.lstat().st_size for file in files if file.is_file())
+
+
+def _own(workdir: Path) -> list[Path]:
+    """What a run wrote into its directory, which may hold other files too."""
+    saved = (workdir / "checkpoints").glob("[0-9]*")  # whole ones, and those that a kill interrupted
+    checkpoints = [path for path in saved if path.name.isdecimal() or ".orbax-checkpoint-tmp" in path.name]
+    return [*checkpoints, *(path for pattern in _OWN for path in sorted(workdir.glob(pattern)))]
+
+
+def _holds_something(workdir: Path) -> bool:
+    """Whether a directory without config.json holds more than what a run that was killed as it began leaves there."""
+    if not workdir.is_dir():
+        return False
+    others = {path.name for path in workdir.iterdir()} - {".lock", *_BEGINNING}
+    return bool(others or any((workdir / "checkpoints").glob("[0-9]*")))
 
 
 def check_config(workdir: Path, config: Mapping[str, Any], force: bool) -> None:
-    """Refuses to continue a run of another config, and names what differs. The mesh may: it changes no answer."""
-    path = workdir / "config.json"
-    if not path.is_file():
-        if workdir.is_dir() and any(p.name != ".lock" for p in workdir.iterdir()):
-            raise UserError(f"--workdir={workdir}: holds files but no config.json; give an empty or new directory")
+    """Refuses to continue a run of another config, and names what differs. Mesh and trackers change no answer."""
+    if not (workdir / RECORD).is_file():
+        if _holds_something(workdir):
+            raise UserError(f"--workdir={workdir}: holds files but no {RECORD}; give an empty or new directory")
         return
-    saved = _completed(read_json(path), Config()) | {"mesh": config["mesh"]}
-    differing = differences(saved, config, "there", "here")
+    saved = record(workdir / RECORD) | {"mesh": config["mesh"]}
+    saved["train"]["trackers"] = config["train"]["trackers"]
+    if "eval_batches" in read_json(workdir / RECORD)["train"]:  # an older run goes on with the held-out rows of today
+        saved["train"]["eval_rows"] = config["train"]["eval_rows"]
+    differing = differences(saved, completed(config), "there", "here")
     if differing and not force:
         shown = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
         raise UserError(
@@ -51,27 +101,79 @@ def check_config(workdir: Path, config: Mapping[str, Any], force: bool) -> None:
         )
 
 
-def _completed(saved: Any, section: Any) -> Any:
-    """A run's config with the fields that are younger than it, at their defaults: those leave things as they were."""
-    if not isinstance(saved, Mapping):
-        return saved
-    new = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
-    fill = lambda name, value: (
-        _completed(saved.get(name, {}), value) if dataclasses.is_dataclass(value) else saved.get(name, to_dict(value))
-    )
-    return {**saved, **{name: fill(name, value) for name, value in new.items()}}
+def as_begun(config: Config, workdir: Path) -> Config:
+    """The config with what a run in the directory does where it is older than a field: it goes on as it began.
+
+    Nobody can have asked for that with a flag: the same command meant it then.
+    """
+    path = workdir / RECORD
+    saved = read_json(path) if path.is_file() else None
+    data = saved.get("data") if isinstance(saved, Mapping) else None
+    if not isinstance(data, Mapping) or "document_start" in data:
+        return config
+    data = dataclasses.replace(config.data, document_start=record(path)["data"]["document_start"])
+    return dataclasses.replace(config, data=data)
 
 
-def differences(ours: Any, theirs: Any, where: str, elsewhere: str, path: str = "") -> list[str]:
+def differences(ours: Any, theirs: Any, where: str, elsewhere: str) -> list[str]:
     """The fields in which two nested mappings differ, with both values and where each is."""
+    found = changes(ours, theirs)
+    return [f"{path}: {a!r} {where}, {b!r} {elsewhere}" for path, (a, b) in found.items()]
+
+
+def changes(ours: Any, theirs: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted field -> (our value, their value) of the fields in which two nested mappings differ."""
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         keys, prefix = sorted(ours.keys() | theirs.keys()), f"{path}." if path else ""
-        return [d for k in keys for d in differences(ours.get(k), theirs.get(k), where, elsewhere, f"{prefix}{k}")]
-    return [] if ours == theirs else [f"{path}: {ours!r} {where}, {theirs!r} {elsewhere}"]
+        found = [changes(ours.get(k), theirs.get(k), f"{prefix}{k}") for k in keys]
+        return {field: values for part in found for field, values in part.items()}
+    return {} if ours == theirs else {path: (ours, theirs)}
+
+
+_OF_A_START = ("command", "versions", "git_commit", "platform", "devices", "processes")
+
+
+def describe(workdir: Path, config: Mapping[str, Any], step: int) -> None:
+    """Writes what the run is from this start on, at `step`: config.json and environment.json, and a row in
+    history.jsonl, which keeps what they said before.
+
+    A row holds the time (UTC), the step, what `_OF_A_START` names of the environment, and `changes` of the config
+    since the start before: field -> [then, now]. A run that is older than its history has a first row without time.
+    """
+    known = workdir / RECORD
+    before = record(known) if known.is_file() else completed(config)
+    path, now = workdir / "history.jsonl", environment()
+    rows = read_rows(path) if path.is_file() else []
+    if not rows and known.is_file() and (workdir / "environment.json").is_file():
+        first = read_json(workdir / "environment.json")
+        rows = [{"time": None, "step": 0, **{k: first.get(k) for k in _OF_A_START}, "changes": {}}]
+    time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    rows += [
+        {"time": time, "step": step, **{k: now[k] for k in _OF_A_START}, "changes": changes(before, completed(config))}
+    ]
+    write_rows(path, rows)
+    write_json(workdir / "environment.json", now)
+    write_json(known, config)
 
 
 class Busy(UserError):
     """Another process has the run directory."""
+
+
+def check_idle(workdir: Path) -> None:
+    """Raises `Busy` where a process is training; takes and writes nothing, so another may come before `locked`."""
+    path = workdir / ".lock"
+    if path.is_file():
+        with path.open() as lock:
+            _take(workdir, lock)
+
+
+def _take(workdir: Path, lock: TextIO) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        raise Busy(f"--workdir={workdir}: process {lock.read().strip()} is training here") from None
 
 
 @contextmanager
@@ -83,11 +185,7 @@ def locked(workdir: Path) -> Iterator[None]:
     except OSError as e:
         raise UserError(f"--workdir={workdir}: cannot be written ({e.strerror})") from e
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise Busy(f"--workdir={workdir}: process {lock.read().strip()} is training here") from None
+        _take(workdir, lock)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -125,20 +223,30 @@ class Log:
 
     def __init__(self, path: Path, step: int):
         if path.is_file():
-            rows = [row for line in path.read_text().splitlines() if (row := _row(line)) and row["step"] <= step]
-            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            rows = [row for row in read_rows(path) if type(row.get("step")) is int and row["step"] <= step]
+            write_rows(path, rows)
         self._file: TextIO = path.open("a")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(to_json(row) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
 
 
-def _row(line: str) -> dict | None:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; lines that are none, as the last one that a kill interrupted, are left out."""
+    rows = [_row(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    write_atomically(path, "".join(to_json(row) + "\n" for row in rows).encode())
+
+
+def _row(line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:  # the write that a kill interrupted
+    except (ValueError, RecursionError):
         return None

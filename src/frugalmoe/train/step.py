@@ -6,7 +6,7 @@ Letters: A micro-batches of a step, B sequences, T time, D model, L MoE layers, 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,18 +101,26 @@ def make_train_step(config: Config) -> Callable[..., tuple[State, dict]]:
     def train_step(state: State, batch: Batch, knobs: Knobs = own) -> tuple[State, dict]:
         grads, sums, denominators = gradient(state.params, state.router_state, batch, state.step, knobs)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        metrics = _metrics(sums, denominators, knobs, config)
-        metrics["optim/gradient_norm"] = optax.tree.norm(grads)
-        metrics["optim/learning_rate"] = rate(state.step)
         new_state = State(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             router_state=update_router_state(state.router_state, sums["stats"], config),
             opt_state=opt_state,
         )
+        metrics = _metrics(sums, denominators, knobs, config)
+        metrics["optim/gradient_norm"] = optax.tree.norm(grads)
+        metrics["optim/parameter_norm"] = optax.tree.norm(new_state.params)
+        metrics["optim/learning_rate"] = rate(state.step)
+        metrics["finite"] = {"router_state": finite(new_state.router_state), "opt_state": finite(new_state.opt_state)}
         return new_state, metrics
 
     return train_step
+
+
+def finite(tree: Any) -> Array:
+    """Whether all numbers of a tree of arrays are finite, bool []; integers are."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return functools.reduce(jnp.logical_and, (jnp.all(jnp.isfinite(leaf)) for leaf in leaves), jnp.bool_(True))
 
 
 def make_gradient(config: Config) -> Callable[..., tuple[dict, dict, dict]]:
@@ -173,17 +181,17 @@ def _denominators(batch: Batch, config: Config) -> dict[str, Array]:
 def _forward(
     model: Transformer,
     batch: Batch,
-    index: Array,
+    first_row: Array | int,
     step: Array,
     seed: int | Array,
     train: bool,
     trace: bool = False,
     intervention: Callable | None = None,
 ) -> Output:
-    """`index` is the micro-batch: keys follow the sequence's place in the step, not the micro-batch or the device."""
+    """Keys follow the sequence's place in the step or in the held-out set, not in the batch or on the device."""
     rows_B = sharding.reshard(jnp.arange(batch.tokens_BT.shape[0], dtype=jnp.int32), "B")
     key = jax.random.fold_in(jax.random.key(seed), step)
-    keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B + index * rows_B.shape[0])
+    keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B + first_row)
     of_batch = (batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, keys_B)
     return model(Context(*of_batch, step, train, trace, intervention))
 
@@ -208,7 +216,7 @@ def _losses(model: Transformer, hidden_BTD: Array, batch: Batch, config: Config)
 def _micro_loss(params, router_state, graphdef, batch: Batch, index, step, knobs: Knobs, denominators, config: Config):
     """A micro-batch's share of the step's loss, and the sums that the metrics are made of."""
     model = nnx.merge(graphdef, params, router_state)
-    out = _forward(model, batch, index, step, knobs.seed, train=True)
+    out = _forward(model, batch, index * batch.tokens_BT.shape[0], step, knobs.seed, train=True)
     loss, ce_BT, lse_sq = _losses(model, out.hidden_BTD, batch, config)
     total = loss / denominators["target"]
     routed = {"losses": {}, "stats": {}}
@@ -265,33 +273,47 @@ class Evaluated(NamedTuple):
     predicted_BT: Array | None  # int32, the most likely next token
 
 
-def make_eval_step(config: Config, trace: bool = False, as_in_training: int | None = None) -> Callable[..., Evaluated]:
+def make_eval_step(
+    config: Config, trace: bool = False, as_in_training: int | None = None, vocabulary: int | None = None
+) -> Callable[..., Evaluated]:
     """Losses and routing of held-out tokens [B, T]: no noise, no update of router state.
 
-    `eval_step(params, router_state, batch, intervention=None)`; see `model.moe.Context.intervention`. `as_in_training`
-    is a step: tokens are routed as training routes them then, with its noise.
+    `eval_step(params, router_state, batch, intervention=None, first_row=0)`; see `model.moe.Context.intervention`.
+    `first_row` is the number of the batch's first row among all that are evaluated: the keys of a router that draws
+    follow it. `as_in_training` is a step: tokens are routed as training routes them then, with its noise. `vocabulary`
+    is the tokenizer's size, from which on ids pad the model's vocabulary and are predicted never.
     """
     graphdef, _, _ = structure(config.model)
     at, train = as_in_training or 0, as_in_training is not None
 
-    def eval_step(params: dict, router_state: dict, batch: Batch, intervention: Callable | None = None) -> Evaluated:
+    def eval_step(
+        params: dict,
+        router_state: dict,
+        batch: Batch,
+        intervention: Callable | None = None,
+        first_row: Array | int = 0,
+    ) -> Evaluated:
         model = nnx.merge(graphdef, params, router_state)
-        out = _forward(model, batch, jnp.int32(0), jnp.int32(at), EVAL_SEED, train, trace, intervention)
+        out = _forward(model, batch, first_row, jnp.int32(at), EVAL_SEED, train, trace, intervention)
         _, ce_BT, _ = _losses(model, out.hidden_BTD, batch, config)
         routed = out.routed
         stats, *traced = (routed.stats, routed.selected_BTE, routed.plan) if routed is not None else ({}, None, None)
         passed = {} if out.depths is None else out.depths.stats
-        predicted = _predicted(model, out.hidden_BTD, config) if trace else None
+        predicted = _predicted(model, out.hidden_BTD, config, vocabulary) if trace else None
         return Evaluated(ce_BT * batch.loss_mask_BT, stats, passed, *traced, predicted)
 
     return eval_step
 
 
-def _predicted(model: Transformer, hidden_BTD: Array, config: Config) -> Array:
-    """The most likely next token [B, T]; logits of `loss_chunk` tokens exist at one time."""
+def _predicted(model: Transformer, hidden_BTD: Array, config: Config, vocabulary: int | None) -> Array:
+    """The most likely next token [B, T], the lowest of equals; logits of `loss_chunk` tokens exist at one time.
+
+    Logits are those of the loss: float32, whatever the hidden states are.
+    """
 
     def on_shard(hidden_BTD, head_DV):
-        best = lambda hidden_D: jnp.argmax(hidden_D @ head_DV).astype(jnp.int32)
+        logits = lambda hidden_D: jnp.dot(hidden_D, head_DV, preferred_element_type=jnp.float32)[:vocabulary]
+        best = lambda hidden_D: jnp.argmax(logits(hidden_D)).astype(jnp.int32)
         hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
         return jax.lax.map(best, hidden_ND, batch_size=config.train.loss_chunk).reshape(hidden_BTD.shape[:2])
 

@@ -12,38 +12,52 @@ from matplotlib.ticker import MaxNLocator
 from frugalmoe.analysis import coactivation, vocabulary
 from frugalmoe.analysis.plots.style import (
     INK,
+    LONGEST_LABEL,
     OKABE_ITO,
+    WIDE,
     grid,
     legend,
     lines,
     log_ratio,
     ratio_bar,
     ratio_norm,
-    reference,
+    short,
     styled,
 )
 from frugalmoe.analysis.probe import Probe
 from frugalmoe.analysis.specialisation import Specialisation, excess
 
+TALLEST = 26  # inches of a picture of many domains
+PAIRS = 18  # of a domain and an expert in the picture of intervals
+
 
 @styled
-def domain_heatmaps(found: Specialisation, layers: np.ndarray, domains: list[str]) -> Figure:
-    """One heatmap per layer: domain by expert, coloured by share / chance."""
-    experts = found.share_LGE.shape[-1]
-    figure, all_axes = grid(len(layers), 2 if experts <= 16 or len(layers) > 6 else 1, 0.4 + 0.25 * len(domains))
+def domain_heatmaps(found: Specialisation, layers: np.ndarray, domains: list[str], width: float = WIDE) -> Figure:
+    """One heatmap per layer: domain by expert, coloured by share / chance; of many domains and layers, some layers."""
+    experts, height = found.share_LGE.shape[-1], 0.4 + 0.25 * max(len(domains), 2)
+    columns = 2 if experts <= 16 or len(layers) > 6 else 1
+    rows = max(1, int(TALLEST / height))
+    room = rows * (columns if width >= WIDE else 1)
+    shown_L = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), room)).round().astype(int))
+    figure, all_axes = grid(len(shown_L), columns, height, width)
     ratio_LGE = found.share_LGE / found.chance_L[:, None, None]
     norm = ratio_norm(ratio_LGE)
     image = None
-    for axes, layer, ratio_GE, share_GE in zip(all_axes, layers, ratio_LGE, found.share_LGE):
-        image = axes.imshow(log_ratio(ratio_GE), norm=norm, cmap="PuOr_r", aspect="auto")
-        axes.set_title(f"layer {layer}")
-        axes.set_yticks(range(len(domains)), domains)
-        axes.set_xticks(range(0, experts, 1 if experts <= 16 else 8))
+    for axes, l in zip(all_axes, shown_L):
+        image = axes.imshow(log_ratio(ratio_LGE[l]), norm=norm, cmap="PuOr_r", aspect="auto")
+        axes.set_title(f"layer {layers[l]}")
+        axes.set_yticks(range(len(domains)), [short(d, LONGEST_LABEL if width >= WIDE else 16) for d in domains])
+        axes.set_xticks(range(0, experts, _every(experts)))
         if experts <= 8:
-            _write_percentages(axes, share_GE, np.abs(norm(log_ratio(ratio_GE)) - 0.5) > 0.35)
+            _write_percentages(axes, found.share_LGE[l], np.abs(norm(log_ratio(ratio_LGE[l])) - 0.5) > 0.35)
     figure.supxlabel("expert", fontsize=10)
     ratio_bar(figure, image, all_axes, "share of tokens / chance")
     return figure
+
+
+def _every(experts: int) -> int:
+    """Distance of ticks that leaves at most 16 of them."""
+    return next(step for step in (1, 2, 4, 8, 16, 32, experts) if experts <= 16 * step or step == experts)
 
 
 def _write_percentages(axes: Axes, share_GE: np.ndarray, dark_GE: np.ndarray) -> None:
@@ -53,31 +67,36 @@ def _write_percentages(axes: Axes, share_GE: np.ndarray, dark_GE: np.ndarray) ->
 
 
 @styled
-def domain_intervals(found: Specialisation, layers: np.ndarray, domains: list[str]) -> Figure:
-    """Shares of the most specialised layer with bootstrap intervals and the chance level; at most 16 experts."""
+def domain_intervals(found: Specialisation, layers: np.ndarray, domains: list[str], width: float = WIDE) -> Figure:
+    """The pairs of domain and expert that differ most from the mean over domains, in the most specialised layer: a row
+    each, with the bootstrap interval and the chance level.
+    """
     layer = found.top[0]
-    groups, experts = found.share_LGE.shape[1:]
-    shown_E = np.sort(np.argsort(-np.nanmax(np.abs(excess(found.share_LGE)[layer]), axis=0))[:16])
-    figure = Figure(figsize=(9, 3.4))
+    excess_GE = np.nan_to_num(np.abs(excess(found.share_LGE)[layer]))
+    chosen = np.argsort(-excess_GE, axis=None, kind="stable")[:PAIRS]
+    pairs = sorted(zip(*np.unravel_index(chosen, excess_GE.shape)), key=lambda ge: -found.share_LGE[layer][ge])
+    figure = Figure(figsize=(width, 1.0 + 0.22 * len(pairs)))
     axes = figure.subplots()
-    for g, domain in enumerate(domains):
-        x_E = np.arange(shown_E.size) + (g - (groups - 1) / 2) * 0.7 / groups
-        share_E, low_E, high_E = (100 * a[layer, g, shown_E] for a in (found.share_LGE, found.low_LGE, found.high_LGE))
-        label = f"{domain} (n = {found.tokens_G[g]:,})"
-        color = OKABE_ITO[g % len(OKABE_ITO)]
-        axes.vlines(x_E, low_E, high_E, color=color, linewidth=2)
-        axes.plot(x_E, share_E, "o", color=color, markersize=4, label=label)
-    reference(axes, 100 * found.chance_L[layer], "chance (K / E)")
-    axes.set_xticks(range(shown_E.size), map(str, shown_E))
-    axes.set_ylim(0)
-    selection = "" if shown_E.size == experts else f" (the {shown_E.size} most specialised of {experts})"
-    lines(axes, f"expert of layer {layers[layer]}{selection}", "share of the domain's tokens (%)")
-    legend(axes)
+    for y, (g, e) in enumerate(pairs):
+        share, low, high = (100 * a[layer, g, e] for a in (found.share_LGE, found.low_LGE, found.high_LGE))
+        above = share > 100 * found.chance_L[layer]
+        axes.hlines(y, low, high, color=OKABE_ITO[1 if above else 0], linewidth=2)
+        axes.plot(share, y, "o", color=OKABE_ITO[1 if above else 0], markersize=5)
+    axes.axvline(100 * found.chance_L[layer], color=INK, linewidth=1, linestyle=(0, (4, 3)), label="chance (K / E)")
+    longest = LONGEST_LABEL if width >= WIDE else 14
+    axes.set_yticks(range(len(pairs)), [f"{short(domains[g], longest)} → expert {e}" for g, e in pairs])
+    axes.set_ylim(len(pairs) - 0.5, -0.5)
+    axes.set_xlim(0)
+    between = " " if width >= WIDE else "\n"
+    axes.set_xlabel(f"share of the domain's tokens{between}in layer {layers[layer]} (%)")
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
+    legend(figure, axes)
     return figure
 
 
 @styled
-def co_activation(probe: Probe) -> Figure | None:
+def co_activation(probe: Probe, width: float = WIDE) -> Figure | None:
     """One heatmap per layer: how often expert j goes with expert i, over what independent choices would give."""
     if (probe.selected_LNE.sum(-1) < 2).all():
         return None
@@ -89,7 +108,7 @@ def co_activation(probe: Probe) -> Figure | None:
     ratio_LEE = np.stack(ratios)
     if not np.isfinite(ratio_LEE).any():
         return None
-    figure, all_axes = grid(len(ratio_LEE), 4, 2.2)
+    figure, all_axes = grid(len(ratio_LEE), 4, 2.2, width)
     norm = ratio_norm(np.where(np.isfinite(ratio_LEE), ratio_LEE, 1))
     colours = matplotlib.colormaps["PuOr_r"].with_extremes(bad="#dddddd")
     image = None
@@ -105,11 +124,11 @@ def co_activation(probe: Probe) -> Figure | None:
 
 
 @styled
-def vocabulary_specialisation(probe: Probe) -> Figure | None:
+def vocabulary_specialisation(probe: Probe, width: float = WIDE) -> Figure | None:
     """Per layer: share of an id's occurrences that its favourite expert gets, and what shuffled ids give."""
     views = {"input token": probe.token_ids_N, "next token": probe.next_ids_N, "predicted token": probe.predicted_ids_N}
     views = {name: ids_N for name, ids_N in views.items() if ids_N is not None}
-    figure = Figure(figsize=(9, 3.4))
+    figure = Figure(figsize=(width, 3.2))
     axes = figure.subplots()
     for v, ((name, ids_N), color) in enumerate(zip(views.items(), OKABE_ITO)):
         known_N = ids_N >= 0
@@ -125,5 +144,5 @@ def vocabulary_specialisation(probe: Probe) -> Figure | None:
     axes.set_xticks(range(len(probe.layers_L)), map(str, probe.layers_L))
     axes.set_ylim(0, 102)
     lines(axes, "layer", "occurrences that go to the\nid's favourite expert (%)")
-    legend(axes)
+    legend(figure, axes)
     return figure

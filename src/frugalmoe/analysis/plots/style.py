@@ -1,11 +1,15 @@
 """The one style of all pictures, and the parts that they share.
 
-Colours: Okabe-Ito for domains, cividis for layers (depth is ordered), purple-to-orange around a white middle for
-ratios; all three survive colour blindness and grey printing.
+Colours: Okabe-Ito for domains and arms, cividis for layers (depth is ordered), purple-to-orange around a white middle
+for ratios; all three survive colour blindness and grey printing. There are eight: of more things those at both ends
+are named and the rest is grey, so that no colour stands for two.
+
+Every picture is drawn at two widths, for a page and for a telephone: its first argument is what it shows, `width` the
+inches. Legends stand above the axes in as many columns as fit.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -16,8 +20,11 @@ from matplotlib.figure import Figure
 
 from frugalmoe.analysis.runs import Series
 
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
-INK, GREY = "#222222", "#777777"
+# Its yellow cannot be seen on white: in its place a wine red (of Tol's muted scheme).
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#000000")
+INK, GREY, UNNAMED = "#222222", "#777777", "#bbbbbb"
+WIDE, NARROW = 9.0, 4.6  # inches
+LONGEST_LABEL = 28  # characters; a longer name is cut in the middle
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -52,6 +59,20 @@ def styled(draw: Callable) -> Callable:
     return in_style
 
 
+def emphasis(ranked: Sequence[str], palette: Sequence[str] = OKABE_ITO) -> dict[str, str]:
+    """Colours of names that are in order of what they show; where there are more than colours, the middle is grey."""
+    best, worst = len(palette) - len(palette) // 2, len(palette) // 2
+    ends = ranked if len(ranked) <= len(palette) else [*ranked[:best], *ranked[-worst:]]
+    return dict.fromkeys(ranked, UNNAMED) | dict(zip(ends, palette))
+
+
+def short(name: object, longest: int = LONGEST_LABEL) -> str:
+    """A name that fits beside a picture, on one line."""
+    kept = "".join(c if c.isprintable() else " " for c in str(name))
+    half = (longest - 1) // 2
+    return kept if len(kept) <= longest else f"{kept[:half]}…{kept[-half:]}"
+
+
 def lines(axes: Axes, x_label: str, y_label: str) -> None:
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(axis="y")
@@ -66,9 +87,16 @@ def layer_lines(axes: Axes, layers: Mapping[int, Series]) -> None:
         noisy_line(axes, series, matplotlib.colormaps["cividis"](shade), label)
 
 
-def legend(axes: Axes) -> None:
-    """Beside the axes, so that it never hides a line."""
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+def legend(figure: Figure, axes: Axes | Iterable[Axes]) -> None:
+    """Above the axes, in as many columns as the width has room for: it hides no line and leaves no screen."""
+    handles: dict[str, object] = {}
+    for a in [axes] if isinstance(axes, Axes) else axes:
+        handles |= {label: handle for handle, label in zip(*a.get_legend_handles_labels()) if label not in handles}
+    if handles:
+        widest = 0.5 + 0.075 * max(len(line) for label in handles for line in label.split("\n"))  # inches
+        columns = int(np.clip((figure.get_figwidth() - 0.2) // widest, 1, len(handles)))
+        figure.set_figheight(figure.get_figheight() + 0.19 * -(-len(handles) // columns))
+        figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=columns, borderaxespad=0.2)
 
 
 def noisy_line(axes: Axes, series: Series, color: object, label: str) -> None:
@@ -83,8 +111,8 @@ def noisy_line(axes: Axes, series: Series, color: object, label: str) -> None:
     axes.plot(series.steps[middle : middle + len(mean)], mean, color=color, label=label)
 
 
-def reference(axes: Axes, y: float, text: str) -> None:
-    axes.axhline(y, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=text)
+def reference(axes: Axes, y: float, text: str, dashes: tuple[int, int] = (4, 3)) -> None:
+    axes.axhline(y, color=INK, linewidth=1, linestyle=(0, dashes), label=text)
 
 
 def ratio_norm(ratio: np.ndarray) -> TwoSlopeNorm:
@@ -96,8 +124,8 @@ def ratio_norm(ratio: np.ndarray) -> TwoSlopeNorm:
 
 def ratio_bar(figure: Figure, image: ScalarMappable, axes: list[Axes], label: str) -> None:
     ticks = np.linspace(image.norm.vmin, image.norm.vmax, 5 if image.norm.vmax == 2 else 3)
-    pad = 0.12 / figure.get_figheight()
-    bar = figure.colorbar(image, ax=axes, location="top", ticks=ticks, extend="both", aspect=40, shrink=0.5, pad=pad)
+    pad, shrink = 0.12 / figure.get_figheight(), 0.5 if figure.get_figwidth() >= WIDE else 0.9
+    bar = figure.colorbar(image, ax=axes, location="top", ticks=ticks, extend="both", aspect=40, shrink=shrink, pad=pad)
     bar.ax.set_xticklabels([f"{2**t:.2g}×" for t in ticks])
     bar.set_label(label)
 
@@ -106,11 +134,13 @@ def log_ratio(ratio: np.ndarray) -> np.ndarray:
     return np.log2(np.clip(ratio, 2.0**-6, 2.0**6))
 
 
-def grid(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    """`count` axes that share their scales, in rows of up to `columns`; `height` of a row in inches."""
-    columns = min(columns, count)
+def grid(count: int, columns: int, height: float, width: float) -> tuple[Figure, list[Axes]]:
+    """`count` axes that share their scales, in rows of up to `columns`, half as many in a narrow picture; `height` of a
+    row in inches.
+    """
+    columns = min(columns if width >= WIDE else -(-columns // 2), count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(9, 1.2 + rows * height))
+    figure = Figure(figsize=(width, 1.2 + rows * height))
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for spare in axes[count:]:
         spare.remove()

@@ -11,11 +11,10 @@ Letters: B batch, T time, E experts, X = E + null experts, K choices.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from frugalmoe.config.schema import MoE
-from frugalmoe.routing import losses, rules, select, zero_cost
+from frugalmoe.routing import losses, rules, select, stats, zero_cost
 from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State
 
 
@@ -28,11 +27,8 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     num_experts, num_null = config.num_experts, config.options.num_null
     logits_BTX = zero_cost.linear_logits(params, inputs)
     choice = select.top_k(logits_BTX, config.num_experts_per_token)
-    p_BTK = select.at(jax.nn.softmax(logits_BTX, axis=-1), choice.expert_BTK)
-    weight_BTK = jnp.where(choice.expert_BTK < num_experts, p_BTK, 0)
-    total_BT1 = weight_BTK.sum(-1, keepdims=True)
-    weight_BTK = weight_BTK / jnp.where(total_BT1 > 0, total_BT1, 1)
-    load_BX = zero_cost.load(choice.expert_BTK, inputs, num_experts + num_null).astype(jnp.float32)
+    weight_BTK = select.shares(select.at(logits_BTX, choice.expert_BTK), choice.expert_BTK < num_experts)
+    load_BX = stats.load_of_choices(choice.expert_BTK, inputs, num_experts + num_null).astype(jnp.float32)
     nulls_BX = jnp.broadcast_to(load_BX[:, num_experts:].mean(-1, keepdims=True), load_BX.shape)
     balanced_BX = jnp.where(jnp.arange(load_BX.shape[1]) < num_experts, load_BX, nulls_BX)
     return zero_cost.finish(logits_BTX, choice, weight_BTK, balanced_BX, None, inputs, config)

@@ -23,7 +23,7 @@ from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, S
 class Options:
     projection: int = 64  # dimensions in which cosines are taken
     temperature: float = 0.5  # tau before the first step
-    min_temperature: float = 0.01
+    min_temperature: float = 0.01  # tau is kept above this
     renormalize: bool = True  # weights of the K experts sum to 1
 
 
@@ -32,7 +32,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     logits_BTE = logits(params, inputs, options)
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     choice = select.top_k(logits_BTE, config.num_experts_per_token)
-    weight_BTK = gate.weights(probs_BTE, choice.expert_BTK, options.renormalize)
+    weight_BTK = gate.weights(logits_BTE, probs_BTE, choice.expert_BTK, options.renormalize)
     return gate.routing(logits_BTE, probs_BTE, choice, weight_BTK, inputs, config)
 
 

@@ -1,8 +1,8 @@
 """Expert choice: each expert takes the C tokens of a pool that it scores highest.
 
-Zhou et al. (2202.09368, section 3.2), with C = capacity_factor * n * K / E for a pool of n valid tokens. The load is
-balanced by construction. A token's place in the ranking depends on later tokens, so the training loss of a language
-model reads the future: a reference for leakage studies.
+Zhou et al. (2202.09368, section 3.2), with C = capacity_factor * n * K / E, rounded up, for a pool of n valid tokens.
+The load is balanced by construction. A token's place in the ranking depends on later tokens, so the training loss of a
+language model reads the future: a reference for leakage studies.
 
 | pool | training ranks |
 |---|---|

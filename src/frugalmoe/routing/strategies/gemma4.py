@@ -24,7 +24,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     logits_BTE = linear_logits(params, inputs._replace(x_BTD=direction_BTD * params["scale_D"]))
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     choice = select.top_k(logits_BTE, config.num_experts_per_token)
-    weight_BTK = gate.weights(probs_BTE, choice.expert_BTK, renormalize=True)
+    weight_BTK = gate.weights(logits_BTE, probs_BTE, choice.expert_BTK, renormalize=True)
     weight_BTK = weight_BTK * params["output_scale_E"][choice.expert_BTK]
     return gate.routing(logits_BTE, probs_BTE, choice, weight_BTK, inputs, config)
 

@@ -36,7 +36,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     logits_BTE = linear_logits(params, inputs)
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     choice = choose(logits_BTE, inputs)
-    weight_BTK = select.shares(select.at(probs_BTE, choice.expert_BTK))
+    weight_BTK = select.shares(select.at(logits_BTE, choice.expert_BTK))
     plan = select.token_plan(choice.expert_BTK, weight_BTK, inputs, config.num_experts)
     first = TokenPlan(plan.expert_NK[:, :1], plan.weight_NK[:, :1])
     # The losses divide a load by K slots per token: each first choice counts for both.

@@ -25,7 +25,7 @@ from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, S
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     gate: str = "unit"  # unit | learned
-    seed: int = 0
+    seed: int = 0  # of the hash: another seed deals tokens to experts anew
 
 
 def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:

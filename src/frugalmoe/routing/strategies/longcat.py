@@ -4,7 +4,8 @@ LongCat-Flash (2509.01322, section 2.1): Z choices that put out x join the E exp
 p + b with p the softmax over all; weights: scale * p, not renormalised. The bias moves once per optimizer step, for
 experts alone (eq. 3): b_i += mu * (K_e / (K * E) - T_i / (K * T)), with T_i the tokens that picked expert i, T all
 tokens and K_e the wanted mean number of experts per token. Identity choices keep b = 0, so that an excess of experts
-lowers all their biases. Its loss over groups of devices is not here; the usual ones count all choices alike.
+lowers all their biases. Its loss over groups of devices, in which the identity choices are a group of their own, is
+not here: `device_balance` sees experts alone, the other losses count all choices alike.
 
 Letters: B batch, T time, E experts, Z identity choices, X = E + Z, K choices.
 """
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from frugalmoe.config.schema import MoE
-from frugalmoe.routing import losses, rules, select, zero_cost
+from frugalmoe.routing import losses, rules, select, stats, zero_cost
 from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, clean
 
 
@@ -39,8 +40,10 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     weight_BTK = options.scale * select.at(probs_BTX, choice.expert_BTK)
     g_BTZ = zero_cost.weights(choice.expert_BTK, weight_BTK, inputs, num_experts, num_choices)
     added_BTD = g_BTZ.sum(-1, keepdims=True) * clean(inputs)
-    load_BX = zero_cost.load(choice.expert_BTK, inputs, num_choices)
-    return zero_cost.finish(logits_BTX, choice, weight_BTK, load_BX, added_BTD, inputs, config)
+    load_BX = stats.load_of_choices(choice.expert_BTK, inputs, num_choices)
+    by_score = select.top_k(probs_BTX, config.num_experts_per_token)
+    scored_BX = stats.load_of_choices(by_score.expert_BTK, inputs, num_choices)
+    return zero_cost.finish(logits_BTX, choice, weight_BTK, load_BX, added_BTD, inputs, config, scored_BX)
 
 
 def mean_experts(config: MoE) -> float:

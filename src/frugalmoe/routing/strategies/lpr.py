@@ -10,10 +10,20 @@ the code). Balance comes from three losses that shape the space; name them in `m
 | prototype_alignment | weighted mean of |prototype - latent|^2 over a token's experts, on the sphere |
 | latent_kl | KL divergence of N(mu, 1) from N(0, 1): |mu|^2 / 2 |
 
-What differs from the code: alignment is a sum over tokens, which moves latents and prototypes (the code moves
-prototypes to a sum of detached latents, which lies in the same direction); the encoder has no variance, which nothing
-but the KL term would train, and so no noise. Left out: the same diversity between tokens (it couples all pairs of a
-batch), the moving average of prototypes, distances between distributions, and the decoder of latents.
+What differs from the code, all of it:
+
+- its experts see x plus a learned projection of the prototypes' mean, weighted by softmax of all E cosines; here x;
+- its LayerNorm has a learned scale and offset; here none, since the layer's own norm has a scale;
+- its encoder gives a variance too: the mean chooses, the mean plus noise is what prototypes are aligned to, and the KL
+  term has the variance; here nothing but that term would train one, so there is none, and no noise;
+- its prototypes start as normal vectors, on the sphere by an option only; here on the sphere;
+- diversity: its sum has the same term of the latents of all pairs of tokens, which couples a batch; here left out;
+- alignment: its term is the mean absolute difference, off the sphere, between a prototype and the sum (not the mean) of
+  all tokens' latents, weighted by softmax over all E with cosine 0 for those not chosen, and it moves prototypes alone;
+- its losses have the fixed factors 1 (diversity), 0.05 to 0.1 (alignment) and 0.01 (KL), times 0.01, and its balance
+  loss the coefficient 0; here the config says;
+- left out: other similarities, distances between distributions, and the moving average of prototypes, which the code
+  has and does not call.
 
 Letters: B batch, T time, D model, P latent, E experts (i, j two of them), K choices.
 """
@@ -45,7 +55,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     logits_BTE = linear_logits({"kernel_DE": prototype_PE / config.options.temperature}, unit)
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     choice = select.top_k(logits_BTE, config.num_experts_per_token)
-    weight_BTK = gate.weights(probs_BTE, choice.expert_BTK, renormalize=True)
+    weight_BTK = gate.weights(logits_BTE, probs_BTE, choice.expert_BTK, renormalize=True)
     routing = gate.routing(logits_BTE, probs_BTE, choice, weight_BTK, inputs, config)
     shape = {
         "prototype_diversity": diversity(prototype_PE, inputs),

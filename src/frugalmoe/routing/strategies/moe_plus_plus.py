@@ -19,15 +19,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from frugalmoe.config.schema import MoE
-from frugalmoe.routing import losses, rules, select, zero_cost
+from frugalmoe.routing import losses, rules, select, stats, zero_cost
 from frugalmoe.routing.contract import About, Carry, Inputs, Params, Router, Routing, State, clean, project
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    num_zero: int = 1
-    num_copy: int = 1
-    num_constant: int = 2
+    num_zero: int = 1  # choices that add nothing
+    num_copy: int = 1  # choices that add the token itself
+    num_constant: int = 2  # choices that add a mixture of the token and a learned vector
     tau: float = 0.75  # weight of a zero-cost choice in the balance losses; below 1, tokens pick more of them
 
 
@@ -36,13 +36,10 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     residual_BTX = project(inputs.carry["logits_BTX"], params["residual_XX"])
     logits_BTX = zero_cost.linear_logits(params, inputs) + residual_BTX
     choice = select.top_k(logits_BTX, config.num_experts_per_token)
-    p_BTK = select.at(jax.nn.softmax(logits_BTX, axis=-1), choice.expert_BTK)
     zero_BTK = (choice.expert_BTK >= num_experts) & (choice.expert_BTK < num_experts + options.num_zero)
-    weight_BTK = jnp.where(zero_BTK, 0, p_BTK)
-    total_BT1 = weight_BTK.sum(-1, keepdims=True)
-    weight_BTK = weight_BTK / jnp.where(total_BT1 > 0, total_BT1, 1)
+    weight_BTK = select.shares(select.at(logits_BTX, choice.expert_BTK), ~zero_BTK)
     g_BTZ = zero_cost.weights(choice.expert_BTK, weight_BTK, inputs, num_experts, num_choices)
-    load_BX = zero_cost.load(choice.expert_BTK, inputs, num_choices)
+    load_BX = stats.load_of_choices(choice.expert_BTK, inputs, num_choices)
     eta_X = jnp.where(jnp.arange(num_choices) < num_experts, 1.0, options.tau)
     added_BTD = added(params, clean(inputs), g_BTZ, options)
     routing = zero_cost.finish(logits_BTX, choice, weight_BTK, load_BX * eta_X, added_BTD, inputs, config)

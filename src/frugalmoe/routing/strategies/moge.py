@@ -29,8 +29,9 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     logits_BTE = linear_logits(params, inputs)
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     choice = choose(logits_BTE, config.num_experts_per_token, options.num_groups)
-    weight_BTK = gate.weights(probs_BTE, choice.expert_BTK, options.renormalize)
-    return gate.routing(logits_BTE, probs_BTE, choice, weight_BTK, inputs, config)
+    weight_BTK = gate.weights(logits_BTE, probs_BTE, choice.expert_BTK, options.renormalize)
+    by_score = select.top_k(logits_BTE, config.num_experts_per_token)
+    return gate.routing(logits_BTE, probs_BTE, choice, weight_BTK, inputs, config, by_score)
 
 
 def choose(logits_BTE: Array, k: int, num_groups: int) -> select.Choice:

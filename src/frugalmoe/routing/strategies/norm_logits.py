@@ -1,7 +1,8 @@
 """Normalised gating logits and a balance loss as strong as the drops demand: Skywork-MoE.
 
 Wei et al. (2406.06563). The softmax is over lambda * (z - mean z) / std z, mean and std over the experts of
-one token: how sharp the gate is no longer depends on the size of its weights.
+one token: how sharp the gate is no longer depends on the size of its weights. (The variance has 1e-6 added, so that
+equal logits stay equal: logits of a deviation near 1e-3 and below are not scaled up to lambda.)
 
 The balance loss of a layer has the strength alpha, an average over steps of what the drop rate d asks for:
 alpha <- decay * alpha + (1 - decay) * min(xi * d, alpha_max), with xi = 1/5, alpha_max = 0.01, decay = 0.99. Here
@@ -9,7 +10,8 @@ alpha / alpha_max is state, `gain` is xi / alpha_max, and alpha_max is the coeff
 the paper's recipe is `model.moe.losses.adaptive_balance=0.01 model.moe.losses.load_balance=0`. The average starts at 0.
 
 d is the share of slots that `executor=capacity` dropped. Other executors drop none; then it is what a capacity of
-`model.moe.capacity_factor` * mean load would drop, were the whole batch one queue per expert.
+`model.moe.capacity_factor` * mean load would drop, were the whole batch one queue per expert. Rows that a limited
+`exchange_room` loses do not count.
 
 Letters: B batch, T time, E experts, K choices.
 """
@@ -25,6 +27,8 @@ from frugalmoe.config.schema import MoE
 from frugalmoe.routing import gate, losses, rules, select
 from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
 
+EPS = 1e-6
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
@@ -37,16 +41,20 @@ class Options:
 def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     options: Options = config.options
     raw_BTE = linear_logits(params, inputs)
-    logits_BTE = options.logit_std * jax.nn.standardize(raw_BTE, axis=-1, epsilon=1e-6)
+    logits_BTE = options.logit_std * standardized(raw_BTE)
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     choice = select.top_k(logits_BTE, config.num_experts_per_token)
-    weight_BTK = select.at(probs_BTE, choice.expert_BTK)
-    if options.renormalize:
-        weight_BTK = select.shares(weight_BTK)
+    weight_BTK = gate.weights(logits_BTE, probs_BTE, choice.expert_BTK, options.renormalize)
     routing = gate.routing(raw_BTE, probs_BTE, choice, weight_BTK, inputs, config)
     balance, strength = routing.losses["load_balance"], jax.lax.stop_gradient(state["strength_1"][0])
     adaptive = dataclasses.replace(balance, sum=strength * balance.sum)
     return routing._replace(losses={**routing.losses, "adaptive_balance": adaptive})
+
+
+def standardized(z_BTE: Array) -> Array:
+    """(z - mean) / std over the last axis, the variance from the differences: a common offset loses no digit of it."""
+    apart_BTE = z_BTE - z_BTE.mean(-1, keepdims=True)
+    return apart_BTE * jax.lax.rsqrt(jnp.mean(jnp.square(apart_BTE), axis=-1, keepdims=True) + EPS)
 
 
 def init_state(dim: int, config: MoE) -> State:

@@ -44,11 +44,13 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     score_BTE = select.SCORES[options.score](logits_BTE)
     net_BTE = jax.lax.stop_gradient(score_BTE) - state["beta_E"]
     choice = select.top_k(net_BTE, config.num_experts_per_token)
-    weight_BTK = select.at(score_BTE, choice.expert_BTK)
+    log_BTE = select.LOG_SCORES[options.score](logits_BTE)
     if options.normalize:
-        weight_BTK = select.shares(weight_BTK)
-    probs_BTE, weight_BTK = select.shares(score_BTE), weight_BTK * options.scale
-    routing = gate.routing(logits_BTE, probs_BTE, choice, weight_BTK, inputs, config)
+        weight_BTK = select.shares(select.at(log_BTE, choice.expert_BTK))
+    else:
+        weight_BTK = select.at(score_BTE, choice.expert_BTK)
+    probs_BTE, by_score = select.shares(log_BTE), select.top_k(score_BTE, config.num_experts_per_token)
+    routing = gate.routing(logits_BTE, probs_BTE, choice, weight_BTK * options.scale, inputs, config, by_score)
     tokens_B1 = inputs.valid_BT.sum(-1, dtype=jnp.int32)[:, None]
     beta_BE = state["beta_E"] + quantiles(net_BTE, inputs.valid_BT, config.num_experts_per_token)
     return routing._replace(stats={**routing.stats, "beta_sum": jnp.sum(beta_BE * tokens_B1, axis=0)})

@@ -1,18 +1,18 @@
 """ReLU routing: a token's experts are those with a positive logit, and a penalty that adapts sets how many they are.
 
 ReMoE (Wang et al., 2412.14711, section 3): weights R = ReLU(z), not normalised, a continuous function of the
-parameters. The loss `l1` is lambda * sum_e f_e mean_t R_te, an L1 norm that weighs busy experts more, and after each
-step lambda *= alpha^sign(active - K), active being the mean number of positive logits per token: dense at first,
-then ever sparser, until a token has K = num_experts_per_token experts on average.
-`rms_norm` divides R by its root mean square over experts and multiplies by a learned scale per expert (BlockFFN, Song
-et al., 2507.08771); zeros stay zero. The penalty is on R before it.
+parameters. The loss `l1` is lambda * E * sum_e f_e mean_t R_te over each group of `model.moe.load_balance_scope`, an L1
+norm that weighs busy experts more, and after each step lambda *= alpha^sign(active - K), active being the mean number
+of positive logits per token: dense at first, then ever sparser, until a token has K = num_experts_per_token experts on
+average. `rms_norm` divides R by its root mean square over experts and multiplies by a learned scale per expert
+(BlockFFN, Song et al., 2507.08771); zeros stay zero. The penalty is on R before it.
 
 What differs from the paper: lambda is each layer's own, with K experts per token in each layer, and never below its
-first value, from where it could not come back soon; f_e sums to 1 over experts (in the paper to active/K: lambda
-absorbs it); a token has at most `max_experts` slots from the start, best first, and the metric `overflow_rate` says
-what that cuts. Cost: a random gate has half of its logits positive, so that the first steps compute as many experts as
-there are slots, up to `max_experts` / K times the work of topk_softmax, until the penalty has bitten (a train step of a
-small model with 2 of 16 experts took 1.9 times as long).
+first value, from where it could not come back soon; f_e, a share of the slots, sums to 1 over experts (in the paper to
+active/K: lambda absorbs it); a token has at most `max_experts` slots from the start, best first, and the metric
+`overflow_rate` says what that cuts. Cost: a random gate has half of its logits positive, so that the first steps
+compute as many experts as there are slots, up to `max_experts` / K times the work of topk_softmax, until the penalty
+has bitten (a train step of a small model with 2 of 16 experts took 1.9 times as long).
 
 Letters: B batch, T time, E experts, K slots per token.
 """
@@ -37,7 +37,7 @@ class Options:
     initial: float = 1e-8  # lambda before the first step
     alpha: float = 1.2  # factor on lambda per step
     max_experts: int = 0  # slots per token; 0: 4 * num_experts_per_token
-    rms_norm: bool = False
+    rms_norm: bool = False  # gates are divided by their root mean square, and scaled per expert (BlockFFN)
 
 
 def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:

@@ -27,7 +27,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     logits_BTE = gate.features(inputs)[..., : config.num_experts]
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     choice = select.top_k(logits_BTE, config.num_experts_per_token)
-    weight_BTK = gate.weights(probs_BTE, choice.expert_BTK, config.options.renormalize)
+    weight_BTK = gate.weights(logits_BTE, probs_BTE, choice.expert_BTK, config.options.renormalize)
     return gate.routing(logits_BTE, probs_BTE, choice, weight_BTK, inputs, config)._replace(losses={})
 
 

@@ -1,7 +1,7 @@
 """Selection by score plus a balance bias that no gradient touches: DeepSeek-V3 and V4, Ling 2.0, Trinity.
 
 Selection: the K largest of score + bias, in the best groups (see `groups.py`).
-Weights (DeepSeek-V3, 2412.19437, eq. 12-16): scale * s_e / (sum over the K of s + 1e-20), from scores without the bias.
+Weights (DeepSeek-V3, 2412.19437, eq. 12-16): scale * s_e / (sum over the K of s), from scores without the bias.
 
 Bias, once per optimizer step, from the counts c of the whole batch and their mean n:
 
@@ -13,7 +13,8 @@ Bias, once per optimizer step, from the counts c of the whole batch and their me
 | momentum | m, an exponential average of v less its mean, v = tanh(sharpness * (n - c) / n) | SMEBU, 2602.17004 |
 
 `hash_layers` = n: in the first n MoE layers the experts are those that the token id hashes to (as in `hash`), with
-their learned scores as weights (DeepSeek-V4). Nothing there can be balanced: the bias stays, balance losses are 0.
+their learned scores as weights (DeepSeek-V4). Nothing there can be balanced: the bias stays, losses on the load
+(load_balance, sequence_balance, device_balance) are 0.
 
 Letters: B batch, T time, E experts, K choices.
 """
@@ -31,6 +32,7 @@ from frugalmoe.routing.contract import About, Inputs, Loss, Params, Router, Rout
 from frugalmoe.routing.strategies import hash as hash_strategy
 
 BEST = {"max": 1, "top2": 2}  # how many of its largest scores a group's score sums
+OF_LOAD = ("load_balance", "sequence_balance", "device_balance")
 UPDATES = ("sign", "zero_mean", "proportional", "momentum")
 
 
@@ -54,15 +56,17 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     logits_BTE = linear_logits(params, inputs)
     score_BTE = select.SCORES[options.score](logits_BTE)
     choice = choose(score_BTE + state["bias_E"], inputs, config)
-    weight_BTK = select.at(score_BTE, choice.expert_BTK)
+    log_BTE = select.LOG_SCORES[options.score](logits_BTE)
     if options.normalize:
-        weight_BTK = select.shares(weight_BTK)
-    probs_BTE, weight_BTK = select.shares(score_BTE), weight_BTK * options.scale
-    routing = gate.routing(logits_BTE, probs_BTE, choice, weight_BTK, inputs, config)
+        weight_BTK = select.shares(select.at(log_BTE, choice.expert_BTK))
+    else:
+        weight_BTK = select.at(score_BTE, choice.expert_BTK)
+    probs_BTE, by_score = select.shares(log_BTE), select.top_k(score_BTE, config.num_experts_per_token)
+    routing = gate.routing(logits_BTE, probs_BTE, choice, weight_BTK * options.scale, inputs, config, by_score)
     if not options.hash_layers:
         return routing
     hashed = inputs.layer < options.hash_layers
-    terms = {name: silenced(routing.losses[name], hashed) for name in ("load_balance", "sequence_balance")}
+    terms = {name: silenced(loss, hashed) for name, loss in routing.losses.items() if name in OF_LOAD}
     count = {"hashed": routing.stats["tokens"] * hashed.astype(jnp.float32)}
     return routing._replace(losses={**routing.losses, **terms}, stats={**routing.stats, **count})
 

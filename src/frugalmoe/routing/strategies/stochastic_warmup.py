@@ -41,10 +41,12 @@ class Options:
 
 def bases() -> tuple[str, ...]:
     """The strategies that can be wrapped: one linear gate, no noise, no look at other tokens, the usual losses."""
-    return tuple(name for name in strategies.names() if name != __name__.rpartition(".")[2] and _wrappable(name))
+    return tuple(name for name in strategies.sound() if _wrappable(name))
 
 
 def _wrappable(name: str) -> bool:
+    if name == __name__.rpartition(".")[2]:
+        return False
     router = strategies.get(name)
     about = router.about
     plain = about.causal == "safe" and about.form == "token" and about.losses == losses.GATE_LOSSES
@@ -54,7 +56,7 @@ def _wrappable(name: str) -> bool:
 def unwrap(config: MoE) -> tuple[Router, MoE]:
     """The base strategy, and the config with the base's options. Raises UserError where they are not valid."""
     o: Options = config.options
-    if o.base not in bases():
+    if o.base not in strategies.names() or not _wrappable(o.base):
         raise UserError(f"options.base={o.base!r}: no strategy of one linear gate; {did_you_mean(o.base, bases())}")
     router = strategies.get(o.base)
     return router, dataclasses.replace(config, options=build(router.options, o.base_options, "options.base_options"))
@@ -69,19 +71,19 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
         share = jnp.minimum(inputs.step / config.options.steps, 1.0)
         inputs = inputs._replace(logit_map=lambda z_BTE: share * z_BTE + (1 - share) * noise_BTE)
     routing = router.route(params, base_state, inputs, base_config)
-    seen_BTE = jnp.where(inputs.valid_BT[..., None], logits_BTE, 0)
-    sums = {"logit_sum": seen_BTE.sum(), "logit_square_sum": jnp.square(seen_BTE).sum()}
+    apart_BTE = jnp.where(inputs.valid_BT[..., None], logits_BTE - jax.lax.stop_gradient(state["logit_mean"]), 0)
+    sums = {"logit_sum": apart_BTE.sum(), "logit_square_sum": jnp.square(apart_BTE).sum()}
     return routing._replace(stats={**routing.stats, **sums})
 
 
 def _noise(inputs: Inputs, state: State, config: MoE) -> Array:
     mean, square = jax.lax.stop_gradient((state["logit_mean"], state["logit_square"]))
     draw = jax.vmap(jax.vmap(lambda key: jax.random.normal(key, (config.num_experts,))))
-    return mean + jnp.sqrt(jnp.maximum(square - mean**2, 0)) * draw(select.token_keys(inputs))
+    return mean + jnp.sqrt(jnp.maximum(square, 0)) * draw(select.token_keys(inputs))
 
 
 def init_state(dim: int, config: MoE) -> State:
-    """A mean of 0 and a standard deviation of 1, near those of a fresh gate."""
+    """A mean of 0 and a mean square of the distance from it of 1, near those of a fresh gate."""
     router, base_config = unwrap(config)
     return {"logit_mean": jnp.zeros(()), "logit_square": jnp.ones(())} | dict(router.init_state(dim, base_config))
 
@@ -90,9 +92,11 @@ def update(state: State, batch_stats: Mapping[str, Array], config: MoE) -> State
     router, base_config = unwrap(config)
     base_state = {name: value for name, value in state.items() if name not in RUNNING}
     count = jnp.maximum(batch_stats["tokens"], 1) * config.num_experts
-    batch = {"logit_mean": batch_stats["logit_sum"] / count, "logit_square": batch_stats["logit_square_sum"] / count}
-    decay = config.options.decay
-    running = {name: decay * state[name] + (1 - decay) * batch[name] for name in RUNNING}
+    # Sums of distances from the running mean, so that the variance of logits far from 0 loses no digits.
+    keep, new = config.options.decay, 1 - config.options.decay
+    step = new * batch_stats["logit_sum"] / count
+    square = keep * state["logit_square"] + new * batch_stats["logit_square_sum"] / count - step**2
+    running = {"logit_mean": state["logit_mean"] + step, "logit_square": square}
     return running | dict(router.update(base_state, batch_stats, base_config))
 
 

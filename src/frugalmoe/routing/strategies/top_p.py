@@ -35,9 +35,11 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     before_BTE = jnp.cumsum(sorted_BTE[..., :-1], axis=-1)  # what the better experts hold together
     wanted_BT = 1 + jnp.sum(before_BTE < options.threshold, axis=-1, dtype=jnp.int32)
     slots = dynamic.fill(ranked_BTE, select.at(logits_BTE, ranked_BTE), wanted_BT, inputs, config)
-    weight_BTK = jnp.where(slots.expert_BTK < config.num_experts, sorted_BTE[..., : slots.expert_BTK.shape[-1]], 0)
+    full_BTK, ranked_BTK = slots.expert_BTK < config.num_experts, ranked_BTE[..., : slots.expert_BTK.shape[-1]]
     if options.renormalize:
-        weight_BTK = weight_BTK / weight_BTK.sum(-1, keepdims=True)
+        weight_BTK = select.shares(select.at(logits_BTE, ranked_BTK), full_BTK)
+    else:
+        weight_BTK = jnp.where(full_BTK, select.at(probs_BTE, ranked_BTK), 0)
     plan = select.token_plan(slots.expert_BTK, weight_BTK, inputs, config.num_experts)
     load_BE = stats.load(plan, inputs, config.num_experts)
     return Routing(

@@ -6,7 +6,7 @@ Shazeer et al. (1701.06538, eq. 3-5, without noise). With z the logits, S the K 
 |---|---|---|---|
 | before | False | scale * p_e | OLMoE (2409.02060), DeepSeekMoE (2401.06066) |
 | before | True | scale * p_e / sum_S p | Qwen3 (2505.09388), Ling 1 (2503.05139) |
-| after | True | scale * softmax(z over S)_e | Mixtral (2401.04088); equals the row above |
+| after | True | scale * softmax(z over S)_e | Mixtral (2401.04088); is the row above |
 
 With `num_groups`, S lies in the groups with the largest logits (DeepSeek-V2, 2405.04434; see `groups.py`).
 
@@ -37,13 +37,9 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     k = config.num_experts_per_token
     choice = groups.top_k(logits_BTE, k, options.num_groups, options.groups_per_token, best=1)
-    if options.softmax == "after":
-        weight_BTK = jax.nn.softmax(select.at(logits_BTE, choice.expert_BTK), axis=-1)
-    else:
-        weight_BTK = select.at(probs_BTE, choice.expert_BTK)
-        if options.renormalize:
-            weight_BTK = select.shares(weight_BTK)
-    return gate.routing(logits_BTE, probs_BTE, choice, weight_BTK * options.scale, inputs, config)
+    weight_BTK = gate.weights(logits_BTE, probs_BTE, choice.expert_BTK, options.renormalize)
+    by_score = select.top_k(logits_BTE, k) if options.groups_per_token < options.num_groups else None
+    return gate.routing(logits_BTE, probs_BTE, choice, weight_BTK * options.scale, inputs, config, by_score)
 
 
 def weight_sum(config: MoE) -> float | str:

@@ -5,44 +5,50 @@ import itertools
 import os
 from pathlib import Path
 
-import numpy as np
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from frugalmoe.commands import add_command, add_config_flag, load_config
-from frugalmoe.data.batches import Batch, Dataset, open_data
-from frugalmoe.data.prepare import prepare
-from frugalmoe.data.shards import read_manifest
+from frugalmoe.commands import add_config_flag, load_config
 from frugalmoe.errors import UserError
 
 COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red")  # of segments in turn
 
-EXAMPLES = """  frugalmoe data prepare --config=configs/quickstart.py --output=prepared/quickstart
+SUMMARY = "Tokenise a data set, look at its rows."
+EXAMPLES = """\
+  frugalmoe data prepare --config=configs/quickstart.py --output=prepared/quickstart
   frugalmoe data prepare --config=configs/quickstart.py --config.data.path=texts/ --config.data.tokenizer=bytes
   frugalmoe data show --config=configs/quickstart.py --split=validation --count=4"""
 
 
-def add_parsers(commands: argparse._SubParsersAction) -> None:
-    """Adds `data prepare` and `data show`."""
-    data = add_command(commands, "data", None, "Tokenise a data set, look at its rows.", EXAMPLES)
-    actions = data.add_subparsers(dest="action", required=True, metavar="prepare|show")
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds `prepare` and `show`, each with its flags."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="prepare|show")
     summary = "Read, split and tokenise; an interrupted one goes on where it was."
-    parser = add_command(actions, "prepare", run_prepare, summary, EXAMPLES)
-    add_config_flag(parser)
-    parser.add_argument("--output", type=Path, help="a new directory for data.path (default: the cache)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads (default: %(default)s, the cores)")
-    summary = "Print rows as the model sees them, a colour per document."
-    parser = add_command(actions, "show", run_show, summary, EXAMPLES)
-    add_config_flag(parser)
-    parser.add_argument("--split", choices=("train", "validation"), default="train")
-    parser.add_argument(
-        "--count", type=int, default=4, help="rows, of each domain for validation (default: %(default)s)"
+    prepare = actions.add_parser("prepare", help=summary, description=summary, allow_abbrev=False)
+    prepare.set_defaults(parser=prepare)
+    add_config_flag(prepare)
+    prepare.add_argument("--output", type=Path, help="a new directory for data.path (default: the cache)")
+    prepare.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="threads (default: the cores, %(default)s)"
     )
+    summary = "Print rows as the model sees them, a colour per document."
+    show = actions.add_parser("show", help=summary, description=summary, allow_abbrev=False)
+    show.set_defaults(parser=show)
+    add_config_flag(show)
+    show.add_argument("--split", choices=("train", "validation"), default="train")
+    show.add_argument("--count", type=int, default=4, help="rows, of each domain for validation (default: %(default)s)")
 
 
-def run_prepare(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Prepares or shows the data of a config."""
+    return {"prepare": _prepare, "show": _show}[args.action](args)
+
+
+def _prepare(args: argparse.Namespace) -> int:
     """Prepares and prints where the data is and how much there is of each domain."""
+    from rich.table import Table
+
+    from frugalmoe.console import Console
+    from frugalmoe.data.prepare import prepare
+    from frugalmoe.data.shards import read_manifest
+
     if args.workers < 1:
         raise UserError(f"--workers={args.workers}: must be at least 1")
     config = load_config(args)
@@ -55,18 +61,21 @@ def run_prepare(args: argparse.Namespace) -> int:
             table.add_row(domain, side, *numbers, f"{count['bytes'] / count['tokens']:.2f}")
     console = Console()
     console.print(table)
-    console.print(f"prepared in {directory}", soft_wrap=True, highlight=False)
+    console.print(f"prepared in {directory}", soft_wrap=True)
     return 0
 
 
-def run_show(args: argparse.Namespace) -> int:
+def _show(args: argparse.Namespace) -> int:
     """Prints `count` rows of the first training batches, or of each domain's validation rows."""
+    from frugalmoe.console import Console
+    from frugalmoe.data.batches import open_data
+
     if args.count < 1:
         raise UserError(f"--count={args.count}: must be at least 1")
     config = load_config(args)
     dataset = open_data(config.data, batch_size=1, seed=config.train.seed)
     console = Console()
-    console.print(f"domains {', '.join(dataset.domains)}; {dataset.train_tokens:,} training tokens", highlight=False)
+    console.print(f"domains {', '.join(dataset.domains)}; {dataset.train_tokens:,} training tokens")
     if args.split == "train":
         batches = [dataset.batch(step) for step in range(args.count)]
     else:
@@ -78,9 +87,12 @@ def run_show(args: argparse.Namespace) -> int:
     return 0
 
 
-def _render(dataset: Dataset, batch: Batch) -> Text:
-    """The segments of a batch of one row: domain, id, text."""
-    row = Batch(*(column[0] for column in batch))
+def _render(dataset, batch):
+    """Returns the segments of a batch of one row: domain, id, text."""
+    import numpy as np
+    from rich.text import Text
+
+    row = type(batch)(*(column[0] for column in batch))
     text = Text()
     for segment in range(1, row.segment_ids_BT.max() + 1):
         (at,) = np.nonzero(row.segment_ids_BT == segment)

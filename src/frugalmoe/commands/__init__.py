@@ -1,0 +1,62 @@
+"""The commands of `frugalmoe`, one file each: the only place that knows argparse.
+
+A command is a module of this folder with
+
+    SUMMARY    one line
+    EXAMPLES   command lines, shown by --help
+    add_flags  (parser) -> None
+    run        (args) -> exit code
+    RESUMABLE  True where the same command goes on after SIGTERM, which then ends it with 75; may be left out
+
+All are imported for `frugalmoe --help` and for every typing error, so a module imports only the standard library at its
+top; what takes time is imported in `run`.
+"""
+
+import argparse
+import importlib
+import pkgutil
+from types import ModuleType
+
+
+def names() -> tuple[str, ...]:
+    """Returns the names of all commands: the files of this folder, sorted."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def get(name: str) -> ModuleType:
+    """Returns the module of a command."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def add_config_flag(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Adds --config=FILE[:ARG]; `frugalmoe.cli` takes --config.a.b=VALUE out of the command line before."""
+    parser.add_argument(
+        "--config",
+        required=required,
+        metavar="FILE[:ARG]",
+        help="a Python file with get_config(ARG), or the name of one of ours, as quickstart:laptop; set fields with "
+        "--config.section.field=VALUE (`frugalmoe config` lists them)",
+    )
+
+
+def load_config(args: argparse.Namespace):
+    """Returns the checked `Config` that --config and its overrides name."""
+    from frugalmoe.config import load
+
+    return load(args.config, args.overrides)
+
+
+def set_up_training(config) -> None:
+    """Sets up a process that trains; to be called before JAX allocates.
+
+    Compiled programs outlive the process, so that a second start of the same run does not compile, and memory that a
+    step frees stays with the process.
+    """
+    import jax
+
+    from frugalmoe.data.cache import cache_root
+    from frugalmoe.train.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data) / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

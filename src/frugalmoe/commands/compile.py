@@ -1,0 +1,70 @@
+"""`frugalmoe compile`."""
+
+import argparse
+import json
+import sys
+
+from frugalmoe.commands import add_config_flag, load_config
+from frugalmoe.errors import UserError
+
+SUMMARY = "Compile the train step for devices that are not there, and say what it needs of each and whether it fits."
+EXAMPLES = """\
+  frugalmoe compile --config=configs/ling_mini_2.py --topology=v5e --search
+  frugalmoe compile --config=configs/ling_mini_2.py --topology=v5e:8x8 --config.mesh.data=1 \\
+      --config.mesh.fsdp=8 --config.mesh.expert=8 --config.train.batch_size=64
+  frugalmoe compile --config=configs/ling_lite.py --topology=v5p:4x4x4 --slices=2 ...
+  frugalmoe compile --config=configs/small.py --topology=h100:1 --format=json
+
+A TPU program that is too large fails in seconds, one that fits takes minutes. The compilers are packages of their own.
+For v5e, v5p, v6e:
+  pip install 'jax[tpu]'
+For h200, h100, a100, a100-40, a6000, l40s, l4, rtx4090:
+  pip install 'jax[cuda12-local]' nvidia-cuda-nvcc-cu12 nvidia-cudnn-cu12 'jax-triton>=0.3.1'"""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `frugalmoe compile`."""
+    add_config_flag(parser)
+    parser.add_argument(
+        "--topology", required=True, help="KIND:SHAPE, as v5e:8x8, v5p:4x4x4 or h100:64; KIND alone with --search"
+    )
+    parser.add_argument("--slices", type=int, help="TPU slices, joined by the data-centre network (default: 1)")
+    parser.add_argument("--search", action="store_true", help="find the smallest slice that fits, and a layout for it")
+    parser.add_argument("--format", choices=("table", "json", "markdown"), default="table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compiles, or searches for the smallest slice, and prints what was found."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # a device that is there is of no use here, and may be in use
+    from frugalmoe.console import Console
+    from frugalmoe.cost.aot import compile_step
+    from frugalmoe.cost.search import search
+    from frugalmoe.cost.table import headline, markdown, row, tables
+    from frugalmoe.cost.topologies import parse
+
+    config, results, nothing_fits = load_config(args), [], None
+
+    def tried(result):
+        results.append(result)
+        print(headline(result), file=sys.stderr, flush=True)
+
+    if args.search:
+        try:
+            search(config, args.topology, args.slices, tried)
+        except UserError as e:
+            if not results:
+                raise
+            nothing_fits = e  # what was tried is worth its minutes all the same
+    else:
+        results = [compile_step(config, parse(args.topology, args.slices))]
+    if args.format == "json":
+        print(json.dumps([row(result) for result in results] if args.search else row(results[0]), indent=1))
+    elif args.format == "markdown":
+        print(markdown(results))
+    else:
+        Console(width=None if sys.stdout.isatty() else 120).print(*tables(results[-1]), sep="\n")
+    if nothing_fits:
+        raise nothing_fits
+    return 0

@@ -1,0 +1,31 @@
+"""`frugalmoe report PATH`."""
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "Write PATH/report/index.html: what a run or a study shows, with pictures."
+EXAMPLES = """\
+  frugalmoe report runs/quickstart
+  frugalmoe report runs/balance
+  frugalmoe report runs/balance --publish=experiments"""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `frugalmoe report`."""
+    parser.add_argument("path", metavar="PATH", help="the directory of a run or of a study, finished or not")
+    parser.add_argument(
+        "--publish", metavar="DIR", help="write a study's results, pictures and RESULTS.md into DIR/NAME and its index"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the page and prints its path."""
+    if args.publish or (Path(args.path) / "study.json").is_file():
+        from frugalmoe import ablate
+
+        print(ablate.publish_study(args.path, args.publish) if args.publish else ablate.write_study_report(args.path))
+        return 0
+    from frugalmoe.analysis import write_report
+
+    print(write_report(args.path))
+    return 0

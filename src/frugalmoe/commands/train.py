@@ -1,0 +1,112 @@
+"""`frugalmoe train`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from frugalmoe.commands import add_config_flag, load_config, set_up_training
+from frugalmoe.errors import EXIT_PREEMPTED, UserError
+
+RESUMABLE = True
+SUMMARY = "Train a config, or continue the run in its directory."
+EXAMPLES = """\
+  frugalmoe train --config=configs/quickstart.py
+  frugalmoe train --config=configs/quickstart.py:laptop --workdir=/tmp/run
+  frugalmoe train --config=configs/quickstart.py --config.model.moe.router=hash --workdir=runs/hash
+  frugalmoe train --config=configs/small.py --dry-run
+  frugalmoe train --config=configs/small.py --profile=5 --config.train.trackers=tensorboard,wandb
+  frugalmoe train --config=configs/small.py --coordinator=node1:8476 --num_processes=4 --process_id=0"""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `frugalmoe train`."""
+    add_config_flag(parser)
+    parser.add_argument("--workdir", type=Path, help="run directory (default: runs/<config name>)")
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "force", "never"),
+        default="auto",
+        help="auto: continue a run of the same config; force: whatever its config; never: refuse an existing run",
+    )
+    parser.add_argument("--fresh", action="store_true", help="delete the run in the directory and start over")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check all that a run needs, compile its step; train and write nothing"
+    )
+    parser.add_argument(
+        "--profile", type=int, metavar="STEPS", help="trace so many steps into the run directory's profile/, for XProf"
+    )
+    several = parser.add_argument_group(
+        "several processes",
+        "One run over the devices of all of them, which share the run directory. SLURM, Open MPI, Kubernetes and TPU "
+        "pods are found without flags.",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="the host of process 0, and a port free there")
+    several.add_argument("--num_processes", type=int, metavar="N", help="1: this process alone, wherever it runs")
+    several.add_argument("--process_id", type=int, metavar="I", help="of this process, from 0 to N - 1")
+    several.add_argument(
+        "--connect_timeout", type=int, default=300, metavar="SECONDS", help="to find all others in (default: 300)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, prints a table and a sample, and writes the report; 75 where a signal stopped the run after saving."""
+    config = load_config(args)
+    workdir = args.workdir or Path("runs") / config.name
+    set_up_training(config)
+    import jax
+
+    from frugalmoe.console import Console
+    from frugalmoe.train import distributed, preflight, rundir
+    from frugalmoe.train.loop import train
+    from frugalmoe.train.profile import profiled
+
+    if args.profile is not None and args.profile < 1:
+        raise UserError(f"--profile={args.profile}: must be at least 1")
+    distributed.start(args.coordinator, args.num_processes, args.process_id, args.connect_timeout)
+    with distributed.together():
+        ready = preflight.check(config, workdir, num_devices=jax.device_count(), resume=args.resume, fresh=args.fresh)
+    if args.dry_run:
+        return _dry_run(ready.config, workdir, ready.notes, distributed.is_main())
+    was_complete = rundir.is_complete(workdir) and not args.fresh
+    watched = {"progress": profiled(args.profile, workdir / "profile")} if args.profile else {}
+    summary = train(config, workdir, resume=args.resume, fresh=args.fresh, sample=True, **watched)
+    if not distributed.is_main():
+        return EXIT_PREEMPTED if summary["status"] == "stopped" else 0
+    if summary["status"] == "stopped":
+        print(f"stopped at step {summary['step']} of {summary['steps']} after saving; the same command continues it")
+        return EXIT_PREEMPTED
+    if was_complete and args.resume != "force":
+        print(f"{workdir}: this run is complete ({summary['step']} steps); --fresh starts it over")
+    from frugalmoe.analysis import load_run, summary_table, write_report
+
+    console = Console()
+    console.print(summary_table(load_run(workdir)))
+    if sample := summary.get("sample"):  # `train` of the library draws none
+        empty = "no sample: the model ended the document at once"
+        console.print(f"sample: {sample['prompt']}{sample['text']}" if sample["text"] else sample.get("why", empty))
+    console.print(f"report: {write_report(workdir)}", soft_wrap=True)
+    return 0
+
+
+def _dry_run(config, workdir: Path, notes: Sequence[str], talks: bool) -> int:
+    import jax
+
+    from frugalmoe.console import Console
+    from frugalmoe.cost.aot import compile_step
+    from frugalmoe.cost.table import tables
+    from frugalmoe.model.transformer import count_parameters
+
+    if not talks:  # a program for several processes is compiled by all of them
+        compile_step(config)
+        return 0
+    train, data = config.train, config.data
+    counts, per_step = count_parameters(config.model), train.batch_size * data.sequence_length
+    print(f"run directory  {workdir}")
+    print(f"devices        {jax.device_count()} x {jax.devices()[0].device_kind}")
+    print(f"tokens         {per_step:,} per step, {per_step * train.steps:,} in {train.steps:,} steps")
+    print(f"parameters     {counts['total']:,} total, {counts['active']:,} active")
+    print(*(f"note: {note}" for note in notes), sep="\n", end="\n" if notes else "")
+    print("compiling the step, which makes the start of the run shorter", flush=True)
+    Console(width=None if sys.stdout.isatty() else 120).print(*tables(compile_step(config)), sep="\n")
+    return 0

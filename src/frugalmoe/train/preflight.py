@@ -1,0 +1,134 @@
+"""What would end a run before its first step, found before it waits for devices. Nothing is written, built or fetched.
+
+A run makes the same checks again as it begins; here they come first, and on the machine from which it is launched.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from frugalmoe.config import RECORD, Config, check_devices, to_dict, with_vocabulary
+from frugalmoe.data.look import Look, look
+from frugalmoe.data.tokenizer import parse
+from frugalmoe.errors import UserError
+from frugalmoe.files import read_json
+from frugalmoe.model.transformer import count_parameters
+from frugalmoe.train import checkpoint, distributed, rundir, trackers
+
+BYTES_PER_PARAMETER = 12  # of a checkpoint: the parameter and Adam's two moments, float32
+
+
+class Ready(NamedTuple):
+    """A run that can begin, as far as is known."""
+
+    config: Config  # with the size of its vocabulary
+    notes: tuple[str, ...]
+
+
+def check(
+    config: Config,
+    workdir: Path | None,
+    *,
+    num_devices: int | None = None,
+    resume: str = "auto",
+    fresh: bool = False,
+    unseen: Sequence[str] = (),
+) -> Ready:
+    """Returns the config as it will be trained, and what has still to be done and what may go wrong.
+
+    Raises `UserError` where the run cannot begin: its data or tokenizer cannot be read, do not fit the model or the
+    run in `workdir`; the directory cannot be written, holds something else, or has no space for a checkpoint; a
+    package is missing; the layout does not fit `num_devices`, where they are known. `workdir` None and `unseen`, the
+    fields that name data, are for machines whose disks are not this one's.
+    """
+    if num_devices is not None:
+        check_devices(config, num_devices)
+    if distributed.is_main():  # the one that tells them
+        trackers.check(config)
+    if workdir is not None:
+        config = config if fresh else rundir.as_begun(config, workdir)
+        check_directory(config, workdir, resume=resume, fresh=fresh)
+        if rundir.is_complete(workdir) and not fresh and resume != "force":
+            return Ready(config, (f"--workdir={workdir}: this run is complete",))  # whatever became of its data
+    if unseen:
+        return Ready(config, tuple(f"{field} cannot be seen from here, and was not checked" for field in unseen))
+    found = look(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
+    settled, notes = settle(config, found)
+    if workdir is None:
+        return Ready(settled, notes)
+    if not fresh:
+        _check_same_data(workdir, found)
+    freed = rundir.size_of_run(workdir) if fresh else 0
+    return Ready(settled, (*notes, *check_size(settled, workdir, count_parameters(settled.model)["total"], freed)))
+
+
+def check_directory(config: Config, workdir: Path, *, resume: str = "auto", fresh: bool = False) -> None:
+    """Raises `UserError` for a run directory that is another's, in use, or cannot be made."""
+    _existing_parent(workdir)
+    rundir.check_idle(workdir)
+    if fresh:
+        rundir.check_fresh(workdir)
+        return
+    if resume == "never" and (workdir / RECORD).is_file():
+        raise UserError(f"--workdir={workdir}: holds a run and --resume=never was given")
+    rundir.check_config(workdir, to_dict(config), force=resume == "force")
+
+
+def settle(config: Config, found: Look) -> Ready:
+    """With the vocabulary that the data will have; raises `UserError` where the model's is smaller."""
+    size, trained = config.model.vocab_size, found.domains is None and isinstance(parse(config.data.tokenizer), int)
+    if trained and 0 < size < found.vocabulary:
+        note = f"model.vocab_size={size}: too small where data.tokenizer finds {found.vocabulary} tokens in the data"
+        return Ready(config, (*found.notes, note))
+    return Ready(with_vocabulary(config, found.vocabulary), found.notes)
+
+
+def check_size(config: Config, workdir: Path, parameters: int, freed: int = 0) -> list[str]:
+    """Raises `UserError` for a disk that is too small for a checkpoint; returns what may become too small.
+
+    `freed`: bytes that will be deleted before.
+    """
+    arrays = BYTES_PER_PARAMETER * parameters
+    directory = _existing_parent(workdir)
+    checkpoint.check_space_for(directory, arrays, freed)
+    at_once, free = _checkpoints_at_once(config), shutil.disk_usage(directory).free + freed
+    if at_once * arrays <= free:
+        return []
+    rule = f"{at_once} checkpoints of {arrays / 1e9:,.1f} GB lie there at one time; {free / 1e9:,.1f} GB are free"
+    return [f"--workdir={workdir}: {rule}"]
+
+
+def _checkpoints_at_once(config: Config) -> int:
+    """The most checkpoints of a run that lie on disk: one is deleted after the next is there."""
+    c, steps = config.checkpoint, config.train.steps
+    saved = -(-steps // c.every_steps) if c.every_steps else 1
+    kept = steps // c.keep_every_steps if c.keep_every_steps and c.every_steps else 0
+    return min(saved, c.keep_last + 1 + kept)
+
+
+def _existing_parent(workdir: Path) -> Path:
+    """The nearest directory that is there, which must be one that can be written."""
+    for path in (workdir, *workdir.absolute().parents):
+        try:
+            if not path.exists():
+                continue
+        except (OSError, ValueError) as e:  # a name that is too long, or holds what none may
+            raise UserError(f"--workdir={workdir}: {getattr(e, 'strerror', None) or e}") from e
+        if not path.is_dir():
+            raise UserError(f"--workdir={workdir}: {path} is a file")
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise UserError(f"--workdir={workdir}: {path} cannot be written")
+        return path
+    raise UserError(f"--workdir={workdir}: no directory above it exists")
+
+
+def _check_same_data(workdir: Path, found: Look) -> None:
+    path = workdir / "data.json"
+    if found.fingerprint is None or not path.is_file():
+        return
+    before = read_json(path)["fingerprint"]
+    if before != found.fingerprint:
+        rule = f"the run's data changed (fingerprint {before} there, {found.fingerprint} now)"
+        raise UserError(f"--workdir={workdir}: {rule}")
