@@ -31,7 +31,7 @@ from jax import Array
 from jax.custom_batching import sequential_vmap
 
 from frugalmoe.cost.devices import GPUS
-from frugalmoe.errors import UserError
+from frugalmoe.errors import UserError, needs_package
 from frugalmoe.experts.blocks import cover
 from frugalmoe.experts.grouped import Kernels
 
@@ -58,10 +58,7 @@ def _triton() -> Any:
 
         from frugalmoe.experts import gpu_kernels
     except ImportError as e:
-        raise UserError(
-            f"model.moe.executor=gpu: {e.name or e} is not installed: pip install jax-triton, which the extra `cuda` "
-            "brings; model.moe.executor=blocks does without"
-        ) from e
+        raise needs_package("model.moe.executor=gpu", "jax-triton>=0.3.1") from e
     return gpu_kernels, jax_triton.triton_call
 
 
