@@ -3,13 +3,13 @@ product there.
 
 Triton is the ground that reaches every card from A100 on, both types of numbers and both ends of the supported JAX. It
 was chosen by compiling both products and their gradients for A100 (8.0) and H100 (9.0) without a GPU, in bfloat16 and
-float32, with ragged groups (Triton 3.7.1, ptxas of its wheel; no GPU was at hand to measure on):
+float32, with ragged groups (Triton 3.7.1 and the ptxas of its wheel). No GPU was at hand to measure on.
 
 | ground | jax 0.10.2 | jax 0.12.0.1 |
 |---|---|---|
-| `jax_triton` (0.3.1, 0.4.1) | all compile | all compile |
-| Pallas' Triton back end | all compile | deprecated, to be removed |
-| Mosaic GPU in tokamax (0.0.12, 0.0.17) | no kernel for A100, no float32 | A100 forward only, no float32 |
+| Triton by `jax_triton` (0.3.1, 0.4.1) | everything compiles | everything compiles |
+| Pallas' Triton back end | works | deprecated, to be removed |
+| Mosaic GPU, as tokamax has it (0.0.12, 0.0.17) | none for A100, no float32 | A100: not rows by rows; no float32 |
 
 bfloat16 runs on tensor cores (`mma` on A100, `wgmma` on H100), and no kernel needs more than 96 KiB of shared memory,
 which cards of 8.6 and 8.9 have too.
