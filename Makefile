@@ -3,7 +3,12 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 CONFIG ?= configs/quickstart.py
 
-.PHONY: run laws test test-fast lint bench clean
+# Of an interpreter that runs: pyenv puts names of those that are not selected on the path too.
+NEWEST_PYTHON = $(shell for python in python3.12 python3.13 $(HOME)/.pyenv/versions/3.1[23].*/bin/python; do \
+	"$$python" -c "import ensurepip" 2>/dev/null && echo "$$python" && break; done)
+NO_NEWEST_PYTHON = test-newest: no Python 3.12 or 3.13 runs on this machine, so nothing was tested on the newest JAX
+
+.PHONY: run laws test test-fast test-newest run-newest lint bench clean
 
 run: .venv/run.stamp
 	$(BIN)/frugalmoe train --config=$(CONFIG) $(if $(FRESH),--fresh) $(ARGS)
@@ -20,14 +25,22 @@ test: .venv/dev.stamp
 test-fast: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
+test-newest:
+	@$(if $(NEWEST_PYTHON),$(MAKE) --no-print-directory run-newest PYTHON=$(NEWEST_PYTHON),echo "$(NO_NEWEST_PYTHON)")
+
+run-newest: .venv-newest/stamp
+	.venv-newest/bin/python -m pytest -n 2 --dist loadfile -m "newest or not slow" \
+		--ignore tests/test_parity_transformers.py $(ARGS)
+
 lint: .venv/dev.stamp
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/frugalmoe routers --format=markdown > docs/routers.md
 
 bench: .venv/run.stamp .venv-bench/stamp
 	$(BIN)/python benchmarks/run.py --torch-python .venv-bench/bin/python $(ARGS)
 
 clean:
-	rm -rf .venv .venv-bench runs
+	rm -rf .venv .venv-newest .venv-bench runs
 
 .venv/run.stamp: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -43,6 +56,14 @@ clean:
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target .venv/aot \
 		-r requirements-aot.txt
+	touch $@
+
+.venv-newest/stamp: requirements-newest.txt requirements-aot.txt pyproject.toml
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -q --disable-pip-version-check -r requirements-newest.txt
+	.venv-newest/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	.venv-newest/bin/python -m pip install -q --disable-pip-version-check --no-deps --upgrade \
+		--target .venv-newest/aot -r requirements-aot.txt
 	touch $@
 
 .venv-bench/stamp: requirements-bench.txt

@@ -33,7 +33,8 @@ print(study.study["question"], study.study["expectation"], sep="\n\n")
 # ## What was found
 #
 # Differences are paired: the spread between seeds cancels, because seed s has the same start and the same batches in
-# each arm. A verdict of better or worse holds at 5% over all arms together (paired t tests, Holm's correction).
+# each arm. A verdict of better or worse holds at 5% over all arms together (paired t tests, Holm's correction); the
+# interval is the one that decides, and the seeds are those with which a difference like this would be found.
 
 # %%
 {arm: study.verdict(arm) for arm in study.arms}
@@ -58,7 +59,7 @@ paired = {arm: [v - base[s] for s, v in study.final(study.metric, arm).items()] 
 # %% [markdown]
 # ## In the course of training
 #
-# An arm may lead early and not at the end. Right: the paired difference, where bands are the range over seeds.
+# An arm may lead early and not at the end. The second picture is the paired difference; bands are the range over seeds.
 
 # %%
 plots.learning_curves(study)
@@ -75,7 +76,7 @@ plots.balance(study)
 # %%
 for arm in study.arms[1:]:
     share = study.cost_to_target(arm)
-    print(arm, {what: np.round(values, 2).tolist() for what, values in share.items() if what != "time"})
+    print(arm, {what: np.round(values, 2).tolist() for what, values in share.items()})
 
 # %% [markdown]
 # ## Anything else

@@ -122,8 +122,8 @@ comparison = load_comparison(workdir)
 {arm: comparison.verdict(arm) for arm in comparison.arms}
 
 # %% [markdown]
-# Dots: the mean paired difference; bars: 95% t interval over seeds; ticks: single seeds. An interval that touches the
-# line says that these runs cannot tell.
+# Dots: the mean paired difference; bars: the t interval that decides, corrected for the number of arms; ticks: single
+# seeds. An interval that touches the line says that these runs cannot tell.
 
 # %%
 plots.differences(comparison)

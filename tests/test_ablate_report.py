@@ -343,6 +343,25 @@ def test_a_table_whose_bits_flipped_is_refused_not_believed(planted, tmp_path, c
     assert refused > 30
 
 
+def test_nothing_is_published_through_a_link_or_beside_a_damaged_study(planted, tmp_path, capsys):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    root.mkdir()
+    outside.mkdir()
+    (root / "planted").symlink_to(outside)
+    assert main(["report", str(planted), f"--publish={root}"]) == 2
+    assert "is no folder of its own there" in capsys.readouterr().err and not list(outside.iterdir())
+    (root / "planted").unlink()
+    (root / "other").mkdir()
+    (root / "other" / "results.parquet").write_text("damaged")
+    (root / "other" / "study.json").write_text("{")
+    assert main(["report", str(planted), f"--publish={root}"]) == 2
+    assert "other/study.json: not valid JSON" in capsys.readouterr().err
+    assert sorted(p.name for p in root.iterdir()) == ["other"], "nothing was written"
+    (tmp_path / "file").write_text("")
+    assert main(["report", str(planted), f"--publish={tmp_path / 'file'}"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_a_study_of_another_size_does_not_take_the_place_of_a_published_one(planted, tmp_path, capsys):
     root = tmp_path / "experiments"
     publish_study(planted, root)

@@ -236,6 +236,16 @@ def test_a_router_from_a_notebook_and_a_run_that_diverges(place, study, capsys):
     assert c.verdict("wild") == "no complete pair of runs: 1 of 1 diverged"
 
 
+def test_a_run_that_diverges_does_not_take_those_with_it_that_share_its_program(place, study):
+    """The coefficient of a loss is an argument of the program: the gradients of one run alone are infinite."""
+    arms = {"aux": {}, "wild": {"model.moe.losses.load_balance": 3e38}}
+    other = dataclasses.replace(study, name="together", arms=arms, baseline="aux", evaluate_with=False)
+    outcome = run_study(other, place / "together", seeds=[0], at_once=2)
+    assert outcome.missing == [] and [p.arm for p in outcome.diverged] == ["wild"]
+    summary = json.loads((place / "together" / "aux" / "seed_0" / "summary.json").read_text())
+    assert summary["status"] == "complete" and np.isfinite(summary["eval"]["loss"]["mean"])
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -297,14 +307,14 @@ def test_bad_flags_are_refused(place, capsys):
     refused(capsys, ablate(place, "bad", "--jobs=0"), "--jobs=0: must be at least 1")
     refused(capsys, ablate(place, "bad", "--slurm=partition"), "must be NAME=VALUE")
     refused(capsys, ablate(place, "bad", "--config.model.dmi=3"), "did you mean 'dim'")
-    refused(capsys, ["ablate", str(place / "no.py")], "no such study")
+    refused(capsys, ["ablate", str(place / "no.py")], "no.py: no such file")
     refused(capsys, ["report", str(place / "text")], "not a run directory")
     assert not (place / "bad").exists()
 
 
 def test_another_study_and_another_config_are_refused(place, alone, capsys):
     other = variant(place, "other", 'name="tiny"', 'name="other"')
-    refused(capsys, ablate(place, "alone", study=other), "results of study 'tiny', not 'other'")
+    refused(capsys, ablate(place, "alone", study=other), "holds the study 'tiny', not 'other'")
     refused(capsys, ablate(place, "alone", "--config.train.steps=9"), "train.steps: 8 there, 9 here")
     refused(capsys, ablate(place, "text"), "holds files but no study.json")
     assert json.loads((alone / "study.json").read_text())["name"] == "tiny"

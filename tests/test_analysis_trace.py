@@ -106,7 +106,7 @@ def test_the_columns_of_a_trace(run_dir):
 def test_documents_are_those_of_the_store(run_dir, root):
     """All parts of rows that are said to be of one document are found in one text."""
     probe = load_trace(run_dir).probe()
-    texts = [p.read_text() + "\0" for p in sorted((root / "text").glob("*/*.txt"))]
+    texts = ["\0" + p.read_text() + "\0" for p in sorted((root / "text").glob("*/*.txt"))]
     assert probe.unit_ids_N.max() > 8
     for unit in range(probe.unit_ids_N.max() + 1):
         of_N = probe.unit_ids_N == unit
@@ -200,9 +200,11 @@ def test_the_report_has_the_trace(run_dir, tmp_path):
     page = write_report(path).read_text()
     assert "When the routing settles" in page and "At step 4 of 12, tokens already go to" in page
     assert all((path / "report" / f"{name}.png").stat().st_size > 10_000 for name in ("saturation", "vocabulary"))
-    for step in (4, 8):
+    assert "3 checkpoints, " in analysis.plots.saturation(load_trace(path)).axes[0].get_title("left")
+    for step, count in ((4, "2 traced checkpoints"), (8, "1 traced checkpoint")):
         (path / "trace" / f"step_{step:08d}.npz").unlink()
-    assert "one traced checkpoint only" in write_report(path).read_text()
+        assert f"the run has {count}, and when the routing settles takes three" in write_report(path).read_text()
+        assert analysis.plots.saturation(load_trace(path)) is None, "a line between two points says nothing of when"
     shutil.rmtree(path / "trace")
     assert "When the routing settles" not in write_report(path).read_text()
 

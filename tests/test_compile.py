@@ -209,7 +209,9 @@ def test_topologies_that_are_none(text, slices, says):
 
 def test_the_compiler_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(topologies, "_is_installed", lambda module: module != "nvidia.cuda_nvcc")
-    with pytest.raises(UserError, match=r"package nvidia-cuda-nvcc-cu12: pip install 'frugalmoe\[aot-cuda\]'"):
+    with pytest.raises(
+        UserError, match=r"without nvidia-cuda-nvcc-cu12: .* pip install 'jax\[cuda12-local\]' nvidia-cuda"
+    ):
         topologies.devices(topologies.parse("l4:2"))
 
 

@@ -1,11 +1,16 @@
 """Laws of the executors: each equals the dense oracle in value and in every gradient, on every kind of plan."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import triton_interpreter
 from jax.sharding import PartitionSpec as P
 
 from frugalmoe.config.schema import MoE
@@ -90,7 +95,7 @@ RUN = {
     "blocks": run_blocks,
     "capacity": run_capacity,
     "tpu": partial(run_kernels, tpu.kernels(N, interpret=True)),
-    "gpu": partial(run_kernels, gpu.kernels(interpret=True)),
+    "gpu": partial(run_kernels, gpu.kernels(triton_interpreter.launch)),
 }
 
 
@@ -244,24 +249,58 @@ def test_unknown_executor_names_the_choices():
     assert all(name in str(error.value) for name in EXECUTORS) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("platform,module", [("cuda", gpu), ("tpu", tpu)])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_kernels_lower_for_their_platform_without_a_device(platform, module, dtype):
-    """Value and all gradients become kernel calls in the program that the platform's compiler is given."""
-    num_experts, plan = 8, random_plan(0, 8, 2)
-    kernels = tpu.kernels(N * 2) if module is tpu else gpu.kernels()
-    arrays = weights(num_experts, dtype, dim=128, hidden=128)
+LOWERED = """
+import sys
+import jax, jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from test_experts import TokenPlan, gpu, random_plan, run_kernels, tpu, weights
 
+kinds = {"tpu": "TPU v5 lite", "a100": "NVIDIA A100-SXM4-80GB", "h100": "NVIDIA H100 80GB HBM3"}
+for device, dtype in ((device, dtype) for device in sys.argv[1:] for dtype in (jnp.float32, jnp.bfloat16)):
+    platform = "tpu" if device == "tpu" else "cuda"
+    kernels = tpu.kernels(2 * 96) if device == "tpu" else gpu.kernels()
+    plan, arrays = random_plan(0, 8, 2), weights(8, dtype, dim=128, hidden=128)
     def loss(weight, *arrays):
         return jnp.sum(run_kernels(kernels, plan._replace(weight_NK=weight), *arrays).astype(jnp.float32))
+    absent = AbstractDevice(kinds[device], 1, "tpu" if device == "tpu" else "gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=absent)):
+        step = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(plan.weight_NK, *arrays)
+        text = step.lower(lowering_platforms=(platform,)).as_text()
+    called = "tpu_custom_call" if device == "tpu" else "@triton_kernel_call"
+    assert text.count(called) == 6, (device, dtype, text.count(called))
+"""
+WITH_COMPILERS = os.pathsep.join([*filter(None, sys.path), str(Path(sys.prefix) / "aot")])
 
-    step = jax.jit(jax.grad(loss, (0, 1, 2, 3)))
-    text = step.trace(plan.weight_NK, *arrays).lower(lowering_platforms=(platform,)).as_text()
-    name = {"cuda": "triton", "tpu": "tpu_custom_call"}[platform]
-    assert text.count(name) >= 6  # two products forward, two and two backward
+
+@pytest.mark.newest
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [("tpu",), ("a100", "h100")], ids=["tpu", "gpu"])
+def test_kernels_compile_for_devices_that_are_not_there(devices):
+    """Two products forward, two and two backward, in both types, are kernel calls in what the platform's compiler is
+    given; those of GPUs are compiled by then.
+    """
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": WITH_COMPILERS}
+    done = subprocess.run([sys.executable, "-c", LOWERED, *devices], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_package_that_gpus_need_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
+    gpu._triton.cache_clear()
+    with pytest.raises(UserError, match=r"executor=gpu: needs a package .*: pip install 'jax-triton>=0.3.1'"):
+        run_kernels(gpu.kernels(), random_plan(0, 2, 1), *weights(2))
+
+
+def test_gpu_kernels_run_in_several_lanes():
+    """Runs that train in one program are lanes of a `vmap`."""
+    plans, run = [random_plan(seed, 4, 2) for seed in (0, 1)], RUN["gpu"]
+    stacked = TokenPlan(*map(jnp.stack, zip(*plans)))
+    lanes = jax.jit(jax.vmap(lambda plan: run(plan, *weights(4))))(stacked)
+    for y, plan in zip(lanes, plans, strict=True):
+        np.testing.assert_allclose(y, run_dense(plan, *weights(4)), rtol=1e-4, atol=1e-5)
 
 
 def test_gpu_kernels_refuse_widths_that_tensor_cores_cannot_tile():
     plan = random_plan(0, 2, 1)
     with pytest.raises(UserError, match="multiples of 16"):
-        run_kernels(gpu.kernels(interpret=True), plan, *weights(2, dim=24))
+        run_kernels(gpu.kernels(triton_interpreter.launch), plan, *weights(2, dim=24))

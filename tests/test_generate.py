@@ -73,10 +73,8 @@ def test_cached_tokens_equal_recomputed_ones(fields):
 
 
 EVERY_EXPERT = {"model.moe.executor": "capacity", "model.moe.capacity_factor": 8.0}  # slots for all tokens
-EXECUTORS = [
-    *({"model.moe.executor": name} for name in ("auto", "dense", "grouped", "blocks")),
-    EVERY_EXPERT,
-]
+AUTO = {"model.moe.executor": "auto"}
+OTHERS = [{"model.moe.executor": name} for name in ("dense", "grouped", "blocks")]
 # Without state and with it, with a carry over layers, with as many experts as there are, with blocks that tokens skip.
 ROUTERS = [router(name) for name in ("topk_softmax", "sigmoid_bias", "moe_plus_plus", "expert_threshold", "top_p")]
 PAIRS = [
@@ -86,7 +84,7 @@ PAIRS = [
         marks=() if fields == ROUTERS[0] and executor == EVERY_EXPERT else pytest.mark.slow,
     )
     for fields in (*ROUTERS, DEPTHS)
-    for executor in EXECUTORS
+    for executor in (AUTO, EVERY_EXPERT, *(OTHERS if fields == ROUTERS[0] else ()))
 ]
 
 
@@ -120,14 +118,13 @@ def test_decoding_computes_the_logits_of_evaluation(fields, monkeypatch):
 def test_a_capacity_that_may_drop_is_refused():
     """What is dropped depends on the length of the row, which a text that is being sampled does not have."""
     fields = {"model.moe.executor": "capacity", "model.moe.capacity_factor": 3.9, "model.moe.num_experts_per_token": 2}
-    config = config_of(fields | BYTES)
+    config, weights = config_of(fields | BYTES), Weights({}, {})
     with jax.set_mesh(mesh_of()):
-        state = init(config)
         with pytest.raises(UserError, match=r"^model\.moe\.executor='capacity': cannot be sampled .*3\.9, below 4,"):
-            generate(config, Weights(state.params, state.router_state), np.zeros(3, np.int32), Sampling())
-        assert "cannot be sampled" in sample_text(config, state, ByteTokenizer())["why"]
+            generate(config, weights, np.zeros(3, np.int32), Sampling())
+        assert "cannot be sampled" in sample_text(config, weights, ByteTokenizer())["why"]
         dense = config_of(fields | BYTES | {"model.num_dense_layers": 3, "model.dense_dim": 64})
-        assert sample_text(dense, init(dense), ByteTokenizer())["text"], "no expert, no slot"
+        generate(dense, weights, np.zeros(3, np.int32), Sampling())  # no expert, no slot
 
 
 @pytest.mark.parametrize("start", ["end_of_text", "none"])
@@ -135,7 +132,7 @@ def test_a_prompt_begins_as_documents_did_in_training(start):
     config = config_of(BYTES | {"data.document_start": start})
     greedy = Sampling(temperature=0.0, max_tokens=12)
     with jax.set_mesh(mesh_of()):
-        weights, one = weights_of(config), ByteTokenizer()
+        weights, one = weights_of(config_of(BYTES)), ByteTokenizer()
         after = lambda ids: bytes(generate(config, weights, np.array(ids), greedy, np.arange(320) < 256)).decode(
             errors="replace"
         )
@@ -155,7 +152,7 @@ def letters() -> JsonTokenizer:
 
 def test_only_ids_that_show_text_are_sampled(monkeypatch):
     """No padding of the vocabulary, which ended a sample; no special, which shows nothing; the end of a document."""
-    config, one, seen = config_of({"model.vocab_size": 64}), letters(), []
+    config, one, seen = config_of(BYTES), letters(), []
     assert one.silent == (0, 1, 2, *range(3, 13)) and one.size == 31
 
     def watched(*args):
@@ -225,9 +222,10 @@ def test_more_tokens_than_memory_has_room_for_are_refused():
 BAD = [
     ("--max-tokens=0", "--max-tokens=0: must be positive"),
     ("--max-tokens=99999999999", "--max-tokens=99999999999: must be from 1 to 2147483647"),
-    ("--temperature=nan", "--temperature=nan: must be finite"),
-    ("--temperature=inf", "--temperature=inf: must be finite"),
+    ("--temperature=nan", "--temperature=nan: must be 0 or from"),
+    ("--temperature=inf", "--temperature=inf: must be 0 or from"),
     ("--temperature=-0.1", "--temperature=-0.1: must not be negative"),
+    ("--temperature=1e300", "--temperature=1e+300: must be 0 or from"),
     ("--top-p=nan", "--top-p=nan: must be in (0, 1]"),
     ("--top-p=1.1", "--top-p=1.1: must be in (0, 1]"),
     ("--seed=-1", "--seed=-1: must be"),

@@ -101,10 +101,14 @@ def test_without_the_scheduler_nothing_is_written(capsys, monkeypatch, tmp_path)
         # 2 nodes x 3 devices = 6 do not divide the batch of 16; the config's own check, before any cluster.
         (["slurm", CONFIG, "--nodes=2", "--devices-per-node=3", "--config.train.batch_size=16"], "batch_size=16"),
         (["slurm", CONFIG, "--nodes=0", "--devices-per-node=2"], "--nodes=0"),
+        (["slurm", CONFIG, f"--nodes={10**30}", "--devices-per-node=2", "--config.mesh.expert=3"], "from 1 to 100000"),
         (["slurm", CONFIG, "--devices-per-node=0"], "--devices-per-node=0"),
         (["slurm", "--config=configs/none.py", "--devices-per-node=1"], "configs/none.py"),
         (["slurm", CONFIG, "--devices-per-node=1", "--hosts=a"], "--hosts=a"),
-        (["slurm", CONFIG, "--devices-per-node=1", "--template=none.sbatch"], "--template=none.sbatch: no such file; "),
+        (
+            ["slurm", CONFIG, "--devices-per-node=1", "--template=none.sbatch"],
+            "--template=none.sbatch: no such template; ",
+        ),
         (["slurm", CONFIG, "--devices-per-node=1", "--workdir=runs/a b"], "must not contain spaces"),
         (["slurm", CONFIG, "--devices-per-node=1", f"--workdir=runs/{'x' * 41}"], "at most 40"),
         (["jobset", CONFIG, "--devices-per-node=1", "--workdir=/data/run"], "must lie in runs/"),

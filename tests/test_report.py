@@ -1,15 +1,25 @@
 """The report finds what was planted, says honestly what is not there, and is one safe, self-contained page."""
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from runs import TINY
 from test_analysis_runs import DOMAINS, SCRIPT, write_planted_run
 
-from frugalmoe.analysis import write_report
+from frugalmoe import config as configs
+from frugalmoe.analysis import load_run, plots, write_report
+from frugalmoe.analysis.page import count
+from frugalmoe.analysis.passage import _pieces, passages
+from frugalmoe.analysis.specialisation import group_units, specialise
+from frugalmoe.analysis.table import headline_rows
 from frugalmoe.cli import main
+from frugalmoe.cost import forward_flops
+from frugalmoe.data.tokenizer import ByteTokenizer
 
 VOID = {"meta", "img", "br", "source"}
 
@@ -138,6 +148,153 @@ def test_noise_is_not_reported_as_specialisation(tmp_path, monkeypatch):
 def test_the_command_prints_where_the_page_is(tmp_path, capsys):
     assert main(["report", str(write_planted_run(tmp_path / "run"))]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'run' / 'report' / 'index.html'}\n"
+
+
+def plant(monkeypatch, path, domains: list[str], experts: int, k: int, layers=(1, 2)):
+    """A run of another shape, with losses that differ by domain; routing at random."""
+    import test_analysis_runs as planting
+
+    shape = {"E": experts, "K": k, "DOMAINS": domains, "LAYERS": list(layers), "ROWS": max(36, 2 * len(domains))}
+    for name, value in shape.items():
+        monkeypatch.setattr(planting, name, value)
+    at_random = lambda rng, d, t: rng.random((len(layers), t.size, experts)).argsort(-1).argsort(-1) < k
+    monkeypatch.setattr(planting, "planted_selection", at_random)
+    monkeypatch.setattr(planting, "_counts", lambda rng: [rng.multinomial(4096, [1 / experts] * experts).tolist()] * 2)
+    run = write_planted_run(path)
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["moe"] |= {"num_experts": experts, "num_experts_per_token": k}
+    (run / "config.json").write_text(json.dumps(config))
+    rows = (run / "metrics.jsonl").read_text()
+    more = {"loss/load_balance": 1.2, "loss/prototype_alignment": 0.5, "optim/gradient_norm": 0.7}
+    row = {"step": 500, **more, "optim/learning_rate": 1e-3}
+    (run / "metrics.jsonl").write_text(rows + json.dumps(row) + "\n")
+    return load_run(run)
+
+
+LONG = "a very long name of a domain, with <b>markup</b> and $x_1$, number"
+SHAPES = {
+    "1 domain, 1 expert": (["plays"], 1, 1),
+    "8 domains": ([f"domain {i}" for i in range(8)], 16, 2),
+    "15 domains, 64 experts": ([f"kind {i}" for i in range(15)], 64, 8),
+    "40 domains with long names": ([f"{LONG} {i}" for i in range(40)], 64, 8),
+}
+
+
+def pictures_of(run, width: float) -> dict:
+    probe, found = run.probe, None
+    figures = [
+        draw(run, width) for draw in (plots.loss_curves, plots.balance, plots.optimization, plots.auxiliary_losses)
+    ]
+    figures += [plots.expert_load(run.loads, width), plots.co_activation(probe, width)]
+    if len(run.domains) > 1:
+        units = group_units(probe.selected_LNE, probe.domain_ids_N, probe.unit_ids_N)
+        found = specialise(units, len(run.domains), shuffles=3)
+        args = (found, probe.layers_L, run.domains, width)
+        figures += [plots.domain_heatmaps(*args), plots.domain_intervals(*args)]
+    return [figure for figure in figures if figure is not None]
+
+
+@pytest.mark.parametrize("width", [plots.WIDE, plots.NARROW])
+@pytest.mark.parametrize("name", SHAPES)
+def test_nothing_leaves_a_picture(tmp_path, monkeypatch, name, width):
+    """On a page and on a telephone: every legend and every label lies inside, however many domains and experts."""
+    run = plant(monkeypatch, tmp_path / "run", *SHAPES[name])
+    for figure in pictures_of(run, width):
+        assert figure.get_figwidth() == width and figure.get_figheight() < 60
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        texts = [axis.label for a in figure.axes for axis in (a.xaxis, a.yaxis)] + [a.title for a in figure.axes]
+        drawn = lambda axes, tick: min(axes.get_ylim()) <= tick.get_position()[1] <= max(axes.get_ylim())
+        ticks = [t for a in figure.axes for t in a.get_yticklabels() if t.get_visible() and drawn(a, t)]
+        for shown in [*figure.legends, *(t for t in texts if t.get_text()), *ticks]:
+            box = shown.get_window_extent(canvas.get_renderer())
+            assert box.x0 > -2 and box.x1 < figure.bbox.x1 + 2, (shown, box)
+            assert box.y0 > -2 and box.y1 < figure.bbox.y1 + 2, (shown, box)
+        for axes in figure.axes:
+            assert axes.get_window_extent().width > 0.3 * figure.bbox.width or len(figure.axes) > 2
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_no_colour_stands_for_two_domains(tmp_path, monkeypatch, name):
+    domains = SHAPES[name][0]
+    figure = plots.loss_curves(plant(monkeypatch, tmp_path / "run", *SHAPES[name]))
+    lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 5]  # evaluations
+    colours = [line.get_color() for line in lines]
+    named = [colour for colour in colours if colour != plots.UNNAMED]
+    assert len(lines) == len(domains) and len(set(named)) == len(named) == min(len(domains), 8)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(set(labels)) == len(labels) == 1 + len(named) + (len(domains) > 8)
+    if len(domains) > 8:
+        assert labels[-1] == f"{len(domains) - 8} other domains between them"
+        ends = {line.get_color(): line.get_ydata()[-1] for line in lines if line.get_color() != plots.UNNAMED}
+        assert max(ends.values()) < figure.axes[0].get_ylim()[1], "where a curve ends is in the picture"
+
+
+def test_what_training_adds_is_shown(tmp_path, monkeypatch):
+    _, text = read(write_report(plant(monkeypatch, tmp_path / "run", *SHAPES["8 domains"]).path))
+    assert "load balance loss 1.20 (times 0.01)" in text and "prototype alignment loss 0.500 (watched only)" in text
+    assert "The gradient norm was 0.700 in the median" in text and "learning rate went up to 0.001" in text
+    assert "training tokens 512 k" in text  # 500 steps of 16 x 64
+
+
+def test_tokens_and_compute_by_hand(tmp_path):
+    """A run of this code: 3 x forward FLOPs x 500 steps of 16 sequences of 64 tokens."""
+    run = write_planted_run(tmp_path / "run")
+    config = configs.to_dict(configs.resolve(configs.override(configs.default(), TINY)))
+    config["train"]["steps"], config["train"]["batch_size"], config["data"]["sequence_length"] = 500, 16, 64
+    (run / "config.json").write_text(json.dumps(config))
+    model = dataclasses.replace(configs.resolve(config).model, vocab_size=64)  # 30 words, rounded up
+    flops = 3 * sum(forward_flops(model, 64).values())
+    rows = dict(headline_rows(load_run(run)))
+    assert rows["training tokens"] == "512 k"
+    assert rows["training compute"] == f"{count(flops * 512_000)} FLOPs ({count(flops)} per token)"
+
+
+class Passages(HTMLParser):
+    """Of a page: for each layer the (token, number under it, experts of its title) of its passages."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.title, self.inside = [], None, None
+
+    def handle_starttag(self, tag, attrs):
+        self.inside = tag
+        if tag == "details" and dict(attrs).get("name") == "passage":
+            self.layers.append([])
+        if tag == "ruby":
+            self.title = dict(attrs)["title"]
+            self.layers[-1].append(["", "", self.title])
+
+    def handle_endtag(self, tag):
+        self.inside = "ruby" if tag == "rt" else None
+
+    def handle_data(self, data):
+        if self.inside in ("ruby", "rt"):
+            self.layers[-1][-1][self.inside == "rt"] += data
+
+
+def test_a_passage_names_the_experts_that_its_tokens_went_to(tmp_path):
+    """Against the probe: the longest document of each domain, one part per layer, SCRIPT as text."""
+    path = write_planted_run(tmp_path / "run")
+    reader = Passages()
+    reader.feed(write_report(path).read_text())
+    run = load_run(path)
+    assert len(reader.layers) == 2
+    for l, tokens in enumerate(reader.layers):
+        at = iter(np.concatenate([p.tokens_N for p in passages(run.probe, run.domains)]))
+        for shown, number, title in tokens:
+            n = next(at)
+            experts = np.flatnonzero(run.probe.selected_LNE[l, n])
+            assert int(number) in experts and re.findall(r"\d+", title) == [str(e) for e in experts]
+            assert shown.strip() == run.tokenizer.decode([run.probe.token_ids_N[n]])
+        assert next(at, None) is None
+    assert SCRIPT in {shown.strip() for shown, _, _ in reader.layers[0]}
+
+
+def test_a_passage_of_bytes_is_whole_characters(tmp_path):
+    """Three bytes of one character and a line break: marks, then the character; an end of text starts anew."""
+    ids = np.array([*"é€\nx".encode(), 256, 97])
+    assert list(_pieces(ByteTokenizer(), ids)) == ["·", "é", "·", "·", "€", "⏎\n", "x", "▪", "a"]
 
 
 def test_one_expert_one_domain_one_row(tmp_path, monkeypatch):

@@ -45,9 +45,9 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     return (f"did you mean {near[0]!r}? " if near else "") + f"valid: {', '.join(valid) or 'none'}"
 
 
-def needs_package(what: str, requirement: str) -> UserError:
+def needs_package(what: str, *requirements: str) -> UserError:
     """What to raise where `what` needs an optional package: names a command that installs it in any environment."""
-    return UserError(f"{what}: needs a package that is not installed: pip install {shlex.quote(requirement)}")
+    return UserError(f"{what}: needs a package that is not installed: pip install {shlex.join(requirements)}")
 
 
 def one_line(error: BaseException) -> str:

@@ -6,7 +6,6 @@ Letters: B sequences (equal ones: one per data device), T tokens, D model, V voc
 import dataclasses
 import functools
 import itertools
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +18,12 @@ from flax import nnx
 from jax import Array
 
 from frugalmoe import experts, sharding
-from frugalmoe.config import RECORD, Config, check_integer, check_seed, record, resolve
+from frugalmoe.config import RECORD, Config, check_float, check_integer, check_seed, record, resolve
 from frugalmoe.config.schema import Model
 from frugalmoe.data.continuation import Continuation, until
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
+from frugalmoe.experts import capacity
 from frugalmoe.model.attention import empty_cache
 from frugalmoe.model.causality import leaking
 from frugalmoe.model.moe import Context
@@ -44,14 +44,15 @@ class Sampling:
 
     def check(self) -> None:
         for name, ok, rule in (
-            ("temperature", math.isfinite(self.temperature), "must be finite"),
-            ("temperature", self.temperature >= 0, "must not be negative"),
+            ("temperature", not self.temperature < 0, "must not be negative"),
             ("top_p", 0 < self.top_p <= 1, "must be in (0, 1]"),
             ("max_tokens", self.max_tokens > 0, "must be positive"),
             ("stop", all(self.stop), "must hold no empty text, at which nothing would begin"),
         ):
             if not ok:
                 raise UserError(f"--{name.replace('_', '-')}={getattr(self, name)}: {rule}")
+        check_float("--temperature", self.temperature)
+        check_float("--top-p", self.top_p)
         check_integer("--max-tokens", self.max_tokens, least=1)
         check_seed("--seed", self.seed)
 
@@ -101,13 +102,12 @@ def _tokens(
 
 def _check_slots(config: Config) -> None:
     """Evaluation counts an expert's slots over a whole row, of which a sampled text is only the beginning."""
-    moe = config.model.moe
-    routed = config.model.num_dense_layers < config.model.num_layers
-    enough = moe.num_experts / moe.num_experts_per_token  # a slot for every token of the row
-    if routed and experts.pick(moe, sharding.platform()) == "capacity" and moe.capacity_factor < enough:
+    moe, routed = config.model.moe, config.model.num_dense_layers < config.model.num_layers
+    if routed and experts.pick(moe, sharding.platform()) == "capacity" and not capacity.drops_nothing(moe):
         raise UserError(
             "model.moe.executor='capacity': cannot be sampled token by token, because an expert's slots are those of a "
-            f"whole row; with model.moe.capacity_factor={moe.capacity_factor}, below {enough:.4g}, they may run out"
+            f"whole row; with model.moe.capacity_factor={moe.capacity_factor}, below "
+            f"{moe.num_experts / moe.num_experts_per_token:.4g}, they may run out"
         )
 
 
@@ -191,7 +191,7 @@ def _steps(config: Model, batch: int):
 def _sample(logits_V: Array, allowed_V: Array, key: Array, position: Array, temperature: Array, top_p: Array) -> Array:
     """The token of a position: the most likely one at temperature 0, else from the nucleus of probability `top_p`."""
     key = jax.random.fold_in(key, position)
-    scaled_V = jnp.where(allowed_V, logits_V, -jnp.inf) / jnp.maximum(temperature, 1e-6)
+    scaled_V = jnp.where(allowed_V, logits_V / jnp.maximum(temperature, 1e-6), -jnp.inf)
     sorted_V, token_V = jax.lax.sort((-scaled_V, jnp.arange(scaled_V.size, dtype=jnp.int32)), num_keys=1)
     p_V = jax.nn.softmax(-sorted_V)
     inside_V = jnp.cumsum(p_V) - p_V < top_p  # the first token is always inside

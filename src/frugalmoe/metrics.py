@@ -43,6 +43,7 @@ ROWS = (
     Metric("loss/depth_predictor", "loss of the depth predictor", "nats", LESS, TRAINING),
     Metric("loss/", "auxiliary loss", "", NEITHER, TRAINING),
     Metric("optim/gradient_norm", "gradient norm", "", NEITHER, TRAINING),
+    Metric("optim/parameter_norm", "parameter norm", "", NEITHER, TRAINING),
     Metric("optim/learning_rate", "learning rate", "", NEITHER, TRAINING),
     Metric("router/max_violation", "max violation", "", LESS, HELD_OUT),
     Metric("router/load_entropy", "load entropy", "nats", MORE, HELD_OUT),

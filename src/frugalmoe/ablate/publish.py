@@ -23,14 +23,19 @@ FEW_ARMS = 8  # of more the index lists those only that differ
 def publish_study(workdir: str | Path, root: str | Path) -> Path:
     """Writes `root`/NAME and the index `root`/RESULTS.md; returns the page's path. `workdir` may be `root`/NAME itself.
 
-    Raises `UserError` for a directory that is not a study or has no complete run, and for a study that was run in
-    another size than the one of its name that is published.
+    Raises `UserError`, before it writes, for a directory that is not a study or has no complete run, for a study that
+    was run in another size than the one of its name that is published, and for a published study that is damaged.
     """
     c = load_comparison(workdir)
-    folder = Path(root) / c.study["name"]
+    folder = _folder(Path(root), c.study["name"])
+    for neighbour in _published(root):
+        load_comparison(neighbour)
     if folder.resolve() != c.workdir.resolve():
         _check_same_study(folder, c.study)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--publish={root}: cannot be written ({e.strerror})") from e
         write_atomically(folder / "results.parquet", (c.workdir / "results.parquet").read_bytes())
         write_json(folder / "study.json", {**c.study, "workdir": str(workdir)})
         c = load_comparison(folder)
@@ -40,6 +45,20 @@ def publish_study(workdir: str | Path, root: str | Path) -> Path:
     write_generated(folder / "RESULTS.md", page(c, drawn))
     write_generated(Path(root) / "RESULTS.md", index(root))
     return folder / "RESULTS.md"
+
+
+def _folder(root: Path, name: str) -> Path:
+    """Where a study is published: a folder in `root`, and not one that a link puts elsewhere."""
+    folder = root / name
+    if name == "RESULTS.md" or folder.resolve().parent != root.resolve():
+        raise UserError(
+            f"--publish={root}: {folder} is no folder of its own there; rename the study, or remove the link"
+        )
+    return folder
+
+
+def _published(root: str | Path) -> list[Path]:
+    return [path.parent for path in sorted(Path(root).glob("*/results.parquet"))]
 
 
 def _check_same_study(folder: Path, study: Mapping[str, Any]) -> None:
@@ -63,9 +82,8 @@ def page(c: Comparison, drawn: Iterable[str]) -> str:
 def index(root: str | Path) -> str:
     """A table of the studies that are published under `root`."""
     rows = []
-    for path in sorted(Path(root).glob("*/results.parquet")):
-        c = load_comparison(path.parent)
-        name = path.parent.name
+    for folder in _published(root):
+        c, name = load_comparison(folder), folder.name
         found = [line for line in verdict_lines(c) if len(c.arms) <= FEW_ARMS or ": not disting" not in line]
         found = "<br>".join([summary_line(c), *found])
         rows.append([f"[{name}]({name}/RESULTS.md)", c.study["question"], state_line(c), found])

@@ -29,7 +29,7 @@ from frugalmoe.routing.strategies import loss_names
 SCHEMA = pa.schema(
     [
         ("arm", pa.string()),
-        ("seed", pa.int64()),
+        ("seed", pa.int32()),
         ("metric", pa.string()),
         ("step", pa.int32()),
         ("final", pa.bool_()),
@@ -150,16 +150,14 @@ def _read(path: Path, name: str) -> pa.Table:
     try:
         table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
         table.validate(full=True)
-        if table.schema.names == SCHEMA.names:
-            table = table.cast(SCHEMA.with_metadata(table.schema.metadata))  # seeds had 32 bits once
     except (pa.ArrowException, OSError, MemoryError, ValueError) as e:
         raise UserError(f"{path}: not a readable table ({' '.join(str(e).split())[:80]}); {_REBUILD}") from e
     found = (table.schema.metadata or {}).get(b"study", b"?").decode(errors="replace")
     if found != name:
         raise UserError(f"{path}: holds the results of study {found!r}, not {name!r}; {_REBUILD}")
-    if table.schema.names != SCHEMA.names:
+    if table.schema.remove_metadata() != SCHEMA:
         columns, expected = ", ".join(table.schema.names), ", ".join(SCHEMA.names)
-        raise UserError(f"{path}: has columns {columns}, not {expected}; {_REBUILD}")
+        raise UserError(f"{path}: has columns {columns}, not {expected} of their types; {_REBUILD}")
     if empty := [column for column in SCHEMA.names if table[column].null_count]:
         raise UserError(f"{path}: has no value in places of {', '.join(empty)}; {_REBUILD}")
     return table

@@ -22,8 +22,11 @@ def loss(run: Run) -> str:
     if train is not None:
         parts.append(f"Training loss ended at {number(train.tail(), 4)} nats per token (mean of the last tenth).")
     final = {d: run.metrics[f"eval/loss/{d}"] for d in run.domains if f"eval/loss/{d}" in run.metrics}
+    if broken := [d for d, s in final.items() if not np.isfinite(s.values[-1])]:
+        parts.append(f"Validation loss on {listed(broken)} is not a number at the end: the run broke.")
+    final = {d: s for d, s in final.items() if d not in broken}
     if not final:
-        return " ".join([*parts, "The run has no evaluation yet."])
+        return " ".join(parts if broken else [*parts, "The run has no evaluation yet."])
     last = {d: s.values[-1] for d, s in final.items()}
     order = sorted(last, key=last.get)
     if len(order) == 1:
@@ -50,14 +53,17 @@ def speed(run: Run) -> str:
 
 def optimization(run: Run) -> str:
     parts = []
-    if (norm := run.metrics.get("optim/gradient_norm")) is not None:
+    norm = run.metrics.get("optim/gradient_norm")
+    if norm is not None and np.isfinite(norm.values).any():
         top = int(np.nanargmax(norm.values))
         parts.append(
             f"The gradient norm was {number(float(np.nanmedian(norm.values)))} in the median, at most "
             f"{number(norm.values[top])} (step {norm.steps[top]:,}), and {number(norm.tail())} over the last tenth."
         )
-    if (rate := run.metrics.get("optim/learning_rate")) is not None:
-        parts.append(f"The learning rate went up to {rate.values.max():.3g} and ended at {rate.values[-1]:.3g}.")
+    rate = run.metrics.get("optim/learning_rate")
+    if rate is not None and np.isfinite(rate.values).any():
+        rates = rate.values[np.isfinite(rate.values)]
+        parts.append(f"The learning rate went up to {rates.max():.3g} and ended at {rates[-1]:.3g}.")
     return " ".join(parts)
 
 

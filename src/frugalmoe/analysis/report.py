@@ -119,7 +119,8 @@ HOW_BALANCE = (
 )
 HOW_OPTIM = (
     "Gradient norm: the length of the gradient of all parameters, before it is clipped; a jump is a batch that pulled "
-    "hard, a rise that stays is a run about to break. Learning rate: the size of a step, as the schedule sets it."
+    "hard, a rise that stays is a run about to break. Parameter norm: the length of the parameters after the step. "
+    "Learning rate: the size of a step, as the schedule sets it."
 )
 HOW_AUXILIARY = (
     "What training adds to the cross-entropy, or only watches: each loss as it is before its coefficient, mean over "
@@ -214,7 +215,7 @@ def _results(run: Run) -> list[Html]:
 
 def _load_section(run: Run) -> Section:
     title = "Expert load over training"
-    if run.loads is None:
+    if run.loads is None or not run.loads.counts_SLE.sum(-1).all():
         return Section(title, [_missing("no expert loads (expert_load.jsonl)")])
     return Section(
         title,

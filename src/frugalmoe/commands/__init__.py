@@ -40,10 +40,10 @@ def add_config_flag(parser: argparse.ArgumentParser, required: bool = True) -> N
 
 
 def load_config(args: argparse.Namespace):
-    """Returns the checked `Config` that --config, or else the defaults, and its overrides name."""
-    from frugalmoe.config import default, load, override, resolve
+    """Returns the checked `Config` that --config and its overrides name."""
+    from frugalmoe.config import load
 
-    return load(args.config, args.overrides) if args.config else resolve(override(default(), args.overrides))
+    return load(args.config, args.overrides)
 
 
 def set_up_training(config) -> None:

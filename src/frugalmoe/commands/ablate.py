@@ -97,13 +97,14 @@ def _lead(args: argparse.Namespace, plan, workdir: Path) -> int:
     from frugalmoe.ablate.table import result_table
 
     parameters = workers.parse_parameters(args.slurm or "")
+    jobs = min(args.jobs, len(plan.pairs))
     runner.prepare(plan, workdir, sys.argv, args.fresh)
     with StudyProgress(plan, workdir) as shown:
         if args.slurm:
-            workers.run_slurm(_worker_argv(args, workdir), args.jobs, workdir, shown, parameters)
+            workers.run_slurm(_worker_argv(args, workdir), jobs, workdir, shown, parameters)
             found = runner.outcome(plan, workdir)
-        elif args.jobs > 1:
-            stopped = workers.run_processes(_worker_argv(args, workdir), args.jobs, workdir, shown)
+        elif jobs > 1:
+            stopped = workers.run_processes(_worker_argv(args, workdir), jobs, workdir, shown)
             found = runner.outcome(plan, workdir, stopped)
         else:
             found = runner.train_plan(plan, workdir, shown, args.at_once)

@@ -15,9 +15,11 @@ EXAMPLES = """\
   frugalmoe compile --config=configs/ling_lite.py --topology=v5p:4x4x4 --slices=2 ...
   frugalmoe compile --config=configs/small.py --topology=h100:1 --format=json
 
-A TPU program that is too large fails in seconds, one that fits takes minutes. The compilers are extras:
-  pip install 'frugalmoe[aot-tpu]'    v5e, v5p, v6e
-  pip install 'frugalmoe[aot-cuda]'   h200, h100, a100, a100-40, a6000, l40s, l4, rtx4090"""
+A TPU program that is too large fails in seconds, one that fits takes minutes. The compilers are packages of their own.
+For v5e, v5p, v6e:
+  pip install 'jax[tpu]'
+For h200, h100, a100, a100-40, a6000, l40s, l4, rtx4090:
+  pip install 'jax[cuda12-local]' nvidia-cuda-nvcc-cu12 nvidia-cudnn-cu12 'jax-triton>=0.3.1'"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from frugalmoe.commands import add_config_flag, load_config
+from frugalmoe.commands import add_config_flag
 
 SUMMARY = "Print every field of a config: its value, its default, what it means."
 EXAMPLES = """\
@@ -22,30 +22,36 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the fields."""
+    """Prints the fields; what is wrong with them comes after them."""
+    from frugalmoe.config import default, override, read
+    from frugalmoe.config.checks import check
     from frugalmoe.config.describe import describe
+    from frugalmoe.config.load import typed
 
-    fields = describe(load_config(args))
+    config = typed(override(read(args.config) if args.config else default(), args.overrides))
+    fields = describe(config)
     if args.changed:
         fields = [field for field in fields if field.value != field.default]
     if args.format == "json":
         print(json.dumps([field._asdict() for field in fields], indent=1))
     else:
         _print(fields)
+    check(config)
     return 0
 
 
 def _print(fields) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from frugalmoe.console import Console
 
     table = Table("--config.FIELD", "value", "default", "meaning", box=None, pad_edge=False)
     for field in fields:
         style = "bold" if field.value != field.default else ""
         shown = (field.name, *(_shown(value) for value in (field.value, field.default)), field.meaning)
         table.add_row(*(Text(text, style=style) for text in shown))
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _shown(value) -> str:

@@ -19,6 +19,8 @@ EXAMPLES = """\
 
 A run that was stopped goes on with the same command."""
 
+MOST = 100_000  # nodes, or devices of one
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `frugalmoe launch`."""
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     except UserError as e:
         raise UserError(f"{template}: {e}") from e
     # Of nodes with a copy of this directory neither the run directory nor what is mounted there can be seen from here.
-    unseen = check_visible(config, text) if scheduler.copies else []
+    unseen = check_visible(config, template.read_text()) if scheduler.copies else []
     notes = preflight.check(
         config,
         None if scheduler.copies else job.workdir,
@@ -63,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         unseen=unseen,
     ).notes
     waiting = unedited(text)
+    if waiting and template.is_absolute() and not args.template:
+        waiting += ", of a copy that --template=FILE names"
     if args.dry_run:
         print(text, end="")
         notes += (f"{template}: before it can start, {waiting}",) if waiting else ()
@@ -82,8 +86,8 @@ def _make_job(args: argparse.Namespace, workdir: Path, copies: bool):
     hosts = read_hosts(args.hosts) if args.hosts is not None else ()
     nodes = args.nodes if args.nodes is not None else len(hosts) or 1
     for flag, value in (("nodes", nodes), ("devices-per-node", args.devices_per_node)):
-        if value < 1:
-            raise UserError(f"--{flag}={value}: must be at least 1")
+        if not 1 <= value <= MOST:
+            raise UserError(f"--{flag}={value}: must be from 1 to {MOST}")
     if hosts and nodes != len(hosts):
         raise UserError(f"--nodes={nodes}: --hosts names {len(hosts)}")
     if any(c.isspace() for c in str(workdir)):

@@ -1,6 +1,6 @@
 """Configuration: `load` a file with overrides, `resolve` it into checked frozen dataclasses."""
 
-from frugalmoe.config.checks import check_devices, check_integer, check_seed
+from frugalmoe.config.checks import check_devices, check_float, check_integer, check_seed
 from frugalmoe.config.load import (
     RECORD,
     completed,
@@ -21,6 +21,7 @@ __all__ = [
     "RECORD",
     "Config",
     "check_devices",
+    "check_float",
     "check_integer",
     "check_seed",
     "completed",

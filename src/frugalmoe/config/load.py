@@ -253,19 +253,24 @@ def _unknown(dotted: str, node: ConfigDict) -> None:
 
 def resolve(config: ConfigDict | Mapping[str, Any] | schema.Config) -> schema.Config:
     """ConfigDict -> checked dataclasses. Raises `UserError` naming the field, the value and the rule."""
+    resolved = typed(config)
+    check(resolved)
+    return resolved
+
+
+def typed(config: ConfigDict | Mapping[str, Any] | schema.Config) -> schema.Config:
+    """ConfigDict -> dataclasses, in which each field has its type, whatever rule its value breaks."""
     from frugalmoe.routing import strategies
 
     resolved = build(schema.Config, config, "")
     moe = resolved.model.moe
     options = build(strategies.get(moe.router).options, moe.options, "model.moe.options")
     sources = {k: build(schema.Source, v, f"data.sources.{k}") for k, v in resolved.data.sources.items()}
-    resolved = dataclasses.replace(
+    return dataclasses.replace(
         resolved,
         model=dataclasses.replace(resolved.model, moe=dataclasses.replace(moe, options=options)),
         data=dataclasses.replace(resolved.data, sources=schema.FrozenDict(sources)),
     )
-    check(resolved)
-    return resolved
 
 
 def with_vocabulary(config: schema.Config, tokens: int) -> schema.Config:

@@ -14,18 +14,24 @@ import jax
 from jax.experimental import topologies
 
 from frugalmoe.cost.devices import DEVICES, GPUS, TPUS, Gpu, Tpu, target_config
-from frugalmoe.errors import UserError
+from frugalmoe.errors import UserError, needs_package
 
 _SLICES = re.compile(r"^(.*?)x?(\d+)slices?$")
-# The package, the module that is there when it is installed, and the extra that installs it.
+# The package, and the module that is there when it is installed.
 _NEEDED = {
-    "tpu": (("libtpu", "libtpu", "aot-tpu"),),
+    "tpu": (("libtpu", "libtpu"),),
     "cuda": (
-        ("jax-cuda12-plugin", "jax_cuda12_plugin", "aot-cuda"),
-        ("jax-cuda12-pjrt", "jax_plugins.xla_cuda12", "aot-cuda"),
-        ("nvidia-cuda-nvcc-cu12", "nvidia.cuda_nvcc", "aot-cuda"),
-        ("nvidia-cudnn-cu12", "nvidia.cudnn", "aot-cuda"),
+        ("jax-cuda12-plugin", "jax_cuda12_plugin"),
+        ("jax-cuda12-pjrt", "jax_plugins.xla_cuda12"),
+        ("nvidia-cuda-nvcc-cu12", "nvidia.cuda_nvcc"),
+        ("nvidia-cudnn-cu12", "nvidia.cudnn"),
+        ("jax-triton", "jax_triton"),
     ),
+}
+# pip brings the versions that suit the jax that is installed.
+_INSTALLED_BY = {
+    "tpu": ("jax[tpu]",),
+    "cuda": ("jax[cuda12-local]", "nvidia-cuda-nvcc-cu12", "nvidia-cudnn-cu12", "jax-triton>=0.3.1"),
 }
 
 
@@ -107,11 +113,9 @@ def devices(topology: Topology) -> list[jax.Device]:
 
 
 def _require_packages(platform: str) -> None:
-    for package, module, extra in _NEEDED[platform]:
+    for package, module in _NEEDED[platform]:
         if not _is_installed(module):
-            raise UserError(
-                f"--topology: compiling for this device needs the package {package}: pip install 'frugalmoe[{extra}]'"
-            )
+            raise needs_package(f"--topology: compiling for this device without {package}", *_INSTALLED_BY[platform])
 
 
 def _is_installed(module: str) -> bool:

@@ -178,9 +178,9 @@ class Dataset:
         steps = grain.MapDataset.range(start_step, sys.maxsize)
         return iter(steps.map(lambda step: self.batch(step, rows)).to_iter_dataset(ahead))
 
-    def eval_bytes(self, domain: str, batch_size: int, max_rows: int | None = None) -> int:
+    def eval_bytes(self, domain: str, max_rows: int | None = None) -> int:
         """UTF-8 bytes of text that the targets of `eval_batches` stand for, all together."""
-        rows, batches = self._eval_rows(domain, batch_size, max_rows)
+        rows, batches = self._eval_rows(domain, 1, max_rows)
         sizes = rows.sizes()
         return sum(int(sizes[n].targets_BT.sum(dtype=np.int64)) for numbers in batches for n in numbers)
 

@@ -33,9 +33,13 @@ def causality(plan: TokenPlan | ExpertPlan, config: MoE) -> str:
     """What this executor adds to a router's claim; of the plan only its form and shape count."""
     if isinstance(plan, ExpertPlan):  # it has its capacity already
         return "safe"
-    every_token_fits = config.capacity_factor * config.num_experts_per_token >= config.num_experts
     by_token = config.drop_order == "choice" and plan.expert_NK.shape[1] == 1
-    return "safe" if every_token_fits or by_token else ORDERS[config.drop_order]
+    return "safe" if drops_nothing(config) or by_token else ORDERS[config.drop_order]
+
+
+def drops_nothing(config: MoE) -> bool:
+    """Whether each expert has a slot for every token of a sequence."""
+    return config.capacity_factor * config.num_experts_per_token >= config.num_experts
 
 
 def limit(plan: TokenPlan, config: MoE, num_sequences: int) -> tuple[TokenPlan, Array]:

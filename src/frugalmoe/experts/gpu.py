@@ -1,4 +1,18 @@
-"""Grouped products on GPUs: two Pallas-Triton kernels. XLA's own `ragged_dot` is a masked dense product there.
+"""Grouped products on GPUs: two Triton kernels, called by `jax_triton`. XLA's own `ragged_dot` is a masked dense
+product there.
+
+Triton is the ground that reaches every card from A100 on, both types of numbers and both ends of the supported JAX. It
+was chosen by compiling both products and their gradients for A100 (8.0) and H100 (9.0) without a GPU, in bfloat16 and
+float32, with ragged groups (Triton 3.7.1 and the ptxas of its wheel). No GPU was at hand to measure on.
+
+| ground | jax 0.10.2 | jax 0.12.0.1 |
+|---|---|---|
+| Triton by `jax_triton` (0.3.1, 0.4.1) | everything compiles | everything compiles |
+| Pallas' Triton back end | works | deprecated, to be removed |
+| Mosaic GPU, as tokamax has it (0.0.12, 0.0.17) | none for A100, no float32 | A100: not rows by rows; no float32 |
+
+bfloat16 runs on tensor cores (`mma` on A100, `wgmma` on H100), and no kernel needs more than 96 KiB of shared memory,
+which cards of 8.6 and 8.9 have too.
 
 A row tile belongs to one expert. How many tiles an expert has is known at run time only, so the grid has room for the
 worst case (every expert's last tile partly full) and the tiles that are not needed return at once.
@@ -6,109 +20,108 @@ worst case (every expert's last tile partly full) and the tiles that are not nee
 Letters: E experts, R sorted rows, I contracted and J produced axis of a product, T tiles.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
+from importlib import metadata
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
+from jax.custom_batching import sequential_vmap
 
-from frugalmoe.errors import UserError
+from frugalmoe.cost.devices import GPUS
+from frugalmoe.errors import UserError, needs_package
 from frugalmoe.experts.blocks import cover
 from frugalmoe.experts.grouped import Kernels
 
 ROWS = 64  # of a tile
 COLUMNS = 128  # of a tile, at most
+CONTRACTED = 128  # bytes of a step along a product's contracted axis: three steps fit into shared memory
+WARPS, STAGES = 4, 3
 
 
-def _tile(width: int) -> int:
+def _tile(width: int, limit: int = COLUMNS) -> int:
     """The widest power of two that divides an axis. Tensor cores need 16."""
-    tile = min(width & -width, COLUMNS)
+    tile = min(width & -width, limit)
     if tile < 16:
         rule = "model.dim and model.moe.expert_dim must be multiples of 16"
         raise UserError(f"model.moe.executor=gpu: axis of {width}: {rule}; model.moe.executor=blocks has no such rule")
     return tile
 
 
-def _dot(a: Array, b: Array) -> Array:
-    """float32 operands stay float32 (no TF32), so that the executors agree."""
-    return jnp.dot(a, b, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)
+@cache
+def _triton() -> Any:
+    """The module of the kernels, and `triton_call` as both of its generations have it."""
+    try:
+        import jax_triton
+
+        from frugalmoe.experts import gpu_kernels
+    except ImportError as e:
+        raise needs_package("model.moe.executor=gpu", "jax-triton>=0.3.1") from e
+    return gpu_kernels, jax_triton.triton_call
 
 
-def _weights_kernel(expert_T, start_T, end_T, a_RI, w_EIJ, y_RJ, *, transpose: bool, tile_i: int, tile_j: int):
-    """One tile of y = a @ w[expert]."""
-    expert, start, end = expert_T[pl.program_id(0)], start_T[pl.program_id(0)], end_T[pl.program_id(0)]
-    columns = pl.ds(pl.program_id(1) * tile_j, tile_j)
-
-    @pl.when(start < end)
-    def _():
-        rows = pl.ds(start, ROWS)
-        live = (start + jnp.arange(ROWS) < end)[:, None]
-
-        def step(i, sum_SJ):
-            inner = pl.ds(i * tile_i, tile_i)
-            a = plt.load(a_RI.at[rows, inner], mask=jnp.broadcast_to(live, (ROWS, tile_i)), other=0)
-            w = plt.load(w_EIJ.at[expert, columns, inner] if transpose else w_EIJ.at[expert, inner, columns])
-            return sum_SJ + _dot(a, w.T if transpose else w)
-
-        zeros = jnp.zeros((ROWS, tile_j), jnp.float32)
-        sum_SJ = jax.lax.fori_loop(0, a_RI.shape[1] // tile_i, step, zeros)
-        plt.store(y_RJ.at[rows, columns], sum_SJ.astype(y_RJ.dtype), mask=jnp.broadcast_to(live, (ROWS, tile_j)))
+def _capability() -> int | None:
+    """Of the GPU of the mesh in context, which may be absent, as 90 for 9.0; None: `jax_triton` asks the driver."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    known = {gpu.name: gpu.capability for gpu in GPUS.values()}
+    major, minor = known.get(device.device_kind if device else "", (0, 0))
+    return 10 * major + minor or None
 
 
-def _rows_kernel(start_E, end_E, a_RI, b_RJ, y_EIJ, *, tile_i: int, tile_j: int):
-    """One tile of y[expert] = a' @ b over the expert's rows."""
-    expert = pl.program_id(0)
-    start, end = start_E[expert], end_E[expert]
-    across, columns = pl.ds(pl.program_id(1) * tile_i, tile_i), pl.ds(pl.program_id(2) * tile_j, tile_j)
-
-    def step(i, sum_IJ):
-        first = start + i * ROWS
-        live = (first + jnp.arange(ROWS) < end)[:, None]
-        rows = pl.ds(first, ROWS)
-        a = plt.load(a_RI.at[rows, across], mask=jnp.broadcast_to(live, (ROWS, tile_i)), other=0)
-        b = plt.load(b_RJ.at[rows, columns], mask=jnp.broadcast_to(live, (ROWS, tile_j)), other=0)
-        return sum_IJ + _dot(a.T, b)
-
-    zeros = jnp.zeros((tile_i, tile_j), jnp.float32)
-    sum_IJ = jax.lax.fori_loop(0, pl.cdiv(end - start, ROWS), step, zeros)
-    plt.store(y_EIJ.at[expert, across, columns], sum_IJ.astype(y_EIJ.dtype))
+def _launch(name: str, grid: tuple[int, ...], out: jax.ShapeDtypeStruct, *arrays: Array, **sizes: Any) -> Array:
+    """What a kernel of `gpu_kernels` writes."""
+    kernels, triton_call = _triton()
+    old = metadata.version("jax-triton").startswith("0.3.")  # the last for Python 3.11
+    return triton_call(
+        *arrays,
+        kernel=getattr(kernels, name),
+        grid=grid,
+        num_warps=WARPS,
+        num_stages=STAGES,
+        compute_capability=_capability(),
+        **{"out_shape" if old else "out_type": out},
+        **sizes,
+    )
 
 
-def _rows_by_weights(a_RI: Array, w_EIJ: Array, sizes_E: Array, transpose: bool, interpret: bool) -> Array:
-    num_rows, inner = a_RI.shape
-    width = w_EIJ.shape[1 if transpose else 2]
-    tile_i, tile_j = _tile(inner), _tile(width)
-    ((_, count_E, start_E),) = cover(sizes_E, (ROWS,))
-    num_tiles = pl.cdiv(num_rows, ROWS) + sizes_E.size
-    last_E = jnp.cumsum(count_E)
-    tile_T = jnp.arange(num_tiles, dtype=jnp.int32)
-    expert_T = jnp.minimum(jnp.sum(last_E <= tile_T[:, None], axis=1, dtype=jnp.int32), sizes_E.size - 1)
-    start_T = start_E[expert_T] + (tile_T - (last_E - count_E)[expert_T]) * ROWS
-    end_T = jnp.cumsum(sizes_E)[expert_T]
-    return pl.pallas_call(
-        partial(_weights_kernel, transpose=transpose, tile_i=tile_i, tile_j=tile_j),
-        grid=(num_tiles, width // tile_j),
-        out_shape=jax.ShapeDtypeStruct((num_rows, width), a_RI.dtype),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
-        interpret=interpret,
-    )(expert_T, start_T, end_T, a_RI, w_EIJ)
+def _rows_by_weights(launch: Callable, a_RI: Array, w_EIJ: Array, sizes_E: Array, transpose: bool) -> Array:
+    @sequential_vmap  # the kernels have no batched form
+    def product(a_RI: Array, w_EIJ: Array, sizes_E: Array) -> Array:
+        num_rows, inner = a_RI.shape
+        width = w_EIJ.shape[1 if transpose else 2]
+        tile_i, tile_j = _tile(inner, CONTRACTED // a_RI.dtype.itemsize), _tile(width)
+        ((_, count_E, start_E),) = cover(sizes_E, (ROWS,))
+        num_tiles = -(-num_rows // ROWS) + sizes_E.size
+        last_E = jnp.cumsum(count_E)
+        tile_T = jnp.arange(num_tiles, dtype=jnp.int32)
+        expert_T = jnp.minimum(jnp.sum(last_E <= tile_T[:, None], axis=1, dtype=jnp.int32), sizes_E.size - 1)
+        start_T = start_E[expert_T] + (tile_T - (last_E - count_E)[expert_T]) * ROWS
+        end_T = jnp.cumsum(sizes_E)[expert_T]
+        out = jax.ShapeDtypeStruct((num_rows, width), a_RI.dtype)
+        sizes = {"inner": inner, "width": width, "rows": ROWS, "tile_i": tile_i, "tile_j": tile_j}
+        grid, ids = (num_tiles, width // tile_j), (expert_T, start_T, end_T)
+        return launch("rows_by_weights", grid, out, *ids, a_RI, w_EIJ, transpose=transpose, **sizes)
+
+    return product(a_RI, w_EIJ, sizes_E)
 
 
-def _rows_by_rows(a_RI: Array, b_RJ: Array, sizes_E: Array, dtype: jnp.dtype, interpret: bool) -> Array:
-    end_E = jnp.cumsum(sizes_E)
-    tile_i, tile_j = _tile(a_RI.shape[1]), _tile(b_RJ.shape[1])
-    return pl.pallas_call(
-        partial(_rows_kernel, tile_i=tile_i, tile_j=tile_j),
-        grid=(sizes_E.size, a_RI.shape[1] // tile_i, b_RJ.shape[1] // tile_j),
-        out_shape=jax.ShapeDtypeStruct((sizes_E.size, a_RI.shape[1], b_RJ.shape[1]), dtype),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
-        interpret=interpret,
-    )(end_E - sizes_E, end_E, a_RI, b_RJ)
+def _rows_by_rows(launch: Callable, a_RI: Array, b_RJ: Array, sizes_E: Array, dtype: jnp.dtype) -> Array:
+    @sequential_vmap
+    def product(a_RI: Array, b_RJ: Array, sizes_E: Array) -> Array:
+        end_E = jnp.cumsum(sizes_E)
+        width_i, width_j = a_RI.shape[1], b_RJ.shape[1]
+        tile_i, tile_j = _tile(width_i), _tile(width_j)
+        out = jax.ShapeDtypeStruct((sizes_E.size, width_i, width_j), dtype)
+        rows = CONTRACTED // a_RI.dtype.itemsize
+        sizes = {"width_i": width_i, "width_j": width_j, "rows": rows, "tile_i": tile_i, "tile_j": tile_j}
+        grid = (sizes_E.size, width_i // tile_i, width_j // tile_j)
+        return launch("rows_by_rows", grid, out, end_E - sizes_E, end_E, a_RI, b_RJ, **sizes)
+
+    return product(a_RI, b_RJ, sizes_E)
 
 
-def kernels(interpret: bool = False) -> Kernels:
-    """`interpret` runs the kernels on any platform, slowly, for tests."""
-    by_weights, by_rows = partial(_rows_by_weights, interpret=interpret), partial(_rows_by_rows, interpret=interpret)
-    return Kernels(by_weights, by_rows, row_multiple=ROWS)
+def kernels(launch: Callable = _launch) -> Kernels:
+    """`launch` runs a kernel: tests bring one that interprets it, on any platform, slowly."""
+    return Kernels(partial(_rows_by_weights, launch), partial(_rows_by_rows, launch), row_multiple=ROWS)

@@ -16,12 +16,12 @@ from frugalmoe.errors import UserError
 from frugalmoe.launch.job import Job
 
 
-def check_visible(config: Config, text: str) -> list[str]:
+def check_visible(config: Config, template: str) -> list[str]:
     """What of the data cannot be seen from here, because the template mounts it on the nodes: FIELD=VALUE of each.
 
     Raises `UserError` for what the nodes, which have a copy of this directory, would not see.
     """
-    if "requirements.txt" in text and not Path("requirements.txt").is_file():
+    if "requirements.txt" in template and not Path("requirements.txt").is_file():
         raise UserError("requirements.txt: not here; the template installs frugalmoe from its checkout: start it there")
     named = {f"data.sources.{name}.path": source.path for name, source in config.data.sources.items()}
     named = (named or {"data.path": config.data.path}) | {"data.tokenizer": config.data.tokenizer}
@@ -30,7 +30,7 @@ def check_visible(config: Config, text: str) -> list[str]:
         path = Path(value).expanduser()
         if not path.is_absolute() and ".." not in path.parts:
             continue
-        if not any(str(folder) in text for folder in (path, *path.parents) if len(folder.parts) > 1):
+        if not any(str(folder) in template for folder in (path, *path.parents) if len(folder.parts) > 1):
             rule = "must lie in this directory, of which the nodes have a copy, or where the template mounts something"
             raise UserError(f"{field}={value!r}: {rule}")
         if not path.exists():

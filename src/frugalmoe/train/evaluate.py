@@ -77,8 +77,8 @@ def evaluate(
     size_of_batch = _batch_size(config, mesh)
     for domain in data.domains:
         nats = targets = 0.0
+        size = data.eval_bytes(domain, config.train.eval_rows)
         rows = (domain, size_of_batch, config.train.eval_rows)
-        size = data.eval_bytes(*rows)
         for number, (batch, documents_BT) in enumerate(zip(data.eval_batches(*rows), data.eval_documents(*rows))):
             first_row = np.int32(number * size_of_batch)
             placed = put_batch(mesh, batch, "BT")

@@ -15,7 +15,7 @@ from frugalmoe.data.tokenizer import parse
 from frugalmoe.errors import UserError
 from frugalmoe.files import read_json
 from frugalmoe.model.transformer import count_parameters
-from frugalmoe.train import checkpoint, rundir, trackers
+from frugalmoe.train import checkpoint, distributed, rundir, trackers
 
 BYTES_PER_PARAMETER = 12  # of a checkpoint: the parameter and Adam's two moments, float32
 
@@ -45,10 +45,13 @@ def check(
     """
     if num_devices is not None:
         check_devices(config, num_devices)
-    trackers.check(config)
+    if distributed.is_main():  # the one that tells them
+        trackers.check(config)
     if workdir is not None:
         config = config if fresh else rundir.as_begun(config, workdir)
         check_directory(config, workdir, resume=resume, fresh=fresh)
+        if rundir.is_complete(workdir) and not fresh and resume != "force":
+            return Ready(config, (f"--workdir={workdir}: this run is complete",))  # whatever became of its data
     if unseen:
         return Ready(config, tuple(f"{field} cannot be seen from here, and was not checked" for field in unseen))
     found = look(config.data, batch_size=config.train.batch_size, seed=config.train.seed)

@@ -87,7 +87,8 @@ def domain_intervals(found: Specialisation, layers: np.ndarray, domains: list[st
     axes.set_yticks(range(len(pairs)), [f"{short(domains[g], longest)} → expert {e}" for g, e in pairs])
     axes.set_ylim(len(pairs) - 0.5, -0.5)
     axes.set_xlim(0)
-    axes.set_xlabel(f"share of the domain's tokens in layer {layers[layer]} (%)")
+    between = " " if width >= WIDE else "\n"
+    axes.set_xlabel(f"share of the domain's tokens{between}in layer {layers[layer]} (%)")
     axes.grid(axis="x")
     axes.set_axisbelow(True)
     legend(figure, axes)

@@ -64,7 +64,8 @@ def _zoom_past_start(axes: Axes, train: Series | None, ends: list[float]) -> Non
     if train is None or len(train.values) < 40:
         return
     low, high = axes.get_ylim()
-    top = np.nanmax([*train.values[len(train.values) // 20 :], *ends])
+    later = np.array([*train.values[len(train.values) // 20 :], *ends])
+    top = later[np.isfinite(later)].max(initial=-np.inf)
     if np.isfinite(top) and top + 0.1 * (top - low) < high - 0.2 * (high - low):
         axes.set_ylim(low, top + 0.1 * (top - low))
         axes.set_title("the first steps lie above the picture", color=GREY, loc="right")
@@ -72,8 +73,8 @@ def _zoom_past_start(axes: Axes, train: Series | None, ends: list[float]) -> Non
 
 @styled
 def optimization(run: Run, width: float = WIDE) -> Figure | None:
-    """Gradient norm and learning rate over steps."""
-    return _panels(run, ["optim/gradient_norm", "optim/learning_rate"], width)
+    """Norms of the gradient and of the parameters, and the learning rate, over steps."""
+    return _panels(run, [m.name for m in metrics.prefixed("optim/")], width)
 
 
 @styled
