@@ -215,7 +215,7 @@ def test_a_directory_that_is_no_run_is_left_alone(place):
 
 
 def test_a_workdir_that_cannot_be_made(place):
-    refused(train(place, "text/doc00.txt/run"), "cannot be written")
+    refused(train(place, "text/doc00.txt/run"), "doc00.txt is a file")
 
 
 def test_two_processes_do_not_share_a_run_directory(place):
