@@ -164,7 +164,7 @@ DAMAGE = [
     ("summary.json", "[1]", r"summary.json: expected a JSON object, got list"),
     ("config.json", "{", r"config.json: not valid JSON"),
     ("probe.npz", "not a zip", r"probe.npz: not a readable probe"),
-    ("tokenizer/tokenizer_config.json", "{", r"tokenizer: not a readable tokenizer"),
+    ("tokenizer/tokenizer_config.json", "{", r"tokenizer_config.json: not readable as JSON"),
 ]
 
 

@@ -106,7 +106,7 @@ def test_the_columns_of_a_trace(run_dir):
 def test_documents_are_those_of_the_store(run_dir, root):
     """All parts of rows that are said to be of one document are found in one text."""
     probe = load_trace(run_dir).probe()
-    texts = [p.read_text() + "\0" for p in sorted((root / "text").glob("*/*.txt"))]
+    texts = ["\0" + p.read_text() + "\0" for p in sorted((root / "text").glob("*/*.txt"))]
     assert probe.unit_ids_N.max() > 8
     for unit in range(probe.unit_ids_N.max() + 1):
         of_N = probe.unit_ids_N == unit

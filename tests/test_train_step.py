@@ -73,6 +73,7 @@ def trained(overrides, steps: int = 2):
 
 def largest_difference(a, b) -> float:
     """Largest absolute difference of any leaf, as a share of that leaf's largest value."""
+    a, b = (jax.tree.map(lambda x: np.asarray(x, np.float64), tree) for tree in (a, b))  # booleans have no difference
     relative = jax.tree.map(lambda x, y: np.abs(x - y).max() / max(np.abs(x).max(), 1e-6), a, b)
     return float(max(jax.tree.leaves(relative)))
 
@@ -177,6 +178,21 @@ def test_runs_share_a_program_only_with_the_losses_that_they_name():
         on_mesh = put_batch(mesh_of(), Batch(*(a[None] for a in batch(0))), "ABT")
         _, metrics = jax.eval_shape(make_train_step(config), init(config), on_mesh)
     assert {"loss/importance", "loss/z"} <= metrics.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sigmoid_bias", "quantile_balance"])
+def test_a_step_with_a_gate_far_out_leaves_all_parameters_finite(name: str) -> None:
+    """Half of the tokens have all their logits near -300, where float32 has no sigmoid."""
+    config, mesh = config_of({"model.moe.router": name}), mesh_of()
+    with jax.set_mesh(mesh):
+        state = init(config)
+        gate = state.params["moe_blocks"]["moe"]["router"]
+        gate["kernel_DE"] = gate["kernel_DE"].at[:, 0].set(300.0)
+        state, metrics = jax.jit(make_train_step(config))(
+            state, put_batch(mesh, Batch(*(x[None] for x in batch(0))), "ABT")
+        )
+    assert metrics["loss/logit_z"] > 0 and all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((state, metrics)))
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from rich.text import Text
 from frugalmoe import metrics
 from frugalmoe.analysis.page import count, number, percent
 from frugalmoe.analysis.runs import Run
-from frugalmoe.config import resolve, to_dict, with_vocabulary
+from frugalmoe.config import RECORD, record, resolve, with_vocabulary
 from frugalmoe.cost import TRAIN_FACTOR, forward_flops
 from frugalmoe.errors import UserError
 
@@ -77,8 +77,7 @@ def tokens_seen(run: Run) -> int:
 def training_flops(run: Run) -> float:
     """Forward and backward, with the experts that tokens really used; 0 where the config is of other code than this."""
     try:
-        config = resolve(to_dict(run.config))
-        config = with_vocabulary(config, run.tokenizer.size if run.tokenizer else 0)
+        config = with_vocabulary(resolve(record(run.path / RECORD)), run.tokenizer.size if run.tokenizer else 0)
     except UserError:
         return 0.0
     if not config.model.vocab_size:
@@ -89,9 +88,8 @@ def training_flops(run: Run) -> float:
         if layer.get("active_per_token")
     ]
     active = sum(used) / len(used) if used else None
-    return (
-        TRAIN_FACTOR * tokens_seen(run) * sum(forward_flops(config.model, config.data.sequence_length, active).values())
-    )
+    parts = forward_flops(config.model, config.data.sequence_length, active)
+    return TRAIN_FACTOR * tokens_seen(run) * sum(parts.values())
 
 
 def summary_table(run: Run) -> Table:

@@ -112,10 +112,10 @@ def _open_input(field: str, name: str, source: Source, data: Data, progress: boo
 
 def _find(source: Source, field: str) -> tuple[Path, tuple[Path, ...], str]:
     """The root of a path (file, directory, or a glob's fixed part), its files in order, what was left out."""
-    path, root = source.path, Path(source.path).expanduser()
-    if path and root.is_file():
+    path, root = source.path, Path(os.path.expanduser(source.path))
+    if path and os.path.isfile(root):
         return root, (root,), ""
-    if path and root.is_dir():
+    if path and os.path.isdir(root):
         found, left_out = _walk(root, field)
         chosen = [file for file in found if _is_named(file, source)]
         hint = "a glob takes any text: {}"
@@ -126,7 +126,7 @@ def _find(source: Source, field: str) -> tuple[Path, tuple[Path, ...], str]:
         root = next(parent for parent in root.parents if not glob.has_magic(str(parent)))
         chosen = [file for file in found if _is_named(file, source) or _is_other_text(file, source)]
         hint = f"they are no text, or tables and JSON without {source.text_field!r}"
-    elif path and root.exists():
+    elif path and os.path.exists(root):
         raise UserError(f"{field}={path!r}: is no regular file, and must be read more than once; write it into one")
     else:
         valid = ", ".join(("a glob", "hf:NAME[:SPLIT]", *BUILT_IN))

@@ -161,16 +161,16 @@ class Busy(UserError):
 
 
 def check_idle(workdir: Path) -> None:
-    """Raises `Busy` where a process is training; takes and writes nothing, so another may come before `locked`."""
+    """Raises `Busy` where a process is training; holds and writes nothing, so another may come before `locked`."""
     path = workdir / ".lock"
     if path.is_file():
-        with path.open() as lock:
-            _take(workdir, lock)
+        with contextlib.suppress(OSError), path.open() as lock:  # one that cannot be read is refused by `locked`
+            _take(workdir, lock, fcntl.LOCK_SH)  # shared: the processes of a run may all look at one time
 
 
-def _take(workdir: Path, lock: TextIO) -> None:
+def _take(workdir: Path, lock: TextIO, kind: int = fcntl.LOCK_EX) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except OSError:
         lock.seek(0)
         raise Busy(f"--workdir={workdir}: process {lock.read().strip()} is training here") from None
