@@ -425,6 +425,18 @@ def test_bits_per_byte_count_the_bytes_that_the_targets_stand_for(tmp_path):
             )
 
 
+def test_a_trained_tokenizer_of_the_cache_is_as_it_was_trained(tmp_path):
+    data = Data(**(vars(write_corpus(tmp_path)) | {"tokenizer": "bpe:300"}))
+    prepare(data, progress=False)
+    (path,) = (tmp_path / "cache" / "tokenizers").glob("*/tokenizer.json")
+    changed = json.loads(path.read_text())
+    vocabulary = changed["model"]["vocab"]
+    vocabulary["0"], vocabulary["1"] = vocabulary["1"], vocabulary["0"]
+    path.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=rf"has the fingerprint .*; delete {path.parent} to train it again$"):
+        prepare(data, tmp_path / "out", progress=False)
+
+
 def test_what_a_user_should_know_is_told_and_kept(tmp_path, capsys):
     data, _ = lower_cased(tmp_path)
     with open(data.path, "a") as file:

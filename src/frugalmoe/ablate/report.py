@@ -115,8 +115,7 @@ def _result_grid(c: Comparison) -> Grid:
 
 
 def _difference(p: statistics.Paired) -> str:
-    mean = statistics.figure(p.mean, signed=True)
-    return f"{mean} ± {statistics.figure(p.half_width)}" if p.n > 1 else mean
+    return f"{p.mean:+.4f} ± {p.half_width:.4f}" if p.n > 1 else f"{p.mean:+.4f}"
 
 
 def _needed(p: statistics.Paired) -> str:

@@ -161,7 +161,7 @@ def verdict(result: Paired, unit: str = "nats") -> str:
     if word == "identical":
         return f"identical at n={result.n}{lost}"
     if word == "not distinguishable":
-        interval = f"{figure(result.mean, signed=True)} ± {figure(result.half_width)} {unit}"
+        interval = f"{result.mean:+.4f} ± {result.half_width:.4f} {unit}"
         seeds = f"about {n}" if (n := needed(result)) else f"more than {MOST_SEEDS}"
         return f"not distinguishable at n={result.n} ({interval}; {seeds} seeds would be needed){lost}"
     return f"{word} by {size} ± {figure(result.half_width)} {unit} (n={result.n}){lost}"
@@ -173,7 +173,6 @@ def needed(result: Paired) -> int | None:
     return n and max(n, result.n + 1)
 
 
-def figure(value: float, signed: bool = False) -> str:
-    """Four decimals, or two digits of what they would not show."""
-    small = value != 0 and abs(value) < 0.00005
-    return f"{value:{'+' if signed else ''}.{'1e' if small else '4f'}}"
+def figure(value: float) -> str:
+    """Four decimals, or two digits of what they would not show: a difference that is real is not 0.0000."""
+    return f"{value:.1e}" if 0 < value < 0.00005 else f"{value:.4f}"

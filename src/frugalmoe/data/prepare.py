@@ -137,7 +137,10 @@ def _tokenizer(data: Data, survey: Survey, sample: Sample, split: Split) -> Toke
         if not (directory / "tokenizer_config.json").is_file():  # written last
             directory.mkdir(exist_ok=True)
             train_bpe(sample.texts(split), spec).save_into(directory)
-    return load_from(directory)
+    try:
+        return load_from(directory)
+    except UserError as error:
+        raise UserError(f"{error}; delete {directory} to train it again") from error
 
 
 def _shards(inputs: list[Input], split: Split, domains: list[str], total: int) -> Iterator[list[Item]]:

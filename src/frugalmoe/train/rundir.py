@@ -25,7 +25,7 @@ from frugalmoe.files import read_json, to_json, write_atomically, write_json
 
 # What a run writes, by the order in which it may appear: files before config.json, which marks a directory as a run.
 _BEGINNING = ("checkpoints", "metrics.jsonl", "expert_load.jsonl", "tensorboard", "tokenizer", "environment.json",
-              "data.json", "history.jsonl")  # fmt: skip
+              "data.json", "history.jsonl", "trackers.json", "wandb")  # fmt: skip
 _OWN = ("config.json", "environment.json", "data.json", "history.jsonl", "metrics.jsonl", "expert_load.jsonl",
         "summary.json", "probe.npz", "cross.json", ".*.json.*.tmp", ".*.jsonl.*.tmp",
         "tensorboard/events.out.tfevents.*", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
