@@ -220,7 +220,7 @@ def test_a_file_that_is_no_study(tmp_path, text, message):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="no such study"):
         load_study(tmp_path / "x.py")
 
 

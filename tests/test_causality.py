@@ -146,7 +146,7 @@ def test_a_run_says_it_and_neither_samples_nor_measures_a_gap(tmp_path: Path) ->
 
     config = tiny(write_text(tmp_path / "text"), tmp_path / "cache", order("weight") | {"train.steps": 5})
     path = tmp_path / "run"
-    summary = train(config, path)
+    summary = train(config, path, sample=True)
     assert (summary["router"]["causal"], summary["router"]["causal_in_evaluation"]) == ("leak", "leak")
     assert "causality: leak" in dict(headline_rows(load_run(path)))["router"]
     assert "drop_order='weight': cannot be sampled" in summary["sample"]["why"] and not summary["sample"]["text"]

@@ -197,6 +197,17 @@ def test_validation_is_disjoint_and_whole_in_every_domain(corpus, start):
         assert len(set(words)) == len(words)
 
 
+def test_every_byte_of_a_held_out_document_is_a_targets(corpus):
+    """Those of first words too, which with nothing in front of documents nobody had to predict."""
+    new, old = (dataset(config(corpus, document_start=start)) for start in ("end_of_text", "none"))
+    for domain in new.domains:
+        seen = [word for row in rows_of(new.eval_batches(domain, 8)) for word in check_row(row) if word != EOS]
+        found = [documents()[n] for n in {owner()[word][0] for word in seen}]
+        words = [[str(word) for word in range(first, first + length)] for _, first, length in found]
+        assert new.eval_bytes(domain) == sum(len(" ".join(text)) for text in words)
+        assert 0 < new.eval_bytes(domain) - old.eval_bytes(domain) <= sum(len(text[0]) + 1 for text in words)
+
+
 @BOTH
 def test_every_validation_token_knows_its_document(corpus, start):
     opened, named, said = dataset(config(corpus, document_start=start)), {}, set()

@@ -404,11 +404,11 @@ def test_bits_per_byte_count_the_bytes_that_the_targets_stand_for(tmp_path):
     total = sum(len(json.loads(line)["text"].encode()) for line in Path(data.path).read_text().splitlines())
     assert total == sum(side["bytes"] for sides in dataset.manifest["counts"].values() for side in sides.values())
     fields = {f"data.{name}": value for name, value in vars(data).items() if name != "sources"}
-    config = resolve(override(default(), fields | {"train.batch_size": 4, "train.eval_batches": 2}))
+    config = resolve(override(default(), fields | {"train.batch_size": 4, "train.eval_rows": 8}))
     mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
     seen = {"targets": 0, "bytes": 0}
 
-    def uniform(params, router_state, batch):
+    def uniform(params, router_state, batch, first_row):
         targets = np.array(batch.targets_BT)[np.array(batch.loss_mask_BT)]
         seen["targets"] += len(targets)
         seen["bytes"] += sum(sizes[int(target)] for target in targets)
@@ -423,6 +423,18 @@ def test_bits_per_byte_count_the_bytes_that_the_targets_stand_for(tmp_path):
             np.testing.assert_allclose(
                 scores.bits_per_byte[domain], seen["targets"] * np.log2(2002) / seen["bytes"], rtol=1e-6
             )
+
+
+def test_a_trained_tokenizer_of_the_cache_is_as_it_was_trained(tmp_path):
+    data = Data(**(vars(write_corpus(tmp_path)) | {"tokenizer": "bpe:300"}))
+    prepare(data, progress=False)
+    (path,) = (tmp_path / "cache" / "tokenizers").glob("*/tokenizer.json")
+    changed = json.loads(path.read_text())
+    vocabulary = changed["model"]["vocab"]
+    vocabulary["0"], vocabulary["1"] = vocabulary["1"], vocabulary["0"]
+    path.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=rf"has the fingerprint .*; delete {path.parent} to train it again$"):
+        prepare(data, tmp_path / "out", progress=False)
 
 
 def test_what_a_user_should_know_is_told_and_kept(tmp_path, capsys):

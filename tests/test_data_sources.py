@@ -167,6 +167,9 @@ def test_parquet_without_the_column_names_its_columns(tmp_path):
         ("{tmp}", "no file to read, nothing is there; read are .txt .md"),
         ("{tmp}/*.txt", "no file to read, nothing is there; read are .txt .md"),
         ("hf:", "hf:NAME:SPLIT"),
+        ("x" * 300, "no such file or directory"),
+        ("~nobody_of_that_name/x", "no such file or directory"),
+        ("a\0b", "no such file or directory"),
     ],
 )
 def test_bad_paths_name_the_field_and_the_rule(path, expected, tmp_path):
@@ -195,10 +198,8 @@ def test_hugging_face_without_the_package_says_how_to_install_it():
         "except UserError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert (
-        done.stdout.strip()
-        == "data.path='hf:some/set:test': needs a package that is not installed: pip install 'datasets>=4'"
-    )
+    message = "data.path='hf:some/set:test': needs a package that is not installed: pip install 'datasets>=4'"
+    assert done.stdout.strip() == message
 
 
 def one(path, **fields):

@@ -282,7 +282,9 @@ def test_a_saved_tokenizer_that_was_changed_is_refused(tmp_path):
         load_from(tmp_path)
 
 
-@pytest.mark.parametrize("spec", ["bpe:", "bpe:x", "bpe:256", "bpe:-5", "bpe:99999999999", "byts", "no/such.json"])
+@pytest.mark.parametrize(
+    "spec", ["bpe:", "bpe:x", "bpe:256", "bpe:-5", "bpe:99999999999", "byts", "no/such.json", "./" + "x" * 300]
+)
 def test_bad_specs_name_the_field_the_value_and_the_rule(spec):
     with pytest.raises(UserError) as error:
         parse(spec)

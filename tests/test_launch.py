@@ -105,7 +105,10 @@ def test_without_the_scheduler_nothing_is_written(capsys, monkeypatch, tmp_path)
         (["slurm", CONFIG, "--devices-per-node=0"], "--devices-per-node=0"),
         (["slurm", "--config=configs/none.py", "--devices-per-node=1"], "configs/none.py"),
         (["slurm", CONFIG, "--devices-per-node=1", "--hosts=a"], "--hosts=a"),
-        (["slurm", CONFIG, "--devices-per-node=1", "--template=none.sbatch"], "--template=none.sbatch: no such file; "),
+        (
+            ["slurm", CONFIG, "--devices-per-node=1", "--template=none.sbatch"],
+            "--template=none.sbatch: no such template; ",
+        ),
         (["slurm", CONFIG, "--devices-per-node=1", "--workdir=runs/a b"], "must not contain spaces"),
         (["slurm", CONFIG, "--devices-per-node=1", f"--workdir=runs/{'x' * 41}"], "at most 40"),
         (["jobset", CONFIG, "--devices-per-node=1", "--workdir=/data/run"], "must lie in runs/"),

@@ -105,7 +105,7 @@ def test_a_complete_run_needs_its_data_no_more(place):
     config = load(str(place / "tiny.py"), {"data.path": "/gone"})
     (place / "run").mkdir()
     (place / "run/config.json").write_text(json.dumps(to_dict(config)))
-    (place / "run/summary.json").write_text(json.dumps({"status": "complete"}))
+    (place / "run/summary.json").write_text(json.dumps({"status": "complete", "eval": {"loss": {"mean": 2.0}}}))
     assert "this run is complete" in preflight.check(config, place / "run").notes[0]
     with pytest.raises(preflight.UserError, match="no such file or directory"):
         preflight.check(config, place / "run", fresh=True)

@@ -132,6 +132,23 @@ def test_a_run_that_has_just_begun(tmp_path):
     assert "no training or evaluation metrics" in text
 
 
+def test_every_start_is_shown_where_there_were_several(tmp_path):
+    """A run that three commands made names them all, escaped, with what each changed."""
+    run = write_planted_run(tmp_path / "run")
+    for name in ("probe.npz", "expert_load.jsonl", "summary.json"):
+        (run / name).unlink()
+    (run / "metrics.jsonl").write_text("")
+    starts = [
+        {"time": None, "step": 0, "command": ["/bin/frugalmoe", "train", "<b>"], "git_commit": "aaa", "changes": {}},
+        {"time": "2026-11-29T18:00:00+00:00", "step": 400, "changes": {"optim.learning_rate": [0.003, 0.001]}},
+    ]
+    for several in (False, True):
+        (run / "history.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts[: 1 + several]))
+        _, text = read(write_report(run))
+        assert ("2 starts" in text) == several
+    assert "frugalmoe train '<b>' aaa" in text and "optim.learning_rate: 0.003 → 0.001 400" in text
+
+
 def test_noise_is_not_reported_as_specialisation(tmp_path, monkeypatch):
     import test_analysis_runs as planting
 

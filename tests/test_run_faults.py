@@ -1,5 +1,6 @@
 """Runs that break, are started in the wrong place or with what cannot be: nothing is lost, and one line says why."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from frugalmoe.config import check_devices, load, to_dict
 from frugalmoe.data import open_data
 from frugalmoe.errors import UserError
 from frugalmoe.files import read_json, to_json
-from frugalmoe.train import checkpoint
+from frugalmoe.train import checkpoint, rundir
 from frugalmoe.train.evaluate import evaluate
 from frugalmoe.train.loop import NotFinite, opened, train
 from frugalmoe.train.program import compiled_eval_step
@@ -174,8 +175,6 @@ def test_a_checkpoint_that_is_not_finite_is_passed_over(run, place, make):
 
 
 def test_a_run_without_a_finite_result_is_not_complete(run):
-    from frugalmoe.train import rundir
-
     assert rundir.is_complete(run)
     summary = read_json(run / "summary.json")
     for value in ("NaN", "Infinity", "null"):
@@ -308,6 +307,18 @@ def test_what_a_kill_at_the_beginning_leaves_is_no_dead_end(tmp_path, make):
     with jax.set_mesh(sharding.make_mesh(check_devices(config, 1))), opened(config, tmp_path / "run") as run:
         assert run.start == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+
+
+def test_processes_may_look_at_a_lock_together(tmp_path):
+    (tmp_path / ".lock").write_text("7")
+    for kind in (fcntl.LOCK_SH, fcntl.LOCK_EX):
+        with (tmp_path / ".lock").open("a+") as other:
+            fcntl.flock(other, kind)
+            if kind == fcntl.LOCK_SH:
+                rundir.check_idle(tmp_path)
+                continue
+            with pytest.raises(rundir.Busy, match="process 7 is training here"):
+                rundir.check_idle(tmp_path)
 
 
 # ---------------------------------------------------------------- records, seeds

@@ -124,7 +124,8 @@ def test_killed_and_restarted_it_ends_in_the_same_bits(undisturbed, place, step)
 def test_a_run_from_before_documents_had_a_start_ends_as_it_would_have(place):
     """The same command continues it bit for bit, though its default batches are others now."""
     whole, cut = place[0] / "whole_old", place[0] / "cut_old"
-    assert train(place, whole.name, "--config.data.document_start=none").returncode == 0
+    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    assert train(place, whole.name, "--config.data.document_start=none", **quick).returncode == 0
     shutil.copytree(whole, cut)
     for path in (cut / "checkpoints" / "16", cut / "report"):
         shutil.rmtree(path)
@@ -132,12 +133,10 @@ def test_a_run_from_before_documents_had_a_start_ends_as_it_would_have(place):
     config = json.loads((cut / "config.json").read_text())
     del config["data"]["document_start"]
     (cut / "config.json").write_text(json.dumps(config))
-    out = train(place, cut.name)
+    out = train(place, cut.name, **quick)
     assert out.returncode == 0, out.stderr
     same_bits(cut, whole)
     assert json.loads((cut / "config.json").read_text()) == json.loads((whole / "config.json").read_text())
-    prompts = [run("generate", path, "--prompt=The", "--max-tokens=20").stdout for path in (cut, whole)]
-    assert prompts[0] == prompts[1] != ""
 
 
 def test_sigterm_saves_and_exits_with_75(undisturbed, place):
@@ -216,7 +215,7 @@ def test_a_directory_that_is_no_run_is_left_alone(place):
 
 
 def test_a_workdir_that_cannot_be_made(place):
-    refused(train(place, "text/doc00.txt/run"), "cannot be written")
+    refused(train(place, "text/doc00.txt/run"), "doc00.txt is a file")
 
 
 def test_two_processes_do_not_share_a_run_directory(place):

@@ -17,7 +17,15 @@ from frugalmoe.data import Batch
 from frugalmoe.errors import UserError
 from frugalmoe.routing import strategies
 from frugalmoe.train.evaluate import put_batch
-from frugalmoe.train.step import init, make_eval_step, make_train_step, without_knobs
+from frugalmoe.train.step import (
+    abstract,
+    init,
+    knobs,
+    make_eval_step,
+    make_gradient,
+    make_train_step,
+    without_knobs,
+)
 
 # Adam with a small eps forgets the gradient's size and blows rounding up where a gradient is near zero. With eps near a
 # typical gradient the new parameters show both a wrong scale and nothing else.
@@ -73,6 +81,7 @@ def trained(overrides, steps: int = 2):
 
 def largest_difference(a, b) -> float:
     """Largest absolute difference of any leaf, as a share of that leaf's largest value."""
+    a, b = (jax.tree.map(lambda x: np.asarray(x, np.float64), tree) for tree in (a, b))  # booleans have no difference
     relative = jax.tree.map(lambda x, y: np.abs(x - y).max() / max(np.abs(x).max(), 1e-6), a, b)
     return float(max(jax.tree.leaves(relative)))
 
@@ -135,6 +144,22 @@ def assert_same_run(router: dict, otherwise: dict) -> None:
     assert_same_state(whole, parts, router)
 
 
+@pytest.mark.newest
+@pytest.mark.slow
+def test_accumulation_needs_no_second_copy_of_the_gradients():
+    """Temporaries are the sums, which a backward pass adds to in place, and those of a layer and of its activations:
+    1.15 times the parameters. With a tree of each micro-batch's own gradients they are 2.02 times the parameters.
+    """
+    fields = {"model.num_layers": 8, "model.dim": 64, "model.moe.expert_dim": 256, "train.accumulate_steps": 2}
+    config, mesh = config_of(fields), mesh_of()
+    with jax.set_mesh(mesh):
+        state, step = abstract(config), jax.jit(make_gradient(config))
+        micro = put_batch(mesh, Batch(*(a[:, None] for a in batch(0, B=2))), "ABT")
+        arguments = (state.params, state.router_state, micro, state.step, knobs(config))
+        temporaries = step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    assert 1 < temporaries / sum(4 * leaf.size for leaf in jax.tree.leaves(state.params)) < 1.4
+
+
 @pytest.mark.slow
 def test_micro_batches_equal_one_batch_for_balance_in_groups_of_sequences():
     groups = {"model.moe.load_balance_scope": "micro_batch", "model.moe.load_balance_group": 2}
@@ -177,6 +202,21 @@ def test_runs_share_a_program_only_with_the_losses_that_they_name():
         on_mesh = put_batch(mesh_of(), Batch(*(a[None] for a in batch(0))), "ABT")
         _, metrics = jax.eval_shape(make_train_step(config), init(config), on_mesh)
     assert {"loss/importance", "loss/z"} <= metrics.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sigmoid_bias", "quantile_balance"])
+def test_a_step_with_a_gate_far_out_leaves_all_parameters_finite(name: str) -> None:
+    """Half of the tokens have all their logits near -300, where float32 has no sigmoid."""
+    config, mesh = config_of({"model.moe.router": name}), mesh_of()
+    with jax.set_mesh(mesh):
+        state = init(config)
+        gate = state.params["moe_blocks"]["moe"]["router"]
+        gate["kernel_DE"] = gate["kernel_DE"].at[:, 0].set(300.0)
+        state, metrics = jax.jit(make_train_step(config))(
+            state, put_batch(mesh, Batch(*(x[None] for x in batch(0))), "ABT")
+        )
+    assert metrics["loss/logit_z"] > 0 and all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((state, metrics)))
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_READER_GONE
     except KeyboardInterrupt:
         if not may_speak():
-            time.sleep(10)  # the process is being ended
+            time.sleep(10)  # another thread is ending the process
         print("frugalmoe: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
 

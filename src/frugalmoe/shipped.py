@@ -15,6 +15,7 @@ _PACKAGE = Path(__file__).parent
 class Folder(NamedTuple):
     """A folder of files that are shipped."""
 
+    kind: str  # what one of them is
     name: str
     suffix: str  # that a file's name may be given without; empty: none may be left out
 
@@ -36,8 +37,8 @@ class Folder(NamedTuple):
                     return path
             except OSError as e:  # a name that is too long
                 raise UserError(f"{what}: {e.strerror}") from e
-        near = {*self.names(), *(str(p) for p in Path(self.name).glob(f"*{self.suffix}"))}
-        raise UserError(f"{what}: no such file; {did_you_mean(text, near)}")
+        paths = [str(p) for p in Path(self.name).glob(f"*{self.suffix}")] if "/" in text else []
+        raise UserError(f"{what}: no such {self.kind}; {did_you_mean(text, paths or self.names())}")
 
     def _shipped(self, text: str) -> Path | None:
         """`quickstart`, `quickstart.py` or `configs/quickstart.py` -> the shipped file of that name."""
@@ -47,4 +48,6 @@ class Folder(NamedTuple):
         return self.path / (name.removesuffix(self.suffix) + self.suffix)
 
 
-CONFIGS, STUDIES, TEMPLATES = Folder("configs", ".py"), Folder("experiments", ".py"), Folder("launch", "")
+CONFIGS = Folder("config", "configs", ".py")
+STUDIES = Folder("study", "experiments", ".py")
+TEMPLATES = Folder("template", "launch", "")

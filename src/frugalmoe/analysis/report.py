@@ -368,6 +368,20 @@ def _sample(run: Run) -> Html:
     return tag("pre", join([tag("strong", sample["prompt"]), sample["text"]], ""))
 
 
+def _starts(run: Run) -> list[Html]:
+    """A table of a run's starts where there were several: the command above alone would not give this run."""
+    if len(run.history) < 2:
+        return []
+    rows = []
+    for start in run.history:
+        command, changes = start.get("command") or ["–"], start.get("changes") or {}
+        shown = shlex.join([Path(command[0]).name, *command[1:]])
+        changed = "; ".join(f"{field}: {' → '.join(map(str, values))}" for field, values in changes.items())
+        rows.append([start.get("time") or "–", shown, start.get("git_commit") or "–", changed or "–", start["step"]])
+    header = ["time (UTC)", "command", "commit", "changes of the configuration", "from step"]
+    return [folded(f"{len(rows)} starts", table(header, rows, text_columns=4))]
+
+
 def _reproduce(run: Run) -> Html:
     environment = dict(run.environment)
     lines = []
@@ -380,6 +394,7 @@ def _reproduce(run: Run) -> Html:
         [
             note,
             tag("pre", "\n".join(lines)),
+            *_starts(run),
             folded("Configuration", tag("pre", json.dumps(run.config, indent=1))),
             folded("Environment", tag("pre", json.dumps(environment, indent=1))),
         ]

@@ -23,7 +23,7 @@ from rich.progress import track
 from frugalmoe import generate
 from frugalmoe.analysis.probe import read_columns
 from frugalmoe.analysis.trace import FOLDER, check_file, fingerprints, trace_files
-from frugalmoe.config import Config
+from frugalmoe.config import Config, check_integer
 from frugalmoe.data import Dataset, open_data
 from frugalmoe.errors import UserError
 from frugalmoe.files import read_json, write_atomically
@@ -42,6 +42,7 @@ def write_trace(
     run = Path(run)
     if tokens < 1:
         raise UserError(f"--tokens={tokens}: must be positive")
+    check_integer("--tokens", tokens)
     if not (run / "config.json").is_file():
         raise UserError(f"{run}: not a run directory (it holds no config.json)")
     steps = checkpoint.saved_steps(run)

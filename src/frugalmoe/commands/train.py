@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     set_up_training(config)
     import jax
 
+    from frugalmoe.config import to_dict
     from frugalmoe.console import Console
     from frugalmoe.train import distributed, preflight, rundir
     from frugalmoe.train.loop import train
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if args.profile is not None and args.profile < 1:
         raise UserError(f"--profile={args.profile}: must be at least 1")
     distributed.start(args.coordinator, args.num_processes, args.process_id, args.connect_timeout)
+    distributed.check_same(to_dict(config))  # before anything else that may differ is looked at
     with distributed.together():
         ready = preflight.check(config, workdir, num_devices=jax.device_count(), resume=args.resume, fresh=args.fresh)
     if args.dry_run:

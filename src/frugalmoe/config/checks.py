@@ -54,6 +54,7 @@ def check_float(path: str, value: float) -> None:
     _require(ok, path, value, f"must be 0 or from {_SMALLEST:g} to {_LARGEST:g} in size, as float32 has it")
 
 
+_MARKS = re.compile(r"[./~]")  # of what is meant as a path
 _SMALLEST, _LARGEST = 2.0**-126, 2.0**128 - 2.0**104  # of the normal numbers of float32
 
 
@@ -182,7 +183,7 @@ def _data(config: Config) -> None:
     _require(
         d.tokenizer == "bytes"
         or (size is not None and int(size[1]) > 256)
-        or (d.tokenizer[:4] != "bpe:" and (any(c in d.tokenizer for c in "./~") or os.path.isdir(d.tokenizer))),
+        or (not d.tokenizer.startswith("bpe:") and (_MARKS.search(d.tokenizer) or os.path.isdir(d.tokenizer))),
         "data.tokenizer",
         d.tokenizer,
         "must be bytes, bpe:SIZE with SIZE > 256, or the path of a tokenizer.json or of its directory",

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from frugalmoe.config.load import to_dict
-from frugalmoe.config.schema import Config
+from frugalmoe.config.schema import Config, Model, MoE
 
 
 class Field(NamedTuple):
@@ -24,12 +24,9 @@ class Field(NamedTuple):
 
 
 def describe(config: Config) -> list[Field]:
-    """Every field of a resolved config, those of its router's options and of its named sources too."""
-    moe = config.model.moe
-    plain = Config(model=dataclasses.replace(Config().model, moe=dataclasses.replace(Config().model.moe, options={})))
-    default = dataclasses.replace(plain.model.moe, options=type(moe.options)())
-    plain = dataclasses.replace(plain, model=dataclasses.replace(plain.model, moe=default))
-    return _rows(config, plain, "")
+    """Every field of a config with types, those of its router's options and of its named sources too."""
+    options = type(config.model.moe.options)()
+    return _rows(config, Config(model=Model(moe=MoE(options=options))), "")
 
 
 def field_meanings() -> dict[str, str]:

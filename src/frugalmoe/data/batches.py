@@ -15,6 +15,7 @@ it is an input and no target, and the end of a document is an input without a ta
 
 import copy
 import hashlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -217,7 +218,7 @@ def open_data(data: Data, *, batch_size: int, seed: int, progress: bool = True) 
     """The data of a config, prepared into the cache at the first call; `data.path` may be a prepared directory."""
     if batch_size < 1 or seed < 0:
         raise UserError(f"batch_size={batch_size}, seed={seed}: must be at least 1 and at least 0")
-    path = Path(data.path).expanduser()
+    path = Path(os.path.expanduser(data.path))
     if not data.sources and data.path and is_prepared(path):
         store = Store(path)
         _check_prepared(data, store)

@@ -12,7 +12,7 @@ from frugalmoe.errors import UserError
 
 def cache_root(data: Data) -> Path:
     """`data.cache_dir`, else $FRUGALMOE_CACHE, else ~/.cache/frugalmoe; created if absent."""
-    root = Path(data.cache_dir or os.environ.get("FRUGALMOE_CACHE") or "~/.cache/frugalmoe").expanduser()
+    root = Path(os.path.expanduser(data.cache_dir or os.environ.get("FRUGALMOE_CACHE") or "~/.cache/frugalmoe"))
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

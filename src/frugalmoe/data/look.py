@@ -35,7 +35,7 @@ class Look(NamedTuple):
 def look(data: Data, *, batch_size: int = 1, seed: int = 0) -> Look:
     """Raises `UserError` for data or a tokenizer that cannot be read; of each source the first document is read."""
     named = sorted(data.sources.items()) or [("", Source(path=data.path))]
-    if (not data.sources and is_prepared(Path(data.path).expanduser())) or _is_cached(data, named):
+    if (not data.sources and is_prepared(Path(os.path.expanduser(data.path)))) or _is_cached(data, named):
         found = open_data(data, batch_size=batch_size, seed=seed, progress=False)
         return Look(found.tokenizer.size, found.domains, found.fingerprint, ())
     notes = [note for name, source in named for note in _look_at(data, name, source)]
@@ -77,7 +77,8 @@ def _look_at(data: Data, name: str, source: Source) -> list[str]:
     _check_readable(opened, where)
     next(documents(opened))
     size = sum(file.stat().st_size for file in opened.files)
-    return [f"{where}: {len(opened.files):,} files, {size / 1e6:,.1f} MB, are still to be read and tokenised"]
+    todo = f"{where}: {len(opened.files):,} files, {size / 1e6:,.1f} MB, are still to be read and tokenised"
+    return [todo, *filter(None, [opened.left_out])]
 
 
 def _check_readable(opened: Input, where: str) -> None:

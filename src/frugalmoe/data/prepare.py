@@ -57,15 +57,6 @@ def prepare(data: Data, output: Path | None = None, workers: int = 0, progress: 
     return final
 
 
-def prepared_in_cache(data: Data, inputs: list[Input]) -> bool:
-    """Whether `prepare` has nothing to do."""
-    return _in_cache(data, _key(data, inputs)).exists()
-
-
-def _in_cache(data: Data, key: str) -> Path:
-    return cache_root(data) / "prepared" / key
-
-
 def say(lines: Iterable[str]) -> None:
     """Prints what a user should know of the data, each line once in a process."""
     for line in filter(None, lines):
@@ -74,7 +65,16 @@ def say(lines: Iterable[str]) -> None:
 
 @functools.cache
 def _say(line: str) -> None:
-    Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)
+    Console(stderr=True).print(line, soft_wrap=True)
+
+
+def prepared_in_cache(data: Data, inputs: list[Input]) -> bool:
+    """Whether `prepare` has nothing to do."""
+    return _in_cache(data, _key(data, inputs)).exists()
+
+
+def _in_cache(data: Data, key: str) -> Path:
+    return cache_root(data) / "prepared" / key
 
 
 def _key(data: Data, inputs: list[Input]) -> str:
@@ -137,7 +137,10 @@ def _tokenizer(data: Data, survey: Survey, sample: Sample, split: Split) -> Toke
         if not (directory / "tokenizer_config.json").is_file():  # written last
             directory.mkdir(exist_ok=True)
             train_bpe(sample.texts(split), spec).save_into(directory)
-    return load_from(directory)
+    try:
+        return load_from(directory)
+    except UserError as error:
+        raise UserError(f"{error}; delete {directory} to train it again") from error
 
 
 def _shards(inputs: list[Input], split: Split, domains: list[str], total: int) -> Iterator[list[Item]]:

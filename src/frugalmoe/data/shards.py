@@ -145,7 +145,7 @@ def read_index(path: Path, sha256: str = "") -> dict[str, np.ndarray]:
 
 
 def is_prepared(directory: Path) -> bool:
-    return (directory / "manifest.json").is_file() and any(directory.glob("shard-*.array_record"))
+    return os.path.isfile(directory / "manifest.json") and any(directory.glob("shard-*.array_record"))
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any], shards: Sequence[Path]) -> None:

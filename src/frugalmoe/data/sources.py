@@ -112,34 +112,33 @@ def _open_input(field: str, name: str, source: Source, data: Data, progress: boo
 
 def _find(source: Source, field: str) -> tuple[Path, tuple[Path, ...], str]:
     """The root of a path (file, directory, or a glob's fixed part), its files in order, what was left out."""
-    path, root = source.path, Path(source.path).expanduser()
-    if path and root.is_file():
+    path, root = source.path, Path(os.path.expanduser(source.path))
+    if path and os.path.isfile(root):
         return root, (root,), ""
-    if path and root.is_dir():
+    if path and os.path.isdir(root):
         found, left_out = _walk(root, field)
         chosen = [file for file in found if _is_named(file, source)]
-        hint = "a glob takes any text: {}"
     elif glob.has_magic(path):
         names = [Path(file) for file in glob.glob(str(root), recursive=True)]
         found = [file for file in names if file.is_file()]
         left_out = collections.Counter({"directory": len(names) - len(found)})
         root = next(parent for parent in root.parents if not glob.has_magic(str(parent)))
         chosen = [file for file in found if _is_named(file, source) or _is_other_text(file, source)]
-        hint = f"they are no text, or tables and JSON without {source.text_field!r}"
-    elif path and root.exists():
+    elif path and os.path.exists(root):
         raise UserError(f"{field}={path!r}: is no regular file, and must be read more than once; write it into one")
     else:
         valid = ", ".join(("a glob", "hf:NAME[:SPLIT]", *BUILT_IN))
         raise UserError(f"{field}={path!r}: no such file or directory; also valid: {valid}")
     others = collections.Counter(str(readers.kind(file)) for file in set(found).difference(chosen))
-    told = _told(others + left_out)
-    hint = hint.format(repr(os.path.join(path, "**", "*" + _commonest(others)))) if others else ""
+    told, hint = _told(others + left_out), ""
+    if others and os.path.isdir(root) and not glob.has_magic(path):
+        hint = f"; a glob takes any text: {os.path.join(path, '**', '*' + _commonest(others))!r}"
+    elif others:
+        hint = f"; they are no text, or tables and JSON without {source.text_field!r}"
     if not chosen:
         there = f"there are {told}" if told else "nothing is there"
-        raise UserError(
-            f"{field}={path!r}: no file to read, {there}; read are {readers.accepted()}; {hint}".rstrip("; ")
-        )
-    return root, tuple(sorted(chosen)), f"{field}={path!r}: left out {told}; {hint}".rstrip("; ") if told else ""
+        raise UserError(f"{field}={path!r}: no file to read, {there}; read are {readers.accepted()}{hint}")
+    return root, tuple(sorted(chosen)), f"{field}={path!r}: left out {told}{hint}" if told else ""
 
 
 def _walk(root: Path, field: str) -> tuple[list[Path], collections.Counter]:

@@ -199,10 +199,10 @@ def parse(spec: str) -> int | Path | None:
             rule = f"SIZE of bpe:SIZE must be a whole number from {SMALLEST_BPE} to {LARGEST}"
             raise UserError(f"data.tokenizer={spec!r}: {rule}")
         return int(size)
-    path = Path(spec).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(spec))
+    if os.path.isdir(path):
         return None if _is_bytes(path) else vocabularies.find(path, f"data.tokenizer={spec!r}")
-    if not path.is_file():
+    if not os.path.isfile(path):
         hint = did_you_mean(spec, ["bytes", "bpe:SIZE", "the path of a tokenizer.json or of its directory"])
         raise UserError(f"data.tokenizer={spec!r}: no such kind or file; {hint}")
     return path

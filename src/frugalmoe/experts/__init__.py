@@ -6,7 +6,7 @@
 | grouped | 1 | no | the default: `blocks`, `tpu` or `gpu`, whichever this platform runs |
 | capacity | capacity_factor | yes | comparison with capacity-limited systems; `capacity.causality` says when it leaks |
 | blocks | 1 (at most 4/3, plus a partial block per expert) | no | plain XLA, any platform, made for CPUs |
-| tpu, gpu | 1 (plus a partial tile per expert) | no | Pallas kernels |
+| tpu, gpu | 1 (plus a partial tile per expert) | no | kernels: Pallas', Triton's |
 
 `lax.ragged_dot` is not among them: on CPUs, on most TPUs and on GPUs it is a masked dense product, E times the work.
 """

@@ -3,13 +3,13 @@ product there.
 
 Triton is the ground that reaches every card from A100 on, both types of numbers and both ends of the supported JAX. It
 was chosen by compiling both products and their gradients for A100 (8.0) and H100 (9.0) without a GPU, in bfloat16 and
-float32, with ragged groups (Triton 3.7.1, ptxas of its wheel; no GPU was at hand to measure on):
+float32, with ragged groups (Triton 3.7.1 and the ptxas of its wheel). No GPU was at hand to measure on.
 
 | ground | jax 0.10.2 | jax 0.12.0.1 |
 |---|---|---|
-| `jax_triton` (0.3.1, 0.4.1) | all compile | all compile |
-| Pallas' Triton back end | all compile | deprecated, to be removed |
-| Mosaic GPU in tokamax (0.0.12, 0.0.17) | no kernel for A100, no float32 | A100 forward only, no float32 |
+| Triton by `jax_triton` (0.3.1, 0.4.1) | everything compiles | everything compiles |
+| Pallas' Triton back end | works | deprecated, to be removed |
+| Mosaic GPU, as tokamax has it (0.0.12, 0.0.17) | none for A100, no float32 | A100: not rows by rows; no float32 |
 
 bfloat16 runs on tensor cores (`mma` on A100, `wgmma` on H100), and no kernel needs more than 96 KiB of shared memory,
 which cards of 8.6 and 8.9 have too.
@@ -31,7 +31,7 @@ from jax import Array
 from jax.custom_batching import sequential_vmap
 
 from frugalmoe.cost.devices import GPUS
-from frugalmoe.errors import UserError
+from frugalmoe.errors import UserError, needs_package
 from frugalmoe.experts.blocks import cover
 from frugalmoe.experts.grouped import Kernels
 
@@ -58,10 +58,7 @@ def _triton() -> Any:
 
         from frugalmoe.experts import gpu_kernels
     except ImportError as e:
-        raise UserError(
-            f"model.moe.executor=gpu: {e.name or e} is not installed: pip install jax-triton, which the extra `cuda` "
-            "brings; model.moe.executor=blocks does without"
-        ) from e
+        raise needs_package("model.moe.executor=gpu", "jax-triton>=0.3.1") from e
     return gpu_kernels, jax_triton.triton_call
 
 

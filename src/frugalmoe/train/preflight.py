@@ -48,6 +48,7 @@ def check(
     if distributed.is_main():  # the one that tells them
         trackers.check(config)
     if workdir is not None:
+        _existing_parent(workdir)
         config = config if fresh else rundir.as_begun(config, workdir)
         check_directory(config, workdir, resume=resume, fresh=fresh)
         if rundir.is_complete(workdir) and not fresh and resume != "force":

@@ -17,11 +17,12 @@ def profiled(steps: int, directory: Path) -> Callable[[Config, int], Progress]:
     class Profiled(Progress):
         def __init__(self, config: Config, start: int):
             super().__init__(config, start)
-            self.first, self.tracing = start + _SKIPPED, False
+            self.first, self.tracing, self.done = start + _SKIPPED, False, start
 
         def update(self, step: int, *rest: float) -> None:
             """`step` has ended: the host has waited for it."""
             super().update(step, *rest)
+            self.done = step
             if step == self.first:
                 jax.profiler.start_trace(str(directory))
                 self.tracing = True
@@ -31,6 +32,8 @@ def profiled(steps: int, directory: Path) -> Callable[[Config, int], Progress]:
         def __exit__(self, *error) -> None:
             super().__exit__(*error)
             self._stop()
+            if self.done < self.first:
+                self.say(f"profile: none; it begins after step {self.first}, and the last was {self.done}")
 
         def _stop(self) -> None:
             if self.tracing:

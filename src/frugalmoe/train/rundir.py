@@ -25,7 +25,7 @@ from frugalmoe.files import read_json, to_json, write_atomically, write_json
 
 # What a run writes, by the order in which it may appear: files before config.json, which marks a directory as a run.
 _BEGINNING = ("checkpoints", "metrics.jsonl", "expert_load.jsonl", "tensorboard", "tokenizer", "environment.json",
-              "data.json", "history.jsonl")  # fmt: skip
+              "data.json", "history.jsonl", "trackers.json", "wandb")  # fmt: skip
 _OWN = ("config.json", "environment.json", "data.json", "history.jsonl", "metrics.jsonl", "expert_load.jsonl",
         "summary.json", "probe.npz", "cross.json", ".*.json.*.tmp", ".*.jsonl.*.tmp",
         "tensorboard/events.out.tfevents.*", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
@@ -161,16 +161,16 @@ class Busy(UserError):
 
 
 def check_idle(workdir: Path) -> None:
-    """Raises `Busy` where a process is training; takes and writes nothing, so another may come before `locked`."""
+    """Raises `Busy` where a process is training; holds and writes nothing, so another may come before `locked`."""
     path = workdir / ".lock"
     if path.is_file():
-        with path.open() as lock:
-            _take(workdir, lock)
+        with contextlib.suppress(OSError), path.open() as lock:  # one that cannot be read is refused by `locked`
+            _take(workdir, lock, fcntl.LOCK_SH)  # shared: the processes of a run may all look at one time
 
 
-def _take(workdir: Path, lock: TextIO) -> None:
+def _take(workdir: Path, lock: TextIO, kind: int = fcntl.LOCK_EX) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except OSError:
         lock.seek(0)
         raise Busy(f"--workdir={workdir}: process {lock.read().strip()} is training here") from None

@@ -49,7 +49,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
         weight_BTK = select.shares(select.at(log_BTE, choice.expert_BTK))
     else:
         weight_BTK = select.at(score_BTE, choice.expert_BTK)
-    probs_BTE, by_score = select.shares(log_BTE), select.top_k(score_BTE, config.num_experts_per_token)
+    probs_BTE, by_score = select.shares(log_BTE), select.top_k(logits_BTE, config.num_experts_per_token)
     routing = gate.routing(logits_BTE, probs_BTE, choice, weight_BTK * options.scale, inputs, config, by_score)
     tokens_B1 = inputs.valid_BT.sum(-1, dtype=jnp.int32)[:, None]
     beta_BE = state["beta_E"] + quantiles(net_BTE, inputs.valid_BT, config.num_experts_per_token)
