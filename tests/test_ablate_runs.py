@@ -187,7 +187,8 @@ def test_the_report_is_one_page_with_a_verdict(alone, capsys):
     assert capsys.readouterr().out == f"{alone / 'report' / 'index.html'}\n"
     page = (alone / "report" / "index.html").read_text()
     assert "none: not distinguishable at n=2" in page and "<b>balance" not in page and "&lt;b&gt;balance" in page
-    assert 'src="data:image/png;base64,' in page and "http" not in page.replace("<!DOCTYPE html>", "")
+    words = re.sub(r"data:image/png;base64,[\w+/=]+", "picture", page)  # in whose letters any word may stand
+    assert 'src="picture"' in words and "http" not in words
     markdown = (alone / "report" / "RESULTS.md").read_text()
     c = load_comparison(alone)
     paired = c.paired["none"]
