@@ -129,7 +129,7 @@ def test_a_run_whose_last_update_breaks_it_is_not_complete(make, tmp_path):
 
 @pytest.mark.slow
 def test_each_part_of_the_state_is_looked_at(make):
-    """Its second moments may be infinite while the parameters are finite."""
+    """Parameters and routers' state after every step; the optimizer's state, which follows from them, at a save."""
     config = make(train__batch_size=2)
     number = lambda a: jnp.issubdtype(a.dtype, jnp.inexact)
     broken = lambda tree: jax.tree.map(lambda a: jnp.full_like(a, jnp.inf) if number(a) else a, tree)
@@ -142,6 +142,8 @@ def test_each_part_of_the_state_is_looked_at(make):
             assert checkpoint.is_finite(state)
             state = state._replace(**{part: broken(getattr(state, part))})
             assert not checkpoint.is_finite(state)
+            if part == "opt_state":
+                continue
             _, metrics = step(state, batch)
             found = metrics["finite"] | {"params": np.isfinite(metrics["optim/parameter_norm"])}
             assert not found[part], part

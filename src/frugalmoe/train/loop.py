@@ -272,6 +272,9 @@ class Run:
         self._log_scores(evaluate(self.eval_step, self.state, self.data, self.config, self.mesh))
 
     def save(self) -> None:
+        """Saves the state; raises `NotFinite` for one that holds what is no number."""
+        if not checkpoint.is_finite(self.state):
+            raise NotFinite(self._broken(f"the state after step {self.step}"))
         checkpoint.save(self.manager, self.step, self.state)
 
     def next_batch(self) -> Batch:
