@@ -3,6 +3,7 @@
 A run makes the same checks again as it begins; here they come first, and on the machine from which it is launched.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Sequence
@@ -120,7 +121,8 @@ def _existing_parent(workdir: Path) -> Path:
         if not path.is_dir():
             raise UserError(f"--workdir={workdir}: {path} is a file")
         if not os.access(path, os.W_OK | os.X_OK):
-            raise UserError(f"--workdir={workdir}: {path} cannot be written")
+            why = errno.EROFS if os.statvfs(path).f_flag & os.ST_RDONLY else errno.EACCES
+            raise UserError(f"--workdir={workdir}: {path} cannot be written ({os.strerror(why)})")
         return path
     raise UserError(f"--workdir={workdir}: no directory above it exists")
 
