@@ -308,7 +308,7 @@ def test_bad_flags_are_refused(place, capsys):
     refused(capsys, ablate(place, "bad", "--jobs=0"), "--jobs=0: must be at least 1")
     refused(capsys, ablate(place, "bad", "--slurm=partition"), "must be NAME=VALUE")
     refused(capsys, ablate(place, "bad", "--config.model.dmi=3"), "did you mean 'dim'")
-    refused(capsys, ["ablate", str(place / "no.py")], "no.py: no such file")
+    refused(capsys, ["ablate", str(place / "no.py")], "no.py: no such study; valid: ")
     refused(capsys, ["report", str(place / "text")], "not a run directory")
     assert not (place / "bad").exists()
 
