@@ -16,10 +16,10 @@ import time
 import jax
 import jax.numpy as jnp
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.experts import EXECUTORS, execute
 from frugalmoe.experts.dense import swiglu
 from frugalmoe.routing.contract import TokenPlan
+from frugalmoe.schema import MoE
 
 TOKENS, DIM, SEQUENCES = 4096, 256, 16
 SHAPES = ((8, 2, 512), (64, 8, 128), (128, 8, 128), (128, 2, 512))  # experts, experts per token, hidden width

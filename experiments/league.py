@@ -8,8 +8,8 @@ paper adds to the loss, or cannot do without, is in `OWN`.
 """
 
 from frugalmoe.ablate import Study
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing import strategies
+from frugalmoe.schema import MoE
 
 TOP_1 = {"model.moe.num_experts": 8, "model.moe.num_experts_per_token": 1, "model.moe.expert_dim": 256}
 NO_BALANCE = {"model.moe.losses.load_balance": 0.0}

@@ -22,7 +22,7 @@
 # %matplotlib inline
 import os
 
-from frugalmoe.analysis import load, load_run, plots, summary_table
+from frugalmoe.analysis import evenness, load_run, plots, summary_table
 
 run = load_run(os.environ.get("FRUGALMOE_RUN", "../runs/quickstart"))
 summary_table(run)
@@ -64,7 +64,7 @@ plots.balance(run)
 
 # %%
 total_LE = run.loads.counts_SLE.sum(0)
-{"effective experts": load.effective_experts(total_LE), "Gini": load.gini(total_LE)}
+{"effective experts": evenness.effective_experts(total_LE), "Gini": evenness.gini(total_LE)}
 
 # %% [markdown]
 # ## How fast was it?

@@ -28,10 +28,10 @@ import jax
 import jax.numpy as jnp
 
 from frugalmoe.ablate import Study, load_comparison, plots, run_study
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing import gate, select
 from frugalmoe.routing.contract import About, Inputs, Router, linear_init, linear_logits
 from frugalmoe.routing.strategies import hash as hash_strategy
+from frugalmoe.schema import MoE
 
 # %% [markdown]
 # ## The function

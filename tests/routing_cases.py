@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from frugalmoe.config.schema import FrozenDict, MoE
 from frugalmoe.errors import UserError
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import ExpertPlan, Inputs, Router, Routing, TokenPlan, combine_matrix
+from frugalmoe.schema import FrozenDict, MoE
 
 B, T, D, VOCAB = 2, 8, 8, 16
 N = B * T

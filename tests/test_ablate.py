@@ -14,9 +14,10 @@ from frugalmoe.ablate import Study, load_study, results, shrunk, statistics
 from frugalmoe.ablate.plan import Pair, Plan
 from frugalmoe.ablate.study import arms_of, choose
 from frugalmoe.ablate.together import bytes_of_run, groups
-from frugalmoe.config import default, override, resolve, to_dict
+from frugalmoe.config import default, override, resolve
 from frugalmoe.cost import forward_flops
 from frugalmoe.errors import UserError
+from frugalmoe.fields import to_dict
 from frugalmoe.files import check_name, write_json
 from frugalmoe.model import depths
 from frugalmoe.model.transformer import count_parameters, structure

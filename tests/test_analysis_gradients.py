@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from frugalmoe.analysis import drops, gradients, leak, swaps
-from frugalmoe.config.schema import MoE
 from frugalmoe.experts import capacity
 from frugalmoe.routing.contract import TokenPlan
+from frugalmoe.schema import MoE
 
 ONE_EACH = np.arange(2)  # units
 

@@ -235,15 +235,15 @@ def test_hiding_an_expert_is_what_its_bias_would_do(root):
     """`next` against the strategy itself: a balance bias of -inf hides an expert from selection, not from weights."""
     import jax
 
-    from frugalmoe import generate
-    from frugalmoe.analysis.tracing import limited
+    from frugalmoe.analysis.record import limited
     from frugalmoe.train.evaluate import evaluate
     from frugalmoe.train.step import make_eval_step
+    from frugalmoe.train.weights import load_model
 
     path = trained(root, "bias", **{"model.moe.router": "sigmoid_bias", "model.moe.losses": {}})
     busy = int(load_run(path).probe.selected_LNE[0].sum(0).argmax())
     (found,) = [e for e in intervene(path, Mask(1, busy, "next"), tokens=500, progress=False) if e.domain == "all"]
-    config, weights, _, mesh = generate.load(path)
+    config, weights, _, mesh = load_model(path)
     data = open_data(config.data, batch_size=config.train.batch_size, seed=0)
     config = limited(config, len(data.domains), 500)
     state = weights.router_state

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from frugalmoe.routing.catalogue import COLUMNS, blocks, catalogue, format_markdown, format_table
+from frugalmoe.catalogue import COLUMNS, blocks, catalogue, format_markdown, format_table
 
 PAGE = Path(__file__).parent.parent / "docs" / "routers.md"
 

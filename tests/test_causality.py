@@ -22,13 +22,13 @@ from test_train_step import config_of, mesh_of, router
 from frugalmoe import sharding
 from frugalmoe.analysis import load_run
 from frugalmoe.analysis.table import headline_rows
-from frugalmoe.config.schema import Config
 from frugalmoe.errors import UserError
-from frugalmoe.generate import Sampling, generate
+from frugalmoe.generate import Sampling, generate, sample_text
 from frugalmoe.model.causality import LEVELS, causality, leaking, parts
 from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import structure
 from frugalmoe.routing import strategies
+from frugalmoe.schema import Config
 from frugalmoe.train.loop import train
 from frugalmoe.train.step import init
 
@@ -146,7 +146,7 @@ def test_a_run_says_it_and_neither_samples_nor_measures_a_gap(tmp_path: Path) ->
 
     config = tiny(write_text(tmp_path / "text"), tmp_path / "cache", order("weight") | {"train.steps": 5})
     path = tmp_path / "run"
-    summary = train(config, path, sample=True)
+    summary = train(config, path, sample=sample_text)
     assert (summary["router"]["causal"], summary["router"]["causal_in_evaluation"]) == ("leak", "leak")
     assert "causality: leak" in dict(headline_rows(load_run(path)))["router"]
     assert "drop_order='weight': cannot be sampled" in summary["sample"]["why"] and not summary["sample"]["text"]

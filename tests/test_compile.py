@@ -11,12 +11,12 @@ import pytest
 from rich.console import Console
 from runs import config_file, run, write_text
 
+from frugalmoe.aot import hlo, program, topologies
+from frugalmoe.aot import table as cost_table
+from frugalmoe.aot.search import layouts
 from frugalmoe.cli import EXIT_USER_ERROR, main
 from frugalmoe.config import load
-from frugalmoe.cost import aot, hlo, topologies
-from frugalmoe.cost import table as cost_table
-from frugalmoe.cost.devices import GIB, GPUS, usable
-from frugalmoe.cost.search import layouts
+from frugalmoe.devices import GIB, GPUS, usable
 from frugalmoe.errors import UserError
 from frugalmoe.model.transformer import count_parameters
 
@@ -227,7 +227,7 @@ def test_the_compiler_that_is_missing_is_named(monkeypatch):
     ],
 )
 def test_refusals_of_the_tpu_compiler(message, gib):
-    assert aot._needed(message) == pytest.approx(gib * GIB, abs=1)
+    assert program._needed(message) == pytest.approx(gib * GIB, abs=1)
 
 
 def test_a_gpu_keeps_some_memory_for_itself():
@@ -258,7 +258,7 @@ def test_a_dry_run_says_what_a_run_needs_here_and_writes_nothing(tmp_path):
     flags = (f"--config={config}", "--dry-run", "--config.mesh.fsdp=2", f"--workdir={tmp_path / 'run'}")
     done = run("train", *flags, XLA_FLAGS="--xla_force_host_platform_device_count=8")
     assert done.returncode == 0, done.stderr
-    half = 2 * count_parameters(aot.settled(load(str(config))).model)["total"]
+    half = 2 * count_parameters(program.settled(load(str(config))).model)["total"]
     parts = {k: float(v) * 2**20 for k, v in re.findall(r"(parameters|optimizer state) +([\d.]+) MiB", done.stdout)}
     assert 0.99 < parts["parameters"] / half < 1.01
     assert abs(parts["optimizer state"] - 2 * parts["parameters"]) < 0.02 * 2**20
@@ -266,7 +266,7 @@ def test_a_dry_run_says_what_a_run_needs_here_and_writes_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-RESULT = aot.Compiled(
+RESULT = program.Compiled(
     topology=topologies.parse("v5e:2x2"),
     mesh={"data": 1, "fsdp": 2, "expert": 2, "tensor": 1, "context": 1},
     sequences=(3, 4),
@@ -306,7 +306,7 @@ def test_what_is_printed_of_a_refused_program():
 
 def test_a_search_that_finds_nothing_says_what_it_tried(monkeypatch, capsys):
     refused = RESULT._replace(fits=False, memory={"parameters": GIB}, collectives=None, largest=None)
-    monkeypatch.setattr("frugalmoe.cost.search.compile_step", lambda config, topology: refused)
+    monkeypatch.setattr("frugalmoe.aot.search.compile_step", lambda config, topology: refused)
     assert main(["compile", LAPTOP, "--topology=v5e", "--search", "--format=markdown"]) == EXIT_USER_ERROR
     out, err = capsys.readouterr()
     assert out.count("| no | 7.00 / 16.00 |") == err.count("does not fit") > 1
@@ -365,7 +365,7 @@ def test_what_a_refused_tpu_program_needs_has_its_arguments_in_it():
     """6 GiB that are doubled in place while 12 GiB are sorted, on a chip of 15.75 GiB."""
     program = """
 import jax, jax.numpy as jnp
-from frugalmoe.cost import aot, topologies
+from frugalmoe.aot import program, topologies
 def step(a):
     sorted = jnp.sort(jnp.sin(a[0, 0] + jnp.arange(6 << 28, dtype=jnp.float32)).reshape(-1, 8192), axis=0)
     total = jnp.sum(jnp.sort(sorted, axis=1)[::3, ::5])
@@ -375,7 +375,7 @@ a = jax.ShapeDtypeStruct((6 << 10, 1 << 18), jnp.float32, sharding=device)
 try:
     jax.jit(step, donate_argnums=0).lower(a).compile()
 except jax.errors.JaxRuntimeError as e:
-    print(aot._needed(str(e)) / 2**30)
+    print(program._needed(str(e)) / 2**30)
 """
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": WITH_LIBTPU}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)

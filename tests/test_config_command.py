@@ -10,9 +10,10 @@ import pytest
 
 from frugalmoe.cli import main
 from frugalmoe.commands import names
-from frugalmoe.config import Config, default, load, resolve, schema, to_dict
+from frugalmoe.config import Config, default, load, resolve, schema
 from frugalmoe.config.describe import describe, meanings
 from frugalmoe.config.load import typed
+from frugalmoe.fields import to_dict
 from frugalmoe.routing import strategies
 
 SECTIONS = [cls for cls in vars(schema).values() if dataclasses.is_dataclass(cls)]

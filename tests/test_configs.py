@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from frugalmoe.config import Config, check_devices, default, load, override, record, resolve, to_dict
+from frugalmoe.config import Config, check_devices, default, load, override, record, resolve
 from frugalmoe.errors import LONGEST_MESSAGE, UserError
+from frugalmoe.fields import to_dict
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import strategies
 from frugalmoe.train import rundir

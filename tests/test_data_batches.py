@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from frugalmoe.config.schema import Data, Source
 from frugalmoe.data import Batch, open_data
 from frugalmoe.errors import UserError
+from frugalmoe.schema import Data, Source
 
 T = 64
 NUM_WORDS = 70_000  # above 2^16: ids are stored as int32
@@ -272,7 +272,7 @@ def test_the_seed_changes_where_documents_are_cut(corpus):
 def test_another_process_makes_the_same_batch(corpus, hash_seed):
     data = config(corpus)
     code = (
-        "import hashlib, sys\nfrom frugalmoe.config.schema import Data\nfrom frugalmoe.data import open_data\n"
+        "import hashlib, sys\nfrom frugalmoe.schema import Data\nfrom frugalmoe.data import open_data\n"
         f"data = Data(path={data.path!r}, tokenizer={data.tokenizer!r}, sequence_length={T}, validation_fraction=0.2,"
         f" cache_dir={str(corpus / ('cache' + hash_seed))!r})\n"
         "batch = open_data(data, batch_size=4, seed=0, progress=False).batch(7)\n"

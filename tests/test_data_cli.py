@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from frugalmoe.cli import main
-from frugalmoe.config import to_dict
-from frugalmoe.config.schema import Config, Data
+from frugalmoe.fields import to_dict
+from frugalmoe.schema import Config, Data
 
 
 @pytest.fixture

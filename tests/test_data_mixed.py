@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import zstandard
 
-from frugalmoe.config.schema import Data, Source
 from frugalmoe.data import mixed, open_data
 from frugalmoe.data.corpus import up_to
 from frugalmoe.data.debian import members
 from frugalmoe.data.text import html_words, roff_words
 from frugalmoe.errors import UserError
+from frugalmoe.schema import Data, Source
 
 RUST = {f"library/core/m{n}.rs": f"// module {n}\n" + f"pub fn f{n}() {{}}\n" * 30 for n in range(40)}
 PAGE = (

@@ -17,16 +17,16 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from frugalmoe import sharding
 from frugalmoe.config import default, override, resolve
-from frugalmoe.config.schema import Data, Source
 from frugalmoe.data import corpus, open_data, prepare, quickstart
 from frugalmoe.data.cache import digest
 from frugalmoe.data.shards import Store
 from frugalmoe.data.tokenizer import train_bpe
 from frugalmoe.errors import UserError
 from frugalmoe.files import write_json
-from frugalmoe.generate import Weights
+from frugalmoe.schema import Data, Source
 from frugalmoe.train.evaluate import evaluate
 from frugalmoe.train.step import Evaluated
+from frugalmoe.train.weights import Weights
 
 SMALL_SHARDS = "import frugalmoe.data.prepare\nsys.modules['frugalmoe.data.prepare'].SHARD_BYTES = (4000, 4000)\n"
 
@@ -100,7 +100,7 @@ def test_a_domain_of_one_document_is_refused(tmp_path):
 def start_preparing(data: Data, workers: int = 1) -> subprocess.Popen:
     code = (
         f"import sys\n{SMALL_SHARDS}"
-        "from frugalmoe.config.schema import Data\n"
+        "from frugalmoe.schema import Data\n"
         f"frugalmoe.data.prepare(Data(path={data.path!r}, tokenizer={data.tokenizer!r}, cache_dir={data.cache_dir!r}),"
         f" workers={workers}, progress=False)\n"
     )

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import zstandard
 
-from frugalmoe.config.schema import Data, Source
 from frugalmoe.data import open_data, quickstart
 from frugalmoe.errors import UserError
+from frugalmoe.schema import Data, Source
 
 pytestmark = pytest.mark.slow  # fetches packages
 

@@ -14,11 +14,11 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from frugalmoe.config.schema import Data, Source
 from frugalmoe.data import readers
 from frugalmoe.data.sources import Notes, documents, open_inputs
 from frugalmoe.data.text import cut
 from frugalmoe.errors import UserError
+from frugalmoe.schema import Data, Source
 
 TEXTS = ["first text\nwith two lines", "zweiter Text: äöü 🙂", "third"]
 LINES = "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in TEXTS).encode()
@@ -192,7 +192,7 @@ def test_weights_are_positive_or_all_absent(weights, tmp_path):
 def test_hugging_face_without_the_package_says_how_to_install_it():
     code = (
         "import sys; sys.modules['datasets'] = None\n"
-        "from frugalmoe.config.schema import Data\nfrom frugalmoe.data.sources import documents, open_inputs\n"
+        "from frugalmoe.schema import Data\nfrom frugalmoe.data.sources import documents, open_inputs\n"
         "from frugalmoe.errors import UserError\n"
         "try:\n    list(documents(open_inputs(Data(path='hf:some/set:test'), False)[0]))\n"
         "except UserError as error:\n    print(error)\n"

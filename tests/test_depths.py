@@ -17,16 +17,17 @@ from frugalmoe import sharding
 from frugalmoe.ablate.results import final_metrics, known_metrics
 from frugalmoe.analysis import load_run
 from frugalmoe.analysis.table import headline_rows
-from frugalmoe.config.schema import Model
 from frugalmoe.data import Batch
-from frugalmoe.generate import Sampling, load, stream
+from frugalmoe.generate import Sampling, sample_text, stream
 from frugalmoe.model import depths
 from frugalmoe.model.layers import rotary
 from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import Block, Transformer
-from frugalmoe.train.evaluate import put_batch
+from frugalmoe.schema import Model
 from frugalmoe.train.loop import train
+from frugalmoe.train.placing import put_batch
 from frugalmoe.train.step import init, knobs, make_eval_step, make_train_step, without_knobs
+from frugalmoe.train.weights import load_model
 
 B, T, D = 3, 12, 32
 CAPACITY = {"model.mixture_of_depths.capacity": 0.3}
@@ -240,7 +241,7 @@ def test_a_trace_says_that_tokens_that_skip_have_no_expert():
 @pytest.mark.slow
 def test_a_run_logs_saves_samples_and_is_compared(tmp_path):
     config = tiny(write_text(tmp_path / "text"), tmp_path / "cache", CAPACITY | {"checkpoint.every_steps": 8})
-    summary, run = train(config, tmp_path / "run", sample=True), tmp_path / "run"
+    summary, run = train(config, tmp_path / "run", sample=sample_text), tmp_path / "run"
     shares = [row["depth/share/layer_02"] for row in rows(run) if "loss/ce" in row]
     assert len(shares) == 12 and min(shares) == max(shares) == pytest.approx(10 / 32)  # ceil(0.3 * 32)
     said = summary["mixture_of_depths"]
@@ -250,7 +251,7 @@ def test_a_run_logs_saves_samples_and_is_compared(tmp_path):
     found = final_metrics(summary, [], described | {"tokens_per_step": 256}, "arm")
     assert {f"depth/{name}": v for name, v in said["layers"]["layer_02"].items()}.items() <= found.items()
     assert found.keys() <= set(known_metrics(summary["domains"]))
-    restored, weights, tokenizer, mesh = load(run)
+    restored, weights, tokenizer, mesh = load_model(run)
     with jax.set_mesh(mesh):
         assert "".join(stream(restored, weights, tokenizer, "The ", Sampling())) == summary["sample"]["text"]
 

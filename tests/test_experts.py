@@ -13,12 +13,12 @@ import pytest
 import triton_interpreter
 from jax.sharding import PartitionSpec as P
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.errors import UserError
 from frugalmoe.experts import EXECUTORS, blocks, dense, execute, gpu, grouped, pick, tpu
 from frugalmoe.experts.blocks import block_sizes, cover
 from frugalmoe.experts.rows import sort_rows
 from frugalmoe.routing.contract import ExpertPlan, TokenPlan
+from frugalmoe.schema import MoE
 
 N, D, F = 96, 32, 16
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.experts import ORDERS, capacity, dense, execute
 from frugalmoe.routing.contract import TokenPlan
+from frugalmoe.schema import MoE
 
 NULL = 2  # the null expert of two experts
 

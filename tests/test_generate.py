@@ -16,14 +16,15 @@ from tokenizers import Tokenizer, decoders, models
 from frugalmoe import cli, sharding
 from frugalmoe import generate as module
 from frugalmoe.commands.generate import unescaped
-from frugalmoe.config.schema import MoE
 from frugalmoe.data.tokenizer import ByteTokenizer, JsonTokenizer
 from frugalmoe.errors import UserError
-from frugalmoe.generate import Decoding, Sampling, Weights, generate, sample_text, stream
+from frugalmoe.generate import Decoding, Sampling, generate, sample_text, stream
 from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import structure
 from frugalmoe.routing import strategies
+from frugalmoe.schema import MoE
 from frugalmoe.train.step import init
+from frugalmoe.train.weights import Weights
 
 
 def causal(name: str) -> bool:

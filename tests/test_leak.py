@@ -30,9 +30,9 @@ from routing_cases import Case, all_cases
 
 from frugalmoe import sharding
 from frugalmoe.config import Config
-from frugalmoe.config.schema import MixtureOfDepths, Model, Optim, Train
 from frugalmoe.data import Batch
 from frugalmoe.model import depths
+from frugalmoe.schema import MixtureOfDepths, Model, Optim, Train
 from frugalmoe.train.step import init, make_train_step
 
 B, T, V, STEPS, LAST = 64, 4, 4, 250, 50

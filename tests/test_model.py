@@ -9,7 +9,7 @@ from test_train_step import batch, config_of, mesh_of, trained
 
 from frugalmoe.model.layers import rotary, rotate
 from frugalmoe.model.transformer import Transformer, split, structure
-from frugalmoe.train.evaluate import put_batch
+from frugalmoe.train.placing import put_batch
 from frugalmoe.train.step import EVAL_SEED, _forward, init, make_eval_step
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from frugalmoe.config import default, override, resolve
-from frugalmoe.config.schema import Config, Optim, Train
 from frugalmoe.errors import UserError
 from frugalmoe.model.transformer import structure
+from frugalmoe.schema import Config, Optim, Train
 from frugalmoe.train.optim import decay_mask, optimizer, schedule
 
 STEPS, WARMUP, PEAK = 100, 10, 0.5

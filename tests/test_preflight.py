@@ -8,8 +8,9 @@ import pytest
 from runs import config_file, write_text
 
 from frugalmoe.cli import main
-from frugalmoe.config import load, to_dict
+from frugalmoe.config import load
 from frugalmoe.data.prepare import prepare
+from frugalmoe.fields import to_dict
 from frugalmoe.train import preflight
 
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from runs import command, config_file, rows, without_times, write_text
 
-from frugalmoe import generate
 from frugalmoe.errors import UserError
 from frugalmoe.train import distributed
+from frugalmoe.train.weights import load_model
 
 pytestmark = pytest.mark.slow
 STEPS, SAVE_EVERY = 12, 4
@@ -179,7 +179,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
         assert our.keys() == their.keys()
         np.testing.assert_allclose(list(our.values()), list(their.values()), rtol=1e-5, atol=1e-6, err_msg=str(their))
     # Restored on the one device of this process.
-    weights = [jax.tree.leaves(generate.load(workdir)[1]) for workdir in (ours, theirs)]
+    weights = [jax.tree.leaves(load_model(workdir)[1]) for workdir in (ours, theirs)]
     for our, their in zip(*weights, strict=True):
         np.testing.assert_allclose(our, their, rtol=1e-4, atol=1e-6)
 
@@ -199,7 +199,7 @@ from frugalmoe.config import default, override, resolve
 from frugalmoe.data import Batch
 from frugalmoe.errors import UserError
 from frugalmoe.train import distributed
-from frugalmoe.train.evaluate import own_rows, put_rows
+from frugalmoe.train.placing import own_rows, put_rows
 
 distributed.start(sys.argv[1], 2, int(sys.argv[2]), 60)
 config = resolve(override(default(), {"train.batch_size": 16, "train.accumulate_steps": 2, "data.sequence_length": 8}))

@@ -34,7 +34,6 @@ from routing_cases import (
     selections,
 )
 
-from frugalmoe.config.schema import FrozenDict, MoE
 from frugalmoe.errors import UserError
 from frugalmoe.model.moe import execute
 from frugalmoe.routing import losses, select, stats
@@ -50,6 +49,7 @@ from frugalmoe.routing.contract import (
     linear_init,
     linear_logits,
 )
+from frugalmoe.schema import FrozenDict, MoE
 
 
 def assert_same(a: object, b: object, tolerance: float = 0.0) -> None:

@@ -10,9 +10,9 @@ import pytest
 from routing_cases import make_case, make_inputs, probe, route
 from test_routing_laws import LAWS
 
-from frugalmoe.config.schema import FrozenDict, MoE
 from frugalmoe.routing import losses, stats
 from frugalmoe.routing.contract import Inputs, Loss, TokenPlan
+from frugalmoe.schema import FrozenDict, MoE
 
 SCOPES = ({}, {"load_balance_scope": "micro_batch", "load_balance_group": 2}, {"load_balance_scope": "global"})
 

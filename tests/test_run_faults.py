@@ -17,9 +17,10 @@ from runs import command, config_file, rows, tiny, write_text
 from frugalmoe import sharding
 from frugalmoe.analysis import load_run
 from frugalmoe.cli import main
-from frugalmoe.config import check_devices, load, to_dict
+from frugalmoe.config import check_devices, load
 from frugalmoe.data import open_data
 from frugalmoe.errors import UserError
+from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json, to_json
 from frugalmoe.train import checkpoint, rundir
 from frugalmoe.train.evaluate import evaluate

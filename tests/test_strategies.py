@@ -16,14 +16,14 @@ import pytest
 from rich.console import Console
 from routing_cases import B, D, T, combine, make_case, make_inputs, make_params, route, selections
 
+from frugalmoe.catalogue import catalogue, format_table
 from frugalmoe.cli import main
 from frugalmoe.config import default, override, resolve
-from frugalmoe.config.schema import MoE
 from frugalmoe.errors import UserError
 from frugalmoe.routing import strategies
-from frugalmoe.routing.catalogue import catalogue, format_table
 from frugalmoe.routing.contract import Inputs, linear_logits
 from frugalmoe.routing.strategies import hash as hash_strategy
+from frugalmoe.schema import MoE
 
 
 def logits_of(case, inputs: Inputs) -> np.ndarray:

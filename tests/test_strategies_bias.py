@@ -11,10 +11,10 @@ from routing_cases import D, combine, make_case, make_inputs, make_params, route
 from test_routing_laws import LAWS
 from test_train_step import trained
 
-from frugalmoe.config.schema import FrozenDict
 from frugalmoe.routing import groups, select
 from frugalmoe.routing.contract import Inputs, combine_matrix, linear_logits
 from frugalmoe.routing.strategies import quantile_balance
+from frugalmoe.schema import FrozenDict
 
 REFUSED = [
     ("topk_softmax", 2, {"num_groups": 3}, "num_groups=3"),

@@ -26,12 +26,12 @@ from test_strategies import logits_of, softmax
 from test_train_step import batch, config_of, mesh_of, router, trained
 
 from frugalmoe import sharding
-from frugalmoe.config.schema import FrozenDict, MoE
 from frugalmoe.errors import UserError
 from frugalmoe.model.moe import Context, execute
 from frugalmoe.model.transformer import count_parameters, structure
 from frugalmoe.routing.contract import Inputs, Routing, TokenPlan
 from frugalmoe.routing.strategies import recurrent, stochastic_warmup
+from frugalmoe.schema import FrozenDict, MoE
 from frugalmoe.train.optim import decay_mask
 from frugalmoe.train.step import init
 

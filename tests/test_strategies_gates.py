@@ -11,11 +11,11 @@ from routing_cases import D, T, combine, make_case, make_inputs, make_params, pr
 from test_strategies_bias import logits_of, refused_in_one_line, softmax
 from test_train_step import largest_difference, trained
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing import losses, select
 from frugalmoe.routing.contract import Inputs
 from frugalmoe.routing.strategies import noisy_topk
 from frugalmoe.routing.strategies.similarity_preserving import orthogonality
+from frugalmoe.schema import MoE
 
 REFUSED = [
     ("gshard_top2", 1, {}, "num_experts_per_token=1"),

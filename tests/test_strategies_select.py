@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from routing_cases import B, D, T, combine, make_case, make_inputs, make_params, probe, route, selections
 
-from frugalmoe.config.schema import FrozenDict
 from frugalmoe.errors import UserError
 from frugalmoe.routing import stats
 from frugalmoe.routing.contract import Inputs, linear_logits
 from frugalmoe.routing.strategies import cosine
+from frugalmoe.schema import FrozenDict
 
 
 def logits_of(case, inputs: Inputs) -> np.ndarray:

@@ -10,8 +10,8 @@ import pytest
 from routing_cases import make_case, route
 from test_strategies import softmax
 
-from frugalmoe.config.schema import FrozenDict
 from frugalmoe.routing.contract import Inputs
+from frugalmoe.schema import FrozenDict
 
 
 def steered(name: str, k: int, logits: list[list[float]], **options):

@@ -12,11 +12,11 @@ from runs import TINY
 
 from frugalmoe import sharding
 from frugalmoe.config import default, override, resolve
-from frugalmoe.config.schema import MoE
 from frugalmoe.data import Batch
 from frugalmoe.errors import UserError
 from frugalmoe.routing import strategies
-from frugalmoe.train.evaluate import put_batch
+from frugalmoe.schema import MoE
+from frugalmoe.train.placing import put_batch
 from frugalmoe.train.step import (
     abstract,
     init,

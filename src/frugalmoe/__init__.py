@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from frugalmoe.ablate.study import Study
     from frugalmoe.analysis.runs import load_run
     from frugalmoe.config.load import load as load_config
-    from frugalmoe.config.schema import Config
+    from frugalmoe.schema import Config
     from frugalmoe.train import train
 
 __version__ = "0.1.0"
 __all__ = ["Config", "Study", "load_config", "load_run", "train"]
 
 _HOME = {
-    "Config": ("frugalmoe.config.schema", "Config"),
+    "Config": ("frugalmoe.schema", "Config"),
     "Study": ("frugalmoe.ablate.study", "Study"),
     "load_config": ("frugalmoe.config.load", "load"),
     "load_run": ("frugalmoe.analysis.runs", "load_run"),

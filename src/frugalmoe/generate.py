@@ -8,8 +8,6 @@ import functools
 import itertools
 import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +16,18 @@ from flax import nnx
 from jax import Array
 
 from frugalmoe import experts, sharding
-from frugalmoe.config import RECORD, Config, check_float, check_integer, check_seed, record, resolve
-from frugalmoe.config.schema import Model
+from frugalmoe.config import Config
 from frugalmoe.data.continuation import Continuation, until
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
 from frugalmoe.experts import capacity
+from frugalmoe.fields import check_float, check_integer, check_seed
 from frugalmoe.model.attention import empty_cache
 from frugalmoe.model.causality import leaking
 from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import empty_caches, structure
+from frugalmoe.schema import Model
+from frugalmoe.train.weights import Weights
 
 _BUCKET = 32  # pieces of a prompt are padded to a multiple of this, so that few lengths are compiled
 _PIECE = 512  # tokens of a prompt that are computed at one time: their scores against all tokens exist
@@ -55,11 +55,6 @@ class Sampling:
         check_float("--top-p", self.top_p)
         check_integer("--max-tokens", self.max_tokens, least=1)
         check_seed("--seed", self.seed)
-
-
-class Weights(NamedTuple):
-    params: dict
-    router_state: dict
 
 
 def generate(
@@ -236,41 +231,9 @@ def _prompt_ids(config: Config, tokenizer: Tokenizer, prompt: str) -> np.ndarray
     return ids.astype(np.int32)
 
 
-def load(run: Path, step: int | None = None) -> tuple[Config, Weights, Tokenizer, jax.sharding.Mesh]:
-    """The config, weights and tokenizer of a run directory's checkpoint, the newest by default, on one device."""
-    from frugalmoe.data.tokenizer import load_from
-    from frugalmoe.train import checkpoint
-    from frugalmoe.train.step import abstract
-
-    if not (run / RECORD).is_file():
-        raise UserError(f"{run}: not a run directory (it holds no {RECORD})")
-    config = resolve(record(run / RECORD))
-    tokenizer = load_from(run / "tokenizer")
-    if not config.model.vocab_size:
-        size = -(-tokenizer.size // 64) * 64
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
-    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
-    with checkpoint.open_manager(run, config.checkpoint) as manager, jax.set_mesh(mesh):
-        if manager.latest_step() is None:
-            raise UserError(f"{run}: holds no checkpoint yet")
-        items = ("params", "router_state")
-        if step is None:
-            state, *_ = checkpoint.restore_newest(manager, abstract(config), items)
-        elif step in manager.all_steps():
-            state = checkpoint.restore(manager, step, abstract(config), items)
-            state = state if checkpoint.is_finite(state, items) else None
-        else:
-            raise UserError(f"{run}: no checkpoint of step {step}; valid: {sorted(manager.all_steps())}")
-        if state is None:
-            which = "no checkpoint" if step is None else f"not the checkpoint of step {step}"
-            raise UserError(f"{run}: holds finite numbers in {which}, so there is no model")
-    return config, Weights(state.params, state.router_state), tokenizer, mesh
-
-
-def sample_text(config: Config, state: Any, tokenizer: Tokenizer, prompt: str = "The ") -> dict[str, str]:
+def sample_text(config: Config, weights: Weights, tokenizer: Tokenizer, prompt: str = "The ") -> dict[str, str]:
     """A passage for the summary; empty, with the reason, where the router does not allow sampling."""
     try:
-        weights = Weights(state.params, state.router_state)
         return {"prompt": prompt, "text": "".join(stream(config, weights, tokenizer, prompt, Sampling()))}
     except UserError as e:
         return {"prompt": prompt, "text": "", "why": str(e)}

@@ -9,11 +9,12 @@ import jax
 
 from frugalmoe.ablate.results import known_metrics
 from frugalmoe.ablate.study import Arm, Study, arms_of, check_arm, check_seeds, choose
-from frugalmoe.config import Config, check_devices, to_dict, with_vocabulary
+from frugalmoe.config import Config, check_devices, with_vocabulary
 from frugalmoe.cost import forward_flops
 from frugalmoe.data import open_data
 from frugalmoe.data.look import look
 from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.fields import to_dict
 from frugalmoe.files import check_name, read_json, write_json
 from frugalmoe.model.transformer import count_parameters
 

@@ -22,8 +22,9 @@ from frugalmoe.ablate.plan import Pair, Plan, check_claim, claim, make_plan, rea
 from frugalmoe.ablate.progress import OfRun, StudyProgress
 from frugalmoe.ablate.study import Study
 from frugalmoe.ablate.together import groups
-from frugalmoe.config import check_devices, to_dict
+from frugalmoe.config import check_devices
 from frugalmoe.errors import UserError
+from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json, write_json
 from frugalmoe.train import preflight, rundir, trackers
 from frugalmoe.train.checkpoint import saved_steps

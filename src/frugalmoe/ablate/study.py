@@ -8,8 +8,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from frugalmoe.config import Config, check_seed, override, python_file, read, resolve, to_dict, with_mode
+from frugalmoe.config import Config, override, python_file, read, resolve, with_mode
 from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.fields import check_seed, to_dict
 from frugalmoe.files import check_name
 from frugalmoe.shipped import STUDIES
 

@@ -24,8 +24,8 @@ than one run: there as many as memory holds. This has not been measured.
 import jax
 
 from frugalmoe.ablate.plan import Pair, Plan
+from frugalmoe.aot.program import settled
 from frugalmoe.config import Config
-from frugalmoe.cost.aot import settled
 from frugalmoe.model.transformer import structure
 from frugalmoe.train.step import without_knobs
 

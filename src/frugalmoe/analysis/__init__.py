@@ -2,7 +2,7 @@
 
 | question | module |
 |---|---|
-| are the experts evenly used? | `load` |
+| are the experts evenly used? | `evenness` |
 | how sure is the router, and of what? | `scores` |
 | do experts have domains, words? | `specialisation`, `vocabulary` |
 | which experts go together, within and across layers? | `coactivation` |
@@ -22,11 +22,11 @@ from frugalmoe.analysis import (
     coactivation,
     drops,
     dynamics,
+    evenness,
     gradients,
     information,
     interventions,
     leak,
-    load,
     plots,
     scores,
     similarity,
@@ -41,12 +41,12 @@ from frugalmoe.analysis.gradients import Gradients, load_gradients
 from frugalmoe.analysis.interventions import Demote, Mask, RandomChoice, Swap
 from frugalmoe.analysis.leak import Gap, train_causal_gap
 from frugalmoe.analysis.probe import Probe
+from frugalmoe.analysis.record import write_trace
 from frugalmoe.analysis.report import write_report
 from frugalmoe.analysis.runs import Loads, Run, Series, load_run
 from frugalmoe.analysis.swaps import SwapGain, try_swaps
 from frugalmoe.analysis.table import summary_table
 from frugalmoe.analysis.trace import Trace, load_trace
-from frugalmoe.analysis.tracing import write_trace
 from frugalmoe.analysis.weights import Experts, load_experts
 
 __all__ = [
@@ -69,12 +69,12 @@ __all__ = [
     "drops",
     "dynamics",
     "effects_table",
+    "evenness",
     "gradients",
     "information",
     "intervene",
     "interventions",
     "leak",
-    "load",
     "load_drops",
     "load_experts",
     "load_gradients",

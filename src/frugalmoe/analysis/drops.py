@@ -16,12 +16,12 @@ import numpy as np
 from frugalmoe import experts, sharding
 from frugalmoe.analysis.effects import Lab
 from frugalmoe.analysis.interventions import Nothing
-from frugalmoe.analysis.tracing import TOKENS
+from frugalmoe.analysis.record import TOKENS
 from frugalmoe.analysis.uncertainty import Estimate, mean
-from frugalmoe.config.schema import MoE
 from frugalmoe.errors import UserError
 from frugalmoe.experts import capacity
 from frugalmoe.routing.contract import TokenPlan
+from frugalmoe.schema import MoE
 
 
 class Drops(NamedTuple):

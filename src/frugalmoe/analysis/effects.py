@@ -13,19 +13,19 @@ import numpy as np
 from rich.progress import track
 from rich.table import Table
 
-from frugalmoe import generate
 from frugalmoe.analysis.interventions import INSTEAD, Demote, Intervention, Mask, Nothing, Swap
 from frugalmoe.analysis.page import number, percent
 from frugalmoe.analysis.probe import Probe, make
+from frugalmoe.analysis.record import TOKENS, limited, moe_layers, open_run_data
 from frugalmoe.analysis.runs import Run
-from frugalmoe.analysis.tracing import TOKENS, limited, moe_layers, open_run_data
 from frugalmoe.analysis.uncertainty import Estimate, mean
-from frugalmoe.config import check_seed
 from frugalmoe.errors import UserError
+from frugalmoe.fields import check_seed
 from frugalmoe.routing import strategies
 from frugalmoe.train.checkpoint import saved_steps
 from frugalmoe.train.evaluate import Traced, evaluate, probe_columns
 from frugalmoe.train.step import Evaluated, make_eval_step
+from frugalmoe.train.weights import load_model
 
 SAME = 1e-3  # by which K of K + 1 choices may differ from K choices: share of tokens, and nats per token
 
@@ -69,7 +69,7 @@ class Lab:
     """A checkpoint, its data, and its compiled evaluations."""
 
     def __init__(self, run: Path, step: int | None, tokens: int):
-        config, self.weights, _, self.mesh = generate.load(run, step)
+        config, self.weights, _, self.mesh = load_model(run, step)
         self.step = saved_steps(run)[-1] if step is None else step
         self.data = open_run_data(run, config)
         self.config = limited(config, len(self.data.domains), tokens)

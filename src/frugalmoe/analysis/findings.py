@@ -5,7 +5,7 @@ import numpy as np
 from frugalmoe import metrics
 from frugalmoe.analysis import coactivation, plots
 from frugalmoe.analysis.dynamics import beyond_chance
-from frugalmoe.analysis.load import effective_experts, gini
+from frugalmoe.analysis.evenness import effective_experts, gini
 from frugalmoe.analysis.page import listed, number, p_value, percent, spread
 from frugalmoe.analysis.probe import Probe
 from frugalmoe.analysis.runs import Run

@@ -20,7 +20,7 @@ from frugalmoe.analysis.effects import Lab
 from frugalmoe.analysis.uncertainty import Estimate, bootstrap
 from frugalmoe.data.batches import Batch
 from frugalmoe.errors import UserError
-from frugalmoe.train.evaluate import put_batch
+from frugalmoe.train.placing import put_batch
 from frugalmoe.train.step import knobs, make_gradient
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from frugalmoe.analysis.effects import Lab, domain_parts
 from frugalmoe.analysis.interventions import Nothing
-from frugalmoe.analysis.tracing import TOKENS
+from frugalmoe.analysis.record import TOKENS
 from frugalmoe.analysis.uncertainty import Estimate, mean
 from frugalmoe.errors import UserError
 from frugalmoe.model.causality import leaking

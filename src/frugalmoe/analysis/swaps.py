@@ -11,7 +11,7 @@ from rich.progress import track
 
 from frugalmoe.analysis.effects import Lab
 from frugalmoe.analysis.interventions import Nothing, Swap
-from frugalmoe.analysis.tracing import TOKENS
+from frugalmoe.analysis.record import TOKENS
 from frugalmoe.analysis.uncertainty import Estimate, mean
 from frugalmoe.errors import UserError
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import scipy.special
 
-from frugalmoe import generate
 from frugalmoe.errors import UserError
+from frugalmoe.train.weights import load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Experts:
 
 def load_experts(run: str | Path, checkpoint: int | None = None) -> Experts:
     """From a run directory's checkpoint, the newest by default. Raises `UserError` for a run without MoE layers."""
-    config, weights, _, _ = generate.load(Path(run), checkpoint)
+    config, weights, _, _ = load_model(Path(run), checkpoint)
     if "moe_blocks" not in weights.params:
         raise UserError(f"{run}: a dense model, which has no experts")
     blocks, layers = weights.params["moe_blocks"], np.arange(config.model.num_dense_layers, config.model.num_layers)

@@ -38,11 +38,11 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # a device that is there is of no use here, and may be in use
+    from frugalmoe.aot.program import compile_step
+    from frugalmoe.aot.search import search
+    from frugalmoe.aot.table import headline, markdown, row, tables
+    from frugalmoe.aot.topologies import parse
     from frugalmoe.console import Console
-    from frugalmoe.cost.aot import compile_step
-    from frugalmoe.cost.search import search
-    from frugalmoe.cost.table import headline, markdown, row, tables
-    from frugalmoe.cost.topologies import parse
 
     config, results, nothing_fits = load_config(args), [], None
 

@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints the prompt and its continuation, as it is sampled."""
     import jax
 
-    from frugalmoe.generate import Sampling, load, stream
+    from frugalmoe.generate import Sampling, stream
+    from frugalmoe.train.weights import load_model
 
     sampling = Sampling(
         temperature=args.temperature,
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         stop=tuple(map(unescaped, args.stop)),
     )
     sampling.check()
-    config, weights, tokenizer, mesh = load(args.run)
+    config, weights, tokenizer, mesh = load_model(args.run)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character
     with jax.set_mesh(mesh):

@@ -18,9 +18,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the catalogue."""
+    from frugalmoe.catalogue import BLOCKS, blocks, catalogue, format_markdown, format_table
     from frugalmoe.console import Console
     from frugalmoe.routing import strategies
-    from frugalmoe.routing.catalogue import BLOCKS, blocks, catalogue, format_markdown, format_table
 
     rows = catalogue()
     for line in strategies.broken().values():

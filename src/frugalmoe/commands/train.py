@@ -56,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
     set_up_training(config)
     import jax
 
-    from frugalmoe.config import to_dict
     from frugalmoe.console import Console
+    from frugalmoe.fields import to_dict
+    from frugalmoe.generate import sample_text
     from frugalmoe.train import distributed, preflight, rundir
     from frugalmoe.train.loop import train
     from frugalmoe.train.profile import profiled
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         return _dry_run(ready.config, workdir, ready.notes, distributed.is_main())
     was_complete = rundir.is_complete(workdir) and not args.fresh
     watched = {"progress": profiled(args.profile, workdir / "profile")} if args.profile else {}
-    summary = train(config, workdir, resume=args.resume, fresh=args.fresh, sample=True, **watched)
+    summary = train(config, workdir, resume=args.resume, fresh=args.fresh, sample=sample_text, **watched)
     if not distributed.is_main():
         return EXIT_PREEMPTED if summary["status"] == "stopped" else 0
     if summary["status"] == "stopped":
@@ -94,9 +95,9 @@ def run(args: argparse.Namespace) -> int:
 def _dry_run(config, workdir: Path, notes: Sequence[str], talks: bool) -> int:
     import jax
 
+    from frugalmoe.aot.program import compile_step
+    from frugalmoe.aot.table import tables
     from frugalmoe.console import Console
-    from frugalmoe.cost.aot import compile_step
-    from frugalmoe.cost.table import tables
     from frugalmoe.model.transformer import count_parameters
 
     if not talks:  # a program for several processes is compiled by all of them

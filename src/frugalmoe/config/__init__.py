@@ -1,6 +1,6 @@
 """Configuration: `load` a file with overrides, `resolve` it into checked frozen dataclasses."""
 
-from frugalmoe.config.checks import check_devices, check_float, check_integer, check_seed
+from frugalmoe.config.checks import check_devices
 from frugalmoe.config.load import (
     RECORD,
     completed,
@@ -11,19 +11,15 @@ from frugalmoe.config.load import (
     read,
     record,
     resolve,
-    to_dict,
     with_vocabulary,
 )
 from frugalmoe.config.modes import with_mode
-from frugalmoe.config.schema import Config
+from frugalmoe.schema import Config
 
 __all__ = [
     "RECORD",
     "Config",
     "check_devices",
-    "check_float",
-    "check_integer",
-    "check_seed",
     "completed",
     "default",
     "load",
@@ -32,7 +28,6 @@ __all__ = [
     "read",
     "record",
     "resolve",
-    "to_dict",
     "with_mode",
     "with_vocabulary",
 ]

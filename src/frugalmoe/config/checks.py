@@ -6,9 +6,10 @@ import os
 import re
 from collections.abc import Callable, Iterable
 
-from frugalmoe.config.schema import Config, Model, MoE
 from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.fields import check_seed
 from frugalmoe.files import check_name
+from frugalmoe.schema import Config, Model, MoE
 
 
 def check(config: Config) -> None:
@@ -35,27 +36,7 @@ def _each(prefix: str, section: object, names: str, ok: Callable[[float], bool],
         _require(math.isfinite(value) and ok(value), f"{prefix}.{name}", value, rule)
 
 
-def check_integer(path: str, value: int, least: int = -(2**31)) -> None:
-    """Raises `UserError` for an integer that 32 bits with a sign, as in JAX and in tables of results, do not hold."""
-    if not least <= value < 2**31:
-        shown = repr(value) if value.bit_length() < 128 else f"(an integer of {value.bit_length()} bits)"
-        raise UserError(f"{path}={shown}: must be from {least} to {2**31 - 1}")
-
-
-def check_seed(path: str, seed: int) -> None:
-    """Raises `UserError` for what is no seed, wherever one is given."""
-    _require(type(seed) is int, path, seed, "must be an integer")
-    check_integer(path, seed, least=0)
-
-
-def check_float(path: str, value: float) -> None:
-    """Raises `UserError` for what is infinite, NaN, or either of these or zero in float32, in which it is used."""
-    ok = value == 0 or _SMALLEST <= abs(value) <= _LARGEST
-    _require(ok, path, value, f"must be 0 or from {_SMALLEST:g} to {_LARGEST:g} in size, as float32 has it")
-
-
 _MARKS = re.compile(r"[./~]")  # of what is meant as a path
-_SMALLEST, _LARGEST = 2.0**-126, 2.0**128 - 2.0**104  # of the normal numbers of float32
 
 
 def _model(config: Config) -> None:
@@ -105,7 +86,7 @@ def _depths(config: Config) -> None:
 
 
 def _moe(config: Config) -> None:
-    # Imported here: strategies and executors import the config's schema.
+    # Imported here: they import JAX, for which a mistyped field must not wait.
     from frugalmoe import experts
     from frugalmoe.experts import parallel
     from frugalmoe.routing import losses, strategies

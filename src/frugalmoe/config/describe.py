@@ -10,8 +10,8 @@ import tokenize
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from frugalmoe.config.load import to_dict
-from frugalmoe.config.schema import Config, Model, MoE
+from frugalmoe.fields import to_dict
+from frugalmoe.schema import Config, Model, MoE
 
 
 class Field(NamedTuple):

@@ -5,8 +5,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
-import types
-import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +12,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from frugalmoe.config import schema
-from frugalmoe.config.checks import check, check_float, check_integer
+from frugalmoe import schema
+from frugalmoe.config.checks import check
 from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.fields import build, check_integer, to_dict
 from frugalmoe.files import read_json
 from frugalmoe.shipped import CONFIGS, Folder
 
@@ -91,23 +90,6 @@ def _filled(saved: Any, section: Any) -> Any:
         _filled(saved.get(name, {}), value) if dataclasses.is_dataclass(value) else saved.get(name, to_dict(value))
     )
     return {**saved, **{name: fill(name, value) for name, value in new.items()}}
-
-
-def to_dict(config: Any) -> Any:
-    """Plain nested dicts, ready for JSON; a router that was passed as an object is its name."""
-    if _is_router(config):
-        return config.name
-    if dataclasses.is_dataclass(config):
-        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    if isinstance(config, Mapping):
-        return {k: to_dict(v) for k, v in config.items()}
-    return config
-
-
-def _is_router(value: Any) -> bool:
-    from frugalmoe.routing.contract import Router  # imported here: it imports the config's schema
-
-    return isinstance(value, Router)
 
 
 def load(spec: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> schema.Config:
@@ -262,7 +244,7 @@ def typed(config: ConfigDict | Mapping[str, Any] | schema.Config) -> schema.Conf
     """ConfigDict -> dataclasses, in which each field has its type, whatever rule its value breaks."""
     from frugalmoe.routing import strategies
 
-    resolved = build(schema.Config, config, "")
+    resolved = build(schema.Config, _plain(config), "")
     moe = resolved.model.moe
     options = build(strategies.get(moe.router).options, moe.options, "model.moe.options")
     sources = {k: build(schema.Source, v, f"data.sources.{k}") for k, v in resolved.data.sources.items()}
@@ -271,6 +253,10 @@ def typed(config: ConfigDict | Mapping[str, Any] | schema.Config) -> schema.Conf
         model=dataclasses.replace(resolved.model, moe=dataclasses.replace(moe, options=options)),
         data=dataclasses.replace(resolved.data, sources=schema.FrozenDict(sources)),
     )
+
+
+def _plain(config: Any) -> Any:
+    return {k: _plain(v) for k, v in config.items()} if isinstance(config, ConfigDict) else config
 
 
 def with_vocabulary(config: schema.Config, tokens: int) -> schema.Config:
@@ -283,52 +269,3 @@ def with_vocabulary(config: schema.Config, tokens: int) -> schema.Config:
         )
     model = dataclasses.replace(config.model, vocab_size=size or -(-tokens // 64) * 64)
     return dataclasses.replace(config, model=model)
-
-
-def build(cls: type, values: Any, path: str) -> Any:
-    """An instance of dataclass `cls` from a mapping, with the types of its annotations enforced."""
-    if isinstance(values, cls):
-        return values
-    if not isinstance(values, Mapping | ConfigDict):
-        raise UserError(f"{path}={values!r}: expected a section with fields {', '.join(_fields(cls))}")
-    prefix = f"{path}." if path else ""
-    hints = typing.get_type_hints(cls)
-    for name in values:
-        if name not in hints:
-            raise UserError(f"{prefix}{name}: unknown config field; {did_you_mean(name, _fields(cls))}")
-    return cls(**{k: _coerce(hints[k], values[k], prefix + k) for k in values})
-
-
-def _fields(cls: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls)]
-
-
-def _coerce(kind: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return build(kind, value, path)
-    origin = typing.get_origin(kind)
-    if kind is Any or origin is not None:
-        if isinstance(value, ConfigDict | Mapping):
-            element = typing.get_args(kind)[1] if origin not in (None, types.UnionType) else Any
-            plain = {
-                k: v if dataclasses.is_dataclass(element) else _coerce(element, v, f"{path}.{k}")
-                for k, v in dict(value).items()
-            }
-            return schema.FrozenDict(plain)
-        if origin is not None and origin is not types.UnionType and not isinstance(value, tuple):
-            raise UserError(f"{path}={value!r}: expected a mapping")
-        return value
-    if kind is int and type(value) is int:
-        check_integer(path, value)
-        return value
-    if kind is float and type(value) is int:
-        if value.bit_length() > 128:  # no float holds it
-            check_integer(path, value)
-        value = float(value)
-    if kind is float and type(value) is float:
-        check_float(path, value)
-    if path == "model.moe.router" and _is_router(value):
-        return value  # a strategy that is no file of the package: a notebook's
-    if type(value) is not kind:
-        raise UserError(f"{path}={value!r}: expected {kind.__name__}, got {type(value).__name__}")
-    return value

@@ -8,9 +8,9 @@ import math
 
 import jax
 
-from frugalmoe.config.schema import Model
 from frugalmoe.model.depths import predictor_hidden, routed_layers
 from frugalmoe.routing import strategies, threshold
+from frugalmoe.schema import Model
 
 TRAIN_FACTOR = 3  # a backward pass multiplies each weight twice: with the input's gradient and with the weight's
 

@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from frugalmoe.config.schema import Data
 from frugalmoe.data.cache import digest
 from frugalmoe.data.prepare import prepare, say
 from frugalmoe.data.shards import Sizes, Store, is_prepared
 from frugalmoe.data.split import check_domain
 from frugalmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_json, parse
 from frugalmoe.errors import UserError
+from frugalmoe.schema import Data
 
 EVAL_SEED = "validation"  # of the order of validation rows: the same for every run, so that runs compare
 

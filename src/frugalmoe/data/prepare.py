@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from frugalmoe.config.schema import Data
 from frugalmoe.console import Console
 from frugalmoe.data.cache import cache_root, digest
 from frugalmoe.data.shards import FORMAT, Item, is_prepared, read_index, read_manifest, write_manifest, write_shard
@@ -23,6 +22,7 @@ from frugalmoe.data.split import Sample, Split, Survey, text_hash
 from frugalmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_from, load_json, parse, train_bpe
 from frugalmoe.errors import UserError
 from frugalmoe.files import locked
+from frugalmoe.schema import Data
 
 SAMPLE_CHARACTERS = 8_000_000  # of training text that BPE is trained on
 SHARD_BYTES = (4 << 20, 256 << 20)  # least and most text in a shard; between them, 64 shards

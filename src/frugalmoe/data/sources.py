@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from frugalmoe.config.schema import Data, Source
 from frugalmoe.data import corpus, mixed, quickstart, readers
 from frugalmoe.data.cache import cache_root
 from frugalmoe.errors import UserError, needs_package
+from frugalmoe.schema import Data, Source
 
 BUILT_IN = {"quickstart": quickstart.build, "mixed": mixed.build}
 

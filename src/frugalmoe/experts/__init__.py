@@ -14,12 +14,12 @@
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.experts import blocks, capacity, dense, grouped
 from frugalmoe.experts.capacity import ORDERS
 from frugalmoe.experts.rows import sort_rows
 from frugalmoe.routing.contract import Plan
+from frugalmoe.schema import MoE
 from frugalmoe.sharding import GPUS, platform
 
 EXECUTORS = ("auto", "dense", "grouped", "capacity", "blocks", "tpu", "gpu")  # choices of model.moe.executor

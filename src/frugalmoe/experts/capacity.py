@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.experts.dense import swiglu
 from frugalmoe.experts.rows import sort_rows
 from frugalmoe.routing.contract import ExpertPlan, TokenPlan
+from frugalmoe.schema import MoE
 
 # Who keeps a slot when an expert's queue overflows -> whether a token's fate depends on later tokens of its sequence.
 ORDERS = {

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_batching import sequential_vmap
 
-from frugalmoe.cost.devices import GPUS
+from frugalmoe.devices import GPUS
 from frugalmoe.errors import UserError, needs_package
 from frugalmoe.experts.blocks import cover
 from frugalmoe.experts.grouped import Kernels

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from frugalmoe import experts
-from frugalmoe.config.schema import MoE
 from frugalmoe.experts import capacity
 from frugalmoe.experts.rows import sort_rows
 from frugalmoe.routing.contract import ExpertPlan, Plan, TokenPlan
+from frugalmoe.schema import MoE
 from frugalmoe.sharding import axis_size, has_ragged_all_to_all, own_part, platform
 
 EXCHANGES = ("auto", "all_gather", "all_to_all")  # choices of model.moe.exchange

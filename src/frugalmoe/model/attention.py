@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from frugalmoe.config.schema import Model
 from frugalmoe.model.attention_ops import cache_attention, causal_attention
 from frugalmoe.model.layers import RMSNorm, Rotary, normal, rotate
+from frugalmoe.schema import Model
 from frugalmoe.sharding import axis_size, local, spec, whole_sequences
 
 

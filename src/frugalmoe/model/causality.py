@@ -16,11 +16,11 @@ Losses do not count here: a balance loss over a batch changes no output.
 import jax
 import jax.numpy as jnp
 
-from frugalmoe.config.schema import Model
 from frugalmoe.experts import capacity, parallel
 from frugalmoe.model import depths
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import Inputs, Plan
+from frugalmoe.schema import Model
 
 LEVELS = ("safe", "batch", "leak")  # from best to worst
 

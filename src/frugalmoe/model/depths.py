@@ -24,12 +24,12 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from frugalmoe.config.schema import Model
 from frugalmoe.model.attention import Cache
 from frugalmoe.model.layers import Rotary, normal
 from frugalmoe.model.moe import Context, Routed
 from frugalmoe.routing import threshold
 from frugalmoe.routing.contract import About, Loss, TokenPlan, project
+from frugalmoe.schema import Model
 from frugalmoe.sharding import BATCH_AXES, local
 
 ABOUT = About(

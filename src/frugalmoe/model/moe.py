@@ -12,7 +12,6 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from frugalmoe.config.schema import FrozenDict, Model, MoE
 from frugalmoe.experts import parallel
 from frugalmoe.model.layers import FeedForward, normal
 from frugalmoe.routing import strategies
@@ -26,6 +25,7 @@ from frugalmoe.routing.contract import (
     selection_matrix,
     token_major,
 )
+from frugalmoe.schema import FrozenDict, Model, MoE
 from frugalmoe.sharding import BATCH_AXES, local, own_tokens, whole_sequences
 
 

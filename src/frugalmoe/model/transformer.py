@@ -13,12 +13,12 @@ from flax import nnx
 from jax import Array
 
 from frugalmoe import sharding
-from frugalmoe.config.schema import Model
 from frugalmoe.model import depths
 from frugalmoe.model.attention import Attention, Cache, empty_cache
 from frugalmoe.model.layers import FeedForward, RMSNorm, Rotary, normal, rotary
 from frugalmoe.model.moe import Context, MoELayer, Routed, RouterState
 from frugalmoe.routing import strategies
+from frugalmoe.schema import Model
 
 
 class Block(nnx.Module):

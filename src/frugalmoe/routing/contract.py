@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.config.schema import MoE
+from frugalmoe.schema import MoE
 
 Params = Mapping[str, Array]
 State = Mapping[str, Array]

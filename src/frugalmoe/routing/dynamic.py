@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing.contract import Inputs
+from frugalmoe.schema import MoE
 
 FAN_OUT = 4  # slots of a token over num_experts_per_token, where the option does not say
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing import losses, select, stats
 from frugalmoe.routing.contract import Inputs, Routing
+from frugalmoe.schema import MoE
 
 EPS = 1e-12  # added to the square of a length
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing import rules, select
+from frugalmoe.schema import MoE
 
 
 def top_k(score_BTE: Array, k: int, num_groups: int, groups_per_token: int, best: int) -> select.Choice:

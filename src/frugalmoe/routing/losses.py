@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing.contract import Inputs, Loss
+from frugalmoe.schema import MoE
 
 REPORTED = ("load_balance", "sequence_balance", "z")  # by every token-choice gate in every run
 GATE_LOSSES = (

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterable
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.errors import did_you_mean
+from frugalmoe.schema import MoE
 
 
 def first(*rules: str | None) -> str | None:

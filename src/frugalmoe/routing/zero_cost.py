@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing import losses, select, stats
 from frugalmoe.routing.contract import Inputs, Params, Routing, TokenPlan, clean, project
 from frugalmoe.routing.select import Choice
+from frugalmoe.schema import MoE
 
 
 def linear_init(key: Array, dim: int, num_choices: int) -> Params:

@@ -8,8 +8,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from frugalmoe import sharding
-from frugalmoe.config.schema import Checkpoint
 from frugalmoe.errors import UserError
+from frugalmoe.schema import Checkpoint
 from frugalmoe.train.step import State, finite
 
 _ITEMS = ("params", "router_state", "opt_state", "step")

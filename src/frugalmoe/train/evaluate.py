@@ -14,8 +14,9 @@ from frugalmoe import sharding
 from frugalmoe.config import Config
 from frugalmoe.data import Dataset
 from frugalmoe.data.batches import Batch
-from frugalmoe.generate import Weights
+from frugalmoe.train.placing import micro_batch, put_batch
 from frugalmoe.train.step import Evaluated, State
+from frugalmoe.train.weights import Weights
 
 
 class Traced(NamedTuple):
@@ -33,31 +34,10 @@ class Scores(NamedTuple):
     depths: dict[str, np.ndarray]  # the same of the blocks that mixture of depths routes; empty without
 
 
-def own_rows(mesh: jax.sharding.Mesh, config: Config) -> np.ndarray:
-    """The rows of a step's batch that this process's devices work on: of each micro-batch the same ones."""
-    shape = (config.train.accumulate_steps, _micro_batch(config), config.data.sequence_length)
-    rows_AB = np.arange(config.train.batch_size).reshape(shape[:2])
-    return rows_AB[:, sharding.own_indices(mesh, shape, "ABT", "B")].reshape(-1)
-
-
-def put_rows(mesh: jax.sharding.Mesh, batch: Batch, letters: str, config: Config) -> Batch:
-    """Micro-batches of which each process has the rows that are its own."""
-    b, size = letters.index("B"), _micro_batch(config)
-    return Batch(*(sharding.put(mesh, a, letters, (*a.shape[:b], size, *a.shape[b + 1 :])) for a in batch))
-
-
-def put_batch(mesh: jax.sharding.Mesh, batch: Batch, letters: str) -> Batch:
-    return Batch(*(sharding.put(mesh, a, letters) for a in batch))
-
-
-def _micro_batch(config: Config) -> int:
-    return config.train.batch_size // config.train.accumulate_steps
-
-
 def _batch_size(config: Config, mesh: jax.sharding.Mesh) -> int:
     """Rows of an evaluation batch: a training micro-batch, or less where fewer rows are evaluated."""
     devices = sharding.axis_size(*sharding.BATCH_AXES, mesh=mesh)
-    return min(_micro_batch(config), -(-config.train.eval_rows // devices) * devices)
+    return min(micro_batch(config), -(-config.train.eval_rows // devices) * devices)
 
 
 def evaluate(

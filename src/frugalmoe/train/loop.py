@@ -14,24 +14,29 @@ import jax
 import numpy as np
 
 from frugalmoe import sharding
-from frugalmoe.config import Config, check_devices, to_dict, with_vocabulary
+from frugalmoe.config import Config, check_devices, with_vocabulary
 from frugalmoe.data import Dataset, open_data
 from frugalmoe.data.batches import Batch
+from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
+from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json, write_json
-from frugalmoe.generate import Weights, sample_text
 from frugalmoe.model import depths
 from frugalmoe.model.causality import causality
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
 from frugalmoe.train import checkpoint, distributed, rundir
-from frugalmoe.train.evaluate import Scores, evaluate, own_rows, write_probe
+from frugalmoe.train.evaluate import Scores, evaluate, write_probe
+from frugalmoe.train.placing import own_rows
 from frugalmoe.train.preflight import check_directory
 from frugalmoe.train.program import Program, compiled_eval_step
 from frugalmoe.train.progress import Progress
 from frugalmoe.train.step import State, abstract, init, knobs
 from frugalmoe.train.trackers import Trackers
+from frugalmoe.train.weights import Weights
+
+Sampler = Callable[[Config, Weights, Tokenizer], dict[str, str]]
 
 
 class NotFinite(UserError):
@@ -44,15 +49,15 @@ def train(
     *,
     resume: str = "auto",
     fresh: bool = False,
-    sample: bool = False,
+    sample: Sampler | None = None,
     progress: Callable[[Config, int], Any] = Progress,
 ) -> dict[str, Any]:
     """Trains, or continues, the run in `workdir` and returns its summary. `status` is complete or stopped.
 
     resume: auto continues a run of the same config; force continues it whatever its config; never refuses. fresh
-    replaces the run that is there, once all has been checked. sample: the summary of a complete run has a passage of
-    generated text. Raises UserError for input that cannot be run; nothing is written or deleted then. With several
-    processes (`distributed.start`) all call it, alike.
+    replaces the run that is there, once all has been checked. sample: draws the passage of text in a complete run's
+    summary, as `generate.sample_text` does; None: the summary has none. Raises UserError for input that cannot be run;
+    nothing is written or deleted then. With several processes (`distributed.start`) all call it, alike.
     """
     config = config if fresh else rundir.as_begun(config, workdir)
     flags = {"--workdir": str(workdir), "--resume": resume, "--fresh": fresh}
@@ -137,7 +142,7 @@ def _describe(workdir: Path, config: Config, data: Dataset, start: int) -> None:
 
 
 def train_runs(
-    runs: Sequence["Run"], progress: Callable[[Config, int], Any], sample: bool = False
+    runs: Sequence["Run"], progress: Callable[[Config, int], Any], sample: Sampler | None = None
 ) -> list[dict[str, Any]]:
     """Trains runs to the end and returns their summaries; several at once where they stand at one step and their
     configs differ in `Knobs` and name only.
@@ -250,7 +255,7 @@ class Run:
         last = "nothing is saved yet" if saved is None else f"the last checkpoint is {saved}"
         return f"{what}: not finite; {last}; lower optim.learning_rate={self.config.optim.learning_rate}"
 
-    def finish(self, stopped: bool, seconds: float, sample: bool) -> dict[str, Any]:
+    def finish(self, stopped: bool, seconds: float, sample: Sampler | None) -> dict[str, Any]:
         """Saves the state; unless stopped, evaluates, and samples if asked to. Returns the summary, which a complete
         run also writes.
         """
@@ -259,7 +264,7 @@ class Run:
         self.manager.wait_until_finished()
         summary = {"status": "stopped" if stopped else "complete", "step": self.step, "steps": self.config.train.steps}
         if scores:
-            summary |= self._summary(scores, seconds) | ({"sample": self._sample()} if sample else {})
+            summary |= self._summary(scores, seconds) | ({"sample": self._sample(sample)} if sample else {})
             if distributed.is_main():
                 write_json(self.workdir / "summary.json", summary)
         return summary
@@ -339,13 +344,13 @@ class Run:
         level = lambda train: causality(self.config.model, train, devices)
         return {"causal": level(True), "causal_in_evaluation": level(False)}
 
-    def _sample(self) -> dict[str, str]:
+    def _sample(self, sample: Sampler) -> dict[str, str]:
         """On one device: decoding is the work of one, and knows no mesh that splits sequences."""
         weights = Weights(self.state.params, self.state.router_state)
         if self.mesh.size > 1 and not sharding.fits_one_device(weights):
             return {"prompt": "", "text": "", "why": "no sample: the parameters do not fit on one device"}
         with sharding.one_device(weights) as weights:
-            return sample_text(self.config, weights, self.data.tokenizer) if distributed.is_main() else {}
+            return sample(self.config, weights, self.data.tokenizer) if distributed.is_main() else {}
 
 
 def _by_layer(metrics: Callable, stats: Mapping[str, Any], layers: list[int]) -> dict[str, dict[str, float]]:

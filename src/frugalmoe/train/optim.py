@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from frugalmoe.config.schema import Config
+from frugalmoe.schema import Config
 
 
 def schedule(config: Config) -> optax.Schedule:

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from frugalmoe.config import RECORD, Config, check_devices, to_dict, with_vocabulary
+from frugalmoe.config import RECORD, Config, check_devices, with_vocabulary
 from frugalmoe.data.look import Look, look
 from frugalmoe.data.tokenizer import parse
 from frugalmoe.errors import UserError
+from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.train import checkpoint, distributed, rundir, trackers

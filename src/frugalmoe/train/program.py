@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from frugalmoe.config.schema import Config
 from frugalmoe.data.batches import Batch
+from frugalmoe.schema import Config
 from frugalmoe.sharding import AXES, GPUS, axis_size, platform
-from frugalmoe.train.evaluate import put_rows
+from frugalmoe.train.placing import put_rows
 from frugalmoe.train.step import make_eval_step, make_train_step, without_knobs
 
 PROGRAMS_KEPT = 4  # of each kind. On CPUs one is mapped in thousands of pieces, and Linux gives a process 65,530

@@ -6,8 +6,8 @@ from datetime import timedelta
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
-from frugalmoe.config.schema import Config
 from frugalmoe.console import Console
+from frugalmoe.schema import Config
 from frugalmoe.train.distributed import is_main
 
 _SECONDS_BETWEEN_LINES = 15.0

@@ -16,7 +16,6 @@ from flax import nnx
 from jax import Array
 
 from frugalmoe import sharding
-from frugalmoe.config.schema import Config, FrozenDict
 from frugalmoe.data.batches import Batch
 from frugalmoe.model import depths
 from frugalmoe.model.cross_entropy import cross_entropy
@@ -26,6 +25,7 @@ from frugalmoe.routing import losses as aux_losses
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import TokenPlan
+from frugalmoe.schema import Config, FrozenDict
 from frugalmoe.train import optim
 
 EVAL_SEED = 0  # the same for every run, so that runs compare and share a compiled program

@@ -17,9 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from frugalmoe.config import Config, to_dict
+from frugalmoe.config import Config
 from frugalmoe.config.checks import tracker_names
 from frugalmoe.errors import UserError, needs_package
+from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json, write_json
 
 PROJECT = "frugalmoe"  # WANDB_PROJECT names another

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from frugalmoe import metrics
-from frugalmoe.analysis import load
+from frugalmoe.analysis import evenness
 from frugalmoe.analysis.plots.style import (
     GREY,
     OKABE_ITO,
@@ -184,4 +184,4 @@ def noise_floor(run: Run) -> float:
     """Max violation that sampling alone gives in one optimizer step of this run."""
     moe = run.config["model"]["moe"]
     tokens = run.config["train"]["batch_size"] * run.config["data"]["sequence_length"]
-    return load.violation_floor(moe["num_experts"], tokens * moe["num_experts_per_token"])
+    return evenness.violation_floor(moe["num_experts"], tokens * moe["num_experts_per_token"])

@@ -13,9 +13,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing import losses, rules, select, stats, zero_cost
 from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State
+from frugalmoe.schema import MoE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing import gate, losses, rules, select
 from frugalmoe.routing.contract import (
     About,
@@ -38,6 +37,7 @@ from frugalmoe.routing.contract import (
     linear_logits,
     project,
 )
+from frugalmoe.schema import MoE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

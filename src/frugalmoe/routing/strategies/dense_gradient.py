@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing import gate, losses, select
 from frugalmoe.routing.contract import (
     About,
@@ -28,6 +27,7 @@ from frugalmoe.routing.contract import (
     linear_init,
     linear_logits,
 )
+from frugalmoe.schema import MoE
 
 
 def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:

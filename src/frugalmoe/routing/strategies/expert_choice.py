@@ -30,7 +30,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing import losses, rules, stats, threshold
 from frugalmoe.routing.contract import (
     About,
@@ -43,6 +42,7 @@ from frugalmoe.routing.contract import (
     linear_init,
     linear_logits,
 )
+from frugalmoe.schema import MoE
 
 FAN_OUT = 4  # slots of a token in evaluation, over num_experts_per_token
 

@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing import losses, rules, stats, threshold
 from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
+from frugalmoe.schema import MoE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing import losses, select, stats
 from frugalmoe.routing.contract import (
     About,
@@ -30,6 +29,7 @@ from frugalmoe.routing.contract import (
     linear_init,
     linear_logits,
 )
+from frugalmoe.schema import MoE
 
 
 def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:

@@ -10,9 +10,9 @@ Letters: B batch, T time, E experts.
 import jax
 import jax.numpy as jnp
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing import gate, losses, select
 from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
+from frugalmoe.schema import MoE
 
 
 def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing import losses, rules, select, stats, zero_cost
 from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, clean
+from frugalmoe.schema import MoE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing import gate, losses, rules, select
 from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
+from frugalmoe.schema import MoE
 
 LEAST_NOISE = 0.01
 

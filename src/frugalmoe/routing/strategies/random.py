@@ -10,9 +10,9 @@ Letters: B batch, T time, E experts, K choices.
 import jax
 import jax.numpy as jnp
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing import select, stats
 from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State
+from frugalmoe.schema import MoE
 
 
 def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:

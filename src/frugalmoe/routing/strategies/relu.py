@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing import dynamic, losses, rules, select, stats
 from frugalmoe.routing.contract import About, Inputs, Loss, Params, Router, Routing, State, linear_init, linear_logits
+from frugalmoe.schema import MoE
 
 EPS = 1e-6
 

@@ -12,10 +12,10 @@ import dataclasses
 import jax
 from jax import Array
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.errors import UserError
 from frugalmoe.routing import gate, rules, select
 from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State
+from frugalmoe.schema import MoE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,10 +26,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing import gate, groups, losses, rules, select
 from frugalmoe.routing.contract import About, Inputs, Loss, Params, Router, Routing, State, linear_init, linear_logits
 from frugalmoe.routing.strategies import hash as hash_strategy
+from frugalmoe.schema import MoE
 
 BEST = {"max": 1, "top2": 2}  # how many of its largest scores a group's score sums
 OF_LOAD = ("load_balance", "sequence_balance", "device_balance")

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing.contract import About, Inputs, Loss, Params, Router, Routing, State, linear_init
 from frugalmoe.routing.strategies import topk_softmax
+from frugalmoe.schema import MoE
 
 
 def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:

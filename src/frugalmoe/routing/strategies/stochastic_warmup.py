@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.config.load import build
-from frugalmoe.config.schema import FrozenDict, MoE
 from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.fields import build
 from frugalmoe.routing import losses, rules, select, strategies
 from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
+from frugalmoe.schema import FrozenDict, MoE
 
 RUNNING = ("logit_mean", "logit_square")  # this wrapper's own state; all else is the base's
 

@@ -14,9 +14,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing import dynamic, losses, rules, select, stats
 from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
+from frugalmoe.schema import MoE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

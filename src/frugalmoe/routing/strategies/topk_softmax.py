@@ -17,9 +17,9 @@ import dataclasses
 
 import jax
 
-from frugalmoe.config.schema import MoE
 from frugalmoe.routing import gate, groups, losses, rules, select
 from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
+from frugalmoe.schema import MoE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
+from frugalmoe.aot.program import Compiled, compile_step, settled
+from frugalmoe.aot.topologies import Topology, parse
 from frugalmoe.config.checks import check_devices
-from frugalmoe.config.schema import Config, Mesh
-from frugalmoe.cost.aot import Compiled, compile_step, settled
-from frugalmoe.cost.devices import DEVICES, usable
-from frugalmoe.cost.topologies import Topology, parse
+from frugalmoe.devices import DEVICES, usable
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.model.transformer import count_parameters
+from frugalmoe.schema import Config, Mesh
 
 HOST = 8  # devices that are near each other
 BYTES_OF_PARAMETER = 16  # itself, its gradient and Adam's two moments, in float32: no layout needs less

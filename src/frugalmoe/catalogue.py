@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from rich import box
 from rich.table import Table
 
-from frugalmoe.config.schema import MixtureOfDepths, MoE
+from frugalmoe.model import depths
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import About, Router
+from frugalmoe.schema import MixtureOfDepths, MoE
 
 COLUMNS = ("name", "year", "paper", "score", "selection", "weights", "balance", "causal", "form", "state")
 HEADER = """# Routing strategies
@@ -39,8 +40,6 @@ def catalogue() -> list[dict]:
 
 def blocks() -> list[dict]:
     """The same of what routes tokens around whole blocks."""
-    from frugalmoe.model import depths  # imported here: models import routing
-
     return [_filled("mixture_of_depths", {f: getattr(depths.ABOUT, f) for f in _CLAIMS}, MixtureOfDepths())]
 
 

@@ -17,12 +17,12 @@ from jax import ShapeDtypeStruct
 from jax.sharding import NamedSharding
 
 from frugalmoe import sharding
+from frugalmoe.aot import hlo, topologies
+from frugalmoe.aot.topologies import Topology
 from frugalmoe.config import Config, check_devices, with_vocabulary
-from frugalmoe.cost import hlo, topologies
-from frugalmoe.cost.devices import usable
-from frugalmoe.cost.topologies import Topology
 from frugalmoe.data.batches import Batch
 from frugalmoe.data.tokenizer import expected_size
+from frugalmoe.devices import usable
 from frugalmoe.train.program import compiled_train_step
 from frugalmoe.train.step import abstract, knobs
 

@@ -20,17 +20,18 @@ import jax
 import numpy as np
 from rich.progress import track
 
-from frugalmoe import generate
 from frugalmoe.analysis.probe import read_columns
 from frugalmoe.analysis.trace import FOLDER, check_file, fingerprints, trace_files
-from frugalmoe.config import Config, check_integer
+from frugalmoe.config import Config
 from frugalmoe.data import Dataset, open_data
 from frugalmoe.errors import UserError
+from frugalmoe.fields import check_integer
 from frugalmoe.files import read_json, write_atomically
 from frugalmoe.routing import stats
 from frugalmoe.train import checkpoint
 from frugalmoe.train.evaluate import Traced, evaluate, probe_columns
 from frugalmoe.train.step import make_eval_step
+from frugalmoe.train.weights import load_model
 
 TOKENS = 65_536
 
@@ -80,7 +81,7 @@ class Tracer:
 
     def __init__(self, run: Path, tokens: int):
         self.run = run
-        config, _, _, self.mesh = generate.load(run)
+        config, _, _, self.mesh = load_model(run)
         self.layers = moe_layers(run, config)
         self.data = open_run_data(run, config)
         self.config = limited(config, len(self.data.domains), tokens)
@@ -88,7 +89,7 @@ class Tracer:
 
     def columns(self, step: int) -> dict[str, np.ndarray]:
         """The arrays of one checkpoint's file that follow from its weights."""
-        _, weights, _, _ = generate.load(self.run, step)
+        _, weights, _, _ = load_model(self.run, step)
         seen: list[Traced] = []
         with jax.set_mesh(self.mesh):
             scores = evaluate(self.eval_step, weights, self.data, self.config, self.mesh, seen)

@@ -11,6 +11,9 @@ from typing import Any
 Frozen = dataclasses.dataclass(frozen=True, kw_only=True)
 
 
+BY_NAME = "by_name"  # metadata of a field that from Python may hold the object itself, which has a `name`
+
+
 class FrozenDict(dict):
     """A mapping that refuses to be written to: configs share their defaults, and are the keys of caches."""
 
@@ -35,7 +38,7 @@ class MoE:
     """A mixture-of-experts feed-forward layer."""
 
     # A file name in frugalmoe/routing/strategies (`frugalmoe routers` lists them), or from Python a `Router` itself.
-    router: str = "topk_softmax"
+    router: str = dataclasses.field(default="topk_softmax", metadata={BY_NAME: True})
     options: Any = FrozenDict()  # the strategy's own options; after `resolve`, an instance of its `Options`
     num_experts: int = 8  # routed experts of a layer
     num_experts_per_token: int = 2  # experts that a token is sent to

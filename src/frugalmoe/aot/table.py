@@ -7,7 +7,7 @@ import math
 from rich import box
 from rich.table import Table
 
-from frugalmoe.cost.devices import GIB
+from frugalmoe.devices import GIB
 
 _PACKAGES = {"tpu": ("libtpu",), "cuda": ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")}
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
-from frugalmoe.cost.devices import DEVICES, GPUS, TPUS, Gpu, Tpu, target_config
+from frugalmoe.devices import DEVICES, GPUS, TPUS, Gpu, Tpu, target_config
 from frugalmoe.errors import UserError, needs_package
 
 _SLICES = re.compile(r"^(.*?)x?(\d+)slices?$")

@@ -1,0 +1,76 @@
+"""Functions as one device of the mesh sees them: local shards, and collectives.
+
+Letters: B batch, T time.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from frugalmoe.sharding.letters import spec
+from frugalmoe.sharding.mesh import axis_size
+
+
+def local(fn: Callable, in_letters: tuple[str, ...], out_letters: tuple[str, ...] | str) -> Callable:
+    """`fn` as seen by one device: its arguments are local shards, and collectives are allowed in it.
+
+    An entry of the letters may stand for a whole pytree of arrays of that shape. Kernels (sorting, loops, Pallas) run
+    inside this, where every shape is static and local. An output must be equal on all devices of the axes that its
+    letters do not name.
+    """
+    out = spec(out_letters) if isinstance(out_letters, str) else tuple(map(spec, out_letters))
+
+    def apply(*args):
+        args = jax.tree.map(_with_value_gradient, args)
+        entries = [jax.tree.map(functools.partial(_typed, letters), arg) for letters, arg in zip(in_letters, args)]
+        return jax.shard_map(fn, in_specs=tuple(entries), out_specs=out, check_vma=False)(*args)
+
+    return apply
+
+
+@jax.custom_vjp
+def _identity(a: Array) -> Array:
+    return a
+
+
+_identity.defvjp(lambda a: (a, None), lambda _, gradient: (gradient,))
+
+
+def _with_value_gradient(a: Array) -> Array:
+    """`a` itself, in no other program. Its gradient is a value when it leaves `shard_map`.
+
+    Where gradients are summed in place, it is added to its sum outside. Newer JAX would hand the sum to `shard_map` and
+    add there, which it refuses with `check_vma=False`: what devices have of a gradient must be summed before.
+    """
+    return _identity(a) if jnp.issubdtype(jnp.result_type(a), jnp.inexact) else a
+
+
+def _typed(letters: str, array: Array) -> P:
+    """The spec of an argument of `local`: gathered parameters keep that their gradients are sums yet to be formed."""
+    return P(*spec(letters), reduced=jax.typeof(array).sharding.spec.reduced)
+
+
+def whole_sequences(tree: Any) -> Any:
+    """Inside `local`: arrays [B, T, ...] of this device's tokens -> of all tokens of their sequences."""
+    if axis_size("context") == 1:
+        return tree
+    return jax.tree.map(lambda a: jax.lax.all_gather(a, "context", axis=1, tiled=True), tree)
+
+
+def own_tokens(tree: Any) -> Any:
+    """Inside `local`: the inverse, this device's tokens of arrays [B, T, ...]."""
+    return jax.tree.map(lambda a: own_part(a, "context", 1), tree)
+
+
+def own_part(array: Array, name: str, dim: int) -> Array:
+    """Inside `local`: this device's share of a dimension that all devices of a mesh axis hold whole."""
+    size = axis_size(name)
+    if size == 1:
+        return array
+    length = array.shape[dim] // size
+    return jax.lax.dynamic_slice_in_dim(array, jax.lax.axis_index(name) * length, length, dim)
