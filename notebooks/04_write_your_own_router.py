@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from frugalmoe.ablate import Study, load_comparison, plots, run_study
 from frugalmoe.routing import gate, select
-from frugalmoe.routing.contract import About, Inputs, Router, linear_init, linear_logits
+from frugalmoe.routing.contract import About, Inputs, Router, arrays, linear_init, linear_logits
 from frugalmoe.routing.strategies import hash as hash_strategy
 from frugalmoe.schema import MoE
 
@@ -79,7 +79,7 @@ x_BTD = jax.random.normal(key, (1, 8, 16))
 ids_BT = jnp.array([[5, 3, 5, 9, 3, 5, 1, 9]])
 ones_BT, positions_BT = jnp.ones_like(ids_BT), jnp.arange(8)[None]
 inputs = Inputs(x_BTD, ids_BT, ones_BT, positions_BT, jax.random.split(key, 1), jnp.int32(0), jnp.int32(0), train=True)
-params = half_hash.init(key, 16, config)
+params = arrays(half_hash.init(key, 16, config))
 plan = route(params, {}, inputs, config).plan
 dict(ids=ids_BT[0].tolist(), first=plan.expert_NK[:, 0].tolist(), second=plan.expert_NK[:, 1].tolist())
 

@@ -14,7 +14,7 @@ import pytest
 
 from frugalmoe.errors import UserError
 from frugalmoe.routing import strategies
-from frugalmoe.routing.contract import ExpertPlan, Inputs, Router, Routing, TokenPlan, combine_matrix
+from frugalmoe.routing.contract import ExpertPlan, Inputs, Router, Routing, TokenPlan, arrays, combine_matrix
 from frugalmoe.schema import FrozenDict, MoE
 
 B, T, D, VOCAB = 2, 8, 8, 16
@@ -152,7 +152,7 @@ def make_params(case: Case, seed: int = 0) -> tuple[dict, dict]:
     assert not own.keys() & shared.keys()
     noise = jnp.abs(jax.random.normal(jax.random.key(seed + 1), (16,)))
     state = jax.tree.map(lambda s: s + 0.1 * jnp.resize(noise, s.shape), case.router.init_state(D, case.config))
-    return {**own, **shared}, state
+    return arrays({**own, **shared}), state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # not by case: routers that differ in claims alone share it

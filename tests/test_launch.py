@@ -18,7 +18,8 @@ from frugalmoe.launch.schedulers import SCHEDULERS
 LAUNCH = Path(__file__).parents[1] / "launch"
 CONFIG = "--config=configs/quickstart.py"
 TPU = "--template=launch/jobset-tpu.yaml"
-TRAIN = "frugalmoe train --config=configs/quickstart.py --config.train.batch_size=64 --workdir=runs/quickstart"
+WORKDIR = "runs/launched-by-a-test"  # not that of a quickstart that somebody trained in this checkout
+TRAIN = f"frugalmoe train --config=configs/quickstart.py --config.train.batch_size=64 --workdir={WORKDIR}"
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def checkout(monkeypatch):
 
 
 def dry_run(capsys, scheduler: str, *flags: str) -> str:
-    argv = [CONFIG, "--config.train.batch_size=64", "--devices-per-node=4", *flags, "--dry-run"]
+    argv = [CONFIG, "--config.train.batch_size=64", "--devices-per-node=4", f"--workdir={WORKDIR}", *flags, "--dry-run"]
     assert main(["launch", scheduler, *argv]) == 0
     return capsys.readouterr().out
 

@@ -8,7 +8,7 @@ import pytest
 
 from frugalmoe.config import default, override, resolve
 from frugalmoe.errors import UserError
-from frugalmoe.model.transformer import structure
+from frugalmoe.model.transformer import declarations, structure
 from frugalmoe.schema import Config, Optim, Train
 from frugalmoe.train.optim import decay_mask, optimizer, schedule
 
@@ -70,10 +70,10 @@ def test_no_warmup_starts_at_the_peak():
 
 def test_decay_touches_matrices_and_nothing_else():
     fields = {"model.qk_norm": "head", "model.qkv_bias": True, "model.num_dense_layers": 1, "model.dense_dim": 8}
-    _, params, _ = structure(resolve(override(default(), BASE | fields)).model)
-    decayed = {
-        jax.tree_util.keystr(path) for path, decays in jax.tree_util.tree_leaves_with_path(decay_mask(params)) if decays
-    }
+    model = resolve(override(default(), BASE | fields)).model
+    _, params, _ = structure(model)
+    mask = decay_mask(params, declarations(model))
+    decayed = {jax.tree_util.keystr(path) for path, decays in jax.tree_util.tree_leaves_with_path(mask) if decays}
     everything = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     kept = everything - decayed
     assert all("norm" in name or "bias" in name for name in kept) and kept

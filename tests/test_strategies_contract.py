@@ -28,7 +28,7 @@ from test_train_step import batch, config_of, mesh_of, router, trained
 from frugalmoe import sharding
 from frugalmoe.errors import UserError
 from frugalmoe.model.moe import Context, execute
-from frugalmoe.model.transformer import count_parameters, structure
+from frugalmoe.model.transformer import count_parameters, declarations, structure
 from frugalmoe.routing.contract import Inputs, Routing, TokenPlan
 from frugalmoe.routing.strategies import recurrent, stochastic_warmup
 from frugalmoe.schema import FrozenDict, MoE
@@ -89,8 +89,9 @@ def test_shared_parameters_exist_once_and_count_once() -> None:
     assert "router" not in params["moe_blocks"]["moe"]
     for kind in ("total", "active"):
         assert count_parameters(own.model)[kind] - count_parameters(shared.model)[kind] == 32 * 8
-    assert decay_mask(params)["shared_router"]["kernel_DE"]
-    vectors = decay_mask(structure(config_of(router("recurrent")).model)[1])["shared_router"]
+    assert decay_mask(params, declarations(shared.model))["shared_router"]["kernel_DE"]
+    recurrent = config_of(router("recurrent")).model
+    vectors = decay_mask(structure(recurrent)[1], declarations(recurrent))["shared_router"]
     assert vectors == {"input_HG": True, "state_HG": True, "input_bias_G": False, "new_bias_H": False}
 
 

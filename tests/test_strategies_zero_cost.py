@@ -10,7 +10,7 @@ import pytest
 from routing_cases import make_case, route
 from test_strategies import softmax
 
-from frugalmoe.routing.contract import Inputs
+from frugalmoe.routing.contract import Inputs, arrays
 from frugalmoe.schema import FrozenDict
 
 
@@ -19,7 +19,7 @@ def steered(name: str, k: int, logits: list[list[float]], **options):
     case = make_case(name, 2, k, **options)
     x_BTD = jnp.asarray([logits], jnp.float32)
     size, ones = x_BTD.shape[-1], jnp.ones(x_BTD.shape[:2], jnp.int32)
-    params = dict(case.router.init(jax.random.key(0), size, case.config)) | {"kernel_DX": jnp.eye(size)}
+    params = arrays(case.router.init(jax.random.key(0), size, case.config)) | {"kernel_DX": jnp.eye(size)}
     carry = case.router.init_carry(case.config, *x_BTD.shape[:2])
     inputs = Inputs(x_BTD, ones, ones, ones, None, jnp.int32(0), jnp.int32(0), carry=carry)
     return (
@@ -72,7 +72,7 @@ def test_device_balance_is_of_real_experts(name: str, others: int) -> None:
     moe = {"load_balance_devices": 2, "losses": FrozenDict(device_balance=1.0)}
     case = make_case(name, 4, 2, moe=moe, **{count: others}, **rest)
     ones, size = jnp.ones((1, 2), jnp.int32), 4 + others
-    params = dict(case.router.init(jax.random.key(0), size, case.config)) | {"kernel_DX": jnp.eye(size)}
+    params = arrays(case.router.init(jax.random.key(0), size, case.config)) | {"kernel_DX": jnp.eye(size)}
     state, carry = case.router.init_state(size, case.config), case.router.init_carry(case.config, 1, 2)
 
     def loss(x_BTD):

@@ -14,7 +14,7 @@ from jax import Array
 from frugalmoe.model.attention_ops import cache_attention, causal_attention
 from frugalmoe.model.layers import RMSNorm, Rotary, normal, rotate
 from frugalmoe.schema import Model
-from frugalmoe.sharding import axis_size, local, spec, whole_sequences
+from frugalmoe.sharding import axis_size, local, parameter, spec, whole_sequences
 
 
 class Cache(NamedTuple):
@@ -41,18 +41,18 @@ class Attention(nnx.Module):
         self.config = config
         d, heads, kv_heads = config.head_dim, config.num_heads, config.num_kv_heads
         q_key, k_key, v_key, o_key = jax.random.split(key, 4)
-        self.query_DHd = normal(q_key, (config.dim, heads, d), config.init_std)
-        self.key_DKd = normal(k_key, (config.dim, kv_heads, d), config.init_std)
-        self.value_DKd = normal(v_key, (config.dim, kv_heads, d), config.init_std)
-        self.out_HdD = normal(o_key, (heads, d, config.dim), out_std)
+        self.query_DHd = normal(q_key, "D->Hd", (config.dim, heads, d), config.init_std)
+        self.key_DKd = normal(k_key, "D->Kd", (config.dim, kv_heads, d), config.init_std)
+        self.value_DKd = normal(v_key, "D->Kd", (config.dim, kv_heads, d), config.init_std)
+        self.out_HdD = normal(o_key, "Hd->D", (heads, d, config.dim), out_std)
         if config.qkv_bias:
-            self.query_bias_Hd = nnx.Param(jnp.zeros((heads, d)))
-            self.key_bias_Kd = nnx.Param(jnp.zeros((kv_heads, d)))
-            self.value_bias_Kd = nnx.Param(jnp.zeros((kv_heads, d)))
+            self.query_bias_Hd = parameter(jnp.zeros((heads, d)), "Hd", "vector")
+            self.key_bias_Kd = parameter(jnp.zeros((kv_heads, d)), "Kd", "vector")
+            self.value_bias_Kd = parameter(jnp.zeros((kv_heads, d)), "Kd", "vector")
         if config.qk_norm != "none":
             whole = config.qk_norm == "full"
-            self.query_norm = RMSNorm(heads * d if whole else d, config.norm_eps)
-            self.key_norm = RMSNorm(kv_heads * d if whole else d, config.norm_eps)
+            self.query_norm = RMSNorm(heads * d if whole else d, config.norm_eps, "." if whole else "d")
+            self.key_norm = RMSNorm(kv_heads * d if whole else d, config.norm_eps, "." if whole else "d")
 
     def __call__(
         self, x_BTD: Array, angles: Rotary, segment_ids_BT: Array, cache: Cache | None, start: Array | None

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from frugalmoe.experts import capacity, parallel
 from frugalmoe.model import depths
 from frugalmoe.routing import strategies
-from frugalmoe.routing.contract import Inputs, Plan
+from frugalmoe.routing.contract import Inputs, Plan, arrays
 from frugalmoe.schema import Model
 
 LEVELS = ("safe", "batch", "leak")  # from best to worst
@@ -63,7 +63,7 @@ def _plan(config: Model, train: bool) -> Plan:
     ids_BT = jnp.ones((batch, time), jnp.int32)
 
     def plan(key: jax.Array) -> Plan:
-        params = {**router.init(key, config.dim, moe), **router.init_shared(key, config.dim, moe)}
+        params = arrays({**router.init(key, config.dim, moe), **router.init_shared(key, config.dim, moe)})
         inputs = Inputs(
             jnp.ones((batch, time, config.dim)),
             ids_BT,

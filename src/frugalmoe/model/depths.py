@@ -30,7 +30,7 @@ from frugalmoe.model.moe import Context, Routed
 from frugalmoe.routing import threshold
 from frugalmoe.routing.contract import About, Loss, TokenPlan, project
 from frugalmoe.schema import Model
-from frugalmoe.sharding import BATCH_AXES, local
+from frugalmoe.sharding import BATCH_AXES, local, parameter
 
 ABOUT = About(
     year=2024,
@@ -82,10 +82,10 @@ class Depth(nnx.Module):
         self.config = config
         router_key, up_key, out_key = jax.random.split(key, 3)
         hidden = predictor_hidden(config.dim)
-        self.router_D = normal(router_key, (config.dim,), config.dim**-0.5)
-        self.up_DH = normal(up_key, (config.dim, hidden), config.dim**-0.5)
-        self.out_H = normal(out_key, (hidden,), hidden**-0.5)
-        self.bias = nnx.Param(jnp.zeros((), jnp.float32))
+        self.router_D = normal(router_key, "D", (config.dim,), config.dim**-0.5, "router")
+        self.up_DH = normal(up_key, "DR", (config.dim, hidden), config.dim**-0.5, "router")
+        self.out_H = normal(out_key, "R", (hidden,), hidden**-0.5, "router")
+        self.bias = parameter(jnp.zeros((), jnp.float32), "", "router")
 
     def scores(self, x_BTD: Array) -> tuple[Array, Array]:
         """-> (r, the predictor's logit), float32 [B, T]. The predictor sees x / rms(x), whatever the size of x."""

@@ -10,19 +10,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from frugalmoe.sharding import spec
+from frugalmoe.sharding import parameter, spec
 
 
-def normal(key: Array, shape: tuple[int, ...], std: float) -> nnx.Param:
-    return nnx.Param(jax.random.normal(key, shape, jnp.float32) * std)
+def normal(key: Array, letters: str, shape: tuple[int, ...], std: float, role: str = "matrix") -> nnx.Param:
+    """A float32 parameter drawn from a normal distribution; see `sharding.parameter` for its letters and role."""
+    return parameter(jax.random.normal(key, shape, jnp.float32) * std, letters, role)
 
 
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, letter: str):
+        """`letter` of the last axis."""
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones(size, jnp.float32))
+        self.scale = parameter(jnp.ones(size, jnp.float32), letter, "vector")
 
     def __call__(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
@@ -80,8 +82,8 @@ class FeedForward(nnx.Module):
 
     def __init__(self, key: Array, dim: int, hidden: int, std: float, out_std: float):
         up_key, down_key = jax.random.split(key)
-        self.gate_up_D2F = normal(up_key, (dim, 2, hidden), std)
-        self.down_FD = normal(down_key, (hidden, dim), out_std)
+        self.gate_up_D2F = normal(up_key, "D->2F", (dim, 2, hidden), std)
+        self.down_FD = normal(down_key, "F->D", (hidden, dim), out_std)
 
     def __call__(self, x_BTD: Array) -> Array:
         gate_up, down = self.gate_up_D2F.astype(x_BTD.dtype), self.down_FD.astype(x_BTD.dtype)

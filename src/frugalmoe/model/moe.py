@@ -80,10 +80,10 @@ class MoELayer(nnx.Module):
         self.config = moe = config.moe
         router = strategies.get(moe.router)
         router_key, up_key, down_key, shared_key = jax.random.split(key, 4)
-        self.router = nnx.Dict({k: nnx.Param(v) for k, v in router.init(router_key, config.dim, moe).items()})
+        self.router = nnx.Dict(dict(router.init(router_key, config.dim, moe)))
         self.router_state = nnx.Dict({k: RouterState(v) for k, v in router.init_state(config.dim, moe).items()})
-        self.gate_up_ED2F = normal(up_key, (moe.num_experts, config.dim, 2, moe.expert_dim), config.init_std)
-        self.down_EFD = normal(down_key, (moe.num_experts, moe.expert_dim, config.dim), out_std)
+        self.gate_up_ED2F = normal(up_key, "ED->2F", (moe.num_experts, config.dim, 2, moe.expert_dim), config.init_std)
+        self.down_EFD = normal(down_key, "EF->D", (moe.num_experts, moe.expert_dim, config.dim), out_std)
         if moe.num_shared_experts:
             hidden = moe.num_shared_experts * moe.expert_dim
             self.shared = FeedForward(shared_key, config.dim, hidden, config.init_std, out_std)

@@ -4,6 +4,7 @@ Layers of one kind are stacked along a leading axis L and scanned, so that compi
 Letters: B batch, T time, D model, V vocabulary, L layers.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,9 +28,9 @@ class Block(nnx.Module):
     def __init__(self, key: Array, config: Model, moe: bool):
         attention_key, ffn_key = jax.random.split(key)
         out_std = config.init_std / (2 * config.num_layers) ** 0.5
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps, "D")
         self.attention = Attention(attention_key, config, out_std)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, "D")
         if moe:
             self.moe = MoELayer(ffn_key, config, out_std)
         else:
@@ -73,7 +74,7 @@ class Transformer(nnx.Module):
         self.config = config
         embed_key, dense_key, moe_key, head_key = jax.random.split(key, 4)
         num_moe = config.num_layers - config.num_dense_layers
-        self.embed_VD = normal(embed_key, (config.vocab_size, config.dim), config.init_std)
+        self.embed_VD = normal(embed_key, "VD", (config.vocab_size, config.dim), config.init_std, "embedding")
         if config.num_dense_layers:
             keys = jax.random.split(dense_key, config.num_dense_layers)
             self.dense_blocks = jax.vmap(lambda k: Block(k, config, moe=False))(keys)
@@ -81,16 +82,16 @@ class Transformer(nnx.Module):
             self.moe_blocks = jax.vmap(lambda k: Block(k, config, moe=True))(jax.random.split(moe_key, num_moe))
             shared_key = jax.random.fold_in(moe_key, num_moe)
             shared = strategies.get(config.moe.router).init_shared(shared_key, config.dim, config.moe)
-            self.shared_router = nnx.Dict({k: nnx.Param(v) for k, v in shared.items()})
+            self.shared_router = nnx.Dict(dict(shared))
         dense_depths, moe_depths = map(len, depths.routed_layers(config))
         stacked = lambda key, n: jax.vmap(lambda k: depths.Depth(k, config))(jax.random.split(key, n))
         if dense_depths:
             self.dense_depths = stacked(jax.random.fold_in(dense_key, config.num_layers), dense_depths)
         if moe_depths:
             self.moe_depths = stacked(jax.random.fold_in(moe_key, config.num_layers + 1), moe_depths)
-        self.final_norm = RMSNorm(config.dim, config.norm_eps)
+        self.final_norm = RMSNorm(config.dim, config.norm_eps, "D")
         if not config.tie_embeddings:
-            self.head_DV = normal(head_key, (config.dim, config.vocab_size), config.init_std)
+            self.head_DV = normal(head_key, "DV", (config.dim, config.vocab_size), config.init_std, "head")
 
     def __call__(
         self,
@@ -101,7 +102,7 @@ class Transformer(nnx.Module):
         """Hidden states of every token; `caches` and `start` are given in generation only."""
         config = self.config
         batch, time = context.token_ids_BT.shape
-        embed_VD = sharding.gather({"embed_VD": self.embed_VD[...]}, config.compute_dtype)["embed_VD"]
+        embed_VD = sharding.gather(self.embed_VD, config.compute_dtype)[...]
         look_up = sharding.local(_look_up, ("VD", "BT"), "BTD")
         x_BTD = look_up(embed_VD.astype(config.compute_dtype), context.token_ids_BT)
         routed, new_caches, reports = None, [None, None], [None, None]
@@ -110,8 +111,8 @@ class Transformer(nnx.Module):
         if config.num_dense_layers < config.num_layers:
             carry = strategies.get(config.moe.router).init_carry(config.moe, batch, time)
             carry = jax.tree.map(lambda a: sharding.reshard(a, "BT" + "." * (a.ndim - 2)), carry)
-            shared = {"shared_router": {k: v[...] for k, v in self.shared_router.items()}}
-            context = context._replace(**sharding.gather(shared, config.compute_dtype))
+            shared = sharding.gather(self.shared_router, config.compute_dtype)
+            context = context._replace(shared_router={k: v[...] for k, v in shared.items()})
             x_BTD, routed, _, new_caches[1], reports[1] = self._scan("moe", x_BTD, context, carry, caches[1], start)
         return Output(self.final_norm(x_BTD), routed, tuple(new_caches), depths.join(*reports))
 
@@ -127,7 +128,7 @@ class Transformer(nnx.Module):
 
         def through(state, xs):
             depth, (block, layer, cache) = xs
-            depth = sharding.gather({"depths": depth}, config.compute_dtype)["depths"]
+            depth = sharding.gather(depth, config.compute_dtype)
             block = sharding.gather(block, config.compute_dtype)
             x, routed, carry, cache, report = depth.through(block, state[0], context, angles, layer, state[1], cache)
             return (x, carry), ((routed, cache), report)
@@ -154,7 +155,7 @@ class Transformer(nnx.Module):
         if self.config.norm_head:
             head_DV = head_DV / (jax.lax.stop_gradient(jnp.linalg.norm(head_DV, axis=1, keepdims=True)) + 1e-7)
         dtype = self.config.compute_dtype
-        return sharding.gather({"head_DV": head_DV}, dtype)["head_DV"].astype(dtype)
+        return sharding.gather_array(head_DV, sharding.Declaration("DV", "head"), dtype).astype(dtype)
 
     def logits(self, hidden: Array) -> Array:
         """float32 logits [..., V]; for generation and tests, where the whole matrix may exist."""
@@ -197,6 +198,17 @@ def split(model: Transformer) -> tuple[nnx.GraphDef, dict, dict]:
     """(static structure, parameters, router state); the last two are plain nested dicts of arrays."""
     graphdef, params, router_state = nnx.split(model, nnx.Param, RouterState)
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(router_state)
+
+
+def declarations(config: Model) -> sharding.Declarations:
+    """What every parameter says of itself. Raises `ValueError` for one that was made without letters."""
+    return _declarations(config)
+
+
+@functools.lru_cache(64)
+def _declarations(config: Model) -> sharding.Declarations:
+    params = nnx.eval_shape(lambda: nnx.state(Transformer(config, jax.random.key(0)), nnx.Param))
+    return sharding.declarations(params)
 
 
 def structure(config: Model) -> tuple[nnx.GraphDef, dict, dict]:

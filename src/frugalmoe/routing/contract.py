@@ -18,11 +18,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array
 
 from frugalmoe.schema import MoE
+from frugalmoe.sharding import parameter
 
 Params = Mapping[str, Array]
+NewParams = Mapping[str, nnx.Param]  # each made by `declare`
 State = Mapping[str, Array]
 Carry = Mapping[str, Array] | None  # arrays [B, T, ...], each named with its letters
 
@@ -119,7 +122,7 @@ class NoOptions:
     """A strategy without options."""
 
 
-def no_params(key: Array, dim: int, config: MoE) -> Params:
+def no_params(key: Array, dim: int, config: MoE) -> NewParams:
     return {}
 
 
@@ -138,8 +141,8 @@ class Router:
     about: About
     route: Callable[[Params, State, Inputs, MoE], Routing]
     options: type = NoOptions  # frozen dataclass with defaults
-    init: Callable[[Array, int, MoE], Params] = no_params  # (key, dim, config) -> a layer's float32 parameters
-    init_shared: Callable[[Array, int, MoE], Params] = (
+    init: Callable[[Array, int, MoE], NewParams] = no_params  # (key, dim, config) -> a layer's float32 parameters
+    init_shared: Callable[[Array, int, MoE], NewParams] = (
         no_params  # one set for all layers; `route` gets both in `params`
     )
     init_state: Callable[[int, MoE], State] = no_state  # (dim, config); float32, no gradient, checkpointed
@@ -188,9 +191,22 @@ def token_major(plan: Plan, num_tokens: int, num_experts: int) -> TokenPlan:
     return TokenPlan(jnp.where(empty_NK, num_experts, expert_NK), jnp.where(empty_NK, 0, weight_NK))
 
 
-def linear_init(key: Array, dim: int, config: MoE) -> Params:
+def declare(value: Array, letters: str) -> nnx.Param:
+    """A float32 parameter of a strategy, as `Router.init` returns it, with one letter per axis: see `sharding.LETTERS`.
+
+    Raises `ValueError` for an unknown letter, and for more or fewer letters than axes.
+    """
+    return parameter(value, letters, "router")
+
+
+def arrays(params: NewParams) -> Params:
+    """New parameters as `route` is given them: float32 arrays."""
+    return {name: parameter[...] for name, parameter in params.items()}
+
+
+def linear_init(key: Array, dim: int, config: MoE) -> NewParams:
     """A float32 linear gate, normal with std 1/sqrt(D): logits of about unit variance for RMS-normalised inputs."""
-    return {"kernel_DE": jax.random.normal(key, (dim, config.num_experts), jnp.float32) * dim**-0.5}
+    return {"kernel_DE": declare(jax.random.normal(key, (dim, config.num_experts), jnp.float32) * dim**-0.5, "DE")}
 
 
 def clean(inputs: Inputs) -> Array:

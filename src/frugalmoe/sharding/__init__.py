@@ -12,7 +12,20 @@ from frugalmoe.sharding.mesh import (
     platform,
 )
 from frugalmoe.sharding.on_device import local, own_part, own_tokens, whole_sequences
-from frugalmoe.sharding.parameters import GATHERED, gather, gathers, parameter_spec, placed, store
+from frugalmoe.sharding.parameters import (
+    GATHERED,
+    Declaration,
+    Declarations,
+    declaration,
+    declarations,
+    declared,
+    gather,
+    gather_array,
+    gathers,
+    parameter,
+    placed,
+    store,
+)
 
 __all__ = [
     "AXES",
@@ -20,10 +33,16 @@ __all__ = [
     "GATHERED",
     "GPUS",
     "TOKEN_AXES",
+    "Declaration",
+    "Declarations",
     "axis_size",
+    "declaration",
+    "declarations",
+    "declared",
     "fetch",
     "fits_one_device",
     "gather",
+    "gather_array",
     "gathers",
     "has_ragged_all_to_all",
     "local",
@@ -32,7 +51,7 @@ __all__ = [
     "own_indices",
     "own_part",
     "own_tokens",
-    "parameter_spec",
+    "parameter",
     "placed",
     "platform",
     "put",

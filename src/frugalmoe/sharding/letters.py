@@ -29,6 +29,23 @@ from jax.sharding import PartitionSpec as P
 
 from frugalmoe.sharding.mesh import AXES, BATCH_AXES, axis_size, make_mesh
 
+LETTERS = {
+    "B": "batch: sequences",
+    "T": "time: tokens of a sequence",
+    "V": "vocabulary",
+    "D": "model: channels of the residual stream",
+    "F": "hidden channels of a feed-forward",
+    "E": "experts",
+    "H": "query heads",
+    "K": "key-value heads; choices of a token",
+    "d": "channels of a head",
+    "2": "gate and up",
+    "X": "choices: the experts, then what is no expert",
+    "P": "channels in which a router compares tokens and experts",
+    "R": "hidden channels of a router",
+    "G": "the three gates of a recurrent router's hidden channels",
+    ".": "any other, never spread",
+}
 _AXES_OF_LETTER = {
     "B": BATCH_AXES,
     "T": ("context",),

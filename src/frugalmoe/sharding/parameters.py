@@ -1,58 +1,128 @@
-"""Parameters on the mesh, and what has their names and shapes: gradients, optimizer state."""
+"""Parameters say what they are, once, where they are made: their letters and their role. So do their gradients and the
+optimizer's state, which have their names and shapes.
+"""
 
 import functools
-import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
+from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from frugalmoe.sharding.letters import STORED, spec
+from frugalmoe.sharding.letters import LETTERS, STORED, spec
 from frugalmoe.sharding.mesh import TOKEN_AXES, axis_size
 
-_LETTERS = re.compile(r"(?<![^_])(?=.*[A-Z])[A-Z0-9d]+$")  # ED2F of gate_up_ED2F
 GATHERED = "gathered"  # name of gathered parameters: a backward pass gathers them again
 
+# What a parameter is. Sharding, weight decay and the optimizer go by it; nothing is inferred from a name.
+ROLES = {
+    "matrix": "a linear map, declared as INPUTS->OUTPUTS; one for each expert (E), for gate and up (2)",
+    "vector": "a scale or a bias: no weight decay, whole on every device but for heads and hidden channels",
+    "embedding": "rows that token ids look up",
+    "head": "the linear map to logits",
+    "router": "float32 and whole when used, whatever its letters: of a routing strategy, of mixture of depths",
+}
 
-def parameter_spec(path: tuple, ndim: int, stored: bool = True) -> P:
-    """Of a leaf, from the letters that end its name; axes before those are layers. No letters: whole everywhere.
 
-    Parameters of a router, of mixture of depths too, are whole when used; a router's state is always.
+class Declaration(NamedTuple):
+    """What a parameter says of itself: the letters of one layer's array, as "ED->2F", and its role."""
+
+    letters: str
+    role: str
+
+    @property
+    def axes(self) -> str:
+        """One letter per axis."""
+        return self.letters.replace("->", "")
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether weight decay is for it: what multiplies activations, not scales and biases."""
+        return self.role in ("matrix", "embedding", "head") or (self.role == "router" and len(self.axes) > 1)
+
+
+def parameter(value: Array, letters: str, role: str) -> nnx.Param:
+    """A parameter of one layer with its declaration; raises `ValueError` for a letter or a role that nobody knows.
+
+    letters: one per axis of `value`, of `letters.LETTERS`; those of a matrix as "D->Hd", from inputs to outputs.
+    """
+    declared = Declaration(letters, role)
+    if unknown := [letter for letter in declared.axes if letter not in LETTERS]:
+        raise ValueError(f"parameter {letters!r}: unknown letter {unknown[0]!r}; known: {' '.join(LETTERS)}")
+    if len(declared.axes) != value.ndim:
+        raise ValueError(f"parameter {letters!r}: {len(declared.axes)} letters for an array of {value.ndim} axes")
+    if role not in ROLES:
+        raise ValueError(f"parameter {letters!r}: unknown role {role!r}; known: {', '.join(ROLES)}")
+    if ("->" in letters) != (role == "matrix"):
+        raise ValueError(f"parameter {letters!r}: a matrix, and nothing else, is declared as INPUTS->OUTPUTS")
+    return nnx.Param(value, letters=letters, role=role)
+
+
+def declaration(variable: nnx.Variable) -> Declaration:
+    """What a parameter that `parameter` made says of itself."""
+    declared = variable.get_metadata()
+    if "letters" not in declared:
+        raise ValueError(f"a parameter of shape {variable.shape} without letters: make it with sharding.parameter")
+    return Declaration(declared["letters"], declared["role"])
+
+
+Declarations = Mapping[tuple[str, ...], Declaration]  # of every parameter, by the names that lead to it
+
+
+def declarations(params: Any) -> Declarations:
+    """The declaration of each parameter in a state or a module."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_parameter)
+    return {_names(path): declaration(leaf) for path, leaf in leaves}
+
+
+def declared(path: tuple, declarations: Declarations) -> Declaration | None:
+    """Of a leaf of anything that has the structure of parameters inside: gradients, optimizer state, a whole state.
+
+    None for what is no parameter: counters, the state of routers.
     """
     names = _names(path)
-    letters = _LETTERS.search(names[-1])
-    letters = letters[0] if letters and "router_state" not in names else ""
-    if _routes(names):
+    return next((declarations[names[i:]] for i in range(len(names)) if names[i:] in declarations), None)
+
+
+def _names(path: tuple) -> tuple[str, ...]:
+    return tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+
+
+def _is_parameter(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Param)
+
+
+def parameter_spec(declared: Declaration | None, ndim: int, stored: bool = True) -> P:
+    """Of a parameter as it is stored, or as a layer uses it; axes before its letters are layers. None: whole."""
+    if declared is None:
+        return spec("." * ndim)
+    letters = declared.axes
+    if declared.role == "router":
         letters = "".join(letter if letter == "D" and stored else "." for letter in letters)
+    if declared.role == "vector":
+        letters = letters.replace("D", ".")
     return spec("." * (ndim - len(letters)) + letters, stored)
 
 
-def _names(path: tuple) -> list[str]:
-    """Of the keys of a leaf, without the `value` in which a module keeps an array."""
-    names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-    return names[:-1] if names[-1] == "value" else names
-
-
-def _routes(names: list[str]) -> bool:
-    return any("router" in name or name.endswith("depths") for name in names)
-
-
-def placed(tree: Any) -> Any:
+def placed(tree: Any, declarations: Declarations) -> Any:
     """Abstract arrays with the shardings that they have between steps on the mesh in context."""
     mesh = jax.sharding.get_mesh()
 
     def place(path: tuple, a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, parameter_spec(path, a.ndim)))
+        kept = parameter_spec(declared(path, declarations), a.ndim)
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, kept))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def store(tree: Any) -> Any:
+def store(tree: Any, declarations: Declarations) -> Any:
     """Inside jit: arrays as they are kept between steps."""
-    return jax.tree_util.tree_map_with_path(lambda p, a: jax.sharding.reshard(a, parameter_spec(p, a.ndim)), tree)
+    keep = lambda path, a: jax.sharding.reshard(a, parameter_spec(declared(path, declarations), a.ndim))
+    return jax.tree_util.tree_map_with_path(keep, tree)
 
 
 def _axes(entries: P) -> set[str]:
@@ -64,25 +134,28 @@ def gathers() -> bool:
     return axis_size(*STORED) > 1
 
 
-def gather(tree: Any, dtype: Any) -> Any:
-    """Inside jit: parameters as one layer uses them. What devices exchange is in `dtype`, in the backward pass too,
-    but for routers, which are float32.
+def gather(module: Any, dtype: Any) -> Any:
+    """Inside jit: the parameters of a module, or one of them, as a layer uses them. What devices exchange is in
+    `dtype`, in the backward pass too, but for routers, which are float32.
+    """
+    whole = lambda leaf: leaf.replace(gather_array(leaf[...], declaration(leaf), dtype)) if _is_parameter(leaf) else leaf
+    return jax.tree.map(whole, module, is_leaf=_is_parameter)
+
+
+def gather_array(a: Array, declared: Declaration, dtype: Any) -> Array:
+    """As `gather`, of an array that was made from a parameter and is spread as one.
 
     A gathered parameter has the type "reduced": its gradient is the sum of what each device has of it, not yet formed.
     That sum is scattered as it is formed. Left to XLA it is formed whole on TPUs, which sends twice as much.
     """
-
-    def whole(path: tuple, a: Array) -> Array:
-        kept, used = (parameter_spec(path, a.ndim, stored) for stored in (True, False))
-        if kept == used:
-            return a
-        a = a if _routes(_names(path)) else a.astype(dtype)
-        summed = {axis for axis in TOKEN_AXES if axis_size(axis) > 1}
-        kept = P(*kept, reduced=summed - _axes(kept))
-        used = P(*used, reduced=summed - _axes(used))
-        return checkpoint_name(_gathered(kept, used, jax.sharding.reshard(a, kept)), GATHERED)
-
-    return jax.tree_util.tree_map_with_path(whole, tree)
+    kept, used = (parameter_spec(declared, a.ndim, stored) for stored in (True, False))
+    if kept == used:
+        return a
+    a = a if declared.role == "router" else a.astype(dtype)
+    summed = {axis for axis in TOKEN_AXES if axis_size(axis) > 1}
+    kept = P(*kept, reduced=summed - _axes(kept))
+    used = P(*used, reduced=summed - _axes(used))
+    return checkpoint_name(_gathered(kept, used, jax.sharding.reshard(a, kept)), GATHERED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -7,7 +7,6 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from frugalmoe import sharding
 from frugalmoe.errors import UserError
 from frugalmoe.schema import Checkpoint
 from frugalmoe.train.step import State, finite
@@ -77,7 +76,8 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: State, items: t
     )
     # Through a jitted function, so that the arrays' types are written as those of a step's results are (P(None, None)
     # and P() mean the same but compare unequal): else the first step and the others would each be compiled.
-    values = jax.jit(sharding.store, donate_argnums=0)({k: restored[k] for k in wanted})
+    typed = lambda values: jax.tree.map(lambda a, like: jax.sharding.reshard(a, like.sharding.spec), values, wanted)
+    values = jax.jit(typed, donate_argnums=0)({k: restored[k] for k in wanted})
     return abstract._replace(**values | ({"step": values["step"]["step"]} if "step" in values else {}))
 
 

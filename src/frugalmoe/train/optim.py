@@ -1,8 +1,12 @@
 """Learning-rate schedules and the optimizer."""
 
+import functools
+
 import jax
 import optax
 
+from frugalmoe import sharding
+from frugalmoe.model.transformer import declarations
 from frugalmoe.schema import Config
 
 
@@ -42,19 +46,15 @@ def _decaying_updates(config: Config) -> int:
     return min(wanted, max(steps - 1, 1))
 
 
-def decay_mask(params: dict) -> dict:
-    """True for matrices; False for norms, biases and vectors. Stacked layers carry one more axis."""
-
-    def is_matrix(path, leaf) -> bool:
-        names = [str(getattr(k, "key", k)) for k in path]
-        stacked = names[0].endswith(("blocks", "depths"))
-        return leaf.ndim - stacked >= 2 and "bias" not in names[-1]
-
+def decay_mask(params: dict, declarations: sharding.Declarations) -> dict:
+    """True for what multiplies activations; False for norms, biases and other vectors."""
+    is_matrix = lambda path, leaf: sharding.declared(path, declarations).is_matrix
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def optimizer(config: Config) -> optax.GradientTransformation:
     """AdamW with decoupled weight decay (arXiv 1711.05101) after clipping by the global norm."""
     o = config.optim
-    adamw = optax.adamw(schedule(config), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decay_mask)
+    mask = functools.partial(decay_mask, declarations=declarations(config.model))
+    adamw = optax.adamw(schedule(config), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=mask)
     return optax.chain(optax.clip_by_global_norm(o.clip_norm), adamw) if o.clip_norm else adamw

@@ -20,7 +20,7 @@ from frugalmoe.data.batches import Batch
 from frugalmoe.model import depths
 from frugalmoe.model.cross_entropy import cross_entropy
 from frugalmoe.model.moe import Context
-from frugalmoe.model.transformer import Output, Transformer, split, structure
+from frugalmoe.model.transformer import Output, Transformer, declarations, split, structure
 from frugalmoe.routing import losses as aux_losses
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
@@ -58,7 +58,7 @@ def init(config: Config) -> State:
 def _compiled_fresh(config: Config) -> Callable[[Array], State]:
     def fresh(seed: Array) -> State:
         # Else a stacked scalar state has the type P(), a step's result P(None), and the step would compile twice.
-        return sharding.store(_fresh(config, seed))
+        return sharding.store(_fresh(config, seed), declarations(config.model))
 
     # It runs once: an optimized program would take longer to compile than it saves.
     return jax.jit(fresh, compiler_options={"xla_backend_optimization_level": 0})
@@ -66,7 +66,7 @@ def _compiled_fresh(config: Config) -> Callable[[Array], State]:
 
 def abstract(config: Config) -> State:
     """Shapes, dtypes and shardings of the state on the mesh in context; nothing is allocated."""
-    return sharding.placed(jax.eval_shape(lambda: _fresh(config, config.train.seed)))
+    return sharding.placed(jax.eval_shape(lambda: _fresh(config, config.train.seed)), declarations(config.model))
 
 
 def knobs(config: Config) -> Knobs:

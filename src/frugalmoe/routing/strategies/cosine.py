@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from frugalmoe.routing import gate, losses, rules, select
-from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_logits
+from frugalmoe.routing.contract import About, Inputs, NewParams, Params, Router, Routing, State, declare, linear_logits
 from frugalmoe.schema import MoE
 
 
@@ -44,14 +44,14 @@ def logits(params: Params, inputs: Inputs, options: Options) -> Array:
     return linear_logits(kernel, inputs._replace(x_BTD=gate.on_sphere(z_BTP)))
 
 
-def init(key: Array, dim: int, config: MoE) -> Params:
+def init(key: Array, dim: int, config: MoE) -> NewParams:
     options: Options = config.options
     project_key, expert_key = jax.random.split(key)
     size = options.projection
     return {
-        "projection_DP": jax.random.normal(project_key, (dim, size), jnp.float32) * dim**-0.5,
-        "expert_PE": jax.random.normal(expert_key, (size, config.num_experts), jnp.float32) * size**-0.5,
-        "log_inverse_temperature": jnp.full((), -math.log(options.temperature), jnp.float32),
+        "projection_DP": declare(jax.random.normal(project_key, (dim, size), jnp.float32) * dim**-0.5, "DP"),
+        "expert_PE": declare(jax.random.normal(expert_key, (size, config.num_experts), jnp.float32) * size**-0.5, "PE"),
+        "log_inverse_temperature": declare(jnp.full((), -math.log(options.temperature), jnp.float32), ""),
     }
 
 

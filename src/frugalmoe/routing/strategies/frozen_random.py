@@ -15,7 +15,7 @@ import dataclasses
 import jax
 
 from frugalmoe.routing import select, stats
-from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
+from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, arrays, linear_init, linear_logits
 from frugalmoe.schema import MoE
 
 
@@ -26,7 +26,7 @@ class Options:
 
 def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     key = jax.random.fold_in(jax.random.key(config.options.seed), inputs.layer)
-    logits_BTE = linear_logits(linear_init(key, inputs.x_BTD.shape[-1], config), inputs)
+    logits_BTE = linear_logits(arrays(linear_init(key, inputs.x_BTD.shape[-1], config)), inputs)
     choice = select.top_k(logits_BTE, config.num_experts_per_token)
     weight_BTK = jax.nn.softmax(select.at(logits_BTE, choice.expert_BTK), axis=-1)
     plan = select.token_plan(choice.expert_BTK, weight_BTK, inputs, config.num_experts)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from frugalmoe.routing import gate, losses, rules, select
-from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_logits
+from frugalmoe.routing.contract import About, Inputs, NewParams, Params, Router, Routing, State, declare, linear_logits
 from frugalmoe.schema import MoE
 
 
@@ -29,12 +29,12 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     return gate.routing(logits_BTE, probs_BTE, choice, weight_BTK, inputs, config)
 
 
-def init(key: Array, dim: int, config: MoE) -> Params:
+def init(key: Array, dim: int, config: MoE) -> NewParams:
     """Logits of about unit variance: the gate's inputs have length 1, so its kernel has std 1."""
     return {
-        "kernel_DE": jax.random.normal(key, (dim, config.num_experts), jnp.float32),
-        "scale_D": jnp.ones(dim, jnp.float32),
-        "output_scale_E": jnp.ones(config.num_experts, jnp.float32),
+        "kernel_DE": declare(jax.random.normal(key, (dim, config.num_experts), jnp.float32), "DE"),
+        "scale_D": declare(jnp.ones(dim, jnp.float32), "D"),
+        "output_scale_E": declare(jnp.ones(config.num_experts, jnp.float32), "E"),
     }
 
 

@@ -35,7 +35,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from frugalmoe.routing import gate, losses, rules, select
-from frugalmoe.routing.contract import About, Inputs, Loss, Params, Router, Routing, State, linear_logits
+from frugalmoe.routing.contract import (
+    About,
+    Inputs,
+    Loss,
+    NewParams,
+    Params,
+    Router,
+    Routing,
+    State,
+    declare,
+    linear_logits,
+)
 from frugalmoe.schema import MoE
 
 EPS = 1e-6
@@ -90,14 +101,14 @@ def _per_token(value_BT: Array, inputs: Inputs) -> Loss:
     return Loss(jnp.sum(value_BT, where=inputs.valid_BT), "token")
 
 
-def init(key: Array, dim: int, config: MoE) -> Params:
+def init(key: Array, dim: int, config: MoE) -> NewParams:
     """Prototypes at random on the sphere."""
     encoder_key, prototype_key = jax.random.split(key)
     size = config.options.latent
     return {
-        "encoder_DP": jax.random.normal(encoder_key, (dim, size), jnp.float32) * dim**-0.5,
-        "bias_P": jnp.zeros(size, jnp.float32),
-        "prototype_PE": gate.on_sphere(jax.random.normal(prototype_key, (size, config.num_experts), jnp.float32), 0),
+        "encoder_DP": declare(jax.random.normal(encoder_key, (dim, size), jnp.float32) * dim**-0.5, "DP"),
+        "bias_P": declare(jnp.zeros(size, jnp.float32), "P"),
+        "prototype_PE": declare(gate.on_sphere(jax.random.normal(prototype_key, (size, config.num_experts)), 0), "PE"),
     }
 
 

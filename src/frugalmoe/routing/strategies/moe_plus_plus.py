@@ -19,7 +19,19 @@ import jax.numpy as jnp
 from jax import Array
 
 from frugalmoe.routing import losses, rules, select, stats, zero_cost
-from frugalmoe.routing.contract import About, Carry, Inputs, Params, Router, Routing, State, clean, project
+from frugalmoe.routing.contract import (
+    About,
+    Carry,
+    Inputs,
+    NewParams,
+    Params,
+    Router,
+    Routing,
+    State,
+    clean,
+    declare,
+    project,
+)
 from frugalmoe.schema import MoE
 
 
@@ -64,14 +76,15 @@ def _num_choices(config: MoE) -> int:
     return config.num_experts + o.num_zero + o.num_copy + o.num_constant
 
 
-def init(key: Array, dim: int, config: MoE) -> Params:
+def init(key: Array, dim: int, config: MoE) -> NewParams:
     gate_key, mix_key, constant_key = jax.random.split(key, 3)
     num_choices, num_constant = _num_choices(config), config.options.num_constant
     params = zero_cost.linear_init(gate_key, dim, num_choices)
-    params["residual_XX"] = jnp.zeros((num_choices, num_choices), jnp.float32)
+    params["residual_XX"] = declare(jnp.zeros((num_choices, num_choices), jnp.float32), "XX")
     if num_constant:
-        params["mix_CDM"] = jax.random.normal(mix_key, (num_constant, dim, 2), jnp.float32) * dim**-0.5
-        params["constant_CD"] = jax.random.normal(constant_key, (num_constant, dim), jnp.float32)
+        mix_CDM = jax.random.normal(mix_key, (num_constant, dim, 2), jnp.float32) * dim**-0.5
+        params["mix_CDM"] = declare(mix_CDM, "XD.")
+        params["constant_CD"] = declare(jax.random.normal(constant_key, (num_constant, dim), jnp.float32), "XD")
     return params
 
 

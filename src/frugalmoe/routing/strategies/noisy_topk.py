@@ -25,7 +25,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from frugalmoe.routing import gate, losses, rules, select
-from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
+from frugalmoe.routing.contract import (
+    About,
+    Inputs,
+    NewParams,
+    Params,
+    Router,
+    Routing,
+    State,
+    declare,
+    linear_init,
+    linear_logits,
+)
 from frugalmoe.schema import MoE
 
 LEAST_NOISE = 0.01
@@ -59,9 +70,9 @@ def chances(clean_BTE: Array, noisy_BTE: Array, size_BTE: Array, k: int) -> Arra
     return jax.scipy.stats.norm.cdf((clean_BTE - bar_BTE) / size_BTE)
 
 
-def init(key: Array, dim: int, config: MoE) -> Params:
+def init(key: Array, dim: int, config: MoE) -> NewParams:
     gate = linear_init(key, dim, config)
-    return gate | {"noise_DE": jnp.zeros_like(gate["kernel_DE"])}
+    return {**gate, "noise_DE": declare(jnp.zeros((dim, config.num_experts), jnp.float32), "DE")}
 
 
 def check(config: MoE) -> str | None:

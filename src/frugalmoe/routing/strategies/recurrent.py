@@ -18,10 +18,23 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array
 
 from frugalmoe.routing import gate, losses, rules, select
-from frugalmoe.routing.contract import About, Carry, Inputs, Params, Router, Routing, State, clean, project
+from frugalmoe.routing.contract import (
+    About,
+    Carry,
+    Inputs,
+    NewParams,
+    Params,
+    Router,
+    Routing,
+    State,
+    clean,
+    declare,
+    project,
+)
 from frugalmoe.schema import MoE
 
 
@@ -49,28 +62,28 @@ def gru(params: Params, x_BTH: Array, h_BTH: Array) -> Array:
     return (1 - update_BTH) * new_BTH + update_BTH * h_BTH
 
 
-def init(key: Array, dim: int, config: MoE) -> Params:
+def init(key: Array, dim: int, config: MoE) -> NewParams:
     proj_key, gate_key = jax.random.split(key)
     hidden = config.options.hidden
     return {
-        "proj_DH": _normal(proj_key, (dim, hidden)),
-        "kernel_HE": _normal(gate_key, (hidden, config.num_experts)),
+        "proj_DH": _normal(proj_key, "DR", (dim, hidden)),
+        "kernel_HE": _normal(gate_key, "RE", (hidden, config.num_experts)),
     }
 
 
-def init_shared(key: Array, dim: int, config: MoE) -> Params:
+def init_shared(key: Array, dim: int, config: MoE) -> NewParams:
     input_key, state_key = jax.random.split(key)
     hidden = config.options.hidden
     return {
-        "input_HG": _normal(input_key, (hidden, 3 * hidden)),
-        "state_HG": _normal(state_key, (hidden, 3 * hidden)),
-        "input_bias_G": jnp.zeros(3 * hidden, jnp.float32),
-        "new_bias_H": jnp.zeros(hidden, jnp.float32),
+        "input_HG": _normal(input_key, "RG", (hidden, 3 * hidden)),
+        "state_HG": _normal(state_key, "RG", (hidden, 3 * hidden)),
+        "input_bias_G": declare(jnp.zeros(3 * hidden, jnp.float32), "G"),
+        "new_bias_H": declare(jnp.zeros(hidden, jnp.float32), "R"),
     }
 
 
-def _normal(key: Array, shape: tuple[int, int]) -> Array:
-    return jax.random.normal(key, shape, jnp.float32) * shape[0] ** -0.5
+def _normal(key: Array, letters: str, shape: tuple[int, int]) -> nnx.Param:
+    return declare(jax.random.normal(key, shape, jnp.float32) * shape[0] ** -0.5, letters)
 
 
 def init_carry(config: MoE, batch: int, time: int) -> Carry:

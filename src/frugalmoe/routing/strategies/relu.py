@@ -26,7 +26,19 @@ import jax.numpy as jnp
 from jax import Array
 
 from frugalmoe.routing import dynamic, losses, rules, select, stats
-from frugalmoe.routing.contract import About, Inputs, Loss, Params, Router, Routing, State, linear_init, linear_logits
+from frugalmoe.routing.contract import (
+    About,
+    Inputs,
+    Loss,
+    NewParams,
+    Params,
+    Router,
+    Routing,
+    State,
+    declare,
+    linear_init,
+    linear_logits,
+)
 from frugalmoe.schema import MoE
 
 EPS = 1e-6
@@ -64,9 +76,9 @@ def _rms_normed(gate_BTE: Array) -> Array:
     return gate_BTE * jax.lax.rsqrt(jnp.mean(jnp.square(gate_BTE), axis=-1, keepdims=True) + EPS)
 
 
-def init(key: Array, dim: int, config: MoE) -> Params:
-    scale = {"scale_E": jnp.ones(config.num_experts, jnp.float32)} if config.options.rms_norm else {}
-    return linear_init(key, dim, config) | scale
+def init(key: Array, dim: int, config: MoE) -> NewParams:
+    scale = {"scale_E": declare(jnp.ones(config.num_experts, jnp.float32), "E")} if config.options.rms_norm else {}
+    return {**linear_init(key, dim, config), **scale}
 
 
 def init_state(dim: int, config: MoE) -> State:
