@@ -37,7 +37,7 @@ class Folder(NamedTuple):
                     return path
             except OSError as e:  # a name that is too long
                 raise UserError(f"{what}: {e.strerror}") from e
-        paths = [str(p) for p in Path(self.name).glob(f"*{self.suffix}")] if "/" in text else []
+        paths = sorted(str(p) for p in Path(self.name).glob(f"*{self.suffix}")) if "/" in text else []
         raise UserError(f"{what}: no such {self.kind}; {did_you_mean(text, paths or self.names())}")
 
     def _shipped(self, text: str) -> Path | None:

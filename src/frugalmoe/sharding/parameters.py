@@ -138,7 +138,12 @@ def gather(module: Any, dtype: Any) -> Any:
     """Inside jit: the parameters of a module, or one of them, as a layer uses them. What devices exchange is in
     `dtype`, in the backward pass too, but for routers, which are float32.
     """
-    whole = lambda leaf: leaf.replace(gather_array(leaf[...], declaration(leaf), dtype)) if _is_parameter(leaf) else leaf
+
+    def whole(leaf: Any) -> Any:
+        if not _is_parameter(leaf):
+            return leaf
+        return leaf.replace(gather_array(leaf[...], declaration(leaf), dtype))
+
     return jax.tree.map(whole, module, is_leaf=_is_parameter)
 
 
