@@ -20,7 +20,7 @@ from frugalmoe.devices import GIB, GPUS, usable
 from frugalmoe.errors import UserError
 from frugalmoe.model.transformer import count_parameters
 
-LAPTOP = "--config=configs/ling_mini_2.py:laptop"
+LAPTOP = "--config=configs/ling_2.py:mini:laptop"
 
 
 # Collectives
@@ -241,7 +241,7 @@ def test_a_gpu_keeps_some_memory_for_itself():
 def test_layouts_use_every_device_and_keep_the_batch():
     """4400 sequences on 64 devices: 68.75 micro-batches of 64, so 69. Sixteen groups of 4: 275 micro-batches."""
     topology = topologies.parse("v5e:8x8")
-    found = list(layouts(load("configs/ling_mini_2.py"), topology))
+    found = list(layouts(load("configs/ling_2.py:mini"), topology))
     sizes = [(c.mesh.fsdp, c.mesh.expert, c.mesh.tensor) for c in found]
     assert sizes == [(64, 1, 1), (8, 8, 1), (1, 64, 1), (2, 8, 4)]
     batches = [(c.train.batch_size, c.train.accumulate_steps) for c in found]

@@ -17,34 +17,64 @@ from frugalmoe.errors import LONGEST_MESSAGE, UserError
 from frugalmoe.fields import to_dict
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import strategies
+from frugalmoe.shipped import CONFIGS
 from frugalmoe.train import rundir
 
-CONFIGS = sorted(Path("configs").glob("*.py"))
+NAMES = {"ling_1:lite": "ling_lite", "ling_1:plus": "ling_plus", "ling_2:mini": "ling_mini_2",
+         "ling_2:flash": "ling_flash_2", "ling_2:1t": "ling_1t"}  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", ["", ":laptop"])
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_every_config_resolves(path, mode):
-    config = load(f"{path}{mode}")
-    assert config.name == path.stem + ("-laptop" if mode else "")
+@pytest.mark.parametrize("spec", CONFIGS.choices())
+def test_every_config_resolves(spec, mode):
+    config = load(f"{spec}{mode}")
+    assert config.name == NAMES.get(spec, spec) + ("-laptop" if mode else "")
+    file, _, size = spec.partition(":")
+    assert load(f"configs/{file}.py:{size}{mode}" if size else f"configs/{file}.py{mode}") == config
     assert resolve(override(default(), {})).model.dim == default().model.dim
+
+
+def test_a_config_without_a_size_has_its_first():
+    assert load("ling_2") == load("ling_2:mini")
+    assert load("ling_1:laptop") == load("ling_1:lite:laptop")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("ling_2:minii", "did you mean 'mini'? valid: 1t, flash, mini, each also with :laptop"),
+        ("ling_2:lite", "unknown size; valid: 1t, flash, mini"),
+        ("ling_2:laptop:mini", "unknown size"),
+        ("ling_2:mini:desktop", "unknown mode; valid: laptop"),
+        ("ling_2:mini:", "unknown mode; valid: laptop"),
+        ("ling_2:mini:flash", "unknown mode; valid: laptop"),
+        ("ling_2::laptop", "unknown size"),
+        *((old, f"did you mean {new!r}?") for new, old in NAMES.items()),
+        *((f"configs/{old}.py", f"did you mean 'configs/{new}'?") for new, old in NAMES.items()),
+        *((f"{old}:laptop", f"did you mean {new!r}?") for new, old in NAMES.items()),
+    ],
+)
+def test_a_size_that_is_none_and_a_name_of_old_are_told_what_there_is(spec, message):
+    with pytest.raises(UserError) as error:
+        load(spec)
+    assert message in str(error.value)
 
 
 # Billions: total; activated without embedding and head, and with both. Arithmetic from the published configurations
 # (Ling 1: arXiv 2503.05139 and its config files; Ling 2.0: arXiv 2510.22115, table 1, without MTP), norm scales left
 # out, which are below 1e-4 of the whole. The reports round to 16.8/2.75, 290/28.8, 16.26/1.43, 103/6.1 and 1000/51.0.
 PUBLISHED = {
-    "ling_lite": (16.802, 2.235, 2.753),
-    "ling_plus": (290.60, 27.64, 29.00),
-    "ling_mini_2": (16.256, 0.789, 1.433),
-    "ling_flash_2": (102.89, 4.864, 6.152),
-    "ling_1t": (999.7, 48.48, 51.05),
+    "ling_1:lite": (16.802, 2.235, 2.753),
+    "ling_1:plus": (290.60, 27.64, 29.00),
+    "ling_2:mini": (16.256, 0.789, 1.433),
+    "ling_2:flash": (102.89, 4.864, 6.152),
+    "ling_2:1t": (999.7, 48.48, 51.05),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_parameter_counts(name):
-    counts = count_parameters(load(f"configs/{name}.py").model)
+    counts = count_parameters(load(name).model)
     inner = counts["active"] - counts["embedding"] - counts["head"]
     ours = [count / 1e9 for count in (counts["total"], inner, counts["active"])]
     assert ours == pytest.approx(PUBLISHED[name], rel=3e-4)
@@ -169,7 +199,7 @@ def test_no_value_of_a_routers_option_does(router):
 
 
 def test_naming_another_router_drops_the_options_of_the_old_one():
-    config = load("configs/ling_mini_2.py", {"model.moe.router": "hash"})
+    config = load("configs/ling_2.py:mini", {"model.moe.router": "hash"})
     assert config.model.moe.options == type(config.model.moe.options)()
 
 
@@ -267,7 +297,7 @@ def test_a_missing_config_file_lists_the_ones_there_are(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"did you mean 'configs/quickstart\.py'"):
         load("configs/quickstrat.py")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"did you mean 'quickstart'\? valid: ling_1t, .*, study$"):
+    with pytest.raises(UserError, match=r"did you mean 'quickstart'\? valid: ling_1:lite, .*, study$"):
         load("quickstrat")
 
 

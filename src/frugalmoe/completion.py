@@ -47,8 +47,9 @@ def _shipped_or_file(folder):
     def names(prefix: str, **_) -> list[str]:
         from argcomplete.completers import FilesCompleter
 
-        modes = [f"{name}:laptop" for name in folder.names() if folder is CONFIGS and prefix.startswith(name)]
-        return [*folder.names(), *modes, *FilesCompleter([folder.suffix])(prefix)]
+        known = dict.fromkeys([*folder.names(), *folder.choices()])
+        modes = [f"{name}:laptop" for name in known if folder is CONFIGS and prefix.startswith(name)]
+        return [*known, *modes, *FilesCompleter([folder.suffix])(prefix)]
 
     return names
 

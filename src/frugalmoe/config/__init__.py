@@ -13,7 +13,7 @@ from frugalmoe.config.load import (
     resolve,
     with_vocabulary,
 )
-from frugalmoe.config.modes import with_mode
+from frugalmoe.config.modes import with_mode, with_size
 from frugalmoe.schema import Config
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "record",
     "resolve",
     "with_mode",
+    "with_size",
     "with_vocabulary",
 ]
