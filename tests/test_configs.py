@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from frugalmoe.config import Config, check_devices, default, load, override, record, resolve
+from frugalmoe.config import Config, asked, default, load, override, record, recorded, resolve, settle
+from frugalmoe.config.checks import check_devices
+from frugalmoe.data.tokenizer import ByteTokenizer
 from frugalmoe.errors import LONGEST_MESSAGE, UserError
 from frugalmoe.fields import to_dict
 from frugalmoe.model.transformer import count_parameters
@@ -204,18 +206,17 @@ def test_naming_another_router_drops_the_options_of_the_old_one():
 
 
 def test_a_field_that_is_younger_than_a_run_leaves_it_as_it_was(tmp_path):
-    config = to_dict(Config())
-    old = json.loads(json.dumps(config))
+    old = json.loads(json.dumps(to_dict(Config())))
     del old["model"]["mixture_of_depths"], old["model"]["moe"]["load_balance_devices"]
     (tmp_path / "config.json").write_text(json.dumps(old))
-    rundir.check_config(tmp_path, config, force=False)
-    config["model"]["mixture_of_depths"]["capacity"] = 0.5
+    rundir.check_config(tmp_path, Config(), force=False)
+    config = resolve(override(default(), {"model.mixture_of_depths.capacity": 0.5}))
     with pytest.raises(UserError, match=r"\(model.mixture_of_depths.capacity: 0.0 there, 0.5 here\)"):
         rundir.check_config(tmp_path, config, force=False)
     del old["model"]["moe"]["losses"]["z"]  # a user's own entry, no field
     (tmp_path / "config.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match=r"model\.moe\.losses\.z: None there, 0\.001 here"):
-        rundir.check_config(tmp_path, to_dict(Config()), force=False)
+        rundir.check_config(tmp_path, Config(), force=False)
 
 
 def test_a_run_from_before_documents_had_a_start_goes_on_without_one(tmp_path):
@@ -228,9 +229,9 @@ def test_a_run_from_before_documents_had_a_start_goes_on_without_one(tmp_path):
     assert resolve(record(tmp_path / "config.json")).data.document_start == "none"
     begun = rundir.as_begun(config, tmp_path)
     assert begun == resolve(override(default(), {"data.document_start": "none"}))
-    rundir.check_config(tmp_path, to_dict(begun), force=False)
+    rundir.check_config(tmp_path, begun, force=False)
     with pytest.raises(UserError, match=r"\(data\.document_start: 'none' there, 'end_of_text' here\)"):
-        rundir.check_config(tmp_path, to_dict(config), force=False)
+        rundir.check_config(tmp_path, config, force=False)
     for saved in (to_dict(config), {"data": 3}, [], None, {}):  # a run of today, and what is none
         (tmp_path / "config.json").write_text(json.dumps(saved))
         assert rundir.as_begun(config, tmp_path) is config
@@ -238,9 +239,62 @@ def test_a_run_from_before_documents_had_a_start_goes_on_without_one(tmp_path):
 
 def test_a_run_continues_on_another_mesh_and_not_with_another_seed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(resolve(default()))))
-    rundir.check_config(tmp_path, to_dict(resolve(override(default(), {"mesh.fsdp": 4}))), force=False)
+    rundir.check_config(tmp_path, resolve(override(default(), {"mesh.fsdp": 4})), force=False)
     with pytest.raises(UserError, match=r"\(train.seed: 0 there, 1 here\)"):
-        rundir.check_config(tmp_path, to_dict(resolve(override(default(), {"train.seed": 1}))), force=False)
+        rundir.check_config(tmp_path, resolve(override(default(), {"train.seed": 1})), force=False)
+
+
+OPEN = {"mesh.data": 2, "mesh.fsdp": -1}
+
+
+def test_a_config_is_settled_once_and_its_record_knows_what_was_open(tmp_path):
+    config = resolve(override(default(), OPEN))
+    settled = settle(config, 257, 8)
+    assert settled.model.vocab_size == 320 and to_dict(settled.mesh) == {
+        "data": 2, "fsdp": 4, "expert": 1, "tensor": 1, "context": 1
+    }  # fmt: skip
+    assert settle(settled, 257, 8) == settled == settle(settle(config, None, 8), 257, None)
+    assert settle(config, None, None) == config
+    path = tmp_path / "config.json"
+    rundir.describe(tmp_path, config, settled, 0)
+    assert json.loads(path.read_text())["left_open"] == ["model.vocab_size", "mesh.fsdp"]
+    assert resolve(record(path)) == settled and resolve(asked(path)) == config == load(str(tmp_path))
+    assert settle(load(str(path), {"data.tokenizer": "bpe:512"}), 513, 4).model.vocab_size == 576
+    rundir.describe(tmp_path, settled, settled, 0)
+    assert load(str(tmp_path)) == settled  # nothing was left open
+
+
+@pytest.mark.parametrize("value", [3, None, "mesh.data", ["mesh.date"], ["model.dim"], [[]], {"mesh.data": []}])
+def test_a_record_that_names_other_fields_as_open_is_damaged(tmp_path, value):
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(Config()) | {"left_open": value}))
+    if value == {"mesh.data": []}:  # a mapping's keys are names too
+        assert load(str(tmp_path)) == Config()
+        return
+    with pytest.raises(UserError, match="a damaged config"):
+        load(str(tmp_path))
+
+
+def test_a_vocabulary_is_compared_once_it_is_settled(tmp_path):
+    """Runs that are older than `settle` left it open on record too, beside their tokenizer."""
+    config = resolve(default())
+    bytes_ = ByteTokenizer()
+    for saved in (to_dict(config), recorded(config, settle(config, bytes_.size, 1))):
+        (tmp_path / "config.json").write_text(json.dumps(saved))
+        rundir.check_config(tmp_path, settle(config, bytes_.size, 2), force=False)  # the tokenizer is not there
+        (tmp_path / "tokenizer").mkdir(exist_ok=True)
+        bytes_.save_into(tmp_path / "tokenizer")
+        for same in (config, settle(config, bytes_.size, 2), settle(config, bytes_.size, None)):
+            rundir.check_config(tmp_path, same, force=False)
+        with pytest.raises(UserError, match=r"\(model\.vocab_size: 320 there, 384 here\)"):
+            rundir.check_config(tmp_path, settle(config, 321, None), force=False)
+
+
+def test_what_an_older_run_left_open_is_no_change_of_its_config(tmp_path):
+    config = resolve(default())
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    for devices, changes in ((2, {}), (4, {"mesh.data": [2, 4]})):
+        rundir.describe(tmp_path, config, settle(config, 257, devices), 0)
+        assert rundir.read_rows(tmp_path / "history.jsonl")[-1]["changes"] == changes
 
 
 HEADS = {"model.num_heads": 8, "model.num_kv_heads": 2}  # of the default config beside: E=8, D=256, T=256, batch 16

@@ -18,7 +18,7 @@ import pytest
 from test_train_step import DEPTHS, STATEFUL, batch, config_of, largest_difference, mesh_of
 
 from frugalmoe import sharding
-from frugalmoe.config import check_devices
+from frugalmoe.config.checks import check_devices
 from frugalmoe.data import Batch
 from frugalmoe.train import checkpoint
 from frugalmoe.train.step import State, abstract, init, make_train_step

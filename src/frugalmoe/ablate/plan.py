@@ -9,7 +9,7 @@ import jax
 
 from frugalmoe.ablate.results import known_metrics
 from frugalmoe.ablate.study import Arm, Study, arms_of, check_arm, check_seeds, choose
-from frugalmoe.config import Config, check_devices, with_vocabulary
+from frugalmoe.config import Config, settle
 from frugalmoe.cost import forward_flops
 from frugalmoe.data import open_data
 from frugalmoe.data.look import look
@@ -61,7 +61,7 @@ def make_plan(
         check_seeds("--seeds", seeds)
     config = all_arms[study.baseline].config
     for arm in all_arms.values():
-        check_devices(arm.config, jax.device_count())
+        settle(arm.config, None, jax.device_count())
     if not dry:
         open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
     data = look(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
@@ -71,7 +71,7 @@ def make_plan(
             raise UserError(f"{study.name}: metrics={metric!r}: unknown metric; {did_you_mean(metric, known)}")
     if not study.metrics or not study.metrics[0].startswith("eval/"):
         raise UserError(f"{study.name}: metrics={study.metrics}: the first one decides and must be one of eval/...")
-    models = {name: with_vocabulary(arm.config, data.vocabulary).model for name, arm in all_arms.items()}
+    models = {name: settle(arm.config, data.vocabulary, None).model for name, arm in all_arms.items()}
     flops = {name: forward_flops(model, config.data.sequence_length) for name, model in models.items()}
     check_budgets(study, flops)
     return Plan(

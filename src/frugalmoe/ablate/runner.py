@@ -22,7 +22,7 @@ from frugalmoe.ablate.plan import Pair, Plan, check_claim, claim, make_plan, rea
 from frugalmoe.ablate.progress import OfRun, StudyProgress
 from frugalmoe.ablate.study import Study
 from frugalmoe.ablate.together import groups
-from frugalmoe.config import check_devices
+from frugalmoe.config import settle
 from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json, write_json
@@ -67,7 +67,7 @@ def check(plan: Plan, workdir: Path, fresh: bool = False) -> list[str]:
         results.check(workdir, plan.study.name)
         for pair in plan.pairs:
             directory = pair.directory(workdir)
-            rundir.check_config(directory, to_dict(plan.config(pair)), force=False)
+            rundir.check_config(directory, plan.config(pair), force=False)
             if plan.study.keep_checkpoints and status(directory) == "complete" and not saved_steps(directory):
                 rule = "is complete and kept no checkpoint; --fresh trains it again"
                 raise UserError(f"keep_checkpoints=True: {directory} {rule}")
@@ -141,8 +141,8 @@ def _record_divergence(pair: Pair, workdir: Path, error: NotFinite, shown: Study
 
 def _train_group(plan: Plan, pairs: Sequence[Pair], workdir: Path, shown: StudyProgress) -> bool:
     """Trains runs that share a program; True if a signal stopped them."""
-    axes = check_devices(plan.config(pairs[0]), jax.device_count())
-    with jax.set_mesh(sharding.make_mesh(axes)), ExitStack() as stack:
+    layout = settle(plan.config(pairs[0]), None, jax.device_count()).mesh
+    with jax.set_mesh(sharding.make_mesh(to_dict(layout))), ExitStack() as stack:
         runs = []
         for pair in pairs:
             done = functools.partial(_is_done, plan, pair, workdir)

@@ -24,7 +24,7 @@ than one run: there as many as memory holds. This has not been measured.
 import jax
 
 from frugalmoe.ablate.plan import Pair, Plan
-from frugalmoe.aot.program import settled
+from frugalmoe.aot.program import as_expected
 from frugalmoe.config import Config
 from frugalmoe.model.transformer import structure
 from frugalmoe.train.step import without_knobs
@@ -62,7 +62,7 @@ def bytes_of_run(config: Config) -> int:
     Per token and layer about 16 rows of the model's width (residuals, norms, queries, keys, values) and, for each
     active expert, 6 of the expert's (gate, up, their product, and gradients); logits of `loss_chunk` tokens twice.
     """
-    m, t = settled(config).model, config.train
+    m, t = as_expected(config, None).model, config.train
     parameters = sum(leaf.size for leaf in jax.tree.leaves(structure(m)[1]))
     tokens = t.batch_size // t.accumulate_steps * config.data.sequence_length
     active = (m.moe.num_experts_per_token + m.moe.num_shared_experts) * m.moe.expert_dim

@@ -6,7 +6,7 @@ from rich.text import Text
 from frugalmoe import metrics
 from frugalmoe.analysis.page import count, number, percent
 from frugalmoe.analysis.runs import Run
-from frugalmoe.config import RECORD, record, resolve, with_vocabulary
+from frugalmoe.config import RECORD, record, resolve, settle
 from frugalmoe.cost import TRAIN_FACTOR, forward_flops
 from frugalmoe.errors import UserError
 
@@ -77,10 +77,10 @@ def tokens_seen(run: Run) -> int:
 def training_flops(run: Run) -> float:
     """Forward and backward, with the experts that tokens really used; 0 where the config is of other code than this."""
     try:
-        config = with_vocabulary(resolve(record(run.path / RECORD)), run.tokenizer.size if run.tokenizer else 0)
+        config = settle(resolve(record(run.path / RECORD)), run.tokenizer.size if run.tokenizer else None, None)
     except UserError:
         return 0.0
-    if not config.model.vocab_size:
+    if not config.model.vocab_size:  # of a run older than `settle` that has no tokenizer
         return 0.0
     used = [
         layer["active_per_token"]

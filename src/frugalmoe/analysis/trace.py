@@ -16,6 +16,8 @@ import numpy as np
 from frugalmoe.analysis import dynamics
 from frugalmoe.analysis.probe import Probe, damage, make, read_columns
 from frugalmoe.analysis.uncertainty import Estimate, mean
+from frugalmoe.config.load import OPEN
+from frugalmoe.config.settle import open_again
 from frugalmoe.data.cache import digest
 from frugalmoe.data.tokenizer import load_from
 from frugalmoe.errors import UserError
@@ -85,6 +87,7 @@ def fingerprints(run: Path) -> dict[str, str]:
     """What a trace depends on, from the run directory alone: its model, data and tokenizer."""
     with damage(run / "config.json", "config"):
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        config = open_again(config, config.pop(OPEN, []))  # so had older runs it, whose traces are still good
         data = json.loads((run / "data.json").read_text(encoding="utf-8"))["fingerprint"]
     return {
         "config": digest([config["model"], config["data"]]),

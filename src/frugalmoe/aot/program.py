@@ -19,10 +19,11 @@ from jax.sharding import NamedSharding
 from frugalmoe import sharding
 from frugalmoe.aot import hlo, topologies
 from frugalmoe.aot.topologies import Topology
-from frugalmoe.config import Config, check_devices, with_vocabulary
+from frugalmoe.config import Config, settle
 from frugalmoe.data.batches import Batch
 from frugalmoe.data.tokenizer import expected_size
 from frugalmoe.devices import usable
+from frugalmoe.fields import to_dict
 from frugalmoe.train.program import compiled_train_step
 from frugalmoe.train.step import abstract, knobs
 
@@ -55,8 +56,8 @@ def compile_step(config: Config, topology: Topology | None = None) -> Compiled:
     Raises UserError where the config does not suit that many devices or the compiler is not installed. A program that
     is too large is a result.
     """
-    config, num_devices = settled(config), topology.num_devices if topology else jax.device_count()
-    axes = check_devices(config, num_devices)
+    config = as_expected(config, topology.num_devices if topology else jax.device_count())
+    axes = to_dict(config.mesh)
     devices = topologies.devices(topology) if topology else jax.devices()
     mesh = sharding.make_mesh(axes, devices)
     began, executable = time.perf_counter(), None
@@ -93,9 +94,13 @@ def compile_step(config: Config, topology: Topology | None = None) -> Compiled:
     )
 
 
-def settled(config: Config) -> Config:
-    """With a vocabulary as large as the tokenizer may make it, where the config leaves that to the tokenizer."""
-    return config if config.model.vocab_size else with_vocabulary(config, expected_size(config.data.tokenizer))
+def as_expected(config: Config, num_devices: int | None) -> Config:
+    """Returns the config settled for so many devices, with a vocabulary as large as the tokenizer may become.
+
+    Where the config says its vocabulary the tokenizer, which may not be on this machine, is not looked at.
+    """
+    size = None if config.model.vocab_size else expected_size(config.data.tokenizer)
+    return settle(config, size, num_devices)
 
 
 def _abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:

@@ -36,6 +36,8 @@ def _each(prefix: str, section: object, names: str, ok: Callable[[float], bool],
         _require(math.isfinite(value) and ok(value), f"{prefix}.{name}", value, rule)
 
 
+ROUNDED_TO = 64  # a vocabulary that follows the tokenizer is rounded up to a multiple of this
+
 _MARKS = re.compile(r"[./~]")  # of what is meant as a path
 
 
@@ -273,7 +275,7 @@ def _check_layout(config: Config, axes: dict[str, int]) -> None:
     _divides("mesh.data*fsdp*expert", batch, what, micro)
     _divides("mesh.tensor", tensor, f"model.num_heads={m.num_heads}", m.num_heads)
     _divides("mesh.tensor", tensor, f"model.num_kv_heads={m.num_kv_heads}", m.num_kv_heads)
-    vocabulary = m.vocab_size or 64  # it will be a multiple of that
+    vocabulary = m.vocab_size or ROUNDED_TO  # it will be a multiple of that
     _divides("mesh.tensor", tensor, f"model.vocab_size={vocabulary}", vocabulary)
     if m.num_dense_layers:
         _divides("mesh.tensor", tensor, f"model.dense_dim={m.dense_dim}", m.dense_dim)

@@ -14,12 +14,16 @@ from ml_collections import ConfigDict
 
 from frugalmoe import schema
 from frugalmoe.config.checks import check
+from frugalmoe.config.settle import VOCABULARY, left_open, open_again
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.fields import build, check_integer, to_dict
 from frugalmoe.files import read_json
 from frugalmoe.shipped import CONFIGS, Folder
 
 RECORD = "config.json"  # of a run's directory: the config that it was trained with
+
+OPEN = "left_open"  # key of a record, beside the sections
+_MAY_BE_OPEN = {VOCABULARY, *(f"mesh.{axis.name}" for axis in dataclasses.fields(schema.Mesh))}
 
 # What runs did that are older than a field, where its default makes new ones do something else.
 _BEFORE = {"data": {"document_start": "none"}}
@@ -39,12 +43,30 @@ def _open(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def record(path: Path) -> dict[str, Any]:
-    """The config that a run's config.json holds, in the fields of today.
+def recorded(config: schema.Config, settled: schema.Config) -> dict[str, Any]:
+    """Returns what a run's config.json holds: the settled config, and which fields `config` left open.
 
-    Fields that are younger than the run have what the run did: the defaults, or what `_BEFORE` says. Raises `UserError`
-    for a file that is no record of a run.
+    With these the run can be repeated on another number of devices, or with another tokenizer.
     """
+    return to_dict(settled) | {OPEN: left_open(to_dict(config))}
+
+
+def record(path: Path) -> dict[str, Any]:
+    """The config that ran, from a run's config.json, in the fields of today.
+
+    Fields that are younger than the run have what the run did: the defaults, or what `_BEFORE` says. Runs that are
+    older than `settle` have the fields open that their config left open. Raises `UserError` for a file that is no
+    record of a run.
+    """
+    return _read_record(path)[0]
+
+
+def asked(path: Path) -> dict[str, Any]:
+    """The config of a run's config.json as it was asked for: what it left to the tokenizer and the devices is open."""
+    return open_again(*_read_record(path))
+
+
+def _read_record(path: Path) -> tuple[dict[str, Any], list[str]]:
     saved = read_json(path)
     if not _is_record(saved):
         raise UserError(f"{path}: not the config of a run; it needs a name and the sections {', '.join(_SECTIONS)}")
@@ -54,7 +76,10 @@ def record(path: Path) -> dict[str, Any]:
             micro_batch = train["batch_size"] // train["accumulate_steps"]
             train["eval_rows"] = train.pop("eval_batches") * micro_batch
         older = {section: {**fields, **saved[section]} for section, fields in _BEFORE.items()}
-        return completed({**saved, **older, "train": train})
+        opened = saved.pop(OPEN, [])
+        if not set(opened) <= _MAY_BE_OPEN:
+            raise LookupError(f"{OPEN}={opened!r}")
+        return completed({**saved, **older, "train": train}), opened
     except (ArithmeticError, AttributeError, LookupError, TypeError) as e:
         raise UserError(f"{path}: a damaged config ({type(e).__name__}: {e})") from e
 
@@ -98,13 +123,13 @@ def load(spec: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> schema
 
 
 def read(spec: str) -> ConfigDict:
-    """`FILE[:ARG]` -> its `get_config(ARG)`. FILE is a path, or the name of a config that we ship.
+    """Returns the `get_config(ARG)` of `FILE[:ARG]`, where FILE is a path, or the name of a config that we ship.
 
-    The directory of a run, or its config.json -> what it was trained with.
+    Of the directory of a run, or its config.json, it returns what was asked for then.
     """
     run = Path(spec) / RECORD
     if os.path.isfile(run) or spec.endswith(".json"):
-        return _open(ConfigDict(record(run if os.path.isfile(run) else Path(spec))))
+        return _open(ConfigDict(asked(run if os.path.isfile(run) else Path(spec))))
     file, _, arg = spec.partition(":")
     get_config = python_file(CONFIGS, file, f"--config={spec}", "get_config")
     with _one_line_errors(f"--config={spec}"):
@@ -257,15 +282,3 @@ def typed(config: ConfigDict | Mapping[str, Any] | schema.Config) -> schema.Conf
 
 def _plain(config: Any) -> Any:
     return {k: _plain(v) for k, v in config.items()} if isinstance(config, ConfigDict) else config
-
-
-def with_vocabulary(config: schema.Config, tokens: int) -> schema.Config:
-    """`model.vocab_size` settled by a tokenizer's size: rounded up to a multiple of 64 where it is 0."""
-    size = config.model.vocab_size
-    if size and size < tokens:
-        raise UserError(
-            f"model.vocab_size={size}: smaller than the {tokens} tokens of "
-            f"data.tokenizer={config.data.tokenizer!r}; give at least that, or 0"
-        )
-    model = dataclasses.replace(config.model, vocab_size=size or -(-tokens // 64) * 64)
-    return dataclasses.replace(config, model=model)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from frugalmoe import sharding
-from frugalmoe.config import Config, check_devices, with_vocabulary
+from frugalmoe.config import Config, settle
 from frugalmoe.data import Dataset, open_data
 from frugalmoe.data.batches import Batch
 from frugalmoe.data.tokenizer import Tokenizer
@@ -62,13 +62,13 @@ def train(
     config = config if fresh else rundir.as_begun(config, workdir)
     flags = {"--workdir": str(workdir), "--resume": resume, "--fresh": fresh}
     distributed.check_same(to_dict(config) | flags)
-    axes = check_devices(config, jax.device_count())
+    layout = to_dict(settle(config, None, jax.device_count()).mesh)
     with distributed.together():
         if distributed.is_main():
             check_directory(config, workdir, resume=resume, fresh=fresh)
     if distributed.exchange(rundir.is_complete(workdir))[0] and resume != "force" and not fresh:
         return read_json(workdir / "summary.json")
-    with jax.set_mesh(sharding.make_mesh(axes)), opened(config, workdir, force=resume == "force", fresh=fresh) as run:
+    with jax.set_mesh(sharding.make_mesh(layout)), opened(config, workdir, force=resume == "force", fresh=fresh) as run:
         return train_runs([run], progress, sample)[0]
 
 
@@ -85,10 +85,10 @@ def opened(
 
     Raises `rundir.Busy` if another process has it, or had it until it was `done`.
     """
-    main = distributed.is_main()
+    main, mesh = distributed.is_main(), jax.sharding.get_mesh()
     with distributed.together():
         data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed, progress=main)
-        model_config = with_vocabulary(config, data.tokenizer.size)
+        settled = settle(config, data.tokenizer.size, mesh.size)
     distributed.check_same({"fingerprint of the data": data.fingerprint})
     with ExitStack() as held:
         with distributed.together():
@@ -99,10 +99,10 @@ def opened(
                 if fresh:
                     rundir.check_fresh(workdir)
                 else:
-                    rundir.check_config(workdir, to_dict(config), force=force)
+                    rundir.check_config(workdir, settled, force=force)
                     _check_data(workdir, data)
                 freed = rundir.size_of_run(workdir) if fresh else 0
-                checkpoint.check_space(workdir, abstract(model_config), freed)
+                checkpoint.check_space(workdir, abstract(settled), freed)
                 if fresh:
                     rundir.start_over(workdir)
         with distributed.together():
@@ -110,10 +110,10 @@ def opened(
                 rule = "all processes must share it, but what process 0 wrote is not there"
                 raise UserError(f"--workdir={workdir}: {rule}")
         with distributed.all_or_none(shared=NotFinite):
-            run = held.enter_context(closing(Run(model_config, workdir, data, jax.sharding.get_mesh())))
+            run = held.enter_context(closing(Run(settled, workdir, data, mesh)))
             with distributed.together():
                 if main:
-                    _describe(workdir, config, data, run.start)
+                    _describe(run, config)
             yield run
 
 
@@ -125,8 +125,9 @@ def _check_data(workdir: Path, data: Dataset) -> None:
         )
 
 
-def _describe(workdir: Path, config: Config, data: Dataset, start: int) -> None:
-    """Everything that makes the run directory self-describing."""
+def _describe(run: "Run", config: Config) -> None:
+    """Writes everything that makes the run directory self-describing."""
+    workdir, data = run.workdir, run.data
     described = {
         "fingerprint": data.fingerprint,
         "domains": list(data.domains),
@@ -138,7 +139,7 @@ def _describe(workdir: Path, config: Config, data: Dataset, start: int) -> None:
     (workdir / "tokenizer").mkdir(exist_ok=True)
     data.tokenizer.save_into(workdir / "tokenizer")
     write_json(workdir / "data.json", described)
-    rundir.describe(workdir, to_dict(config), start)  # last: it marks the directory as a run
+    rundir.describe(workdir, config, run.config, run.start)  # last: it marks the directory as a run
 
 
 def train_runs(

@@ -19,8 +19,11 @@ from typing import Any, TextIO
 
 import jax
 
-from frugalmoe.config import RECORD, Config, completed, record
+from frugalmoe.config import RECORD, Config, completed, record, recorded, settle
+from frugalmoe.config.settle import left_open, open_again
+from frugalmoe.data.tokenizer import load_from
 from frugalmoe.errors import UserError
+from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json, to_json, write_atomically, write_json
 
 # What a run writes, by the order in which it may appear: files before config.json, which marks a directory as a run.
@@ -82,23 +85,41 @@ def _holds_something(workdir: Path) -> bool:
     return bool(others or any((workdir / "checkpoints").glob("[0-9]*")))
 
 
-def check_config(workdir: Path, config: Mapping[str, Any], force: bool) -> None:
-    """Refuses to continue a run of another config, and names what differs. Mesh and trackers change no answer."""
+def check_config(workdir: Path, config: Config, force: bool) -> None:
+    """Refuses to continue a run of another config, and names what differs. Mesh and trackers change no answer.
+
+    A vocabulary that is not settled yet is not compared: a run's begin settles it, and asks again.
+    """
     if not (workdir / RECORD).is_file():
         if _holds_something(workdir):
             raise UserError(f"--workdir={workdir}: holds files but no {RECORD}; give an empty or new directory")
         return
-    saved = record(workdir / RECORD) | {"mesh": config["mesh"]}
-    saved["train"]["trackers"] = config["train"]["trackers"]
+    here = completed(to_dict(config))
+    saved = record(workdir / RECORD) | {"mesh": here["mesh"]}
+    ours = config.model.vocab_size
+    saved["model"]["vocab_size"] = ours and (vocabulary(workdir) or ours)
+    saved["train"]["trackers"] = config.train.trackers
     if "eval_batches" in read_json(workdir / RECORD)["train"]:  # an older run goes on with the held-out rows of today
-        saved["train"]["eval_rows"] = config["train"]["eval_rows"]
-    differing = differences(saved, completed(config), "there", "here")
+        saved["train"]["eval_rows"] = config.train.eval_rows
+    differing = differences(saved, here, "there", "here")
     if differing and not force:
         shown = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
         raise UserError(
             f"--workdir={workdir}: holds a run with another config ({shown}); "
             "give another --workdir, or --resume=force to continue it with this one"
         )
+
+
+def vocabulary(workdir: Path) -> int:
+    """Returns the `model.vocab_size` of the run in a directory, 0 where it is not known.
+
+    Records that are older than `settle` leave it to the tokenizer, which lies beside them.
+    """
+    if size := record(workdir / RECORD)["model"]["vocab_size"]:
+        return size
+    with contextlib.suppress(UserError):
+        return settle(Config(), load_from(workdir / "tokenizer").size, None).model.vocab_size
+    return 0
 
 
 def as_begun(config: Config, workdir: Path) -> Config:
@@ -133,27 +154,27 @@ def changes(ours: Any, theirs: Any, path: str = "") -> dict[str, tuple[Any, Any]
 _OF_A_START = ("command", "versions", "git_commit", "platform", "devices", "processes")
 
 
-def describe(workdir: Path, config: Mapping[str, Any], step: int) -> None:
+def describe(workdir: Path, config: Config, settled: Config, step: int) -> None:
     """Writes what the run is from this start on, at `step`: config.json and environment.json, and a row in
-    history.jsonl, which keeps what they said before.
+    history.jsonl, which keeps what they said before. `config` is what was asked for, `settled` what runs.
 
     A row holds the time (UTC), the step, what `_OF_A_START` names of the environment, and `changes` of the config
     since the start before: field -> [then, now]. A run that is older than its history has a first row without time.
     """
-    known = workdir / RECORD
-    before = record(known) if known.is_file() else completed(config)
+    known, here = workdir / RECORD, completed(to_dict(settled))
+    before = record(known) if known.is_file() else here
+    unknown = left_open(before)  # by a run that is older than `settle`
     path, now = workdir / "history.jsonl", environment()
     rows = read_rows(path) if path.is_file() else []
     if not rows and known.is_file() and (workdir / "environment.json").is_file():
         first = read_json(workdir / "environment.json")
         rows = [{"time": None, "step": 0, **{k: first.get(k) for k in _OF_A_START}, "changes": {}}]
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    rows += [
-        {"time": time, "step": step, **{k: now[k] for k in _OF_A_START}, "changes": changes(before, completed(config))}
-    ]
+    changed = changes(open_again(before, unknown), open_again(here, unknown))
+    rows += [{"time": time, "step": step, **{k: now[k] for k in _OF_A_START}, "changes": changed}]
     write_rows(path, rows)
     write_json(workdir / "environment.json", now)
-    write_json(known, config)
+    write_json(known, recorded(config, settled))
 
 
 class Busy(UserError):
