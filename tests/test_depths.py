@@ -16,7 +16,7 @@ from test_train_step import DEPTHS, EVERY_LOSS, batch, config_of, largest_differ
 from frugalmoe import sharding
 from frugalmoe.ablate.results import final_metrics, known_metrics
 from frugalmoe.analysis import load_run
-from frugalmoe.analysis.table import headline_rows
+from frugalmoe.analysis.pages.table import headline_rows
 from frugalmoe.data import Batch
 from frugalmoe.generate import Sampling, sample_text, stream
 from frugalmoe.model import depths

@@ -13,10 +13,10 @@ from test_analysis_runs import DOMAINS, SCRIPT, write_planted_run
 
 from frugalmoe import config as configs
 from frugalmoe.analysis import load_run, plots, write_report
-from frugalmoe.analysis.page import count
-from frugalmoe.analysis.passage import _pieces, passages
-from frugalmoe.analysis.specialisation import group_units, specialise
-from frugalmoe.analysis.table import headline_rows
+from frugalmoe.analysis.measures.specialisation import group_units, specialise
+from frugalmoe.analysis.pages.passage import _pieces, passages
+from frugalmoe.analysis.pages.table import headline_rows
+from frugalmoe.analysis.wording import count
 from frugalmoe.cli import main
 from frugalmoe.cost import forward_flops
 from frugalmoe.data.tokenizer import ByteTokenizer

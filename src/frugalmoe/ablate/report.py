@@ -10,8 +10,9 @@ import numpy as np
 
 from frugalmoe.ablate import plots, statistics
 from frugalmoe.ablate.comparison import Comparison, load_comparison
-from frugalmoe.analysis.page import Html, count, document, folded, join, number, picture, png, spread, table, tag
-from frugalmoe.analysis.plots import NARROW, WIDE
+from frugalmoe.analysis.pages.page import Html, document, folded, join, picture, png, table, tag
+from frugalmoe.analysis.pages.plots import NARROW, WIDE
+from frugalmoe.analysis.wording import count, number, spread
 from frugalmoe.files import write_atomically
 from frugalmoe.metrics import titled
 

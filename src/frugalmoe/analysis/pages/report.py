@@ -10,27 +10,16 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from frugalmoe.analysis import findings, plots
-from frugalmoe.analysis.page import (
-    Html,
-    document,
-    folded,
-    join,
-    number,
-    p_value,
-    percent,
-    picture,
-    png,
-    table,
-    tag,
-)
-from frugalmoe.analysis.passage import coloured
-from frugalmoe.analysis.probe import Probe
-from frugalmoe.analysis.runs import Run, load_run
-from frugalmoe.analysis.specialisation import Specialisation, group_units, specialise
-from frugalmoe.analysis.table import balance_rows, headline_rows, loss_rows
-from frugalmoe.analysis.trace import load_trace, trace_files
-from frugalmoe.analysis.vocabulary import TypicalToken, hash_likeness, typical_tokens
+from frugalmoe.analysis.measures.specialisation import Specialisation, group_units, specialise
+from frugalmoe.analysis.measures.vocabulary import TypicalToken, hash_likeness, typical_tokens
+from frugalmoe.analysis.pages import findings, plots
+from frugalmoe.analysis.pages.page import Html, document, folded, join, picture, png, table, tag
+from frugalmoe.analysis.pages.passage import coloured
+from frugalmoe.analysis.pages.table import balance_rows, headline_rows, loss_rows
+from frugalmoe.analysis.stored.probe import Probe
+from frugalmoe.analysis.stored.runs import Run, load_run
+from frugalmoe.analysis.stored.trace import load_trace, trace_files
+from frugalmoe.analysis.wording import number, p_value, percent
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.files import write_atomically
 

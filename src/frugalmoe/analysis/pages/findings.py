@@ -3,15 +3,16 @@
 import numpy as np
 
 from frugalmoe import metrics
-from frugalmoe.analysis import coactivation, plots
-from frugalmoe.analysis.dynamics import beyond_chance
-from frugalmoe.analysis.evenness import effective_experts, gini
-from frugalmoe.analysis.page import listed, number, p_value, percent, spread
-from frugalmoe.analysis.probe import Probe
-from frugalmoe.analysis.runs import Run
-from frugalmoe.analysis.specialisation import Specialisation
-from frugalmoe.analysis.trace import Trace
-from frugalmoe.analysis.vocabulary import vocabulary_specialisation
+from frugalmoe.analysis.measures import coactivation
+from frugalmoe.analysis.measures.dynamics import beyond_chance
+from frugalmoe.analysis.measures.evenness import effective_experts, gini
+from frugalmoe.analysis.measures.specialisation import Specialisation
+from frugalmoe.analysis.measures.vocabulary import vocabulary_specialisation
+from frugalmoe.analysis.pages import plots
+from frugalmoe.analysis.stored.probe import Probe
+from frugalmoe.analysis.stored.runs import Run
+from frugalmoe.analysis.stored.trace import Trace
+from frugalmoe.analysis.wording import listed, number, p_value, percent, spread
 
 ALPHA = 0.05  # of a verdict, over all layers together
 

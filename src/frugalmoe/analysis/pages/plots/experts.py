@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from frugalmoe.analysis import coactivation, vocabulary
-from frugalmoe.analysis.plots.style import (
+from frugalmoe.analysis.measures import coactivation, vocabulary
+from frugalmoe.analysis.measures.specialisation import Specialisation, excess
+from frugalmoe.analysis.pages.plots.style import (
     INK,
     LONGEST_LABEL,
     OKABE_ITO,
@@ -24,8 +25,7 @@ from frugalmoe.analysis.plots.style import (
     short,
     styled,
 )
-from frugalmoe.analysis.probe import Probe
-from frugalmoe.analysis.specialisation import Specialisation, excess
+from frugalmoe.analysis.stored.probe import Probe
 
 TALLEST = 26  # inches of a picture of many domains
 PAIRS = 18  # of a domain and an expert in the picture of intervals

@@ -4,8 +4,8 @@ from rich.table import Table
 from rich.text import Text
 
 from frugalmoe import metrics
-from frugalmoe.analysis.page import count, number, percent
-from frugalmoe.analysis.runs import Run
+from frugalmoe.analysis.stored.runs import Run
+from frugalmoe.analysis.wording import count, number, percent
 from frugalmoe.config import RECORD, record, resolve, settle
 from frugalmoe.cost import TRAIN_FACTOR, forward_flops
 from frugalmoe.errors import UserError

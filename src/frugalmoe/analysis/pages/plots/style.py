@@ -18,7 +18,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from frugalmoe.analysis.runs import Series
+from frugalmoe.analysis.stored.runs import Series
 
 # Its yellow cannot be seen on white: in its place a wine red (of Tol's muted scheme).
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#000000")

@@ -7,7 +7,7 @@ Letters: S checkpoints, L layers, N tokens, E experts, K experts per token.
 
 import numpy as np
 
-from frugalmoe.analysis.uncertainty import Estimate, mean
+from frugalmoe.analysis.measures.uncertainty import Estimate, mean
 
 
 def overlap(selected_NE: np.ndarray, reference_NE: np.ndarray) -> np.ndarray:

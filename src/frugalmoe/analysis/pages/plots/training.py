@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from frugalmoe import metrics
-from frugalmoe.analysis import evenness
-from frugalmoe.analysis.plots.style import (
+from frugalmoe.analysis.measures import evenness
+from frugalmoe.analysis.pages.plots.style import (
     GREY,
     OKABE_ITO,
     UNNAMED,
@@ -28,7 +28,7 @@ from frugalmoe.analysis.plots.style import (
     short,
     styled,
 )
-from frugalmoe.analysis.runs import Loads, Run, Series
+from frugalmoe.analysis.stored.runs import Loads, Run, Series
 
 MAX_BINS = 160  # columns of a heatmap over steps
 

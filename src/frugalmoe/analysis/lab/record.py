@@ -12,7 +12,6 @@ RUN/trace/step_00000100.npz holds the columns of `train.evaluate.probe_columns` 
 Letters: L MoE layers, N tokens, E experts, K experts per token.
 """
 
-import dataclasses
 import io
 from pathlib import Path
 
@@ -20,20 +19,17 @@ import jax
 import numpy as np
 from rich.progress import track
 
-from frugalmoe.analysis.probe import read_columns
-from frugalmoe.analysis.trace import FOLDER, check_file, fingerprints, trace_files
-from frugalmoe.config import Config
-from frugalmoe.data import Dataset, open_data
+from frugalmoe.analysis.lab.lab import TOKENS, limited, moe_layers, open_run_data
+from frugalmoe.analysis.stored.probe import read_columns
+from frugalmoe.analysis.stored.trace import FOLDER, check_file, fingerprints, trace_files
 from frugalmoe.errors import UserError
 from frugalmoe.fields import check_integer
-from frugalmoe.files import read_json, write_atomically
+from frugalmoe.files import write_atomically
 from frugalmoe.routing import stats
 from frugalmoe.train import checkpoint
 from frugalmoe.train.evaluate import Traced, evaluate, probe_columns
 from frugalmoe.train.step import make_eval_step
 from frugalmoe.train.weights import load_model
-
-TOKENS = 65_536
 
 
 def write_trace(
@@ -57,9 +53,9 @@ def write_trace(
     if not missing:
         return []
     (run / FOLDER).mkdir(exist_ok=True)
-    tracer = Tracer(run, tokens)
+    recorder = Recorder(run, tokens)
     for step in track(missing, "tracing checkpoints", disable=not progress):
-        columns = tracer.columns(step) | {n: np.array(v) for n, v in made_from.items()}
+        columns = recorder.columns(step) | {n: np.array(v) for n, v in made_from.items()}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **columns, step=np.array(step), tokens=np.array(tokens))
         write_atomically(missing[step], buffer.getvalue())
@@ -76,7 +72,7 @@ def _check_existing(path: Path, made_from: dict[str, str], tokens: int) -> None:
         )
 
 
-class Tracer:
+class Recorder:
     """The data and the one compiled evaluation that all checkpoints share."""
 
     def __init__(self, run: Path, tokens: int):
@@ -101,29 +97,6 @@ class Tracer:
         columns["expert"], columns["weight"] = _compact(*plan, num_experts)
         columns["domains"] = np.array(self.data.domains)
         return columns | {f"router/{name}": value for name, value in router.items()}
-
-
-def moe_layers(run: Path, config: Config) -> list[int]:
-    """Index in the whole network of each MoE layer; a run without one is refused."""
-    model = config.model
-    if model.num_dense_layers == model.num_layers:
-        raise UserError(f"{run}: model.num_dense_layers={model.num_dense_layers}: no MoE layers to look at")
-    return list(range(model.num_dense_layers, model.num_layers))
-
-
-def open_run_data(run: Path, config: Config) -> Dataset:
-    """The data that a run was trained on; another is refused."""
-    data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
-    there = read_json(run / "data.json")["fingerprint"]
-    if there != data.fingerprint:
-        raise UserError(f"{run}: the run's data changed (fingerprint {there} there, {data.fingerprint} now)")
-    return data
-
-
-def limited(config: Config, domains: int, tokens: int) -> Config:
-    """The config with as many held-out rows per domain as come nearest to the number of tokens, at least one."""
-    rows = max(1, round(tokens / (domains * config.data.sequence_length)))
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, eval_rows=rows))
 
 
 def _plans(seen: list[Traced]) -> tuple[list[np.ndarray], list[np.ndarray]]:

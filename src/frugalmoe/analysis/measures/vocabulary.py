@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import scipy.special
 
-from frugalmoe.analysis.information import entropy, miller_madow, mutual_information
-from frugalmoe.analysis.uncertainty import Estimate, mean
+from frugalmoe.analysis.measures.information import entropy, miller_madow, mutual_information
+from frugalmoe.analysis.measures.uncertainty import Estimate, mean
 
 
 class TypicalToken(NamedTuple):

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from frugalmoe.analysis.effects import Lab, domain_parts
-from frugalmoe.analysis.interventions import Nothing
-from frugalmoe.analysis.record import TOKENS
-from frugalmoe.analysis.uncertainty import Estimate, mean
+from frugalmoe.analysis.lab.interventions import Nothing
+from frugalmoe.analysis.lab.lab import TOKENS, Lab, domain_parts
+from frugalmoe.analysis.measures.uncertainty import Estimate, mean
 from frugalmoe.errors import UserError
 from frugalmoe.model.causality import leaking
 from frugalmoe.train.step import make_eval_step

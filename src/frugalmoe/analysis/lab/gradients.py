@@ -16,8 +16,8 @@ import numpy as np
 from jax import Array
 from rich.progress import track
 
-from frugalmoe.analysis.effects import Lab
-from frugalmoe.analysis.uncertainty import Estimate, bootstrap
+from frugalmoe.analysis.lab.lab import Lab
+from frugalmoe.analysis.measures.uncertainty import Estimate, bootstrap
 from frugalmoe.data.batches import Batch
 from frugalmoe.errors import UserError
 from frugalmoe.train.placing import put_batch

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from rich.progress import track
 
-from frugalmoe.analysis.effects import Lab
-from frugalmoe.analysis.interventions import Nothing, Swap
-from frugalmoe.analysis.record import TOKENS
-from frugalmoe.analysis.uncertainty import Estimate, mean
+from frugalmoe.analysis.lab.interventions import Nothing, Swap
+from frugalmoe.analysis.lab.lab import TOKENS, Lab
+from frugalmoe.analysis.measures.uncertainty import Estimate, mean
 from frugalmoe.errors import UserError
 
 

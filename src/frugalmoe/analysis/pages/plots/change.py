@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from frugalmoe.analysis.effects import Effect
-from frugalmoe.analysis.plots.style import (
+from frugalmoe.analysis.lab.effects import Effect
+from frugalmoe.analysis.measures.uncertainty import Estimate
+from frugalmoe.analysis.pages.plots.style import (
     GREY,
     INK,
     OKABE_ITO,
@@ -23,8 +24,7 @@ from frugalmoe.analysis.plots.style import (
     short,
     styled,
 )
-from frugalmoe.analysis.trace import Trace
-from frugalmoe.analysis.uncertainty import Estimate
+from frugalmoe.analysis.stored.trace import Trace
 
 FEWEST = 3  # checkpoints; between two there is one line, which says nothing of when
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from frugalmoe.analysis.uncertainty import Estimate, bootstrap
+from frugalmoe.analysis.measures.uncertainty import Estimate, bootstrap
 
 
 def entropy(counts_E: np.ndarray) -> np.ndarray:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from frugalmoe.analysis import dynamics
-from frugalmoe.analysis.probe import Probe, damage, make, read_columns
-from frugalmoe.analysis.uncertainty import Estimate, mean
+from frugalmoe.analysis.measures import dynamics
+from frugalmoe.analysis.measures.uncertainty import Estimate, mean
+from frugalmoe.analysis.stored.probe import Probe, damage, make, read_columns
 from frugalmoe.config.load import OPEN
 from frugalmoe.config.settle import open_again
 from frugalmoe.data.cache import digest

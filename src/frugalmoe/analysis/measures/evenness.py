@@ -8,7 +8,7 @@ Letters: E experts, K experts per token, N tokens, M devices, B sequences; n = s
 
 import numpy as np
 
-from frugalmoe.analysis.information import entropy
+from frugalmoe.analysis.measures.information import entropy
 from frugalmoe.routing import stats
 
 

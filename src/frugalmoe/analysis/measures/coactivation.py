@@ -7,8 +7,8 @@ import itertools
 
 import numpy as np
 
-from frugalmoe.analysis.information import entropy, miller_madow, mutual_information
-from frugalmoe.analysis.uncertainty import Estimate, bootstrap, over_units
+from frugalmoe.analysis.measures.information import entropy, miller_madow, mutual_information
+from frugalmoe.analysis.measures.uncertainty import Estimate, bootstrap, over_units
 
 
 def co_activation(selected_NE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,10 +14,9 @@ import jax
 import numpy as np
 
 from frugalmoe import experts, sharding
-from frugalmoe.analysis.effects import Lab
-from frugalmoe.analysis.interventions import Nothing
-from frugalmoe.analysis.record import TOKENS
-from frugalmoe.analysis.uncertainty import Estimate, mean
+from frugalmoe.analysis.lab.interventions import Nothing
+from frugalmoe.analysis.lab.lab import TOKENS, Lab
+from frugalmoe.analysis.measures.uncertainty import Estimate, mean
 from frugalmoe.errors import UserError
 from frugalmoe.experts import capacity
 from frugalmoe.routing.contract import TokenPlan

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from frugalmoe.analysis.information import entropy, mutual_information
-from frugalmoe.analysis.uncertainty import bootstrap, over_units, p_value
+from frugalmoe.analysis.measures.information import entropy, mutual_information
+from frugalmoe.analysis.measures.uncertainty import bootstrap, over_units, p_value
 
 
 class Units(NamedTuple):

@@ -1,13 +1,13 @@
 """Pictures of a run. Each function returns a matplotlib Figure, or None where the run lacks what it shows."""
 
-from frugalmoe.analysis.plots.change import effects, saturation
-from frugalmoe.analysis.plots.experts import (
+from frugalmoe.analysis.pages.plots.change import effects, saturation
+from frugalmoe.analysis.pages.plots.experts import (
     co_activation,
     domain_heatmaps,
     domain_intervals,
     vocabulary_specialisation,
 )
-from frugalmoe.analysis.plots.style import (
+from frugalmoe.analysis.pages.plots.style import (
     GREY,
     INK,
     NARROW,
@@ -21,7 +21,7 @@ from frugalmoe.analysis.plots.style import (
     short,
     styled,
 )
-from frugalmoe.analysis.plots.training import (
+from frugalmoe.analysis.pages.plots.training import (
     auxiliary_losses,
     balance,
     expert_load,

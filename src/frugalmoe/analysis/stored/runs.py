@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from frugalmoe.analysis.probe import Probe, load_probe
+from frugalmoe.analysis.stored.probe import Probe, load_probe
 from frugalmoe.data.tokenizer import Tokenizer, load_from
 from frugalmoe.errors import UserError, did_you_mean
 

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from frugalmoe.analysis.page import Html, folded, join, listed, percent, tag, text
-from frugalmoe.analysis.probe import Probe
+from frugalmoe.analysis.pages.page import Html, folded, join, tag, text
+from frugalmoe.analysis.stored.probe import Probe
+from frugalmoe.analysis.wording import listed, percent
 from frugalmoe.data.tokenizer import Tokenizer
 
 # Light tints of Okabe-Ito: dark text keeps a contrast of 7 to 1 or more on each. The number under a token says the

@@ -1,4 +1,4 @@
-"""`intervene`: what a change of the routing does to the loss of each domain, with intervals over documents.
+"""`Lab`: a checkpoint, its held-out data and its compiled evaluations, for whatever changes or watches routing.
 
 Letters: N tokens, E experts, L MoE layers.
 """
@@ -6,63 +6,26 @@ Letters: N tokens, E experts, L MoE layers.
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
-from rich.progress import track
-from rich.table import Table
 
-from frugalmoe.analysis.interventions import INSTEAD, Demote, Intervention, Mask, Nothing, Swap
-from frugalmoe.analysis.page import number, percent
-from frugalmoe.analysis.probe import Probe, make
-from frugalmoe.analysis.record import TOKENS, limited, moe_layers, open_run_data
-from frugalmoe.analysis.runs import Run
-from frugalmoe.analysis.uncertainty import Estimate, mean
+from frugalmoe.analysis.lab.interventions import INSTEAD, Demote, Intervention, Mask, Nothing, Swap
+from frugalmoe.analysis.stored.probe import Probe, make
+from frugalmoe.analysis.wording import number, percent
+from frugalmoe.config import Config
+from frugalmoe.data import Dataset, open_data
 from frugalmoe.errors import UserError
 from frugalmoe.fields import check_seed
+from frugalmoe.files import read_json
 from frugalmoe.routing import strategies
 from frugalmoe.train.checkpoint import saved_steps
 from frugalmoe.train.evaluate import Traced, evaluate, probe_columns
 from frugalmoe.train.step import Evaluated, make_eval_step
 from frugalmoe.train.weights import load_model
 
+TOKENS = 65_536  # held-out tokens that are looked at, if nothing else is asked for
 SAME = 1e-3  # by which K of K + 1 choices may differ from K choices: share of tokens, and nats per token
-
-
-class Effect(NamedTuple):
-    """Of one intervention on one domain, or on "all" tokens."""
-
-    intervention: Intervention
-    domain: str
-    loss: float  # nats per token, undisturbed
-    change: Estimate  # of the loss; positive: worse
-    moved: float  # share of tokens with other experts than before, in any layer
-    tokens: int
-    documents: int
-
-
-def intervene(
-    run: Run | str | Path,
-    *interventions: Intervention,
-    checkpoint: int | None = None,
-    tokens: int = TOKENS,
-    progress: bool = True,
-) -> list[Effect]:
-    """Evaluates a run's checkpoint (the newest) on held-out tokens, undisturbed and under each intervention.
-
-    The same tokens, paired: the change of each token's loss is averaged over a domain, its interval is a bootstrap over
-    documents. It includes what later tokens of the document lose through attention. Cost: an evaluation each.
-    """
-    path = run.path if isinstance(run, Run) else Path(run)
-    lab = Lab(path, checkpoint, tokens)
-    for intervention in interventions:
-        lab.check(intervention)
-    before = lab.probe(Nothing())
-    effects = []
-    for intervention in track(interventions, "interventions", disable=not progress):
-        effects += _effects(intervention, before, lab.probe(lab.bind(intervention, before)), lab.data.domains)
-    return effects
 
 
 class Lab:
@@ -117,9 +80,9 @@ class Lab:
             raise UserError(f"{rule}: every token has all {moe.num_experts} experts; valid: nothing, rest")
         after = self.probe(Nothing(**spare))
         off = np.nanmean(np.abs(after.loss_N - before.loss_N))
-        if (moved := _moved(before, after).mean()) > SAME or off > SAME:
+        if (share := moved(before, after).mean()) > SAME or off > SAME:
             raise UserError(
-                f"{rule}: the first K of K + 1 choices are not its K choices (for {percent(moved)} of the tokens, and "
+                f"{rule}: the first K of K + 1 choices are not its K choices (for {percent(share)} of the tokens, and "
                 f"the loss changes by {number(off)} nats per token); valid: nothing, rest, random"
             )
         self.spare_checked = True
@@ -138,17 +101,6 @@ class Lab:
         return seen
 
 
-def _effects(intervention: Intervention, before: Probe, after: Probe, domains: Sequence[str]) -> list[Effect]:
-    change_N = after.loss_N - before.loss_N
-    moved_N = _moved(before, after)
-    effects = []
-    for domain, of_N, unit_N in domain_parts(before, domains):
-        loss, moved = float(before.loss_N[of_N].mean()), float(moved_N[of_N].mean())
-        change = mean(change_N[of_N], unit_N)
-        effects.append(Effect(intervention, domain, loss, change, moved, int(of_N.sum()), int(unit_N.max()) + 1))
-    return effects
-
-
 def domain_parts(probe: Probe, domains: Sequence[str]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """(domain, which tokens [N] of it have a loss, their units 0, 1, ...), of each domain and of "all"."""
     for domain, g in [*zip(domains, range(len(domains))), ("all", None)]:
@@ -157,19 +109,29 @@ def domain_parts(probe: Probe, domains: Sequence[str]) -> Iterator[tuple[str, np
             yield domain, of_N, np.unique(probe.unit_ids_N[of_N], return_inverse=True)[1]
 
 
-def _moved(before: Probe, after: Probe) -> np.ndarray:
+def moved(before: Probe, after: Probe) -> np.ndarray:
     """Tokens [N] with other experts than before, in any layer."""
     return np.any(after.selected_LNE != before.selected_LNE, axis=(0, 2))
 
 
-def effects_table(effects: Sequence[Effect]) -> Table:
-    """For a terminal or a notebook."""
-    table = Table(title="Change of held-out loss, nats per token, with 95% intervals over documents")
-    for column in ("intervention", "domain", "loss before", "change", "95% interval", "tokens moved", "n", "documents"):
-        table.add_column(column, justify="left" if column in ("intervention", "domain") else "right")
-    for e in effects:
-        change, low, high = (float(x) for x in e.change)
-        interval = f"{low:+.4f} to {high:+.4f}" if np.isfinite(low) else "–"
-        cells = (f"{change:+.4f}", interval, percent(e.moved), f"{e.tokens:,}", str(e.documents))
-        table.add_row(str(e.intervention), e.domain, number(e.loss, 4), *cells)
-    return table
+def moe_layers(run: Path, config: Config) -> list[int]:
+    """Index in the whole network of each MoE layer; a run without one is refused."""
+    model = config.model
+    if model.num_dense_layers == model.num_layers:
+        raise UserError(f"{run}: model.num_dense_layers={model.num_dense_layers}: no MoE layers to look at")
+    return list(range(model.num_dense_layers, model.num_layers))
+
+
+def open_run_data(run: Path, config: Config) -> Dataset:
+    """The data that a run was trained on; another is refused."""
+    data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
+    there = read_json(run / "data.json")["fingerprint"]
+    if there != data.fingerprint:
+        raise UserError(f"{run}: the run's data changed (fingerprint {there} there, {data.fingerprint} now)")
+    return data
+
+
+def limited(config: Config, domains: int, tokens: int) -> Config:
+    """The config with as many held-out rows per domain as come nearest to the number of tokens, at least one."""
+    rows = max(1, round(tokens / (domains * config.data.sequence_length)))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, eval_rows=rows))
