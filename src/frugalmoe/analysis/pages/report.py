@@ -62,32 +62,14 @@ def _sections(run: Run) -> list[Section]:
         probe = [Section("What the experts specialise in", [_missing("no routing of held-out tokens (probe.npz)")])]
     return [
         Section("Results", _results(run)),
-        _section("Loss", run, plots.loss_curves, findings.loss, "loss", "no training or evaluation metrics", HOW_LOSS),
+        _section(run, LOSS),
         _load_section(run),
-        _section(
-            "Balance of the routers", run, plots.balance, findings.balance, "balance", "no router metrics", HOW_BALANCE
-        ),
+        _section(run, BALANCE),
         *probe,
         *_trace_sections(run),
-        _section(
-            "Optimization",
-            run,
-            plots.optimization,
-            findings.optimization,
-            "optimization",
-            "no optimizer metrics",
-            HOW_OPTIM,
-        ),
-        _section(
-            "Auxiliary losses",
-            run,
-            plots.auxiliary_losses,
-            findings.auxiliary_losses,
-            "auxiliary",
-            "none",
-            HOW_AUXILIARY,
-        ),
-        _section("Speed", run, plots.speed, findings.speed, "speed", "no timed steps", HOW_SPEED),
+        _section(run, OPTIMIZATION),
+        _section(run, AUXILIARY),
+        _section(run, SPEED),
         Section("Sample", [_sample(run)]),
         Section("Reproduce", [_reproduce(run)]),
     ]
@@ -150,10 +132,34 @@ HOW_VOCABULARY = (
 )
 
 
-def _section(title: str, run: Run, draw: Callable, find: Callable, name: str, lacking: str, how: str) -> Section:
-    if draw(run) is None:
-        return Section(title, [_missing(lacking)])
-    return Section(title, [_how(how), Picture(name, partial(draw, run)), _shows(find(run))])
+class Chart(NamedTuple):
+    """A section of one picture of a run."""
+
+    title: str
+    name: str  # of the picture's file
+    draw: Callable[..., Figure | None]  # of the run, at a width in inches
+    find: Callable[[Run], str]  # what this run's picture shows, in words
+    how: str  # to read it
+    lacking: str  # what a run without the picture has
+
+
+LOSS = Chart("Loss", "loss", plots.loss_curves, findings.loss, HOW_LOSS, "no training or evaluation metrics")
+BALANCE = Chart("Balance of the routers", "balance", plots.balance, findings.balance, HOW_BALANCE, "no router metrics")
+OPTIMIZATION = Chart(
+    "Optimization", "optimization", plots.optimization, findings.optimization, HOW_OPTIM, "no optimizer metrics"
+)
+AUXILIARY = Chart(
+    "Auxiliary losses", "auxiliary", plots.auxiliary_losses, findings.auxiliary_losses, HOW_AUXILIARY, "none"
+)
+SPEED = Chart("Speed", "speed", plots.speed, findings.speed, HOW_SPEED, "no timed steps")
+
+
+def _section(run: Run, chart: Chart) -> Section:
+    if chart.draw(run) is None:
+        return Section(chart.title, [_missing(chart.lacking)])
+    return Section(
+        chart.title, [_how(chart.how), Picture(chart.name, partial(chart.draw, run)), _shows(chart.find(run))]
+    )
 
 
 def _how(sentence: str) -> Html:
