@@ -55,7 +55,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Splits off `--config.a.b=value` (or `--config.a.b value`) -> (other flags, ["a.b=value", ...])."""
+    """Splits off `--config.a.b=value` (or `--config.a.b value`); returns (other flags, ["a.b=value", ...])."""
     flags, overrides = [], []
     arguments = iter(argv)
     for argument in arguments:

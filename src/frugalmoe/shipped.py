@@ -22,16 +22,16 @@ class Folder(NamedTuple):
 
     @property
     def path(self) -> Path:
-        """Where it is."""
+        """Returns where the folder is."""
         installed = _PACKAGE / "shipped_files" / self.name
         return installed if installed.is_dir() else _PACKAGE.parents[1] / self.name
 
     def names(self) -> list[str]:
-        """What `find` finds without a path: names of the files, without the suffix."""
+        """Returns what `find` finds without a path: names of the files, without the suffix."""
         return sorted(p.name.removesuffix(self.suffix) for p in self.path.glob(f"*{self.suffix}") if p.is_file())
 
     def choices(self) -> list[str]:
-        """What may be asked for by name: `names`, and NAME:SIZE of a config file that has several sizes."""
+        """Returns what may be asked for by name: `names`, and NAME:SIZE of a config file that has several sizes."""
         return [f"{name}:{size}" if size else name for name in self.names() for size in self._sizes(name) or [""]]
 
     def _sizes(self, name: str) -> list[str]:
@@ -46,7 +46,9 @@ class Folder(NamedTuple):
             return []
 
     def find(self, text: str, what: str) -> Path:
-        """The file at a path, or the shipped one of this name; raises `UserError` beginning with `what` without one."""
+        """Returns the file at a path, or the shipped one of this name; raises `UserError` beginning with `what` without
+        one.
+        """
         for path in (Path(text), self._shipped(text)):
             try:
                 if path is not None and path.is_file():
@@ -61,7 +63,7 @@ class Folder(NamedTuple):
         raise UserError(f"{what}: no such {self.kind}; {did_you_mean(text, known)}")
 
     def _shipped(self, text: str) -> Path | None:
-        """`quickstart`, `quickstart.py` or `configs/quickstart.py` -> the shipped file of that name."""
+        """Returns the shipped file that `quickstart`, `quickstart.py` or `configs/quickstart.py` names, or None."""
         folder, _, name = text.rpartition("/")
         if folder not in ("", self.name) or name.removesuffix(self.suffix) not in self.names():
             return None

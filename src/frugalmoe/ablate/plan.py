@@ -130,7 +130,7 @@ def check_same_study(workdir: Path, plan: Plan) -> None:
 
 
 def describe(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
-    """All that the report needs beside the runs."""
+    """Returns the content of study.json: all that the report needs beside the runs."""
     study = plan.study
     overrides = plan.overrides if isinstance(plan.overrides, Mapping) else list(plan.overrides)
     train, data = plan.arms[study.baseline].config.train, plan.arms[study.baseline].config.data
@@ -158,7 +158,9 @@ def describe(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
 
 
 def read_study(workdir: Path) -> dict[str, Any]:
-    """study.json of a study's directory. Raises `UserError` naming what is not as `describe` writes it."""
+    """Returns the content of study.json of a study's directory. Raises `UserError` naming what is not as `describe`
+    writes it.
+    """
     path = workdir / "study.json"
     if not path.is_file():
         raise UserError(f"{workdir}: not a study (no study.json)")

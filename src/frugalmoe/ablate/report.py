@@ -52,7 +52,7 @@ def pictures(c: Comparison, width: float = WIDE) -> dict[str, bytes]:
 
 
 def summary_line(c: Comparison) -> str:
-    """How many arms the study could tell from its baseline."""
+    """Returns one line: how many arms the study could tell from its baseline."""
     told = [arm for arm in c.arms[1:] if arm in c.paired and statistics.judge(c.paired[arm]) in ("better", "worse")]
     count = f"{len(told) or 'none'} of {len(c.arms) - 1} arm{'s' * (len(c.arms) > 2)}"
     return f"{count} can be told from the baseline {c.arms[0]} by these runs"
@@ -71,7 +71,7 @@ def _saving(c: Comparison, arm: str) -> str:
 
 
 def state_line(c: Comparison) -> str:
-    """How much of the study is there."""
+    """Returns one line: how many runs of the study are complete."""
     runs = sum(len(c.final(c.metric, arm)) for arm in c.arms)
     seeds = c.study["seeds"]
     whole = f"{len(c.arms)} arms, seeds {', '.join(map(str, seeds))}, {c.study['steps']:,} steps of "
@@ -120,7 +120,7 @@ def _difference(p: statistics.Paired) -> str:
 
 
 def _needed(p: statistics.Paired) -> str:
-    """Of a comparison that found nothing."""
+    """Returns how many seeds a comparison that found nothing would need."""
     if statistics.judge(p) != "not distinguishable":
         return "–"
     return str(statistics.needed(p) or f"> {statistics.MOST_SEEDS}")

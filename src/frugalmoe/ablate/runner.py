@@ -120,7 +120,7 @@ def outcome(plan: Plan, workdir: Path, stopped: bool = False) -> Outcome:
 
 
 def status(directory: Path) -> str:
-    """complete, stopped or diverged, as the summary says; empty without one."""
+    """Returns complete, stopped or diverged, as the summary says; an empty text without a summary."""
     path = directory / "summary.json"
     return read_json(path).get("status", "") if path.is_file() else ""
 

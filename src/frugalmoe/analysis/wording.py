@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Significant digits, thousands separated; a dash for what is not there."""
+    """Returns a number with so many significant digits, thousands separated; a dash for what is not there."""
     if value is None or not math.isfinite(value):
         return "–"
     if value == 0:
@@ -19,7 +19,7 @@ def percent(fraction: float) -> str:
 
 
 def spread(low: str, high: str) -> str:
-    """Two formatted ends of a range, or one value where they read the same."""
+    """Returns two formatted ends as a range, or one value where they read the same."""
     return low if low == high else f"{low} to {high}"
 
 
@@ -28,7 +28,7 @@ def p_value(p: float) -> str:
 
 
 def count(value: float | None) -> str:
-    """1234567 -> 1.23 M."""
+    """Returns a number with a unit of thousands: 1234567 becomes 1.23 M."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value is not None and value >= size:
             return f"{number(value / size)} {unit}"
@@ -36,6 +36,6 @@ def count(value: float | None) -> str:
 
 
 def listed(items: Sequence[object]) -> str:
-    """a, b and c."""
+    """Returns the items as `a, b and c`."""
     items = [str(i) for i in items]
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

@@ -119,7 +119,7 @@ def _abstract_knobs(config: Config, mesh: jax.sharding.Mesh) -> Any:
 
 
 def _bytes(tree: Any) -> int:
-    """Of one device's shards."""
+    """Returns the bytes of one device's shards."""
     shards = (a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(tree))
     return sum(shards)
 

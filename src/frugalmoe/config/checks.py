@@ -231,12 +231,15 @@ def _train(config: Config) -> None:
 
 
 def tracker_names(config: Config) -> tuple[str, ...]:
-    """The names in train.trackers, each once."""
+    """Returns the names in train.trackers, each once."""
     return tuple(dict.fromkeys(name for name in config.train.trackers.split(",") if name))
 
 
 def check_devices(config: Config, num_devices: int) -> dict[str, int]:
-    """Mesh axis sizes for this many devices; raises where they do not multiply up or do not divide what they share."""
+    """Returns the mesh axis sizes for this many devices, as `settle` needs them.
+
+    Raises `UserError` where they do not multiply up to the devices or do not divide what they share.
+    """
     axes = {name: getattr(config.mesh, name) for name in ("data", "fsdp", "expert", "tensor", "context")}
     for name, size in axes.items():
         _require(size == -1 or size > 0, f"mesh.{name}", size, "must be a positive size, or -1 for all that remain")

@@ -52,7 +52,7 @@ def recorded(config: schema.Config, settled: schema.Config) -> dict[str, Any]:
 
 
 def record(path: Path) -> dict[str, Any]:
-    """The config that ran, from a run's config.json, in the fields of today.
+    """Returns the config that ran, from a run's config.json, in the fields of today.
 
     Fields that are younger than the run have what the run did: the defaults, or what `_BEFORE` says. Runs that are
     older than `settle` have the fields open that their config left open. Raises `UserError` for a file that is no
@@ -62,7 +62,7 @@ def record(path: Path) -> dict[str, Any]:
 
 
 def asked(path: Path) -> dict[str, Any]:
-    """The config of a run's config.json as it was asked for: what it left to the tokenizer and the devices is open."""
+    """Returns the config of a run's config.json as it was asked for: what was left open is open again."""
     return open_again(*_read_record(path))
 
 
@@ -96,7 +96,7 @@ def _is_record(saved: Any) -> bool:
 
 
 def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """`saved` with the fields that it lacks at their defaults; those that are no fields stay."""
+    """Returns `saved` with the fields that it lacks at their defaults; those that are no fields stay."""
     from frugalmoe.routing import strategies
 
     filled = _filled(saved, schema.Config())
@@ -118,7 +118,7 @@ def _filled(saved: Any, section: Any) -> Any:
 
 
 def load(spec: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> schema.Config:
-    """`FILE[:ARG]` -> its `get_config(ARG)`, or the config of a run, overridden, resolved and checked."""
+    """Returns the config that `FILE[:ARG]` or the directory of a run names: overridden, resolved and checked."""
     return resolve(override(read(spec), overrides))
 
 
@@ -143,9 +143,10 @@ def read(spec: str) -> ConfigDict:
 
 
 def python_file(shipped: Folder, file: str, what: str, name: str) -> Any:
-    """`name` of the Python file at a path or shipped under that name; raises `UserError` that begins with `what`.
+    """Returns what a Python file, at a path or shipped under that name, defines as `name`.
 
-    What the file does wrong is the user's error too, be it syntax, an exception or an end of the program.
+    Raises `UserError` that begins with `what`. What the file does wrong is the user's error too, be it syntax, an
+    exception or an end of the program.
     """
     path = shipped.find(file, what)
     if path.suffix != ".py":
@@ -190,7 +191,8 @@ def _missing_sections(config: ConfigDict, whole: ConfigDict, path: str = "") -> 
 
 
 def override(config: ConfigDict, overrides: Mapping[str, Any] | Sequence[str]) -> ConfigDict:
-    """Sets dotted fields; `a.b=value` strings are read as Python literals, or as text where they are none.
+    """Returns a copy with dotted fields set; `a.b=value` strings are read as Python literals, or as text where they are
+    none.
 
     Naming another `model.moe.router` drops the file's `model.moe.options`, which belong to its router.
     """
@@ -259,14 +261,14 @@ def _unknown(dotted: str, node: ConfigDict) -> None:
 
 
 def resolve(config: ConfigDict | Mapping[str, Any] | schema.Config) -> schema.Config:
-    """ConfigDict -> checked dataclasses. Raises `UserError` naming the field, the value and the rule."""
+    """Returns a ConfigDict as checked dataclasses. Raises `UserError` naming the field, the value and the rule."""
     resolved = typed(config)
     check(resolved)
     return resolved
 
 
 def typed(config: ConfigDict | Mapping[str, Any] | schema.Config) -> schema.Config:
-    """ConfigDict -> dataclasses, in which each field has its type, whatever rule its value breaks."""
+    """Returns a ConfigDict as dataclasses, in which each field has its type, whatever rule its value breaks."""
     from frugalmoe.routing import strategies
 
     resolved = build(schema.Config, _plain(config), "")

@@ -110,7 +110,7 @@ class Rows:
         return tokens[inside], *(column[inside] for column in of_piece)
 
     def _place(self, start: int, stop: int) -> tuple[slice, slice]:
-        """(pieces that hold a part of the stream, where it lies in their tokens)."""
+        """Returns (pieces that hold a part of the stream, where it lies in their tokens)."""
         first = int(np.searchsorted(self._ends, start, side="right"))
         last = int(np.searchsorted(self._ends, stop, side="left"))
         skipped = start - (self._ends[first] - self._lengths[first])
@@ -130,7 +130,7 @@ def _row(
 
 
 class Dataset:
-    """What `open_data` returns."""
+    """The prepared data of a config: batches for training and evaluation, by random access."""
 
     def __init__(self, store: Store, data: Data, weights: Sequence[float], batch_size: int, seed: int) -> None:
         self._store, self._data, self._batch_size = store, data, batch_size

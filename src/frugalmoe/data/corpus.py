@@ -73,7 +73,7 @@ def _entries(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_domain(directory: Path, domain: str, texts: Mapping[str, str], source: str, licence: str) -> dict[str, Any]:
-    """Writes id -> text as the domain's file; returns its entry in the manifest."""
+    """Writes the texts {id: text} as the domain's file; returns its entry in the manifest."""
     lines = [json.dumps({"text": text, "domain": domain, "id": name}) for name, text in texts.items()]
     content = "".join(line + "\n" for line in lines).encode()
     (directory / f"{domain}{SUFFIX}").write_bytes(zstandard.ZstdCompressor(level=10).compress(content))

@@ -33,7 +33,9 @@ class Look(NamedTuple):
 
 
 def look(data: Data, *, batch_size: int = 1, seed: int = 0) -> Look:
-    """Raises `UserError` for data or a tokenizer that cannot be read; of each source the first document is read."""
+    """Returns what is known. Raises `UserError` for data or a tokenizer that cannot be read; of each source the first
+    document is read.
+    """
     named = sorted(data.sources.items()) or [("", Source(path=data.path))]
     if (not data.sources and is_prepared(Path(os.path.expanduser(data.path)))) or _is_cached(data, named):
         found = open_data(data, batch_size=batch_size, seed=seed, progress=False)

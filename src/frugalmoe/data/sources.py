@@ -243,7 +243,7 @@ def _hf_records(source: Input) -> Iterator[readers.Found]:
 
 
 def _fields(record: readers.Found, source: Source) -> tuple[str | None, str]:
-    """(text, or None for a record to skip; domain or "") of a record."""
+    """Returns (text, or None for a record to skip; domain or "") of a record."""
     field, where, fields = source.text_field, record.where, record.value
     if isinstance(fields, str):  # a text file; a string among JSON values
         fields = {field: fields}

@@ -31,7 +31,7 @@ def open_manager(workdir: Path, config: Checkpoint, cleanup: bool = False) -> oc
 
 
 def saved_steps(workdir: Path) -> list[int]:
-    """Steps of whole checkpoints, in order; those still being written have other names."""
+    """Returns the steps of whole checkpoints, in order; those still being written have other names."""
     return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdecimal())
 
 
@@ -65,7 +65,7 @@ def check_space_for(directory: Path, arrays: int, freed: int = 0) -> None:
 
 
 def restore(manager: ocp.CheckpointManager, step: int, abstract: State, items: tuple[str, ...] = _ITEMS) -> State:
-    """The saved state placed as `abstract` is, whatever mesh it was saved from.
+    """Returns the saved state placed as `abstract` is, whatever mesh it was saved from.
 
     Items that are not asked for come back as in `abstract`.
     """
@@ -84,8 +84,8 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: State, items: t
 def restore_newest(
     manager: ocp.CheckpointManager, abstract: State, items: tuple[str, ...] = _ITEMS
 ) -> tuple[State | None, int | None, list[int]]:
-    """(the newest saved state whose numbers are all finite, its step, the later steps that hold others); None, None
-    where there is none.
+    """Returns (the newest saved state whose numbers are all finite, its step, the later steps that hold others); None,
+    None where there is none.
     """
     broken = []
     for step in sorted(manager.all_steps(), reverse=True):

@@ -131,7 +131,7 @@ def is_main() -> bool:
 
 
 def exchange(value: Any) -> list[Any]:
-    """The JSON-able values of all processes, in the order of their ids. All must call it."""
+    """Returns the JSON-able values of all processes, in the order of their ids. All must call it."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -142,7 +142,7 @@ def exchange(value: Any) -> list[Any]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """A block that every process runs by itself, without collectives: an error in one is an error in all."""
+    """Wraps a block that every process runs by itself: an error in one is an error in all. No collectives inside."""
     try:
         yield
     except Exception as e:
@@ -163,7 +163,8 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 @contextmanager
 def all_or_none(shared: type[Exception]) -> Iterator[None]:
-    """A block of steps: an error ends this process at once, and with it the others, unless all have it (`shared`).
+    """Wraps a block of steps: an error ends this process at once, and with it the others, unless all have it
+    (`shared`).
 
     The devices of the others wait for ours in the middle of a step, and would do so for as long as this process waits
     for them to end in order. With one process errors are just raised.
@@ -219,7 +220,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """`stop(step)`, asked after each step: whether a signal ends the run there, in all processes.
+    """Gives `stop(step)`, asked after each step: whether a signal ends the run there, in all processes.
 
     One process's signal is enough: JAX's coordination service, which listens for SIGTERM, picks a step that none has
     reached. Asking costs a look at a number.

@@ -81,7 +81,8 @@ def opened(
     fresh: bool = False,
     done: Callable[[], bool] = lambda: False,
 ) -> Iterator["Run"]:
-    """The run of a directory, new or continued and locked, on the mesh in context; `fresh` replaces the one there.
+    """Opens the run of a directory, new or continued and locked, on the mesh in context; `fresh` replaces the one
+    there.
 
     Raises `rundir.Busy` if another process has it, or had it until it was `done`.
     """
@@ -284,12 +285,12 @@ class Run:
         checkpoint.save(self.manager, self.step, self.state)
 
     def next_batch(self) -> Batch:
-        """[A, B / A, T] on the host, of B / A what is this process's: a micro-batch per entry of the first axis."""
+        """Returns the next batch on the host: A micro-batches [A, B / A, T], of which this process has its own rows."""
         a = self.config.train.accumulate_steps
         return Batch(*(x.reshape(a, x.shape[0] // a, *x.shape[1:]) for x in next(self.batches)))
 
     def log(self, step: int, values: dict[str, Any], seconds: float) -> None:
-        """The host's copy of a step's metrics; `seconds` is 0 for a step without a time."""
+        """Logs the host's copy of a step's metrics; `seconds` is 0 for a step without a time."""
         tokens = float(values.pop("count/tokens"))
         counts_LE = values.pop("counts_LE", None)
         if step % self.config.train.log_every and step != self.config.train.steps:
@@ -340,13 +341,13 @@ class Run:
         }
 
     def _causality(self) -> dict[str, str]:
-        """Of router, executor and exchange together, mixture of depths too."""
+        """Returns the causality of router, executor and exchange together, mixture of depths too."""
         devices = self.mesh.shape["expert"]
         level = lambda train: causality(self.config.model, train, devices)
         return {"causal": level(True), "causal_in_evaluation": level(False)}
 
     def _sample(self, sample: Sampler) -> dict[str, str]:
-        """On one device: decoding is the work of one, and knows no mesh that splits sequences."""
+        """Returns the sample, drawn on one device: decoding knows no mesh that splits sequences."""
         weights = Weights(self.state.params, self.state.router_state)
         if self.mesh.size > 1 and not sharding.fits_one_device(weights):
             return {"prompt": "", "text": "", "why": "no sample: the parameters do not fit on one device"}
@@ -355,7 +356,7 @@ class Run:
 
 
 def _by_layer(metrics: Callable, stats: Mapping[str, Any], layers: list[int]) -> dict[str, dict[str, float]]:
-    """Metrics of summed statistics [L, ...] under layer_03 -> name."""
+    """Returns {layer_03: {name: metric}} from summed statistics [L, ...]."""
     found = {f"layer_{layer:02d}": {} for layer in layers}
     if stats:
         for name, value in _flatten(jax.device_get(jax.vmap(metrics)(stats)), layers).items():

@@ -20,7 +20,8 @@ from frugalmoe.train.step import make_eval_step, make_train_step, without_knobs
 PROGRAMS_KEPT = 4  # of each kind. On CPUs one is mapped in thousands of pieces, and Linux gives a process 65,530
 
 
-# Else XLA orders a GPU program for little memory: shared experts were done before rows were exchanged, not meanwhile.
+# Without this, XLA orders GPU programs for little memory, and runs shared experts before the exchange of rows instead
+# of meanwhile.
 _OVERLAP = (("xla_gpu_enable_latency_hiding_scheduler", True),)
 
 
@@ -82,7 +83,7 @@ class Program:
         return [jax.tree.map(lambda a, i=i: a[i], values) for i in range(len(self.runs))]
 
     def settle(self, step: int) -> None:
-        """Hands each run its state."""
+        """Hands each run its state after a step."""
         for run, state in zip(self.runs, self.of_each_run(self.state)):
             run.state, run.step = state, step
 

@@ -65,7 +65,7 @@ def start_over(workdir: Path) -> None:
 
 
 def size_of_run(workdir: Path) -> int:
-    """Bytes that `start_over` sets free."""
+    """Returns the bytes that `start_over` sets free."""
     files = [file for path in _own(workdir) for file in (path, *path.rglob("*"))]
     return sum(file.lstat().st_size for file in files if file.is_file())
 
@@ -123,7 +123,7 @@ def vocabulary(workdir: Path) -> int:
 
 
 def as_begun(config: Config, workdir: Path) -> Config:
-    """The config with what a run in the directory does where it is older than a field: it goes on as it began.
+    """Returns the config, with the value that the directory's run began with where it is older than a field.
 
     Nobody can have asked for that with a flag: the same command meant it then.
     """
@@ -137,13 +137,13 @@ def as_begun(config: Config, workdir: Path) -> Config:
 
 
 def differences(ours: Any, theirs: Any, where: str, elsewhere: str) -> list[str]:
-    """The fields in which two nested mappings differ, with both values and where each is."""
+    """Returns the fields in which two nested mappings differ, with both values and where each is."""
     found = changes(ours, theirs)
     return [f"{path}: {a!r} {where}, {b!r} {elsewhere}" for path, (a, b) in found.items()]
 
 
 def changes(ours: Any, theirs: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted field -> (our value, their value) of the fields in which two nested mappings differ."""
+    """Returns {dotted field: (our value, their value)} of the fields in which two nested mappings differ."""
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         keys, prefix = sorted(ours.keys() | theirs.keys()), f"{path}." if path else ""
         found = [changes(ours.get(k), theirs.get(k), f"{prefix}{k}") for k in keys]
@@ -199,7 +199,7 @@ def _take(workdir: Path, lock: TextIO, kind: int = fcntl.LOCK_EX) -> None:
 
 @contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """One process per run directory: two would leave a mixture of both runs' checkpoints."""
+    """Locks a run directory for one process: two would leave a mixture of both runs' checkpoints."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / ".lock").open("a+")
@@ -214,7 +214,7 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit and devices, so that a result can be traced."""
+    """Returns versions, commit and devices, so that a result can be traced."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     devices = jax.devices()
     return {

@@ -24,7 +24,7 @@ from frugalmoe.schema import MoE
 
 
 class Drops(NamedTuple):
-    """Of held-out tokens, padding left out."""
+    """What became of each choice of the held-out tokens, padding left out."""
 
     layers_L: np.ndarray  # index in the whole network
     lost_LNK: np.ndarray  # 1 dropped, 0 kept, NaN no expert; choices in the router's order
@@ -90,5 +90,7 @@ def load_drops(run: str | Path, *, checkpoint: int | None = None, tokens: int = 
 
 
 def _lost(named_NK: np.ndarray, kept_NK: np.ndarray, moe: MoE) -> np.ndarray:
-    """From the experts of a plan before and after the limit; the null expert is `num_experts`."""
+    """Returns which choices were lost, from the experts of a plan before and after the limit; the null expert is
+    `num_experts`.
+    """
     return np.where(named_NK < moe.num_experts, kept_NK == moe.num_experts, np.nan)

@@ -20,7 +20,7 @@ from frugalmoe.analysis.wording import number, percent
 
 
 class Effect(NamedTuple):
-    """Of one intervention on one domain, or on "all" tokens."""
+    """The effect of one intervention on one domain, or on "all" tokens."""
 
     intervention: Intervention
     domain: str
@@ -66,7 +66,7 @@ def _effects(intervention: Intervention, before: Probe, after: Probe, domains: S
 
 
 def effects_table(effects: Sequence[Effect]) -> Table:
-    """For a terminal or a notebook."""
+    """Returns the effects as a table for a terminal or a notebook."""
     table = Table(title="Change of held-out loss, nats per token, with 95% intervals over documents")
     for column in ("intervention", "domain", "loss before", "change", "95% interval", "tokens moved", "n", "documents"):
         table.add_column(column, justify="left" if column in ("intervention", "domain") else "right")

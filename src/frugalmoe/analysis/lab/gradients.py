@@ -25,7 +25,7 @@ from frugalmoe.train.step import knobs, make_gradient
 
 
 class Gradients(NamedTuple):
-    """Of a batch each: squared norms, and the product of the router's two gradients."""
+    """Gradients of several batches: of each the squared norms, and the product of the router's two gradients."""
 
     layers_L: np.ndarray  # index in the whole network
     language_SL: np.ndarray  # router, by the language-model loss

@@ -47,7 +47,7 @@ class Lab:
         self.spare_checked = False
 
     def check(self, intervention: Intervention) -> None:
-        """`UserError` for a layer, an expert or a replacement that the run does not have."""
+        """Raises `UserError` for a layer, an expert or a replacement that the run does not have."""
         name, experts = type(intervention).__name__, self.config.model.moe.num_experts
         if intervention.layer is not None and intervention.layer not in self.layers:
             raise UserError(f"{name}.layer={intervention.layer}: not an MoE layer of the run; valid: {self.layers}")
@@ -62,7 +62,7 @@ class Lab:
             raise UserError(f"{name}.instead={intervention.instead!r}: unknown; valid: {', '.join(INSTEAD)}")
 
     def bind(self, intervention: Intervention, before: Probe) -> Intervention:
-        """The intervention in the terms of the model: layers counted among MoE layers, and the spare choice."""
+        """Returns the intervention in the terms of the model: layers counted among MoE layers, and the spare choice."""
         if intervention.layer is not None:
             intervention = dataclasses.replace(intervention, layer=intervention.layer - self.layers[0])
         if getattr(intervention, "instead", "") != "next":
@@ -88,12 +88,12 @@ class Lab:
         self.spare_checked = True
 
     def probe(self, intervention: Intervention | Nothing, step: Callable[..., Evaluated] | None = None) -> Probe:
-        """Losses and routing under an intervention, by another evaluation step than the run's if one is given."""
+        """Returns losses and routing under an intervention, by another evaluation step than the run's if one is given."""
         seen = self.evaluate(step or (self.spare_step if intervention.spare else self.eval_step), intervention)
         return make(probe_columns(seen, self.layers, self.config.model.moe.num_experts))
 
     def evaluate(self, step: Callable[..., Evaluated], intervention: Intervention | Nothing) -> list[Traced]:
-        """Every held-out batch."""
+        """Returns every held-out batch with its losses and routing."""
         seen: list[Traced] = []
         with jax.set_mesh(self.mesh):
             changed = lambda params, state, batch, first_row: step(params, state, batch, intervention, first_row)
@@ -102,7 +102,7 @@ class Lab:
 
 
 def domain_parts(probe: Probe, domains: Sequence[str]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(domain, which tokens [N] of it have a loss, their units 0, 1, ...), of each domain and of "all"."""
+    """Yields (domain, which tokens [N] of it have a loss, their units 0, 1, ...), of each domain and of "all"."""
     for domain, g in [*zip(domains, range(len(domains))), ("all", None)]:
         of_N = np.isfinite(probe.loss_N) & ((probe.domain_ids_N == g) | (g is None))
         if of_N.any():
@@ -110,12 +110,12 @@ def domain_parts(probe: Probe, domains: Sequence[str]) -> Iterator[tuple[str, np
 
 
 def moved(before: Probe, after: Probe) -> np.ndarray:
-    """Tokens [N] with other experts than before, in any layer."""
+    """Returns which tokens [N] have other experts than before, in any layer."""
     return np.any(after.selected_LNE != before.selected_LNE, axis=(0, 2))
 
 
 def moe_layers(run: Path, config: Config) -> list[int]:
-    """Index in the whole network of each MoE layer; a run without one is refused."""
+    """Returns the index in the whole network of each MoE layer. Raises `UserError` for a run without one."""
     model = config.model
     if model.num_dense_layers == model.num_layers:
         raise UserError(f"{run}: model.num_dense_layers={model.num_dense_layers}: no MoE layers to look at")
@@ -123,7 +123,7 @@ def moe_layers(run: Path, config: Config) -> list[int]:
 
 
 def open_run_data(run: Path, config: Config) -> Dataset:
-    """The data that a run was trained on; another is refused."""
+    """Returns the data that a run was trained on. Raises `UserError` where they have changed since."""
     data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
     there = read_json(run / "data.json")["fingerprint"]
     if there != data.fingerprint:
@@ -132,6 +132,6 @@ def open_run_data(run: Path, config: Config) -> Dataset:
 
 
 def limited(config: Config, domains: int, tokens: int) -> Config:
-    """The config with as many held-out rows per domain as come nearest to the number of tokens, at least one."""
+    """Returns the config with as many held-out rows per domain as come nearest to the number of tokens, at least one."""
     rows = max(1, round(tokens / (domains * config.data.sequence_length)))
     return dataclasses.replace(config, train=dataclasses.replace(config.train, eval_rows=rows))

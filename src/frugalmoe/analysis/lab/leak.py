@@ -18,7 +18,7 @@ from frugalmoe.train.step import make_eval_step
 
 
 class Gap(NamedTuple):
-    """Of one domain, or of "all" tokens."""
+    """What looking ahead is worth on one domain, or on "all" tokens."""
 
     domain: str
     training: float  # nats per token, routed by the training rule

@@ -49,7 +49,9 @@ class Experts:
 
 
 def load_experts(run: str | Path, checkpoint: int | None = None) -> Experts:
-    """From a run directory's checkpoint, the newest by default. Raises `UserError` for a run without MoE layers."""
+    """Returns the experts of a run directory's checkpoint, the newest by default. Raises `UserError` for a run without
+    MoE layers.
+    """
     config, weights, _, _ = load_model(Path(run), checkpoint)
     if "moe_blocks" not in weights.params:
         raise UserError(f"{run}: a dense model, which has no experts")

@@ -73,7 +73,8 @@ def path_information(selected_LNE: np.ndarray) -> np.ndarray:
 
 
 def paths(selected_LNE: np.ndarray, *, covering: float = 0.9) -> tuple[int, int, float]:
-    """(distinct paths of tokens through all layers, how many of the commonest cover 90% of tokens, exp of entropy).
+    """Returns (distinct paths of tokens through all layers, how many of the commonest cover 90% of tokens, exp of
+    entropy).
 
     A path is the set of experts in every layer. With N tokens there are at most N, so compare at equal N.
     """

@@ -35,7 +35,7 @@ def saturation_chance(selected_NE: np.ndarray, reference_NE: np.ndarray) -> np.n
 
 
 def beyond_chance(value: np.ndarray, chance: np.ndarray) -> np.ndarray:
-    """(value - chance) / (1 - chance): 0 as chance, 1 as the reference."""
+    """Returns (value - chance) / (1 - chance): 0 for what chance gives, 1 for the reference."""
     return (value - chance) / (1 - chance)
 
 

@@ -95,7 +95,7 @@ def by_device(counts_E: np.ndarray, devices: int) -> np.ndarray:
 
 
 def imbalance_score(counts_M: np.ndarray, tokens: float) -> np.ndarray:
-    """(max - min of the devices' load) / N (MoGE, Tang et al., arXiv 2505.21411)."""
+    """Returns (max - min of the devices' load) / N (MoGE, Tang et al., arXiv 2505.21411)."""
     return (counts_M.max(-1) - counts_M.min(-1)) / tokens
 
 

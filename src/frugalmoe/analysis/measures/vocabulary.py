@@ -84,7 +84,7 @@ def vocabulary_shares(selected_NE: np.ndarray, token_ids_N: np.ndarray, *, least
 def vocabulary_specialisation(
     selected_NE: np.ndarray, token_ids_N: np.ndarray, *, least: int = 8, shuffles: int = 10, seed: int = 0
 ) -> tuple[float, float]:
-    """(mean over ids of the share of the id's favourite expert, what shuffled ids give).
+    """Returns (mean over ids of the share of the id's favourite expert, what shuffled ids give).
 
     The favourite of few occurrences is high by chance; the shuffle keeps loads and frequencies and pays for that.
     """

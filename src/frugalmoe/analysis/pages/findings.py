@@ -83,7 +83,7 @@ def auxiliary_losses(run: Run) -> str:
 
 
 def vocabulary(probe: Probe) -> str:
-    """In which layer experts follow the token that is read most and least."""
+    """Says in which layer experts follow the token that is read most, and in which least."""
     known_N = probe.token_ids_N >= 0
     shares = [vocabulary_specialisation(s[known_N], probe.token_ids_N[known_N], shuffles=3) for s in probe.selected_LNE]
     value_L, floor_L = np.array(shares).T

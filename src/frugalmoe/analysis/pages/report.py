@@ -335,7 +335,7 @@ def show_token(tokenizer: Tokenizer, token_id: int) -> str:
 
 
 def _trace_sections(run: Run) -> list[Section]:
-    """Of runs that `frugalmoe trace` has traced."""
+    """Returns the sections of a run that `frugalmoe trace` has traced."""
     if not trace_files(run.path):
         return []
     trace = load_trace(run.path)

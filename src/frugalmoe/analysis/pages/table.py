@@ -12,7 +12,7 @@ from frugalmoe.errors import UserError
 
 
 def headline_rows(run: Run) -> list[tuple[str, str]]:
-    """(what, value) of the run as a whole; what is not known is left out."""
+    """Returns (what, value) of the run as a whole; what is not known is left out."""
     parameters, speed = run.summary.get("parameters", {}), run.summary.get("speed", {})
     router, moe = run.summary.get("router", {}), run.config.get("model", {}).get("moe", {})
     rows = []
@@ -42,13 +42,13 @@ def headline_rows(run: Run) -> list[tuple[str, str]]:
 
 
 def _causality(router: dict) -> str:
-    """In training, and in evaluation where it differs."""
+    """Returns the causality in training, and that in evaluation where it differs."""
     training, evaluation = router.get("causal", "unknown"), router.get("causal_in_evaluation")
     return training if evaluation in (None, training) else f"{training}; {evaluation} in evaluation"
 
 
 def loss_rows(run: Run) -> list[tuple[str, str, str]]:
-    """(domain, validation loss, bits per byte); the mean last; empty where the run has not been evaluated."""
+    """Returns (domain, validation loss, bits per byte); the mean last; empty where the run has not been evaluated."""
     losses = run.summary.get("eval", {}).get("loss", {})
     bits = run.summary.get("eval", {}).get("bits_per_byte", {})
     names = [n for n in losses if n != "mean"] + ["mean"] * ("mean" in losses and len(losses) > 2)
@@ -68,14 +68,16 @@ def balance_rows(run: Run) -> tuple[list[str], list[list[str]]]:
 
 
 def tokens_seen(run: Run) -> int:
-    """Of the optimizer steps that are logged; 0 where the config does not say."""
+    """Returns how many tokens the logged steps have seen; 0 where the config does not say."""
     train, data = run.config.get("train", {}), run.config.get("data", {})
     per_step = train.get("batch_size", 0) * data.get("sequence_length", 0)
     return per_step * max((int(s.steps[-1]) for s in run.metrics.values()), default=0)
 
 
 def training_flops(run: Run) -> float:
-    """Forward and backward, with the experts that tokens really used; 0 where the config is of other code than this."""
+    """Returns the FLOPs of forward and backward passes, with the experts that tokens used; 0 where the config is of
+    other code than this.
+    """
     try:
         config = settle(resolve(record(run.path / RECORD)), run.tokenizer.size if run.tokenizer else None, None)
     except UserError:

@@ -52,7 +52,7 @@ def damage(path: Path, kind: str) -> Iterator[None]:
 
 
 def make(columns: Mapping[str, np.ndarray]) -> Probe:
-    """From the columns of `train.evaluate.probe_columns`, which are padded."""
+    """Returns the probe from the columns of `train.evaluate.probe_columns`, which are padded."""
     real_N = columns["segment_ids"] > 0
     selected_LNE = np.unpackbits(columns["selected"], axis=-1, count=int(columns["num_experts"])).astype(bool)
     optional = lambda name: columns[name][real_N] if name in columns else None

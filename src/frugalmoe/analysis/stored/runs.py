@@ -120,7 +120,7 @@ def _json(path: Path) -> dict:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, object) of each line. A last line without a newline is still being written and is left out."""
+    """Yields (where, object) of each line. A last line without a newline is still being written and is left out."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     for number, line in enumerate(lines, 1):
         where = f"{path} line {number}"

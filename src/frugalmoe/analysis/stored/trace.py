@@ -28,7 +28,7 @@ SAME = ("token_ids", "domain_ids", "documents", "segment_ids")  # columns that a
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """About S L N K 6 bytes."""
+    """Routing of the same held-out tokens at S checkpoints; about S L N K 6 bytes."""
 
     path: Path
     domains: tuple[str, ...]
@@ -84,7 +84,7 @@ def _stacked(estimates: list[Estimate]) -> Estimate:
 
 
 def fingerprints(run: Path) -> dict[str, str]:
-    """What a trace depends on, from the run directory alone: its model, data and tokenizer."""
+    """Returns fingerprints of what a trace depends on, from the run directory alone: its model, data and tokenizer."""
     with damage(run / "config.json", "config"):
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
         config = open_again(config, config.pop(OPEN, []))  # so had older runs it, whose traces are still good
@@ -107,7 +107,7 @@ def check_file(path: Path, columns: Mapping[str, np.ndarray], expected: Mapping[
 
 
 def trace_files(run: Path) -> list[Path]:
-    """In the order of steps."""
+    """Returns the files of a run's trace, in the order of their steps."""
     return sorted((run / FOLDER).glob("step_*.npz"), key=lambda p: (len(p.stem), p.stem))
 
 

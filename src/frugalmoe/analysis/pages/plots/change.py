@@ -64,7 +64,7 @@ def saturation(trace: Trace, width: float = WIDE) -> Figure | None:
 
 
 def found_on(trace: Trace) -> tuple[int, int]:
-    """(tokens, documents) of a trace."""
+    """Returns how many (tokens, documents) a trace was made of."""
     unit_N = trace.probes[-1].unit_ids_N
     return len(unit_N), int(unit_N.max()) + 1
 
