@@ -469,7 +469,7 @@ def test_the_table_is_made_from_run_directories_and_refuses_what_is_not_its_own(
     (run / "metrics.jsonl").write_text('{"step": 6, "loss/ce": 4.0, "eval/loss/mean": 3.5}\n')
     (tmp_path / "aux" / "seed_4").mkdir()  # has not finished
     table = results.gather(tmp_path, described())
-    rows = results.load(tmp_path, "balance").to_pylist()
+    rows = results.read_table(tmp_path, "balance").to_pylist()
     assert rows == table.to_pylist()
     assert {"arm": "aux", "seed": 3, "metric": "eval/loss/mean", "step": 6, "final": False, "value": 3.5} in rows
     assert {"arm": "aux", "seed": 3, "metric": "eval/loss/mean", "step": 12, "final": True, "value": 3.0} in rows
@@ -481,7 +481,7 @@ def test_the_table_is_made_from_run_directories_and_refuses_what_is_not_its_own(
     for damaged in (whole[: len(whole) // 2], b"", b"not parquet at all"):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"not a readable table.*rebuilt from the run directories"):
-            results.load(tmp_path, "balance")
+            results.read_table(tmp_path, "balance")
         assert path.read_bytes() == damaged, "left as it was found"
     path.unlink()
     assert results.gather(tmp_path, described()).equals(table)

@@ -127,4 +127,4 @@ def load_comparison(workdir: str | Path) -> Comparison:
     """Reads study.json and results.parquet. Raises `UserError` for what is missing or damaged."""
     workdir = Path(workdir)
     study = read_study(workdir)
-    return Comparison(workdir, study, results.load(workdir, study["name"]))
+    return Comparison(workdir, study, results.read_table(workdir, study["name"]))
