@@ -191,7 +191,7 @@ def extremes(case: Case) -> dict[str, Extreme]:
     is just a large input). Levels: where a sigmoid's sum is lost to 1e-20, where float32 has no sigmoid, and far out.
     """
     inputs, (params, state) = make_inputs(), make_params(case)
-    x_BTD, kernels = np.asarray(inputs.x_BTD), ("kernel_DE", "kernel_DX", "projection_DP", "encoder_DP", "proj_DH")
+    x_BTD, kernels = np.asarray(inputs.x_BTD), ("kernel_DE", "kernel_DX", "projection_DP", "encoder_DP", "proj_DP")
     reading = {name: p.at[0].set(1.0) if name in kernels else p for name, p in params.items()}
     self_routed = not any(name in kernels for name in params)
     far = {name: s + 1e3 * jnp.arange(8) if name.endswith("_E") else s for name, s in state.items()}

@@ -161,12 +161,12 @@ def test_the_output_trains_the_router_and_the_cross_entropy_the_predictor_alone(
     slope_BT = np.sum(np.asarray(g_BTD) * (np.asarray(y_BTD) - one.x_BTD), axis=-1) / r_BT * passes_BT
     np.testing.assert_allclose(gradient["router_D"], np.einsum("bt,btd->d", slope_BT, one.x_BTD), rtol=1e-3, atol=1e-3)
     assert np.abs(gradient["router_D"]).max() > 0.1
-    assert all(np.all(gradient[name] == 0) for name in ("up_DH", "out_H", "bias"))
+    assert all(np.all(gradient[name] == 0) for name in ("up_DP", "out_P", "bias"))
 
     gradient, x_gradient = jax.jit(jax.grad(of_predictor, (0, 1)))(depth, x_BTD)
     gradient = nnx.to_pure_dict(gradient)
     assert np.all(x_gradient == 0) and np.all(gradient["router_D"] == 0)
-    assert all(np.abs(gradient[name]).max() > 1e-3 for name in ("up_DH", "out_H", "bias"))
+    assert all(np.abs(gradient[name]).max() > 1e-3 for name in ("up_DP", "out_P", "bias"))
 
 
 @pytest.mark.slow

@@ -59,9 +59,9 @@ def test_a_pool_is_ranked_and_cut_by_hand() -> None:
     score_PnE = np.swapaxes([*score_PEn, np.ones((2, 4))], 1, 2).astype(np.float32)
     valid_Pn = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], bool)
     ranked = threshold.rank(jnp.asarray(score_PnE), jnp.asarray(valid_Pn), 0.5)
-    full_PEC = np.broadcast_to(np.array([[1, 1], [1, 0], [0, 0]], bool)[:, None], (3, 2, 2))
-    np.testing.assert_array_equal(ranked.full_PEC, full_PEC)
-    np.testing.assert_array_equal(np.where(full_PEC, ranked.token_PEC, -1)[:2], [[[0, 2], [3, 1]], [[1, -1], [0, -1]]])
+    full_GEC = np.broadcast_to(np.array([[1, 1], [1, 0], [0, 0]], bool)[:, None], (3, 2, 2))
+    np.testing.assert_array_equal(ranked.full_GEC, full_GEC)
+    np.testing.assert_array_equal(np.where(full_GEC, ranked.token_GEC, -1)[:2], [[[0, 2], [3, 1]], [[1, -1], [0, -1]]])
     np.testing.assert_allclose(ranked.cut_E, [3.4, 2.0], rtol=1e-6)
 
 

@@ -4,7 +4,7 @@ A slot that found room is 0, a dropped one 1, one that names no expert NaN. With
 group would show the mean over all slots, which is the drop rate. Intervals are over sequences, whose tokens queue for
 the same slots.
 
-Letters: L MoE layers, B sequences, T time, N tokens (B*T), K choices, P places, U units (see `uncertainty`).
+Letters: L MoE layers, B sequences, T time, N tokens (B*T), K choices, I places, U units (see `uncertainty`).
 """
 
 from pathlib import Path
@@ -40,14 +40,14 @@ def by_rank(lost_LNK: np.ndarray, unit_N: np.ndarray) -> Estimate:
 
 
 def by_place(lost_LNK: np.ndarray, place_N: np.ndarray, unit_N: np.ndarray) -> Estimate:
-    """Share [L, P] of the slots of the tokens at each place 0 .. P - 1 (or bucket of places) that are dropped.
+    """Share [L, I] of the slots of the tokens at each place 0 .. I - 1 (or bucket of places) that are dropped.
 
     NaN for a place without slots. A queue in the order of tokens drops late ones.
     """
     slots = lost_LNK.shape[-1]
-    lost_LM, unit_M = lost_LNK.reshape(*lost_LNK.shape[:-2], -1), np.repeat(unit_N, slots)
-    at_M = lambda place: np.repeat(place_N == place, slots)
-    found = [mean(np.where(at_M(place), lost_LM, np.nan), unit_M) for place in range(place_N.max() + 1)]
+    lost_LI, unit_I = lost_LNK.reshape(*lost_LNK.shape[:-2], -1), np.repeat(unit_N, slots)
+    at_I = lambda place: np.repeat(place_N == place, slots)
+    found = [mean(np.where(at_I(place), lost_LI, np.nan), unit_I) for place in range(place_N.max() + 1)]
     return Estimate(*(np.stack(values, axis=-1) for values in zip(*found)))
 
 

@@ -1,6 +1,6 @@
 """A batch is a pure function of (config, seed, step), by random access.
 
-Letters: B rows of a batch, T tokens of a row, P stored pieces of documents.
+Letters: B rows of a batch, T tokens of a row, I stored pieces of documents.
 
 Documents, each ending with the end-of-text token, are put in an order fixed by the seed and cut into rows of T tokens.
 Rows are drawn in a fresh shuffled order in each epoch; where sources have weights, each is its own such stream and the
@@ -52,9 +52,9 @@ class Rows:
     `data` says how long rows are and what documents begin with.
     """
 
-    def __init__(self, store: Store, chosen_P: np.ndarray, seed: int | str, data: Data, pad: bool = False) -> None:
+    def __init__(self, store: Store, chosen_I: np.ndarray, seed: int | str, data: Data, pad: bool = False) -> None:
         columns = store.columns
-        pieces = np.flatnonzero(chosen_P)
+        pieces = np.flatnonzero(chosen_I)
         # The order depends on the texts alone, not on files, shards or workers. The document's number breaks ties of
         # duplicates, and keeps the pieces of a document together and in order.
         order = np.lexsort(

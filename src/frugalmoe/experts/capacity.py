@@ -1,7 +1,7 @@
 """Executor with a fixed number of slots per expert and sequence: batched matrix products, and tokens that are dropped.
 
 Letters: N tokens, D model, E experts, F expert hidden, K choices, B sequences, T tokens of a sequence,
-C slots per expert and sequence, Q slots per expert (B*C), R rows of one sequence (T*K).
+C slots per expert and sequence, Q slots per expert (B*C), G groups of slots (E*B queues), R rows of one sequence (T*K).
 """
 
 import math
@@ -73,13 +73,13 @@ def to_slots(plan: TokenPlan, slots: int, num_sequences: int, num_experts: int) 
     queues = num_experts * num_sequences
     queue_NK = jnp.where(plan.expert_NK < num_experts, plan.expert_NK * num_sequences + sequence_N1, queues)
     rows = sort_rows(TokenPlan(queue_NK, plan.weight_NK), queues)
-    start_Q = jnp.cumsum(rows.group_sizes_E) - rows.group_sizes_E
+    start_G = jnp.cumsum(rows.group_sizes_E) - rows.group_sizes_E
     slot_C = jnp.arange(slots, dtype=jnp.int32)
-    live_QC = slot_C < rows.group_sizes_E[:, None]
-    row_QC = jnp.minimum(start_Q[:, None] + slot_C, num_tokens * num_choices - 1)
-    token_QC = jnp.where(live_QC, rows.token_R[row_QC], num_tokens)
-    weight_QC = jnp.where(live_QC, rows.weight_R[row_QC], 0)
-    return ExpertPlan(token_QC.reshape(num_experts, -1), weight_QC.reshape(num_experts, -1))
+    live_GC = slot_C < rows.group_sizes_E[:, None]
+    row_GC = jnp.minimum(start_G[:, None] + slot_C, num_tokens * num_choices - 1)
+    token_GC = jnp.where(live_GC, rows.token_R[row_GC], num_tokens)
+    weight_GC = jnp.where(live_GC, rows.weight_R[row_GC], 0)
+    return ExpertPlan(token_GC.reshape(num_experts, -1), weight_GC.reshape(num_experts, -1))
 
 
 def slots_of(plan: TokenPlan, config: MoE, num_sequences: int) -> tuple[ExpertPlan, Array]:

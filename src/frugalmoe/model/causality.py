@@ -63,7 +63,9 @@ def _plan(config: Model, train: bool) -> Plan:
     ids_BT = jnp.ones((batch, time), jnp.int32)
 
     def plan(key: jax.Array) -> Plan:
-        params = arrays({**router.init(key, config.dim, moe), **router.init_shared(key, config.dim, moe)})
+        params = arrays(
+            {**router.new_params(key, config.dim, moe), **router.new_params(key, config.dim, moe, shared=True)}
+        )
         inputs = Inputs(
             jnp.ones((batch, time, config.dim)),
             ids_BT,

@@ -21,8 +21,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from frugalmoe.errors import UserError
 from frugalmoe.schema import MoE
-from frugalmoe.sharding import parameter
+from frugalmoe.sharding import broken_rule, declaration
+
+ROUTER_ROLE = "router"  # of every parameter of a strategy
 
 Params = Mapping[str, Array]
 NewParams = Mapping[str, nnx.Param]  # each made by `declare`
@@ -151,6 +154,18 @@ class Router:
     check: Callable[[MoE], str | None] = lambda config: None  # the rule that a config breaks, or None
     name: str = ""  # set by `strategies.get` to the file's name
 
+    def new_params(self, key: Array, dim: int, config: MoE, shared: bool = False) -> NewParams:
+        """What `init` makes, or `init_shared`; raises `UserError` naming an array that is not as `declare` makes it."""
+        made = (self.init_shared if shared else self.init)(key, dim, config)
+        for name, value in made.items():
+            rule = broken_rule(value, name)
+            if rule is None and declaration(value).role != ROUTER_ROLE:
+                rule = f"its role is {declaration(value).role!r}; a strategy declares with contract.declare"
+            if rule:
+                where = "init_shared" if shared else "init"
+                raise UserError(f"model.moe.router={self.name!r}: {where} returned {name!r}: {rule}")
+        return made
+
     def claim(self, field: str, config: MoE) -> Any:
         """The value of a field of `about` under this config."""
         value = getattr(self.about, field)
@@ -194,9 +209,9 @@ def token_major(plan: Plan, num_tokens: int, num_experts: int) -> TokenPlan:
 def declare(value: Array, letters: str) -> nnx.Param:
     """A float32 parameter of a strategy, as `Router.init` returns it, with one letter per axis: see `sharding.LETTERS`.
 
-    Raises `ValueError` for an unknown letter, and for more or fewer letters than axes.
+    It is looked at where the array's name is known too: see `Router.new_params`.
     """
-    return parameter(value, letters, "router")
+    return nnx.Param(value, letters=letters, role=ROUTER_ROLE)
 
 
 def arrays(params: NewParams) -> Params:

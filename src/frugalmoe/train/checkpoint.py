@@ -1,7 +1,9 @@
 """Checkpoints: the only file that knows Orbax. Saves are asynchronous; a step becomes visible only when it is whole."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -12,6 +14,20 @@ from frugalmoe.schema import Checkpoint
 from frugalmoe.train.step import State, finite
 
 _ITEMS = ("params", "router_state", "opt_state", "step")
+
+# Arrays that had another name in older checkpoints, which are read with today's: one letter of a name, one meaning.
+RENAMED = {
+    "proj_DH": "proj_DP",
+    "kernel_HE": "kernel_PE",
+    "input_HG": "input_PW",
+    "state_HG": "state_PW",
+    "input_bias_G": "input_bias_W",
+    "new_bias_H": "new_bias_P",
+    "up_DH": "up_DP",
+    "out_H": "out_P",
+    "mix_CDM": "mix_ZD2",
+    "constant_CD": "constant_ZD",
+}
 
 
 def open_manager(workdir: Path, config: Checkpoint, cleanup: bool = False) -> ocp.CheckpointManager:
@@ -71,13 +87,15 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: State, items: t
     """
     wanted = {k: v for k, v in _nonempty(abstract).items() if k in items}
     _check_same_model(manager, step, wanted)
+    as_saved = _renamed(wanted, _names_in(manager, step))
     restored = manager.restore(
-        step, args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in wanted.items()})
+        step, args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in as_saved.items()})
     )
+    restored = _renamed({k: restored[k] for k in wanted}, RENAMED)
     # Through a jitted function, so that the arrays' types are written as those of a step's results are (P(None, None)
     # and P() mean the same but compare unequal): else the first step and the others would each be compiled.
     typed = lambda values: jax.tree.map(lambda a, like: jax.sharding.reshard(a, like.sharding.spec), values, wanted)
-    values = jax.jit(typed, donate_argnums=0)({k: restored[k] for k in wanted})
+    values = jax.jit(typed, donate_argnums=0)(restored)
     return abstract._replace(**values | ({"step": values["step"]["step"]} if "step" in values else {}))
 
 
@@ -107,6 +125,27 @@ def _nonempty(state: State) -> dict:
     return {k: v for k, v in items.items() if jax.tree.leaves(v)}
 
 
+def _renamed(tree: Any, names: Mapping[str, str]) -> Any:
+    """A tree of dicts and tuples in which the arrays named in `names` have the names given there."""
+    if isinstance(tree, Mapping):
+        return {names.get(name, name): _renamed(value, names) for name, value in tree.items()}
+    if isinstance(tree, tuple):
+        inner = [_renamed(value, names) for value in tree]
+        return type(tree)(*inner) if hasattr(tree, "_fields") else tuple(inner)
+    return tree
+
+
+def _names_in(manager: ocp.CheckpointManager, step: int) -> dict[str, str]:
+    """Of arrays that are renamed today: today's name -> the one in this checkpoint."""
+    leaves = jax.tree_util.tree_leaves_with_path(manager.item_metadata(step)["params"], is_leaf=_is_array)
+    saved = {path[-1].key for path, _ in leaves}
+    return {new: old for old, new in RENAMED.items() if old in saved}
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape")
+
+
 def _check_same_model(manager: ocp.CheckpointManager, step: int, wanted: dict) -> None:
     """One line for a checkpoint of another model, where Orbax would raise a page."""
     saved = manager.item_metadata(step)
@@ -114,7 +153,7 @@ def _check_same_model(manager: ocp.CheckpointManager, step: int, wanted: dict) -
         if item not in wanted:
             continue
         ours = _shapes(wanted[item])
-        theirs = _shapes(saved[item]) if saved[item] is not None else {}
+        theirs = _shapes(_renamed(saved[item], RENAMED)) if saved[item] is not None else {}
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
                 raise UserError(
@@ -124,5 +163,5 @@ def _check_same_model(manager: ocp.CheckpointManager, step: int, wanted: dict) -
 
 
 def _shapes(tree: object) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_array)
     return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
