@@ -144,6 +144,20 @@ def assert_same_run(router: dict, otherwise: dict) -> None:
     assert_same_state(whole, parts, router)
 
 
+def test_muon_trains_several_runs_at_once_as_one_by_one():
+    """Two seeds under `jax.vmap`, as a study trains them on an accelerator."""
+    configs = [config_of({"optim.name": "muon", "train.seed": seed}) for seed in (0, 1)]
+    stack = lambda trees: jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *trees)
+    mesh = mesh_of()
+    with jax.set_mesh(mesh):
+        step = make_train_step(without_knobs(configs[0]))
+        data = put_batch(mesh, Batch(*(a[None] for a in batch(0))), "ABT")
+        states, of_run = [init(config) for config in configs], [knobs(config) for config in configs]
+        alone = [jax.jit(step)(state, data, k)[0] for state, k in zip(states, of_run)]
+        both, _ = jax.jit(jax.vmap(step, in_axes=(0, None, 0)))(stack(states), data, stack(of_run))
+    assert largest_difference(stack(alone), both) < 1e-4
+
+
 @pytest.mark.newest
 @pytest.mark.slow
 def test_accumulation_needs_no_second_copy_of_the_gradients():

@@ -124,7 +124,10 @@ class Data:
 
 @Frozen
 class Optim:
+    name: str = "adamw"  # adamw | muon (for matrices; AdamW for vectors, embedding, head and routers)
     learning_rate: float = 1e-3  # peak
+    # Factor on the learning rate of a role, 1 where none is given: matrix, vector, embedding, head or router.
+    rates: Mapping[str, float] = FrozenDict()
     schedule: str = "wsd"  # wsd (warmup, stable, decay) | cosine | constant
     warmup_steps: int = 100  # steps of linear warmup from zero
     decay_fraction: float = 0.2  # wsd: last share of the updates after the warmup, linear to the final rate; 0: none
@@ -133,6 +136,7 @@ class Optim:
     b1: float = 0.9  # AdamW: decay of the mean of gradients
     b2: float = 0.95  # AdamW: decay of the mean of their squares
     eps: float = 1e-8  # AdamW: added to the root of the mean square
+    momentum: float = 0.95  # Muon: decay of the mean of gradients
     clip_norm: float = 1.0  # 0: no clipping
     logit_z_loss: float = 0.0  # coefficient of mean(logsumexp(logits)^2)
 

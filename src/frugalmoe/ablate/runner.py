@@ -22,7 +22,7 @@ from frugalmoe.ablate.plan import Pair, Plan, check_claim, claim, make_plan, rea
 from frugalmoe.ablate.progress import OfRun, StudyProgress
 from frugalmoe.ablate.study import Study
 from frugalmoe.ablate.together import groups
-from frugalmoe.config import check_devices
+from frugalmoe.config import check_devices, with_vocabulary
 from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json, write_json
@@ -61,7 +61,7 @@ def check(plan: Plan, workdir: Path, fresh: bool = False) -> list[str]:
     for name in dict.fromkeys(pair.arm for pair in plan.pairs):
         config = plan.arms[name].config
         trackers.check(config)
-        notes += preflight.check_size(config, workdir, plan.parameters[name]["total"])
+        notes += preflight.check_size(with_vocabulary(config, plan.vocabulary), workdir)
     check_claim(workdir, plan)
     if (workdir / "study.json").is_file() and not fresh:
         results.check(workdir, plan.study.name)

@@ -193,10 +193,19 @@ def _is_encoding(name: str) -> bool:
 
 
 def _optim(config: Config) -> None:
+    from frugalmoe.optimizers import OPTIMIZERS
+    from frugalmoe.sharding import ROLES
+
     o = config.optim
+    _one_of("optim.name", o.name, OPTIMIZERS)
+    for role, factor in o.rates.items():
+        path = f"optim.rates.{role}"
+        if role not in ROLES:
+            raise UserError(f"{path}: unknown role of parameters; {did_you_mean(role, ROLES)}")
+        _require(0 <= factor < math.inf, path, factor, "must not be negative or infinite")
     _each("optim", o, "learning_rate eps", lambda v: v > 0, "must be positive")
     _each("optim", o, "weight_decay clip_norm warmup_steps logit_z_loss", lambda v: v >= 0, "must not be negative")
-    _each("optim", o, "b1 b2", lambda v: 0 <= v < 1, "must be in [0, 1)")
+    _each("optim", o, "b1 b2 momentum", lambda v: 0 <= v < 1, "must be in [0, 1)")
     _each("optim", o, "decay_fraction final_fraction", lambda v: 0 <= v <= 1, "must be in [0, 1]")
     _one_of("optim.schedule", o.schedule, ("wsd", "cosine", "constant"))
     _require(

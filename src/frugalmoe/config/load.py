@@ -36,6 +36,7 @@ def _open(config: ConfigDict) -> ConfigDict:
     config.model.moe.options.unlock()
     config.model.moe.losses.unlock()
     config.data.sources.unlock()
+    config.optim.rates.unlock()
     return config
 
 
@@ -224,9 +225,12 @@ def _check_replacement(dotted: str, old: Any, value: Any, is_open: bool) -> None
         raise UserError(f"{dotted}={value!r}: expected {type(old).__name__}, got bool")
 
 
+_NAMED_BY_USER = (["model", "moe", "losses"], ["data", "sources"], ["optim", "rates"])
+
+
 def _is_open(path: list[str]) -> bool:
     """Whether the user names the keys of a mapping, which may also be set whole; `resolve` checks what it holds."""
-    return path[:3] == ["model", "moe", "options"] or path in (["model", "moe", "losses"], ["data", "sources"])
+    return path[:3] == ["model", "moe", "options"] or path in _NAMED_BY_USER
 
 
 def _unknown(dotted: str, node: ConfigDict) -> None:

@@ -1,6 +1,6 @@
 """The compiled step of one run, or of several at once.
 
-Letters: A micro-batches of a step, B sequences, T time; '.' the runs.
+Letters: A micro-batches of a step, B sequences, T time; '.' any axis (that of the runs).
 """
 
 import functools
@@ -51,11 +51,13 @@ def compiled_train_step(config: Config, together: bool = False) -> Callable:
 
 class Program:
     """Steps `loop.Run`s that differ in `Knobs` alone. Several are one vmapped program: their states, batches and knobs
-    are stacked along a new first axis.
+    are stacked along a new first axis. Raises `ValueError` for runs that differ in more, as in their optimizers.
     """
 
     def __init__(self, runs: Sequence[Any]):
         self.runs, self.together = runs, len(runs) > 1
+        if len({without_knobs(run.config) for run in runs}) > 1:
+            raise ValueError("runs of several programs cannot be trained as one; see ablate.together.groups")
         self.train_step = compiled_train_step(runs[0].config, self.together)
         self.compiled_before = self.train_step._cache_size()
         self.state, self.knobs = runs[0].state, runs[0].knobs

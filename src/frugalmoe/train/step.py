@@ -111,7 +111,7 @@ def make_train_step(config: Config) -> Callable[..., tuple[State, dict]]:
         metrics["optim/gradient_norm"] = optax.tree.norm(grads)
         metrics["optim/parameter_norm"] = optax.tree.norm(new_state.params)
         metrics["optim/learning_rate"] = rate(state.step)
-        # Adam's moments are finite where the norms are; they are looked at before they are saved, not at every step.
+        # An optimizer's state is finite where the norms are; it is looked at before it is saved, not at every step.
         metrics["finite"] = {"router_state": finite(new_state.router_state)}
         return new_state, metrics
 
