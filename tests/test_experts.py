@@ -103,12 +103,12 @@ def value_and_gradients(run, plan, *arrays):
     """y and the gradients of a generic scalar of it for (plan weights, x, gate_up, down)."""
 
     def loss(weight, *arrays):
-        y = run(plan._replace(**{plan._fields[1]: weight}), *arrays)
+        y = run(plan.with_weights(weight), *arrays)
         return jnp.sum(y.astype(jnp.float32) * jnp.cos(jnp.arange(y.size).reshape(y.shape))), y
 
-    (_, y), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(plan[1], *arrays)
+    (_, y), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(plan.weights, *arrays)
     # The weight of an empty slot is no variable: the oracle sees another value of it than executors that skip the slot.
-    live = plan[0] < (arrays[2].shape[0] if isinstance(plan, TokenPlan) else y.shape[0])
+    live = plan.ids < (arrays[2].shape[0] if isinstance(plan, TokenPlan) else y.shape[0])
     return y, jnp.where(live, grads[0], 0), *grads[1:]
 
 

@@ -88,7 +88,7 @@ def _depths(config: Config) -> None:
 def _moe(config: Config) -> None:
     # Imported here: they import JAX, for which a mistyped field must not wait.
     from frugalmoe import experts
-    from frugalmoe.experts import parallel
+    from frugalmoe.experts import exchange
     from frugalmoe.routing import losses, strategies
 
     moe: MoE = config.model.moe
@@ -131,7 +131,7 @@ def _moe(config: Config) -> None:
     )
     _one_of("model.moe.executor", moe.executor, experts.EXECUTORS)
     _one_of("model.moe.drop_order", moe.drop_order, experts.ORDERS)
-    _one_of("model.moe.exchange", moe.exchange, parallel.EXCHANGES)
+    _one_of("model.moe.exchange", moe.exchange, exchange.EXCHANGES)
     _each("model.moe", moe, "exchange_room", lambda v: v == 0 or v >= 1, "must be at least 1, or 0 for room for all")
     _require(
         not (moe.exchange_room and moe.executor == "dense"),

@@ -16,7 +16,7 @@ Losses do not count here: a balance loss over a batch changes no output.
 import jax
 import jax.numpy as jnp
 
-from frugalmoe.experts import capacity, parallel
+from frugalmoe.experts import capacity, exchange
 from frugalmoe.model import depths
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import Inputs, Plan, arrays
@@ -46,7 +46,7 @@ def parts(config: Model, train: bool, expert_devices: int = 1) -> dict[str, str]
             name = f"model.moe.executor='capacity' with model.moe.drop_order={moe.drop_order!r}"
             found[name] = capacity.causality(_plan(config, train), moe)
         elif moe.exchange_room and expert_devices > 1:
-            found[f"model.moe.exchange_room={moe.exchange_room}"] = parallel.causality(
+            found[f"model.moe.exchange_room={moe.exchange_room}"] = exchange.causality(
                 _plan(config, train), moe, expert_devices
             )
     if any(depths.routed_layers(config)):
