@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from frugalmoe.experts import ORDERS, capacity, dense, execute
+from frugalmoe.experts import ORDERS, execute
+from frugalmoe.experts.executors import capacity
+from frugalmoe.laws.executors import run_dense
 from frugalmoe.routing.contract import TokenPlan
 from frugalmoe.schema import MoE
 
@@ -107,7 +109,7 @@ def test_executes_the_limited_plan(order):
 
     def by_oracle(weight, *arrays):
         left, dropped = capacity.limit(plan._replace(weight_NK=weight), settings, 2)
-        return jnp.sum(jnp.sin(dense.run(left, *arrays))), dropped
+        return jnp.sum(jnp.sin(run_dense(left, *arrays))), dropped
 
     args = (plan.weight_NK, x, gate_up, down)
     (value, dropped), got = jax.jit(jax.value_and_grad(by_capacity, (0, 1, 2, 3), has_aux=True))(*args)

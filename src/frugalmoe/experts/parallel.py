@@ -23,7 +23,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from frugalmoe import experts
-from frugalmoe.experts import capacity
 from frugalmoe.experts.rows import sort_rows
 from frugalmoe.routing.contract import ExpertPlan, Plan, TokenPlan
 from frugalmoe.schema import MoE
@@ -40,8 +39,9 @@ def execute(plan: Plan, x_BTD: Array, gate_up_ED2F: Array, down_EFD: Array, conf
         y_ND, dropped = experts.execute(plan, x_ND, *weights, config, batch)
         return y_ND.reshape(x_BTD.shape), dropped
     dropped = jnp.int32(0)
-    if isinstance(plan, TokenPlan) and experts.pick(config, platform()) == "capacity":
-        plan, dropped = capacity.slots_of(plan, config, batch)
+    drops = experts.pick(config, platform()).drops
+    if isinstance(plan, TokenPlan) and drops is not None:
+        plan, dropped = drops.slots(plan, config, batch)
     if isinstance(plan, ExpertPlan):
         # Each device of the context axis executes a part of the slots, which may be of anybody's tokens.
         y_BTD = execute_slots(_share(plan, x_ND.shape[0]), x_ND, *weights, config).reshape(x_BTD.shape)
