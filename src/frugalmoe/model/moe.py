@@ -13,7 +13,8 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from frugalmoe.experts import exchange
+from frugalmoe import experts
+from frugalmoe.experts.exchange import load_of_devices
 from frugalmoe.model.layers import FeedForward, normal
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import Carry, Inputs, Loss, Plan, Routing, TokenPlan, selection_matrix, token_major
@@ -70,9 +71,9 @@ LETTERS = Shards("", "", "ED2F", "EFD", Inputs("BTD", "BT", "BT", "BT", "B", "",
 
 def route_and_execute(shards: Shards, config: MoE, train: bool, trace: bool) -> tuple[Array, Routed, Carry]:
     """One device's part of the layer -> (y[B, T, D] of its tokens, the layer's report, its tokens' carry)."""
-    experts = (shards.gate_up_ED2F, shards.down_EFD)
-    fixed, dtype = jax.lax.stop_gradient(experts), shards.inputs.x_BTD.dtype
-    run_experts = lambda plan, x_RD: exchange.execute_slots(plan, x_RD.astype(dtype), *fixed, config)
+    weights = (shards.gate_up_ED2F, shards.down_EFD)
+    fixed, dtype = jax.lax.stop_gradient(weights), shards.inputs.x_BTD.dtype
+    run_experts = lambda plan, x_RD: experts.execute_slots(plan, x_RD.astype(dtype), *fixed, config)
     inputs = whole_sequences(shards.inputs, LETTERS.inputs)
     inputs = inputs._replace(train=train, axis_names=BATCH_AXES, run_experts=run_experts)
     routing = strategies.get(config.router).route(shards.router, jax.lax.stop_gradient(shards.state), inputs, config)
@@ -80,8 +81,8 @@ def route_and_execute(shards: Shards, config: MoE, train: bool, trace: bool) -> 
     plan = jax.tree.map(lambda a: checkpoint_name(a, "routing_plan"), routing.plan)
     if shards.intervention is not None:
         plan = shards.intervention(plan, inputs, config.num_experts, routing.added_BTD is not None)
-    y_BTD, dropped = apply_routing(routing._replace(plan=plan), inputs.x_BTD, inputs.valid_BT, *experts, config)
-    stats = {**routing.stats, "dropped": dropped, **exchange.load_of_devices(plan, inputs.valid_BT, config)}
+    y_BTD, dropped = apply_routing(routing._replace(plan=plan), inputs.x_BTD, inputs.valid_BT, *weights, config)
+    stats = {**routing.stats, "dropped": dropped, **load_of_devices(plan, inputs.valid_BT, config)}
     losses, stats = jax.lax.psum((routing.losses, stats), BATCH_AXES)
     seen = _trace(plan, inputs, config) if trace else (None, None)
     return y_BTD, Routed(losses, stats, *seen), own_tokens(routing.carry)
@@ -98,7 +99,7 @@ def apply_routing(
     if routing.input_scale_BT is not None:
         scale_BT1 = routing.input_scale_BT[..., None].astype(x_BTD.dtype)
         scaled_BTD = jnp.where(valid_BT[..., None], x_BTD, 0) * scale_BT1
-    y_BTD, dropped = exchange.execute(routing.plan, scaled_BTD, gate_up_ED2F, down_EFD, config)
+    y_BTD, dropped = experts.execute(routing.plan, scaled_BTD, gate_up_ED2F, down_EFD, config)
     added_BTD = own_tokens(routing.added_BTD)
     return y_BTD if added_BTD is None else y_BTD + added_BTD.astype(y_BTD.dtype), dropped
 
