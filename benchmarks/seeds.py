@@ -25,9 +25,10 @@ def worker(mode: str, runs: int, spec: str, overrides: list[str]) -> None:
     from frugalmoe import sharding
     from frugalmoe.config import check_devices, load
     from frugalmoe.data import Batch, open_data
-    from frugalmoe.train.evaluate import put_batch
     from frugalmoe.train.loop import with_vocabulary
-    from frugalmoe.train.step import init, knobs, make_train_step
+    from frugalmoe.train.objective import knobs
+    from frugalmoe.train.placing import put_batch
+    from frugalmoe.train.step import init, make_train_step
 
     config = load(spec, overrides)
     data = open_data(config.data, batch_size=config.train.batch_size, seed=0)

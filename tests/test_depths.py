@@ -25,8 +25,9 @@ from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import Block, Transformer
 from frugalmoe.schema import Model
 from frugalmoe.train.loop import train
+from frugalmoe.train.objective import knobs, without_knobs
 from frugalmoe.train.placing import put_batch
-from frugalmoe.train.step import init, knobs, make_eval_step, make_train_step, without_knobs
+from frugalmoe.train.step import init, make_eval_step, make_train_step
 from frugalmoe.train.weights import load_model
 
 B, T, D = 3, 12, 32
@@ -272,7 +273,7 @@ def test_runs_trained_at_once_are_the_runs():
     together, together_metrics = jax.tree.map(lambda a: a[0], jax.device_get((state, metrics)))
     assert largest_difference(alone.params, together.params) < 1e-4
     assert largest_difference(alone_metrics[1], together_metrics) < 2e-4
-    assert largest_difference(*(np.asarray(a) for a in metrics["depth/predictor_accuracy"])) > 0
+    assert largest_difference(*(np.asarray(a) for a in metrics.depths["depth/predictor_accuracy"])) > 0
 
 
 @pytest.mark.slow

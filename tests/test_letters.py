@@ -37,7 +37,7 @@ def legend(docstring: str) -> list[tuple[str, str]]:
     for entry in re.split(r"[,;] ", text):
         entry = re.fullmatch(r"(?:and )?'?([A-Za-z0-9.](?: and [A-Z])?)'?(?: |$)(.*)", entry.strip().rstrip("."))
         letters, meaning = entry.groups()
-        formula = re.fullmatch(r"= ?[A-Z0-9 +*]*", meaning)
+        formula = re.fullmatch(r"= ?[A-Z0-9 +*/]*", meaning)
         entries += [(letter, "" if formula else meaning) for letter in letters.split(" and ")]
     return entries
 

@@ -27,7 +27,7 @@ from test_train_step import batch, config_of, mesh_of, router, trained
 
 from frugalmoe import sharding
 from frugalmoe.errors import UserError
-from frugalmoe.model.moe import Context, execute
+from frugalmoe.model.moe import Context, apply_routing
 from frugalmoe.model.transformer import count_parameters, declarations, structure
 from frugalmoe.routing.contract import Inputs, Routing, TokenPlan
 from frugalmoe.routing.strategies import recurrent, stochastic_warmup
@@ -63,7 +63,7 @@ def test_the_input_scale_is_inside_the_expert_and_what_is_added_is_outside() -> 
     )
     x_BTD = jnp.asarray([[[1.0], [jnp.nan]]])
     config = MoE(num_experts=1, num_experts_per_token=1, executor="blocks")
-    y_BTD, dropped = execute(routing, x_BTD, valid_BT, jnp.ones((1, 1, 2, 1)), jnp.ones((1, 1, 1)), config)
+    y_BTD, dropped = apply_routing(routing, x_BTD, valid_BT, jnp.ones((1, 1, 2, 1)), jnp.ones((1, 1, 1)), config)
     np.testing.assert_allclose(y_BTD[0, :, 0], [11.7616, 0.0], rtol=1e-5)
     assert dropped == 0
 

@@ -26,8 +26,8 @@ import jax
 from frugalmoe.ablate.plan import Pair, Plan
 from frugalmoe.aot.program import settled
 from frugalmoe.config import Config
+from frugalmoe.train.objective import without_knobs
 from frugalmoe.train.optim import bytes_of
-from frugalmoe.train.step import without_knobs
 
 SHARE_OF_MEMORY = 0.6  # the estimate is rough, and XLA needs room to work
 LARGEST = 16  # beyond it a program gains little and takes long to compile

@@ -19,7 +19,6 @@ from frugalmoe.analysis.interventions import Nothing
 from frugalmoe.analysis.record import TOKENS
 from frugalmoe.analysis.uncertainty import Estimate, mean
 from frugalmoe.errors import UserError
-from frugalmoe.experts import capacity
 from frugalmoe.routing.contract import TokenPlan
 from frugalmoe.schema import MoE
 
@@ -68,12 +67,14 @@ def load_drops(run: str | Path, *, checkpoint: int | None = None, tokens: int = 
     """
     lab = Lab(Path(run), checkpoint, tokens)
     moe = lab.config.model.moe
-    if experts.pick(moe, sharding.platform()) != "capacity":
-        raise UserError(f"{run}: model.moe.executor={moe.executor!r}: drops nothing; valid: capacity")
+    drops = experts.pick(moe, sharding.platform()).drops
+    if drops is None:
+        able = ", ".join(name for name in experts.executors.sound() if experts.executors.get(name).drops)
+        raise UserError(f"{run}: model.moe.executor={moe.executor!r}: drops nothing; valid: {able}")
     if lab.router.about.form == "expert":
         raise UserError(f"{run}: router {moe.router!r} gives each expert a list of tokens, of which nothing is dropped")
     seen = lab.evaluate(lab.eval_step, Nothing())
-    limited = jax.jit(jax.vmap(lambda plan: capacity.limit(plan, moe, seen[0].batch.tokens_BT.shape[0])[0].expert_NK))
+    limited = jax.jit(jax.vmap(lambda plan: drops.limit(plan, moe, seen[0].batch.tokens_BT.shape[0])[0].expert_NK))
     lost, real = [], []
     for traced in seen:
         plan_LNK = TokenPlan(*(a.reshape(len(lab.layers), -1, a.shape[-1]) for a in traced.out.plan))

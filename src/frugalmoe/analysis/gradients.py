@@ -20,8 +20,9 @@ from frugalmoe.analysis.effects import Lab
 from frugalmoe.analysis.uncertainty import Estimate, bootstrap
 from frugalmoe.data.batches import Batch
 from frugalmoe.errors import UserError
+from frugalmoe.train.objective import knobs
 from frugalmoe.train.placing import put_batch
-from frugalmoe.train.step import knobs, make_gradient
+from frugalmoe.train.step import make_gradient
 
 
 class Gradients(NamedTuple):
@@ -97,7 +98,7 @@ def load_gradients(
             inputs = (*lab.weights, put_batch(lab.mesh, rows, "ABT"), jnp.int32(step))
             whole, sums, _ = gradient(*inputs, own)
             language, _, _ = gradient(*inputs, own._replace(losses={name: np.float32(0) for name in own.losses}))
-            found.append(jax.device_get((*measure(whole, language), sums["stats"]["counts"])))
+            found.append(jax.device_get((*measure(whole, language), sums.stats["counts"])))
     language, auxiliary, product, expert, counts = map(np.stack, zip(*found))
     size = sum(leaf[0].size for leaf in jax.tree.leaves(router))
     return Gradients(np.array(lab.layers), language, auxiliary, product, size, expert, counts)

@@ -1,6 +1,6 @@
 """How sure a measure is: bootstrap intervals over units, p-values of shuffles.
 
-Letters: N tokens, U units, Y draws (bootstrap samples, shuffles), I and J any further axes. A unit is what is drawn
+Letters: N tokens, U units, Y draws (bootstrap samples, shuffles), I and J any further axis. A unit is what is drawn
 independently, a document or a seed: tokens of one document share its topic, so resampling tokens one by one would call
 everything significant.
 """

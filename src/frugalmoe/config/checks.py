@@ -88,7 +88,7 @@ def _depths(config: Config) -> None:
 def _moe(config: Config) -> None:
     # Imported here: they import JAX, for which a mistyped field must not wait.
     from frugalmoe import experts
-    from frugalmoe.experts import parallel
+    from frugalmoe.experts import exchange
     from frugalmoe.routing import losses, strategies
 
     moe: MoE = config.model.moe
@@ -129,15 +129,15 @@ def _moe(config: Config) -> None:
         moe.load_balance_devices,
         "must be at least 2 for model.moe.losses.device_balance, which is constant on one device",
     )
-    _one_of("model.moe.executor", moe.executor, experts.EXECUTORS)
+    executor = experts.pick(moe, "cpu")  # which of its own a platform takes does not matter here
     _one_of("model.moe.drop_order", moe.drop_order, experts.ORDERS)
-    _one_of("model.moe.exchange", moe.exchange, parallel.EXCHANGES)
+    _one_of("model.moe.exchange", moe.exchange, exchange.EXCHANGES)
     _each("model.moe", moe, "exchange_room", lambda v: v == 0 or v >= 1, "must be at least 1, or 0 for room for all")
     _require(
-        not (moe.exchange_room and moe.executor == "dense"),
+        not moe.exchange_room or executor.keeps_room or executor.drops is not None,
         "model.moe.exchange_room",
         moe.exchange_room,
-        "must be 0 with model.moe.executor=dense, which has no rows",
+        f"must be 0 with model.moe.executor={moe.executor}, which keeps to no number of rows",
     )
     _one_of("model.moe.load_balance_scope", moe.load_balance_scope, ("sequence", "micro_batch", "global"))
     if rule := router.check(moe):

@@ -39,6 +39,18 @@ class TokenPlan(NamedTuple):
     expert_NK: Array  # int32
     weight_NK: Array  # float32
 
+    @property
+    def ids(self) -> Array:
+        """Whom each slot names, in either form of a plan."""
+        return self.expert_NK
+
+    @property
+    def weights(self) -> Array:
+        return self.weight_NK
+
+    def with_weights(self, weights: Array) -> "TokenPlan":
+        return self._replace(weight_NK=weights)
+
 
 class ExpertPlan(NamedTuple):
     """Expert-major: each expert names C tokens. Token id N is the null token (empty slot, weight 0)."""
@@ -46,12 +58,26 @@ class ExpertPlan(NamedTuple):
     token_EC: Array  # int32
     weight_EC: Array  # float32
 
+    @property
+    def ids(self) -> Array:
+        return self.token_EC
+
+    @property
+    def weights(self) -> Array:
+        return self.weight_EC
+
+    def with_weights(self, weights: Array) -> "ExpertPlan":
+        return self._replace(weight_EC=weights)
+
 
 Plan = TokenPlan | ExpertPlan
 
 
 class Inputs(NamedTuple):
-    """Everything that a strategy may look at. Sequences stay apart (B, T), so that a pool of tokens is one sequence."""
+    """Everything that a strategy may look at. Sequences stay apart (B, T), so that a pool of tokens is one sequence.
+
+    Most strategies need the activations and what `linear_logits` and the modules beside this one do with the rest.
+    """
 
     x_BTD: Array  # activations, compute dtype
     token_ids_BT: Array  # int32
@@ -63,6 +89,8 @@ class Inputs(NamedTuple):
     step: Array  # int32 []
     layer: Array  # int32 [], index among the MoE layers
     train: bool = False  # static; False: no exploration noise
+
+    # What few strategies need.
     carry: Carry = None  # what the previous MoE layer's `Routing.carry` held: it crosses layers, never time
     axis_names: tuple[str, ...] = ()  # static; mesh axes that hold other sequences of the batch
     # The layer's experts on rows of the strategy's choice: (plan over R rows, rows[R, D]) -> y[R, D], at the cost that
@@ -73,6 +101,15 @@ class Inputs(NamedTuple):
     @property
     def valid_BT(self) -> Array:
         return self.segment_ids_BT > 0
+
+    def of_tokens(self, change: Callable[[Array], Array]) -> "Inputs":
+        """The same with each array [B, T, ...] changed, the carry's too: other tokens, or another order of them."""
+        names = ("x_BTD", "token_ids_BT", "segment_ids_BT", "positions_BT", "carry")
+        return self._replace(**{name: jax.tree.map(change, getattr(self, name)) for name in names})
+
+    def of_sequences(self, change: Callable[[Array], Array]) -> "Inputs":
+        """The same with each array [B, ...] changed, keys too: other sequences."""
+        return self.of_tokens(change)._replace(keys_B=change(self.keys_B))
 
 
 @jax.tree_util.register_dataclass
@@ -191,8 +228,8 @@ def combine_matrix(plan: Plan, num_tokens: int, num_experts: int) -> Array:
 
 def selection_matrix(plan: Plan, num_tokens: int, num_experts: int) -> Array:
     """Which expert got which token, bool [N, E], whatever the weights."""
-    ones = plan._replace(**{plan._fields[1]: jnp.ones(plan[0].shape, jnp.float32)})
-    return combine_matrix(ones, num_tokens, num_experts) > 0
+    ones = jnp.ones(plan.ids.shape, jnp.float32)
+    return combine_matrix(plan.with_weights(ones), num_tokens, num_experts) > 0
 
 
 def token_major(plan: Plan, num_tokens: int, num_experts: int) -> TokenPlan:

@@ -1,4 +1,6 @@
-"""Auxiliary losses of routers, and the only place where they are added up.
+"""Auxiliary losses of routers as sums, and `total`, which weighs and adds up those of a step.
+
+`train.objective` has the terms of the whole training loss and where their coefficients come from.
 
 Letters: B batch, T time, E experts, M devices, K choices, G groups of sequences, L MoE layers.
 

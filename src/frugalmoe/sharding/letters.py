@@ -59,8 +59,8 @@ LETTERS = {
     "S": "steps of a run: logged ones, checkpoints, batches",
     "U": "units that are resampled, documents or seeds",
     "Y": "draws: bootstrap samples, shuffles",
-    "I": "any axis or axes, as the contracted one of a product: outputs, parameters, places, pieces, candidates ...",
-    "J": "any other axis or axes, as the produced one of a product",
+    "I": "any axis of two axes, the contracted one of a product; outputs, parameters, places, candidates, values ...",
+    "J": "the other axis of two axes, the produced one of a product",
     ".": "any axis, never spread",
 }
 _AXES_OF_LETTER = {

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -87,6 +88,8 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: State, items: t
     """
     wanted = {k: v for k, v in _nonempty(abstract).items() if k in items}
     _check_same_model(manager, step, wanted)
+    if "step" in wanted and "position" not in manager.item_metadata(step)["step"]:  # of before there were two clocks
+        del wanted["step"]["position"]
     as_saved = _renamed(wanted, _names_in(manager, step))
     restored = manager.restore(
         step, args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in as_saved.items()})
@@ -96,7 +99,10 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: State, items: t
     # and P() mean the same but compare unequal): else the first step and the others would each be compiled.
     typed = lambda values: jax.tree.map(lambda a, like: jax.sharding.reshard(a, like.sharding.spec), values, wanted)
     values = jax.jit(typed, donate_argnums=0)(restored)
-    return abstract._replace(**values | ({"step": values["step"]["step"]} if "step" in values else {}))
+    clocks = values.pop("step", {})
+    if clocks and "position" not in clocks:
+        clocks["position"] = jnp.copy(clocks["step"])  # an array of its own: the step donates both
+    return abstract._replace(**values, **clocks)
 
 
 def restore_newest(
@@ -120,9 +126,9 @@ def is_finite(state: State, items: tuple[str, ...] = _ITEMS) -> bool:
 
 
 def _nonempty(state: State) -> dict:
-    """The items to save; Orbax wants trees, not a bare scalar, and no empty ones."""
-    items = state._asdict() | {"step": {"step": state.step}}
-    return {k: v for k, v in items.items() if jax.tree.leaves(v)}
+    """The items to save; Orbax wants trees, not a bare scalar, and no empty ones. Both clocks are one item."""
+    items = state._asdict() | {"step": {"step": state.step, "position": state.position}}
+    return {k: items[k] for k in _ITEMS if jax.tree.leaves(items[k])}
 
 
 def _renamed(tree: Any, names: Mapping[str, str]) -> Any:

@@ -14,8 +14,9 @@ import numpy as np
 from frugalmoe.data.batches import Batch
 from frugalmoe.schema import Config
 from frugalmoe.sharding import AXES, GPUS, axis_size, platform
+from frugalmoe.train.objective import StepReport, without_knobs
 from frugalmoe.train.placing import put_rows
-from frugalmoe.train.step import make_eval_step, make_train_step, without_knobs
+from frugalmoe.train.step import make_eval_step, make_train_step
 
 PROGRAMS_KEPT = 4  # of each kind. On CPUs one is mapped in thousands of pieces, and Linux gives a process 65,530
 
@@ -74,9 +75,9 @@ class Program:
             return put_rows(run.mesh, Batch(*map(np.stack, zip(*batches))), ".ABT", run.config)
         return put_rows(run.mesh, batches[0], "ABT", run.config)
 
-    def step(self, batch: Batch) -> dict[str, jax.Array]:
-        self.state, metrics = self.train_step(self.state, batch, self.knobs)
-        return metrics
+    def step(self, batch: Batch) -> StepReport:
+        self.state, report = self.train_step(self.state, batch, self.knobs)
+        return report
 
     def of_each_run(self, values: Any) -> list[Any]:
         if not self.together:

@@ -30,9 +30,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_batching import sequential_vmap
 
+from frugalmoe import sharding
 from frugalmoe.devices import GPUS
 from frugalmoe.errors import UserError, needs_package
-from frugalmoe.experts.blocks import cover
+from frugalmoe.experts import grouped
+from frugalmoe.experts.contract import Executor
+from frugalmoe.experts.executors.blocks import cover
 from frugalmoe.experts.grouped import Kernels
 
 ROWS = 64  # of a tile
@@ -125,3 +128,21 @@ def _rows_by_rows(launch: Callable, a_RI: Array, b_RJ: Array, sizes_E: Array, dt
 def kernels(launch: Callable = _launch) -> Kernels:
     """`launch` runs a kernel: tests bring one that interprets it, on any platform, slowly."""
     return Kernels(partial(_rows_by_weights, launch), partial(_rows_by_rows, launch), row_multiple=ROWS)
+
+
+def _interpreted(num_rows: int) -> Kernels:
+    try:
+        from frugalmoe.experts import triton_interpreter
+    except ImportError as e:
+        raise needs_package("Triton's interpreter of model.moe.executor=gpu", "triton==3.7.1") from e
+    return kernels(triton_interpreter.launch)
+
+
+EXECUTOR = Executor(
+    run=grouped.by(lambda num_rows: kernels()),
+    work="1 (plus a partial tile per expert)",
+    purpose="Triton kernels",
+    platforms=sharding.GPUS,
+    default_on=sharding.GPUS,
+    interpreted=grouped.by(_interpreted),
+)

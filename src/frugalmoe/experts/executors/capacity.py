@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.experts.dense import swiglu
+from frugalmoe.experts.contract import Call, Drops, Executor, swiglu
 from frugalmoe.experts.rows import sort_rows
 from frugalmoe.routing.contract import ExpertPlan, TokenPlan
 from frugalmoe.schema import MoE
@@ -101,10 +101,27 @@ def padded(plan: ExpertPlan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array) 
 
 
 def run(
-    plan: TokenPlan | ExpertPlan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, config: MoE, num_sequences: int
+    plan: TokenPlan | ExpertPlan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, call: Call
 ) -> tuple[Array, Array]:
     """-> (y[N, D], dropped rows int32 []). An expert-major plan has its capacity already and loses nothing."""
     dropped = jnp.int32(0)
     if isinstance(plan, TokenPlan):
-        plan, dropped = slots_of(plan, config, num_sequences)
+        plan, dropped = slots_of(plan, call.config, call.num_sequences)
     return padded(plan, x_ND, gate_up_ED2F, down_EFD), dropped
+
+
+def may_drop(config: MoE) -> str | None:
+    """The field by which an expert's slots may run out, or None."""
+    if drops_nothing(config):
+        return None
+    enough = config.num_experts / config.num_experts_per_token
+    return f"model.moe.capacity_factor={config.capacity_factor}, below {enough:.4g}"
+
+
+EXECUTOR = Executor(
+    run=run,
+    work="capacity_factor",
+    purpose="comparison with systems of limited capacity",
+    keeps_room=False,
+    drops=Drops(limit=limit, slots=slots_of, may=may_drop, causality=causality, fields=("drop_order",)),
+)

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from frugalmoe import experts
-from frugalmoe.experts import capacity
+from frugalmoe.experts.executors import pick
+from frugalmoe.experts.here import execute_here
 from frugalmoe.experts.rows import sort_rows
 from frugalmoe.routing.contract import ExpertPlan, Plan, TokenPlan
 from frugalmoe.schema import MoE
@@ -33,15 +33,19 @@ EXCHANGES = ("auto", "all_gather", "all_to_all")  # choices of model.moe.exchang
 
 
 def execute(plan: Plan, x_BTD: Array, gate_up_ED2F: Array, down_EFD: Array, config: MoE) -> tuple[Array, Array]:
-    """Plan and x of whole sequences -> (y [B, T, D] of this device's tokens in x's dtype, int32 [] dropped rows)."""
+    """What all devices make of a plan with their experts. Plan and x are of whole sequences.
+
+    -> (y [B, T, D] of this device's tokens in x's dtype, int32 [] dropped rows).
+    """
     batch, time, dim = x_BTD.shape
     x_ND, weights = x_BTD.reshape(-1, dim), (gate_up_ED2F, down_EFD)
     if axis_size("expert", "tensor", "context") == 1:
-        y_ND, dropped = experts.execute(plan, x_ND, *weights, config, batch)
+        y_ND, dropped = execute_here(plan, x_ND, *weights, config, batch)
         return y_ND.reshape(x_BTD.shape), dropped
     dropped = jnp.int32(0)
-    if isinstance(plan, TokenPlan) and experts.pick(config, platform()) == "capacity":
-        plan, dropped = capacity.slots_of(plan, config, batch)
+    drops = pick(config, platform()).drops
+    if isinstance(plan, TokenPlan) and drops is not None:
+        plan, dropped = drops.slots(plan, config, batch)
     if isinstance(plan, ExpertPlan):
         # Each device of the context axis executes a part of the slots, which may be of anybody's tokens.
         y_BTD = execute_slots(_share(plan, x_ND.shape[0]), x_ND, *weights, config).reshape(x_BTD.shape)
@@ -56,12 +60,12 @@ def execute_slots(plan: ExpertPlan, x_RD: Array, gate_up_ED2F: Array, down_EFD: 
     """y[R, D] in x's dtype of a plan that names this device's rows: the slots travel, their weights do not."""
     devices, dim = axis_size("expert"), x_RD.shape[1]
     if devices == 1:
-        return lax.psum(experts.execute(plan, x_RD, gate_up_ED2F, down_EFD, config, 1)[0], "tensor")
+        return lax.psum(execute_here(plan, x_RD, gate_up_ED2F, down_EFD, config, 1)[0], "tensor")
     x_ECD = x_RD.at[plan.token_EC].get(mode="fill", fill_value=0)
     x_EQD = lax.all_to_all(x_ECD, "expert", 0, 1, tiled=True)
     row_EQ = jnp.arange(math.prod(x_EQD.shape[:2]), dtype=jnp.int32).reshape(x_EQD.shape[:2])
     each = ExpertPlan(row_EQ, jnp.ones(row_EQ.shape, jnp.float32))
-    rows_RD, _ = experts.execute(each, x_EQD.reshape(-1, dim), gate_up_ED2F, down_EFD, config, 1)
+    rows_RD, _ = execute_here(each, x_EQD.reshape(-1, dim), gate_up_ED2F, down_EFD, config, 1)
     y_ECD = lax.all_to_all(rows_RD.reshape(x_EQD.shape), "expert", 1, 0, tiled=True)
     y_RD = jnp.zeros(x_RD.shape, jnp.float32)
     y_RD = y_RD.at[plan.token_EC].add(y_ECD * plan.weight_EC[..., None], mode="drop")
@@ -113,7 +117,7 @@ def _execute_tokens(
     devices, num_choices = axis_size("expert"), plan.expert_NK.shape[1]
     weights = gate_up_ED2F, down_EFD
     if devices == 1:
-        return experts.execute(plan, x_ND, *weights, config, 1)
+        return execute_here(plan, x_ND, *weights, config, 1)
     exchange = config.exchange
     if exchange == "auto":  # the one that sends less; without a ragged collective, rows are padded to the worst case
         exchange = "all_to_all" if devices > num_choices and has_ragged_all_to_all() else "all_gather"
@@ -137,7 +141,7 @@ def _by_all_gather(plan, x_ND, gate_up_ED2F, down_EFD, config):
     held_NK = (own_NK >= 0) & (own_NK < num_experts)
     own = TokenPlan(jnp.where(held_NK, own_NK, num_experts), jnp.where(held_NK, all_weight_NK, 0))
     room = _room(plan, num_experts, config)
-    y_ND, lost = experts.execute(own, all_ND, gate_up_ED2F, down_EFD, config, 1, room=room)
+    y_ND, lost = execute_here(own, all_ND, gate_up_ED2F, down_EFD, config, 1, room=room)
     return lax.psum_scatter(y_ND, "expert", scatter_dimension=0, tiled=True), lost
 
 
@@ -155,7 +159,7 @@ def _by_all_to_all(plan, x_ND, gate_up_ED2F, down_EFD, config):
     expert_R = jnp.searchsorted(end_ME.reshape(-1), row_R, side="right").astype(jnp.int32) % num_experts
     expert_R = jnp.where(row_R < there.taken_M.sum(), expert_R, num_experts)
     each = TokenPlan(expert_R[:, None], jnp.ones((room, 1), jnp.float32))
-    moved_RD, _ = experts.execute(each, moved_RD, gate_up_ED2F, down_EFD, config, 1)
+    moved_RD, _ = execute_here(each, moved_RD, gate_up_ED2F, down_EFD, config, 1)
     y_RD = _move(moved_RD, back, rows.token_R.size, most).astype(jnp.float32) * rows.weight_R[:, None]
     y_ND = jnp.zeros(x_ND.shape, jnp.float32).at[rows.token_R].add(y_RD, mode="drop")
     return y_ND.astype(x_ND.dtype), rows.group_sizes_E.sum(dtype=jnp.int32) - there.count_M.sum()

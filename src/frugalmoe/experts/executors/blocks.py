@@ -20,7 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from frugalmoe.experts.rows import Rows
+from frugalmoe.experts.contract import Call, Executor
+from frugalmoe.experts.rows import Rows, held_rows
+from frugalmoe.routing.contract import Plan
 
 SMALLEST, LARGEST = 32, 512  # rows of a block
 CACHED = 2**17  # a block's hidden activations per half (r*F): 1 MiB for gate and up in float32, one core's L2 cache
@@ -88,12 +90,14 @@ def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
     return lax.dot_general(a.astype(b.dtype), b, dims, preferred_element_type=jnp.float32)
 
 
-def run(rows: Rows, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array) -> Array:
-    """y[N, D] in x's dtype. Gradients for x, both weights and `rows.weight_R`."""
+def run(plan: Plan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, call: Call) -> tuple[Array, Array]:
+    """-> (y[N, D] in x's dtype, dropped rows). Gradients for x, both weights and the plan's weights."""
     num_experts, hidden, dim = down_EFD.shape
+    rows, dropped = held_rows(plan, num_experts, call.room)
     sizes = block_sizes(rows.token_R.size, num_experts, hidden)
     gate_up_EDJ = gate_up_ED2F.reshape(num_experts, dim, 2 * hidden)
-    return _blocks(sizes, rows.weight_R, x_ND, gate_up_EDJ, down_EFD, rows.token_R, rows.group_sizes_E)
+    y_ND = _blocks(sizes, rows.weight_R, x_ND, gate_up_EDJ, down_EFD, rows.token_R, rows.group_sizes_E)
+    return y_ND, dropped
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -159,3 +163,10 @@ def _add_at(total_EIJ: Array, e: Array, value_IJ: Array) -> Array:
 
 
 _blocks.defvjp(_forward, _backward)
+
+EXECUTOR = Executor(
+    run=run,
+    work="1 (at most 4/3, plus a partial block per expert)",
+    purpose="plain XLA on any platform, made for CPUs",
+    default_on=("*",),
+)
