@@ -26,8 +26,9 @@ def worker(mode: str, runs: int, spec: str, overrides: list[str]) -> None:
     from frugalmoe.config import load, settle
     from frugalmoe.data import Batch, open_data
     from frugalmoe.fields import to_dict
+    from frugalmoe.train.objective import knobs
     from frugalmoe.train.placing import put_batch
-    from frugalmoe.train.step import init, knobs, make_train_step
+    from frugalmoe.train.step import init, make_train_step
 
     config = load(spec, overrides)
     data = open_data(config.data, batch_size=config.train.batch_size, seed=0)

@@ -80,7 +80,7 @@ class Training:
         self.state, metrics = self.train_step(self.state, batch)
         dispatch = time.perf_counter() - began  # the call returned; the devices may still compute
         jax.block_until_ready((self.state, metrics))
-        return {"dispatch_seconds": dispatch, "loss": float(metrics["loss/ce"])}
+        return {"dispatch_seconds": dispatch, "loss": float(metrics.metrics["loss/ce"])}
 
     def gradients(self) -> dict:
         return jax.block_until_ready(jax.tree.map(jax.numpy.ones_like, self.state.params))

@@ -155,11 +155,17 @@ def make_params(case: Case, seed: int = 0) -> tuple[dict, dict]:
     return arrays({**own, **shared}), state
 
 
+def arrays_of(inputs: Inputs) -> dict[str, jax.Array]:
+    """The arrays of the inputs by name, all but the carry's."""
+    static = ("train", "carry", "axis_names", "run_experts", "logit_map")
+    return {name: array for name, array in inputs._asdict().items() if name not in static}
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # not by case: routers that differ in claims alone share it
 def compiled_route(
-    function: Callable, config: MoE, train: bool, params: dict, state: dict, carry: Any, *arrays: Any
+    function: Callable, config: MoE, train: bool, params: dict, state: dict, carry: Any, arrays: dict
 ) -> Routing:
-    return function(params, state, with_experts(Inputs(*arrays, train=train, carry=carry), config), config)
+    return function(params, state, with_experts(Inputs(**arrays, train=train, carry=carry), config), config)
 
 
 def route(case: Case, inputs: Inputs, params: dict | None = None, state: dict | None = None) -> Routing:
@@ -167,7 +173,7 @@ def route(case: Case, inputs: Inputs, params: dict | None = None, state: dict | 
     default_params, default_state = make_params(case)
     params, state = default_params if params is None else params, default_state if state is None else state
     carry = carry_into(case, inputs)
-    return compiled_route(case.router.route, case.config, inputs.train, params, state, carry, *inputs[:7])
+    return compiled_route(case.router.route, case.config, inputs.train, params, state, carry, arrays_of(inputs))
 
 
 def eager_route(case: Case, inputs: Inputs) -> Routing:
@@ -191,7 +197,7 @@ def extremes(case: Case) -> dict[str, Extreme]:
     is just a large input). Levels: where a sigmoid's sum is lost to 1e-20, where float32 has no sigmoid, and far out.
     """
     inputs, (params, state) = make_inputs(), make_params(case)
-    x_BTD, kernels = np.asarray(inputs.x_BTD), ("kernel_DE", "kernel_DX", "projection_DP", "encoder_DP", "proj_DH")
+    x_BTD, kernels = np.asarray(inputs.x_BTD), ("kernel_DE", "kernel_DX", "projection_DP", "encoder_DP", "proj_DP")
     reading = {name: p.at[0].set(1.0) if name in kernels else p for name, p in params.items()}
     self_routed = not any(name in kernels for name in params)
     far = {name: s + 1e3 * jnp.arange(8) if name.endswith("_E") else s for name, s in state.items()}
@@ -214,7 +220,7 @@ def extremes(case: Case) -> dict[str, Extreme]:
 
 def combine(case: Case, routing: Routing, time: int = T) -> np.ndarray:
     """G as [B, T, E]."""
-    return _dense(case, routing.plan, routing.plan[1], time)
+    return _dense(case, routing.plan, routing.plan.weights, time)
 
 
 def effects(case: Case, routing: Routing, time: int = T) -> np.ndarray:
@@ -226,14 +232,14 @@ def effects(case: Case, routing: Routing, time: int = T) -> np.ndarray:
 
 def selections(case: Case, routing: Routing, time: int = T) -> np.ndarray:
     """How often each token names each expert [B, T, E], whatever the weights."""
-    return _dense(case, routing.plan, np.ones(routing.plan[1].shape), time).astype(int)
+    return _dense(case, routing.plan, np.ones(routing.plan.weights.shape), time).astype(int)
 
 
 def _dense(case: Case, plan: Any, weights: Any, time: int) -> np.ndarray:
     """The combine matrix in numpy, so that the laws do not lean on the code under test."""
     num_tokens, num_experts = B * time, case.config.num_experts
     g_NE = np.zeros((num_tokens + 1, num_experts + 1), np.float32)
-    ids, weights = np.asarray(plan[0]), np.asarray(weights)
+    ids, weights = np.asarray(plan.ids), np.asarray(weights)
     for (row, column), weight in np.ndenumerate(weights):
         token, expert = (row, ids[row, column]) if isinstance(plan, TokenPlan) else (ids[row, column], row)
         g_NE[token, expert] += weight
@@ -280,16 +286,14 @@ def _probe(
     params: dict,
     state: dict,
     carry: Any,
-    *arrays: Any,
+    arrays: dict,
 ):
-    x, *rest = arrays
-
     @jax.checkpoint  # so that every law about gradients is also one about recomputed layers
     def value(params: dict, state: dict, x: jax.Array) -> tuple[jax.Array, Routing]:
-        inputs = Inputs(x, *rest, train=True, carry=carry)
+        inputs = Inputs(**arrays | {"x_BTD": x}, train=True, carry=carry)
         return objective(function, config, params, state, inputs, weight, coefficients)
 
-    (loss, routing), gradients = jax.value_and_grad(value, (0, 1, 2), has_aux=True)(params, state, x)
+    (loss, routing), gradients = jax.value_and_grad(value, (0, 1, 2), has_aux=True)(params, state, arrays["x_BTD"])
     return Probe(loss, *gradients, routing)
 
 
@@ -311,4 +315,4 @@ def probe(
     params, state = own_params if params is None else params, own_state if state is None else state
     function, config = case.router.route, case.config
     carry = carry_into(case, inputs)
-    return _probe(function, config, jnp.asarray(weight), coefficients, params, state, carry, *inputs[:7])
+    return _probe(function, config, jnp.asarray(weight), coefficients, params, state, carry, arrays_of(inputs))

@@ -25,8 +25,9 @@ from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import Block, Transformer
 from frugalmoe.schema import Model
 from frugalmoe.train.loop import train
+from frugalmoe.train.objective import knobs, without_knobs
 from frugalmoe.train.placing import put_batch
-from frugalmoe.train.step import init, knobs, make_eval_step, make_train_step, without_knobs
+from frugalmoe.train.step import init, make_eval_step, make_train_step
 from frugalmoe.train.weights import load_model
 
 B, T, D = 3, 12, 32
@@ -161,12 +162,12 @@ def test_the_output_trains_the_router_and_the_cross_entropy_the_predictor_alone(
     slope_BT = np.sum(np.asarray(g_BTD) * (np.asarray(y_BTD) - one.x_BTD), axis=-1) / r_BT * passes_BT
     np.testing.assert_allclose(gradient["router_D"], np.einsum("bt,btd->d", slope_BT, one.x_BTD), rtol=1e-3, atol=1e-3)
     assert np.abs(gradient["router_D"]).max() > 0.1
-    assert all(np.all(gradient[name] == 0) for name in ("up_DH", "out_H", "bias"))
+    assert all(np.all(gradient[name] == 0) for name in ("up_DP", "out_P", "bias"))
 
     gradient, x_gradient = jax.jit(jax.grad(of_predictor, (0, 1)))(depth, x_BTD)
     gradient = nnx.to_pure_dict(gradient)
     assert np.all(x_gradient == 0) and np.all(gradient["router_D"] == 0)
-    assert all(np.abs(gradient[name]).max() > 1e-3 for name in ("up_DH", "out_H", "bias"))
+    assert all(np.abs(gradient[name]).max() > 1e-3 for name in ("up_DP", "out_P", "bias"))
 
 
 @pytest.mark.slow
@@ -272,7 +273,7 @@ def test_runs_trained_at_once_are_the_runs():
     together, together_metrics = jax.tree.map(lambda a: a[0], jax.device_get((state, metrics)))
     assert largest_difference(alone.params, together.params) < 1e-4
     assert largest_difference(alone_metrics[1], together_metrics) < 2e-4
-    assert largest_difference(*(np.asarray(a) for a in metrics["depth/predictor_accuracy"])) > 0
+    assert largest_difference(*(np.asarray(a) for a in metrics.depths["depth/predictor_accuracy"])) > 0
 
 
 @pytest.mark.slow

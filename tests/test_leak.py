@@ -62,7 +62,7 @@ def excess(case: Case, seed: int = 0, around_blocks: MixtureOfDepths = OFF) -> f
             ones, positions = jnp.ones(shape, jnp.int32), jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), shape)
             batch = Batch(tokens[..., :-1], tokens[..., 1:], ones, positions, ones > 0, 0 * ones)
             state, metrics = step(state, Batch(*(sharding.reshard(a, "ABT") for a in batch)))
-            return state, metrics["loss/ce"]
+            return state, metrics.metrics["loss/ce"]
 
         keys = jax.random.split(jax.random.key(seed), STEPS)
         _, ce = jax.jit(lambda state: jax.lax.scan(on_fresh_tokens, state, keys))(init(config))

@@ -9,8 +9,9 @@ from test_train_step import batch, config_of, mesh_of, trained
 
 from frugalmoe.model.layers import rotary, rotate
 from frugalmoe.model.transformer import Transformer, split, structure
+from frugalmoe.train.objective import forward
 from frugalmoe.train.placing import put_batch
-from frugalmoe.train.step import EVAL_SEED, _forward, init, make_eval_step
+from frugalmoe.train.step import EVAL_SEED, init, make_eval_step
 
 
 def test_norm_head_divides_each_channel_by_its_norm_over_the_vocabulary_and_detaches_it():
@@ -73,7 +74,7 @@ def test_predicted_ids_are_the_best_of_float32_logits_within_the_vocabulary():
         @jax.jit
         def hidden_and_head(params, router_state, batch):
             model = nnx.merge(graphdef, params, router_state)
-            return _forward(model, batch, 0, jnp.int32(0), EVAL_SEED, train=False).hidden_BTD, model.head()
+            return forward(model, batch, 0, jnp.int32(0), EVAL_SEED, train=False).hidden_BTD, model.head()
 
         evaluated = jax.jit(make_eval_step(config, trace=True, vocabulary=size))(
             state.params, state.router_state, placed

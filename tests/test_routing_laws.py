@@ -18,6 +18,7 @@ from routing_cases import (
     Case,
     D,
     T,
+    arrays_of,
     carry_into,
     case_parameters,
     combine,
@@ -35,7 +36,7 @@ from routing_cases import (
 )
 
 from frugalmoe.errors import UserError
-from frugalmoe.model.moe import execute
+from frugalmoe.model.moe import apply_routing
 from frugalmoe.routing import losses, select, stats
 from frugalmoe.routing.contract import (
     About,
@@ -147,7 +148,7 @@ def law_decoding(case: Case) -> None:
     whole = route(case, inputs)
     assert np.any(selections(case, whole))
     for t in range(T):
-        step = route(case, Inputs(*(a[:, t : t + 1] for a in inputs[:4]), *inputs[4:]))
+        step = route(case, inputs.of_tokens(lambda a, t=t: a[:, t : t + 1]))
         assert np.array_equal(selections(case, step, 1)[:, 0], selections(case, whole)[:, t])
         np.testing.assert_allclose(effects(case, step, 1)[:, 0], effects(case, whole)[:, t], rtol=1e-5, atol=1e-6)
 
@@ -190,7 +191,7 @@ def law_expert_permutation(case: Case) -> None:
 def law_token_permutation(case: Case) -> None:
     """Permuted tokens of a sequence, with their ids, segments and positions, are permuted in the plan."""
     inputs, order = make_inputs(), np.random.default_rng(0).permutation(T)
-    permuted = Inputs(*(a[:, order] for a in inputs[:4]), *inputs[4:])
+    permuted = inputs.of_tokens(lambda a: a[:, order])
     before, after = effects(case, route(case, inputs)), effects(case, route(case, permuted))
     np.testing.assert_allclose(after, before[:, order], rtol=1e-5, atol=1e-6)
 
@@ -242,7 +243,7 @@ def law_finite_differences(case: Case) -> None:
         inputs, direction = make_inputs(seed), linear_like(params, seed)
         low, high = (jax.tree.map(lambda p, d, s=s: p + s * d, params, direction) for s in (-step, step))
         low, middle, high = (probe(case, inputs, params=p, **coefficients) for p in (low, params, high))
-        if all(np.array_equal(end.routing.plan[0], middle.routing.plan[0]) for end in (low, high)):
+        if all(np.array_equal(end.routing.plan.ids, middle.routing.plan.ids) for end in (low, high)):
             slopes.append((high.value - low.value) / (2 * step))
             gradients.append(jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, middle.params, direction)))
     assert slopes
@@ -325,7 +326,7 @@ def law_padding(case: Case) -> None:
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradients))
     assert np.all(gradients.x_BTD[~valid_BT] == 0)
 
-    longer = Inputs(*(jnp.pad(a, ((0, 0), (0, 3)) + ((0, 0),) * (a.ndim - 2)) for a in inputs[:4]), *inputs[4:])
+    longer = inputs.of_tokens(lambda a: jnp.pad(a, ((0, 0), (0, 3)) + ((0, 0),) * (a.ndim - 2)))
     extended = route(case, longer)
     np.testing.assert_allclose(effects(case, extended, T + 3)[:, :T], effects(case, plain), rtol=1e-5, atol=1e-6)
     assert plain.added_BTD is None or not np.any(plain.added_BTD[~valid_BT])
@@ -338,7 +339,7 @@ def law_precision(case: Case) -> None:
     low = inputs._replace(x_BTD=inputs.x_BTD.astype(jnp.bfloat16))
     routing = eager_route(case, low)
     integers = {key for key in routing.stats if key in ("counts", "tokens", "assigned", "ties", "overflow")}
-    assert routing.plan[0].dtype == jnp.int32 and routing.plan[1].dtype == jnp.float32
+    assert routing.plan.ids.dtype == jnp.int32 and routing.plan.weights.dtype == jnp.float32
     assert all(routing.stats[key].dtype == jnp.int32 for key in integers)
     rest = {key: value for key, value in routing.stats.items() if key not in integers}
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((rest, routing.losses, make_params(case))))
@@ -373,10 +374,12 @@ def law_shards(case: Case) -> None:
     """One sequence per shard of the batch gives the value, counts and gradients of the whole batch."""
     params, state = make_params(case)
     inputs, coefficients = make_inputs(), dict.fromkeys(case.router.about.losses, 1.0)
+    of_sequences = arrays_of(inputs)
+    layer = {name: of_sequences.pop(name) for name in ("step", "layer")}
 
-    def one_shard(params: dict, weight_TD: jax.Array, carry: dict, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-        weight_BTD, carry, *arrays = jax.tree.map(lambda a: a[None], (weight_TD, carry, *arrays))
-        shard = Inputs(*arrays, inputs.step, inputs.layer, train=True, carry=carry, axis_names=("data",))
+    def one_shard(params: dict, weight_TD: jax.Array, carry: dict, arrays: dict) -> tuple[jax.Array, jax.Array]:
+        weight_BTD, carry, arrays = jax.tree.map(lambda a: a[None], (weight_TD, carry, arrays))
+        shard = Inputs(**arrays, **layer, train=True, carry=carry, axis_names=("data",))
         value, routing = objective(case.router.route, case.config, params, state, shard, weight_BTD, coefficients)
         return jax.lax.psum((value, routing.stats["counts"]), "data")
 
@@ -384,7 +387,7 @@ def law_shards(case: Case) -> None:
         in_axes = (None, *[0] * len(arrays))
         return jax.tree.map(lambda a: a[0], jax.vmap(one_shard, in_axes, axis_name="data")(params, *arrays))
 
-    arrays = carry_into(case, inputs), *inputs[:5]
+    arrays = carry_into(case, inputs), of_sequences
     (value, counts), gradient = jax.jit(jax.value_and_grad(all_shards, has_aux=True))(params, WEIGHT, *arrays)
     whole = probe(case, inputs, **coefficients)
     assert_same((value, counts, gradient), (whole.value, whole.routing.stats["counts"], whole.params), 1e-4)
@@ -409,7 +412,7 @@ def layer_output(executor: str | None, routing: Routing, valid_BT: jax.Array, *a
             no_drop = float(num_experts)  # every expert has room for all tokens
             moe = MoE(num_experts=num_experts, num_experts_per_token=1, executor=executor, capacity_factor=no_drop)
             made = Routing(plan, {}, {}, added_BTD=added_BTD, input_scale_BT=scale_BT)
-            y_BTD, dropped = execute(made, x_BTD, valid_BT, gate_up_ED2F, down_EFD, moe)
+            y_BTD, dropped = apply_routing(made, x_BTD, valid_BT, gate_up_ED2F, down_EFD, moe)
         return jnp.sum(y_BTD * WEIGHT), (y_BTD, dropped)
 
     return jax.value_and_grad(value, argnums=(0, 1, 2, 3, 4), has_aux=True)(weights, others, *arrays)

@@ -148,7 +148,7 @@ def test_each_part_of_the_state_is_looked_at(make):
             if part == "opt_state":
                 continue
             _, metrics = step(state, batch)
-            found = metrics["finite"] | {"params": np.isfinite(metrics["optim/parameter_norm"])}
+            found = metrics.finite | {"params": np.isfinite(metrics.metrics["optim/parameter_norm"])}
             assert not found[part], part
 
 

@@ -186,8 +186,8 @@ def test_a_single_token_is_routed() -> None:
     inputs = make_inputs(padded=False)
     for name in ("topk_softmax", "sigmoid_bias", "expert_choice"):
         case = make_case(name)
-        routing = route(case, Inputs(*(a[:, :1] for a in inputs[:4]), *inputs[4:]))
-        assert np.all(np.isfinite(routing.plan[1])) and routing.stats["assigned"] > 0
+        routing = route(case, inputs.of_tokens(lambda a: a[:, :1]))
+        assert np.all(np.isfinite(routing.plan.weights)) and routing.stats["assigned"] > 0
 
 
 # topk_softmax and switch_top1

@@ -238,7 +238,7 @@ def test_quantiles_by_hand() -> None:
 def test_sums_of_prices_add_up_over_parts_of_the_batch() -> None:
     case, inputs = make_case("quantile_balance"), make_inputs()
     whole = route(case, inputs).stats["beta_sum"]
-    parts = [route(case, Inputs(*(a[b : b + 1] for a in inputs[:5]), *inputs[5:])).stats["beta_sum"] for b in (0, 1)]
+    parts = [route(case, inputs.of_sequences(lambda a, b=b: a[b : b + 1])).stats["beta_sum"] for b in (0, 1)]
     np.testing.assert_allclose(parts[0] + parts[1], whole, rtol=1e-5, atol=1e-6)
 
 

@@ -20,7 +20,6 @@ from frugalmoe.config import Config
 from frugalmoe.data.continuation import Continuation, until
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
-from frugalmoe.experts import capacity
 from frugalmoe.fields import check_float, check_integer, check_seed
 from frugalmoe.model.attention import empty_cache
 from frugalmoe.model.causality import leaking
@@ -98,11 +97,11 @@ def _tokens(
 def _check_slots(config: Config) -> None:
     """Evaluation counts an expert's slots over a whole row, of which a sampled text is only the beginning."""
     moe, routed = config.model.moe, config.model.num_dense_layers < config.model.num_layers
-    if routed and experts.pick(moe, sharding.platform()) == "capacity" and not capacity.drops_nothing(moe):
+    executor = experts.pick(moe, sharding.platform())
+    if routed and executor.drops and (why := executor.drops.may(moe)):
         raise UserError(
-            "model.moe.executor='capacity': cannot be sampled token by token, because an expert's slots are those of a "
-            f"whole row; with model.moe.capacity_factor={moe.capacity_factor}, below "
-            f"{moe.num_experts / moe.num_experts_per_token:.4g}, they may run out"
+            f"model.moe.executor={executor.name!r}: cannot be sampled token by token, because an expert's slots are "
+            f"those of a whole row; with {why}, they may run out"
         )
 
 

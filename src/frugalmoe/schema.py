@@ -37,7 +37,7 @@ class FrozenDict(dict):
 class MoE:
     """A mixture-of-experts feed-forward layer."""
 
-    # A file name in frugalmoe/routing/strategies (`frugalmoe routers` lists them), or from Python a `Router` itself.
+    # A strategy that `frugalmoe routers` lists, path/to/file.py or package.module; from Python also a `Router` itself.
     router: str = dataclasses.field(default="topk_softmax", metadata={BY_NAME: True})
     options: Any = FrozenDict()  # the strategy's own options; after `resolve`, an instance of its `Options`
     num_experts: int = 8  # routed experts of a layer
@@ -48,7 +48,9 @@ class MoE:
     load_balance_scope: str = "sequence"  # over what the load is balanced: sequence | micro_batch | global
     load_balance_group: int = 1  # sequences in one group of scope micro_batch
     load_balance_devices: int = 1  # loss device_balance: devices that hold equal shares of consecutive experts
-    executor: str = "auto"  # auto | dense | grouped (blocks | tpu | gpu, by platform) | capacity
+    # auto or grouped: this platform's grouped products; a name in frugalmoe/experts/executors, as dense or capacity;
+    # path/to/file.py; package.module.
+    executor: str = "auto"
     capacity_factor: float = 1.25  # executor=capacity: slots per expert = factor * tokens * k / experts, per sequence
     exchange: str = "auto"  # of tokens between devices that hold experts: auto | all_gather | all_to_all
     # Rows a device has room for, times its fair share; 0: for all, none is dropped. Rows lost depend on later tokens.
@@ -124,7 +126,10 @@ class Data:
 
 @Frozen
 class Optim:
+    name: str = "adamw"  # adamw | muon (for matrices; AdamW for vectors, embedding, head and routers)
     learning_rate: float = 1e-3  # peak
+    # Factor on the learning rate of a role, 1 where none is given: matrix, vector, embedding, head or router.
+    rates: Mapping[str, float] = FrozenDict()
     schedule: str = "wsd"  # wsd (warmup, stable, decay) | cosine | constant
     warmup_steps: int = 100  # steps of linear warmup from zero
     decay_fraction: float = 0.2  # wsd: last share of the updates after the warmup, linear to the final rate; 0: none
@@ -133,6 +138,7 @@ class Optim:
     b1: float = 0.9  # AdamW: decay of the mean of gradients
     b2: float = 0.95  # AdamW: decay of the mean of their squares
     eps: float = 1e-8  # AdamW: added to the root of the mean square
+    momentum: float = 0.95  # Muon: decay of the mean of gradients
     clip_norm: float = 1.0  # 0: no clipping
     logit_z_loss: float = 0.0  # coefficient of mean(logsumexp(logits)^2)
 

@@ -72,7 +72,7 @@ class Comparison:
         return statistics.verdict(self.paired[arm], "nats" if self.metric.startswith("eval/loss") else "bits per byte")
 
     def curves(self, arm: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Returns {seed: (steps, values)} of the deciding metric, evaluations in the course of a run and the last one."""
+        """Returns {seed: (steps, values)} of the deciding metric: evaluations during a run and the last one."""
         return self._metric_curves.get(arm, {})
 
     def violations(self, arm: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:

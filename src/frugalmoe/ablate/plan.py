@@ -37,6 +37,7 @@ class Plan:
     pairs: tuple[Pair, ...]  # those to run, seed after seed: an early look compares what is comparable
     flops: Mapping[str, Mapping[str, float]]  # arm -> part of the model -> forward FLOPs per token
     parameters: Mapping[str, Mapping[str, int]]
+    vocabulary: int  # tokens that the data has
     notes: tuple[str, ...] = ()  # what has still to be done before a step
 
     def config(self, pair: Pair) -> Config:
@@ -81,6 +82,7 @@ def make_plan(
         pairs=tuple(Pair(arm, seed) for seed in (seeds or study.seeds) for arm in chosen),
         flops=flops,
         parameters={name: count_parameters(model) for name, model in models.items()},
+        vocabulary=data.vocabulary,
         notes=data.notes,
     )
 

@@ -61,7 +61,7 @@ def check(plan: Plan, workdir: Path, fresh: bool = False) -> list[str]:
     for name in dict.fromkeys(pair.arm for pair in plan.pairs):
         config = plan.arms[name].config
         trackers.check(config)
-        notes += preflight.check_size(config, workdir, plan.parameters[name]["total"])
+        notes += preflight.check_size(settle(config, plan.vocabulary, None), workdir)
     check_claim(workdir, plan)
     if (workdir / "study.json").is_file() and not fresh:
         results.check(workdir, plan.study.name)

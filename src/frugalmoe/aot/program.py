@@ -24,8 +24,9 @@ from frugalmoe.data.batches import Batch
 from frugalmoe.data.tokenizer import expected_size
 from frugalmoe.devices import usable
 from frugalmoe.fields import to_dict
+from frugalmoe.train.objective import knobs
 from frugalmoe.train.program import compiled_train_step
-from frugalmoe.train.step import abstract, knobs
+from frugalmoe.train.step import abstract
 
 # What the TPU compiler says of a program that is too large. Its "temporaries" include arguments.
 _TOO_LARGE = re.compile(
@@ -67,7 +68,9 @@ def compile_step(config: Config, topology: Topology | None = None) -> Compiled:
             "parameters": _bytes(state.params),
             "optimizer state": _bytes(state.opt_state),
             # The step does not look at domain ids, and what it does not look at is no argument of the program.
-            "inputs": _bytes((state.step, state.router_state, batch._replace(domain_ids_BT=()), arguments[2])),
+            "inputs": _bytes(
+                (state.step, state.position, state.router_state, batch._replace(domain_ids_BT=()), arguments[2])
+            ),
         }
         try:
             executable = compiled_train_step(config).lower(*arguments).compile()

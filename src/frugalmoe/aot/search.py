@@ -9,11 +9,10 @@ from frugalmoe.aot.topologies import Topology, parse
 from frugalmoe.config import Config, settle
 from frugalmoe.devices import DEVICES, usable
 from frugalmoe.errors import UserError, did_you_mean
-from frugalmoe.model.transformer import count_parameters
 from frugalmoe.schema import Mesh
+from frugalmoe.train.optim import bytes_of
 
 HOST = 8  # devices that are near each other
-BYTES_OF_PARAMETER = 16  # itself, its gradient and Adam's two moments, in float32: no layout needs less
 
 
 def search(
@@ -27,7 +26,8 @@ def search(
         rule = "--search finds the shape: give the kind alone" if ":" in kind else "unknown device"
         raise UserError(f"--topology={kind}: {rule}; {did_you_mean(kind, DEVICES)}")
     config = as_expected(config, None)
-    least = BYTES_OF_PARAMETER * count_parameters(config.model)["total"]
+    of_run = bytes_of(config)
+    least = 2 * of_run.parameters + of_run.optimizer  # with gradients: no layout needs less
     for shape in DEVICES[kind].usual:
         topology = parse(f"{kind}:{shape}", slices)
         if least > usable(topology.device) * topology.num_devices:

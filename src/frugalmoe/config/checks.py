@@ -90,7 +90,7 @@ def _depths(config: Config) -> None:
 def _moe(config: Config) -> None:
     # Imported here: they import JAX, for which a mistyped field must not wait.
     from frugalmoe import experts
-    from frugalmoe.experts import parallel
+    from frugalmoe.experts import exchange
     from frugalmoe.routing import losses, strategies
 
     moe: MoE = config.model.moe
@@ -131,15 +131,15 @@ def _moe(config: Config) -> None:
         moe.load_balance_devices,
         "must be at least 2 for model.moe.losses.device_balance, which is constant on one device",
     )
-    _one_of("model.moe.executor", moe.executor, experts.EXECUTORS)
+    executor = experts.pick(moe, "cpu")  # which of its own a platform takes does not matter here
     _one_of("model.moe.drop_order", moe.drop_order, experts.ORDERS)
-    _one_of("model.moe.exchange", moe.exchange, parallel.EXCHANGES)
+    _one_of("model.moe.exchange", moe.exchange, exchange.EXCHANGES)
     _each("model.moe", moe, "exchange_room", lambda v: v == 0 or v >= 1, "must be at least 1, or 0 for room for all")
     _require(
-        not (moe.exchange_room and moe.executor == "dense"),
+        not moe.exchange_room or executor.keeps_room or executor.drops is not None,
         "model.moe.exchange_room",
         moe.exchange_room,
-        "must be 0 with model.moe.executor=dense, which has no rows",
+        f"must be 0 with model.moe.executor={moe.executor}, which keeps to no number of rows",
     )
     _one_of("model.moe.load_balance_scope", moe.load_balance_scope, ("sequence", "micro_batch", "global"))
     if rule := router.check(moe):
@@ -195,10 +195,19 @@ def _is_encoding(name: str) -> bool:
 
 
 def _optim(config: Config) -> None:
+    from frugalmoe.optimizers import OPTIMIZERS
+    from frugalmoe.sharding import ROLES
+
     o = config.optim
+    _one_of("optim.name", o.name, OPTIMIZERS)
+    for role, factor in o.rates.items():
+        path = f"optim.rates.{role}"
+        if role not in ROLES:
+            raise UserError(f"{path}: unknown role of parameters; {did_you_mean(role, ROLES)}")
+        _require(0 <= factor < math.inf, path, factor, "must not be negative or infinite")
     _each("optim", o, "learning_rate eps", lambda v: v > 0, "must be positive")
     _each("optim", o, "weight_decay clip_norm warmup_steps logit_z_loss", lambda v: v >= 0, "must not be negative")
-    _each("optim", o, "b1 b2", lambda v: 0 <= v < 1, "must be in [0, 1)")
+    _each("optim", o, "b1 b2 momentum", lambda v: 0 <= v < 1, "must be in [0, 1)")
     _each("optim", o, "decay_fraction final_fraction", lambda v: 0 <= v <= 1, "must be in [0, 1]")
     _one_of("optim.schedule", o.schedule, ("wsd", "cosine", "constant"))
     _require(

@@ -1,12 +1,10 @@
 """From a config file and overrides to a checked `Config`. The only place where ConfigDicts live."""
 
 import ast
-import contextlib
 import dataclasses
-import importlib.util
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from frugalmoe.config.settle import VOCABULARY, left_open, open_again
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.fields import build, check_integer, to_dict
 from frugalmoe.files import read_json
+from frugalmoe.found import one_line_errors, run_file
 from frugalmoe.shipped import CONFIGS, Folder
 
 RECORD = "config.json"  # of a run's directory: the config that it was trained with
@@ -40,6 +39,7 @@ def _open(config: ConfigDict) -> ConfigDict:
     config.model.moe.options.unlock()
     config.model.moe.losses.unlock()
     config.data.sources.unlock()
+    config.optim.rates.unlock()
     return config
 
 
@@ -132,7 +132,7 @@ def read(spec: str) -> ConfigDict:
         return _open(ConfigDict(asked(run if os.path.isfile(run) else Path(spec))))
     file, _, arg = spec.partition(":")
     get_config = python_file(CONFIGS, file, f"--config={spec}", "get_config")
-    with _one_line_errors(f"--config={spec}"):
+    with one_line_errors(f"--config={spec}", str(CONFIGS.find(file, f"--config={spec}")), _message):
         config = get_config(arg or None)
     rule = "get_config() must edit what frugalmoe.config.default() gives, and return it"
     if not isinstance(config, ConfigDict):
@@ -151,30 +151,17 @@ def python_file(shipped: Folder, file: str, what: str, name: str) -> Any:
     path = shipped.find(file, what)
     if path.suffix != ".py":
         raise UserError(f"{what}: must be a Python file, NAME.py, that defines {name}")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    with _one_line_errors(what):
-        module_spec.loader.exec_module(module)
+    module = run_file(path, what)
     if not hasattr(module, name):
         raise UserError(f"{what}: defines no {name}")
     return getattr(module, name)
 
 
-@contextlib.contextmanager
-def _one_line_errors(what: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except (Exception, SystemExit) as e:  # with SystemExit the program would end well, and nothing have been done
-        raise UserError(f"{what}: {type(e).__name__}: {_one_line(e)}") from e
-
-
-def _one_line(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     """ConfigDict prints the whole section between what is wrong and its 'Did you mean'."""
     text = str(error)
     if " Other fields" not in text:
-        return text  # UserError joins its lines
+        return text
     lines = [line for line in text.strip("'\"").replace("\\n", "\n").splitlines() if line.strip()]
     return lines[0].split(" Other fields")[0] + (f" {lines[-1]}" if "Did you mean" in lines[-1] else "")
 
@@ -251,9 +238,12 @@ def _check_replacement(dotted: str, old: Any, value: Any, is_open: bool) -> None
         raise UserError(f"{dotted}={value!r}: expected {type(old).__name__}, got bool")
 
 
+_NAMED_BY_USER = (["model", "moe", "losses"], ["data", "sources"], ["optim", "rates"])
+
+
 def _is_open(path: list[str]) -> bool:
     """Whether the user names the keys of a mapping, which may also be set whole; `resolve` checks what it holds."""
-    return path[:3] == ["model", "moe", "options"] or path in (["model", "moe", "losses"], ["data", "sources"])
+    return path[:3] == ["model", "moe", "options"] or path in _NAMED_BY_USER
 
 
 def _unknown(dotted: str, node: ConfigDict) -> None:

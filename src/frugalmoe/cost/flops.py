@@ -48,5 +48,5 @@ def _router_weights(model: Model) -> int:
     """Entries of the strategy's matrices, each taken to be multiplied once per token."""
     router = strategies.get(model.moe.router)
     key = jax.random.key(0)
-    shapes = jax.eval_shape(lambda: [init(key, model.dim, model.moe) for init in (router.init, router.init_shared)])
+    shapes = jax.eval_shape(lambda: [router.new_params(key, model.dim, model.moe, shared) for shared in (False, True)])
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes) if leaf.ndim >= 2)

@@ -11,7 +11,7 @@ that pass alone, and one that skips keeps y_t = x_t (section 3.4, eq. 1). Who pa
 An MoE layer in such a block routes, counts and balances the tokens that pass. Its losses per token are divided by all
 tokens, as in other layers: a token weighs the same in each.
 
-Letters: B batch, T time, C slots for the tokens that pass, D model, H hidden of the predictor, E experts.
+Letters: B batch, T time, C slots for the tokens that pass, D model, P hidden channels of the predictor, E experts.
 """
 
 from collections.abc import Callable, Mapping
@@ -83,8 +83,8 @@ class Depth(nnx.Module):
         router_key, up_key, out_key = jax.random.split(key, 3)
         hidden = predictor_hidden(config.dim)
         self.router_D = normal(router_key, "D", (config.dim,), config.dim**-0.5, "router")
-        self.up_DH = normal(up_key, "DR", (config.dim, hidden), config.dim**-0.5, "router")
-        self.out_H = normal(out_key, "R", (hidden,), hidden**-0.5, "router")
+        self.up_DP = normal(up_key, "DP", (config.dim, hidden), config.dim**-0.5, "router")
+        self.out_P = normal(out_key, "P", (hidden,), hidden**-0.5, "router")
         self.bias = parameter(jnp.zeros((), jnp.float32), "", "router")
 
     def scores(self, x_BTD: Array) -> tuple[Array, Array]:
@@ -93,8 +93,8 @@ class Depth(nnx.Module):
         r_BT = project(x_BTD, self.router_D[:, None])[..., 0]
         x_BTD = jax.lax.stop_gradient(x_BTD)
         x_BTD = x_BTD * jax.lax.rsqrt(jnp.mean(jnp.square(x_BTD), axis=-1, keepdims=True) + self.config.norm_eps)
-        hidden_BTH = jax.nn.silu(project(x_BTD, self.up_DH[...]))
-        return r_BT, project(hidden_BTH, self.out_H[:, None])[..., 0] + self.bias[...]
+        hidden_BTP = jax.nn.silu(project(x_BTD, self.up_DP[...]))
+        return r_BT, project(hidden_BTP, self.out_P[:, None])[..., 0] + self.bias[...]
 
     def through(
         self,
@@ -151,7 +151,7 @@ def choose(r_BT: Array, logit_BT: Array, valid_BT: Array, capacity: float, train
     time = r_BT.shape[1]
     best = threshold.rank(r_BT[..., None], valid_BT, capacity)
     # A recomputed backward pass takes the saved tokens, so that near-ties cannot be chosen twice differently.
-    best_BC = checkpoint_name(jnp.where(best.full_PEC, best.token_PEC, time)[:, 0], "routing_plan")
+    best_BC = checkpoint_name(jnp.where(best.full_GEC, best.token_GEC, time)[:, 0], "routing_plan")
     best_BT = _put(jnp.zeros(r_BT.shape, bool), jnp.ones(best_BC.shape, bool), best_BC)
     guess_BT = logit_BT > 0
     passes_BT = best_BT if train else guess_BT & valid_BT

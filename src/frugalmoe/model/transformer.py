@@ -81,7 +81,8 @@ class Transformer(nnx.Module):
         if num_moe:
             self.moe_blocks = jax.vmap(lambda k: Block(k, config, moe=True))(jax.random.split(moe_key, num_moe))
             shared_key = jax.random.fold_in(moe_key, num_moe)
-            shared = strategies.get(config.moe.router).init_shared(shared_key, config.dim, config.moe)
+            router = strategies.get(config.moe.router)
+            shared = router.new_params(shared_key, config.dim, config.moe, shared=True)
             self.shared_router = nnx.Dict(dict(shared))
         dense_depths, moe_depths = map(len, depths.routed_layers(config))
         stacked = lambda key, n: jax.vmap(lambda k: depths.Depth(k, config))(jax.random.split(key, n))

@@ -1,7 +1,7 @@
 """One table from shape letters to mesh axes, and arrays on the mesh by their letters.
 
-Letters: A micro-batch of a step, B batch, T time, V vocabulary, D model, F expert hidden, E experts, H heads,
-K key-value heads, L layers; '.' any unsharded dimension.
+`LETTERS` is the legend of the whole package: a letter in the name of an array, in a declaration or in a docstring has
+this one meaning, and a docstring's own "Letters:" repeats the few that its file uses.
 
 | axis | what is spread over it |
 |---|---|
@@ -30,27 +30,45 @@ from jax.sharding import PartitionSpec as P
 from frugalmoe.sharding.mesh import AXES, BATCH_AXES, axis_size, make_mesh
 
 LETTERS = {
-    "B": "batch: sequences",
+    "A": "micro-batches of a step",
+    "B": "batch: sequences, or rows of a batch",
     "T": "time: tokens of a sequence",
-    "V": "vocabulary",
+    "N": "tokens of all sequences, B*T; of a part of the batch where that is said",
+    "n": "tokens of one group",
+    "V": "vocabulary: token ids",
     "D": "model: channels of the residual stream",
-    "F": "hidden channels of a feed-forward",
-    "E": "experts",
+    "F": "hidden channels of a feed-forward, as of an expert",
+    "2": "a pair: gate and up of a feed-forward; x and v of a constant expert",
+    "L": "layers, as the MoE ones",
     "H": "query heads",
-    "K": "key-value heads; choices of a token",
+    "h": "key-value heads",
     "d": "channels of a head",
-    "2": "gate and up",
-    "X": "choices: the experts, then what is no expert",
-    "P": "channels in which a router compares tokens and experts",
-    "R": "hidden channels of a router",
-    "G": "the three gates of a recurrent router's hidden channels",
-    ".": "any other, never spread",
+    "E": "experts",
+    "e": "experts of one group",
+    "K": "choices of a token: slots, experts per token",
+    "X": "choices that there are: the experts, then what is no expert, E + Z",
+    "Z": "choices that are no experts: zero-cost, identity, null, constant",
+    "C": "capacity: slots of an expert, a routed block or a cache that tokens fill, or samples",
+    "Q": "slots, or samples, of an expert in all sequences, B*C",
+    "P": "channels inside a router: projection, latent space, hidden layer, state of a GRU",
+    "W": "gates of a recurrent router, 3P",
+    "R": "rows of any origin, as those sorted by expert",
+    "r": "rows of one block",
+    "M": "devices of an axis",
+    "G": "groups: of experts, sequences, tokens, rows, slots; domains",
+    "S": "steps of a run: logged ones, checkpoints, batches",
+    "U": "units that are resampled, documents or seeds",
+    "Y": "draws: bootstrap samples, shuffles",
+    "I": "any axis of two axes, the contracted one of a product; outputs, parameters, places, candidates, values ...",
+    "J": "the other axis of two axes, the produced one of a product",
+    ".": "any axis, never spread",
 }
 _AXES_OF_LETTER = {
     "B": BATCH_AXES,
     "T": ("context",),
     "E": ("expert",),
     "H": ("tensor",),
+    "h": ("tensor",),
     "K": ("tensor",),
     "F": ("tensor",),
     "V": ("tensor",),

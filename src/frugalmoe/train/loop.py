@@ -19,7 +19,7 @@ from frugalmoe.data import Dataset, open_data
 from frugalmoe.data.batches import Batch
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
-from frugalmoe.fields import to_dict
+from frugalmoe.fields import check_integer, to_dict
 from frugalmoe.files import read_json, write_json
 from frugalmoe.model import depths
 from frugalmoe.model.causality import causality
@@ -28,11 +28,12 @@ from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
 from frugalmoe.train import checkpoint, distributed, rundir
 from frugalmoe.train.evaluate import Scores, evaluate, write_probe
+from frugalmoe.train.objective import StepReport, knobs
 from frugalmoe.train.placing import own_rows
 from frugalmoe.train.preflight import check_directory
 from frugalmoe.train.program import Program, compiled_eval_step
 from frugalmoe.train.progress import Progress
-from frugalmoe.train.step import State, abstract, init, knobs
+from frugalmoe.train.step import State, abstract, init
 from frugalmoe.train.trackers import Trackers
 from frugalmoe.train.weights import Weights
 
@@ -171,27 +172,28 @@ def _loop(runs: Sequence["Run"], stop_requests: Callable[[], Callable[[int], boo
     pending, clock, stopped = None, _Clock(), False
 
     def log_pending() -> None:
-        """Reads the metrics of the step before, which waits for it."""
+        """Reads the report of the step before, which waits for it."""
         if pending is None:
             return
-        logged, metrics = pending
-        values = program.of_each_run(jax.device_get(metrics))
+        logged, report = pending
+        reports = program.of_each_run(jax.device_get(report))
         seconds = clock.tick()
-        for run, own in zip(runs, values):
+        for run, own in zip(runs, reports):
             run.check(logged, own)
-        shown.update(logged, float(values[0]["loss/ce"]), sum(float(v["count/tokens"]) for v in values), seconds)
-        for run, own in zip(runs, values):
+        loss, tokens = float(reports[0].metrics["loss/ce"]), sum(float(own.tokens) for own in reports)
+        shown.update(logged, loss, tokens, seconds)
+        for run, own in zip(runs, reports):
             run.log(logged, own, seconds / len(runs))
 
     while step < config.steps and not (stopped := stop(step)):
         batch = program.next_batch()
         with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
-            metrics = program.step(batch)
+            report = program.step(batch)
         if step == runs[0].start:
             stop = stop_requests()
         log_pending()
         step += 1
-        pending = (step, metrics)
+        pending = (step, report)
         last = step == config.steps
         eval_due = config.eval_every and step % config.eval_every == 0 and not last
         save_due = save_every and step % save_every == 0 and not last
@@ -229,7 +231,7 @@ class Run:
         self.metrics_log, self.load_log = log("metrics.jsonl"), log("expert_load.jsonl")
         self.trackers = Trackers(config, workdir, self.start, quiet=not main)
         self.eval_step = compiled_eval_step(config)
-        self.batches = data.train_batches(self.start, own_rows(mesh, config))
+        self.batches = data.train_batches(int(self.state.position), own_rows(mesh, config))
         self.tokens_per_second: list[float] = []
 
     def _restored(self) -> State | None:
@@ -243,11 +245,11 @@ class Run:
             self.notes.append(f"checkpoint of step {step}: not finite; deleted, the one of step {saved} is taken")
         return state
 
-    def check(self, step: int, values: dict[str, Any]) -> None:
+    def check(self, step: int, report: StepReport) -> None:
         """Raises `NotFinite` unless a step's loss and gradient and the state after it are finite."""
-        names = ("loss/total", "optim/gradient_norm", "optim/parameter_norm")
+        names, values = ("loss/total", "optim/gradient_norm", "optim/parameter_norm"), report.metrics
         broken = [f"{name}={values[name]}" for name in names if not np.isfinite(values[name])]
-        broken += [name for name, finite in values.pop("finite").items() if not finite]
+        broken += [name for name, finite in report.finite.items() if not finite]
         if broken:
             self.metrics_log.write({"step": step, **{name: float(values[name]) for name in names}})
             raise NotFinite(self._broken(f"{', '.join(broken)} at step {step}"))
@@ -284,25 +286,35 @@ class Run:
             raise NotFinite(self._broken(f"the state after step {self.step}"))
         checkpoint.save(self.manager, self.step, self.state)
 
+    def seek(self, position: int) -> None:
+        """Goes on with the batch of another position: one more skips a batch, a smaller one comes back to it.
+
+        The number of updates stays, and with it the learning rate and the noise. To be called where the loop is not
+        under way. Raises `UserError` for a position that is no int32.
+        """
+        check_integer("position", position, least=0)
+        self.state = self.state._replace(position=sharding.put(self.mesh, np.int32(position), ""))
+        self.batches = self.data.train_batches(position, own_rows(self.mesh, self.config))
+
     def next_batch(self) -> Batch:
         """Returns the next batch on the host: A micro-batches [A, B / A, T], of which this process has its own rows."""
         a = self.config.train.accumulate_steps
         return Batch(*(x.reshape(a, x.shape[0] // a, *x.shape[1:]) for x in next(self.batches)))
 
-    def log(self, step: int, values: dict[str, Any], seconds: float) -> None:
-        """Logs the host's copy of a step's metrics; `seconds` is 0 for a step without a time."""
-        tokens = float(values.pop("count/tokens"))
-        counts_LE = values.pop("counts_LE", None)
+    def log(self, step: int, report: StepReport, seconds: float) -> None:
+        """Logs the host's copy of a step's report; `seconds` is 0 for a step without a time."""
         if step % self.config.train.log_every and step != self.config.train.steps:
             return
-        of_blocks = {name: values.pop(name) for name in list(values) if name.startswith("depth/")}
-        row = _flatten(values, self.layers) | _flatten(of_blocks, self.routed_blocks)
+        row = _flatten(report.metrics, self.layers) | _flatten(report.depths, self.routed_blocks)
+        if report.position != step:
+            row["data/position"] = float(report.position)
         if seconds:  # absent at the first step, which compiles
+            tokens = float(report.tokens)
             self.tokens_per_second.append(tokens / seconds)
             row |= {"speed/tokens_per_second": tokens / seconds, "speed/step_seconds": seconds}
         self._write(step, row)
-        if counts_LE is not None:
-            self.load_log.write({"step": step, "layers": self.layers, "counts": counts_LE.tolist()})
+        if report.counts_LE is not None:
+            self.load_log.write({"step": step, "layers": self.layers, "counts": report.counts_LE.tolist()})
 
     def _write(self, step: int, row: Mapping[str, float]) -> None:
         self.metrics_log.write({"step": step, **row})

@@ -15,10 +15,8 @@ from frugalmoe.data.look import Look, look
 from frugalmoe.data.tokenizer import parse
 from frugalmoe.errors import UserError
 from frugalmoe.files import read_json
-from frugalmoe.model.transformer import count_parameters
 from frugalmoe.train import checkpoint, distributed, rundir, trackers
-
-BYTES_PER_PARAMETER = 12  # of a checkpoint: the parameter and Adam's two moments, float32
+from frugalmoe.train.optim import bytes_of
 
 
 class Ready(NamedTuple):
@@ -65,7 +63,7 @@ def check(
         if found.fingerprint is not None:  # else the tokenizer may still become smaller
             rundir.check_config(workdir, settled, force=resume == "force")
     freed = rundir.size_of_run(workdir) if fresh else 0
-    return Ready(settled, (*notes, *check_size(settled, workdir, count_parameters(settled.model)["total"], freed)))
+    return Ready(settled, (*notes, *check_size(settled, workdir, freed)))
 
 
 def check_directory(config: Config, workdir: Path, *, resume: str = "auto", fresh: bool = False) -> None:
@@ -89,12 +87,12 @@ def _with_vocabulary(config: Config, found: Look) -> Ready:
     return Ready(settle(config, found.vocabulary, None), found.notes)
 
 
-def check_size(config: Config, workdir: Path, parameters: int, freed: int = 0) -> list[str]:
+def check_size(config: Config, workdir: Path, freed: int = 0) -> list[str]:
     """Raises `UserError` for a disk that is too small for a checkpoint; returns what may become too small.
 
-    `freed`: bytes that will be deleted before.
+    `config`: with the size of its vocabulary. `freed`: bytes that will be deleted before.
     """
-    arrays = BYTES_PER_PARAMETER * parameters
+    arrays = sum(bytes_of(config))
     directory = _existing_parent(workdir)
     checkpoint.check_space_for(directory, arrays, freed)
     at_once, free = _checkpoints_at_once(config), shutil.disk_usage(directory).free + freed

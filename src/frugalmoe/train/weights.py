@@ -24,7 +24,7 @@ class Weights(NamedTuple):
 
 
 def load_model(run: Path, step: int | None = None) -> tuple[Config, Weights, Tokenizer, jax.sharding.Mesh]:
-    """Returns the config, weights and tokenizer of a run directory's checkpoint, the newest by default, on one device."""
+    """Returns config, weights, tokenizer and mesh of a run's checkpoint, the newest by default, on one device."""
     if not (run / RECORD).is_file():
         raise UserError(f"{run}: not a run directory (it holds no {RECORD})")
     config, tokenizer = resolve(record(run / RECORD)), load_from(run / "tokenizer")

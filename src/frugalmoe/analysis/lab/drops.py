@@ -4,7 +4,7 @@ A slot that found room is 0, a dropped one 1, one that names no expert NaN. With
 group would show the mean over all slots, which is the drop rate. Intervals are over sequences, whose tokens queue for
 the same slots.
 
-Letters: L MoE layers, B sequences, T time, N tokens (B*T), K choices, P places, U units (see `uncertainty`).
+Letters: L MoE layers, B sequences, T time, N tokens (B*T), K choices, I places, U units (see `uncertainty`).
 """
 
 from pathlib import Path
@@ -18,7 +18,6 @@ from frugalmoe.analysis.lab.interventions import Nothing
 from frugalmoe.analysis.lab.lab import TOKENS, Lab
 from frugalmoe.analysis.measures.uncertainty import Estimate, mean
 from frugalmoe.errors import UserError
-from frugalmoe.experts import capacity
 from frugalmoe.routing.contract import TokenPlan
 from frugalmoe.schema import MoE
 
@@ -39,14 +38,14 @@ def by_rank(lost_LNK: np.ndarray, unit_N: np.ndarray) -> Estimate:
 
 
 def by_place(lost_LNK: np.ndarray, place_N: np.ndarray, unit_N: np.ndarray) -> Estimate:
-    """Share [L, P] of the slots of the tokens at each place 0 .. P - 1 (or bucket of places) that are dropped.
+    """Share [L, I] of the slots of the tokens at each place 0 .. I - 1 (or bucket of places) that are dropped.
 
     NaN for a place without slots. A queue in the order of tokens drops late ones.
     """
     slots = lost_LNK.shape[-1]
-    lost_LM, unit_M = lost_LNK.reshape(*lost_LNK.shape[:-2], -1), np.repeat(unit_N, slots)
-    at_M = lambda place: np.repeat(place_N == place, slots)
-    found = [mean(np.where(at_M(place), lost_LM, np.nan), unit_M) for place in range(place_N.max() + 1)]
+    lost_LI, unit_I = lost_LNK.reshape(*lost_LNK.shape[:-2], -1), np.repeat(unit_N, slots)
+    at_I = lambda place: np.repeat(place_N == place, slots)
+    found = [mean(np.where(at_I(place), lost_LI, np.nan), unit_I) for place in range(place_N.max() + 1)]
     return Estimate(*(np.stack(values, axis=-1) for values in zip(*found)))
 
 
@@ -67,12 +66,14 @@ def load_drops(run: str | Path, *, checkpoint: int | None = None, tokens: int = 
     """
     lab = Lab(Path(run), checkpoint, tokens)
     moe = lab.config.model.moe
-    if experts.pick(moe, sharding.platform()) != "capacity":
-        raise UserError(f"{run}: model.moe.executor={moe.executor!r}: drops nothing; valid: capacity")
+    drops = experts.pick(moe, sharding.platform()).drops
+    if drops is None:
+        able = ", ".join(name for name in experts.executors.sound() if experts.executors.get(name).drops)
+        raise UserError(f"{run}: model.moe.executor={moe.executor!r}: drops nothing; valid: {able}")
     if lab.router.about.form == "expert":
         raise UserError(f"{run}: router {moe.router!r} gives each expert a list of tokens, of which nothing is dropped")
     seen = lab.evaluate(lab.eval_step, Nothing())
-    limited = jax.jit(jax.vmap(lambda plan: capacity.limit(plan, moe, seen[0].batch.tokens_BT.shape[0])[0].expert_NK))
+    limited = jax.jit(jax.vmap(lambda plan: drops.limit(plan, moe, seen[0].batch.tokens_BT.shape[0])[0].expert_NK))
     lost, real = [], []
     for traced in seen:
         plan_LNK = TokenPlan(*(a.reshape(len(lab.layers), -1, a.shape[-1]) for a in traced.out.plan))

@@ -3,7 +3,7 @@
 Each norm is the root mean square over S training batches of the norm of a batch's gradient, which is what an optimizer
 step sees, its sampling noise included. Intervals are over batches.
 
-Letters: S batches, L MoE layers, E experts, P parameters of a layer's router, U units (see `uncertainty`).
+Letters: S batches, L MoE layers, E experts, I parameters of a layer's router, U units (see `uncertainty`).
 """
 
 from collections.abc import Mapping
@@ -20,8 +20,9 @@ from frugalmoe.analysis.lab.lab import Lab
 from frugalmoe.analysis.measures.uncertainty import Estimate, bootstrap
 from frugalmoe.data.batches import Batch
 from frugalmoe.errors import UserError
+from frugalmoe.train.objective import knobs
 from frugalmoe.train.placing import put_batch
-from frugalmoe.train.step import knobs, make_gradient
+from frugalmoe.train.step import make_gradient
 
 
 class Gradients(NamedTuple):
@@ -31,7 +32,7 @@ class Gradients(NamedTuple):
     language_SL: np.ndarray  # router, by the language-model loss
     auxiliary_SL: np.ndarray  # router, by the auxiliary losses with their coefficients
     product_SL: np.ndarray
-    parameters: int  # P
+    parameters: int  # I
     expert_SLE: np.ndarray  # an expert's weights, by the whole loss
     counts_SLE: np.ndarray  # slots that the expert got
 
@@ -52,7 +53,7 @@ def _share(language_L: np.ndarray, auxiliary_L: np.ndarray) -> np.ndarray:
 def agreement(language_SL: np.ndarray, auxiliary_SL: np.ndarray, product_SL: np.ndarray) -> Estimate:
     """sum_s <g_LM, g_aux> / sqrt(sum_s ||g_LM||^2 sum_s ||g_aux||^2) [L]: below 0 the losses pull against each other.
 
-    Chance level of directions without relation: 0 with standard deviation 1 / sqrt(P S).
+    Chance level of directions without relation: 0 with standard deviation 1 / sqrt(I S).
     """
     return bootstrap(_cosine, language_SL, auxiliary_SL, product_SL)
 
@@ -97,7 +98,7 @@ def load_gradients(
             inputs = (*lab.weights, put_batch(lab.mesh, rows, "ABT"), jnp.int32(step))
             whole, sums, _ = gradient(*inputs, own)
             language, _, _ = gradient(*inputs, own._replace(losses={name: np.float32(0) for name in own.losses}))
-            found.append(jax.device_get((*measure(whole, language), sums["stats"]["counts"])))
+            found.append(jax.device_get((*measure(whole, language), sums.stats["counts"])))
     language, auxiliary, product, expert, counts = map(np.stack, zip(*found))
     size = sum(leaf[0].size for leaf in jax.tree.leaves(router))
     return Gradients(np.array(lab.layers), language, auxiliary, product, size, expert, counts)

@@ -88,7 +88,7 @@ class Lab:
         self.spare_checked = True
 
     def probe(self, intervention: Intervention | Nothing, step: Callable[..., Evaluated] | None = None) -> Probe:
-        """Returns losses and routing under an intervention, by another evaluation step than the run's if one is given."""
+        """Returns losses and routing under an intervention, by the evaluation step that is given or by the run's."""
         seen = self.evaluate(step or (self.spare_step if intervention.spare else self.eval_step), intervention)
         return make(probe_columns(seen, self.layers, self.config.model.moe.num_experts))
 
@@ -132,6 +132,6 @@ def open_run_data(run: Path, config: Config) -> Dataset:
 
 
 def limited(config: Config, domains: int, tokens: int) -> Config:
-    """Returns the config with as many held-out rows per domain as come nearest to the number of tokens, at least one."""
+    """Returns the config with as many held-out rows per domain as come nearest to so many tokens, at least one."""
     rows = max(1, round(tokens / (domains * config.data.sequence_length)))
     return dataclasses.replace(config, train=dataclasses.replace(config.train, eval_rows=rows))

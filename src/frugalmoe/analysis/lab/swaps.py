@@ -1,6 +1,6 @@
 """Does the router choose well? The loss of a token if one of its slots had gone to another expert.
 
-Letters: N tokens, K slots, E experts, M candidates of a slot: its own expert and those that the token does not have.
+Letters: N tokens, K slots, E experts, I candidates of a slot: its own expert and those that the token does not have.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ def swap_gain(loss_N: np.ndarray, swapped_KEN: np.ndarray, unit_N: np.ndarray) -
     """The oracle gain: loss less that with the best single swap, or none, mean over tokens.
 
     `swapped_KEN` is the loss of token n with slot k given to expert e, NaN where there is no such swap. With l_m the
-    losses of the M candidates of a slot and l_0 that of its own, a slot's gain is l_0 - min_m l_m, and what chance
+    losses of the I candidates of a slot and l_0 that of its own, a slot's gain is l_0 - min_m l_m, and what chance
     gives mean_m l_m - min_m l_m. Their ratio is 0 for a router that always takes the best, 1 for one that draws.
     """
     there_KEN = np.isfinite(swapped_KEN)

@@ -78,7 +78,7 @@ def paths(selected_LNE: np.ndarray, *, covering: float = 0.9) -> tuple[int, int,
 
     A path is the set of experts in every layer. With N tokens there are at most N, so compare at equal N.
     """
-    packed_NX = np.packbits(selected_LNE, axis=-1).swapaxes(0, 1).reshape(selected_LNE.shape[1], -1)
-    counts = np.sort(np.unique(packed_NX, axis=0, return_counts=True)[1])[::-1]
+    packed_NI = np.packbits(selected_LNE, axis=-1).swapaxes(0, 1).reshape(selected_LNE.shape[1], -1)
+    counts = np.sort(np.unique(packed_NI, axis=0, return_counts=True)[1])[::-1]
     needed = int(np.searchsorted(np.cumsum(counts), covering * counts.sum() - 1e-9)) + 1
     return len(counts), needed, float(np.exp(entropy(counts)))

@@ -3,7 +3,8 @@
 Leading axes (layers, steps, sequences) stay. What the trainer logs, such as max violation, is computed by
 `routing.stats` here too. Intervals: `uncertainty.bootstrap(measure, counts_UE)`.
 
-Letters: E experts, K experts per token, N tokens, M devices, B sequences; n = sum(c) slots.
+Letters: E experts, K experts per token, N tokens, M devices, B sequences. In formulas, n = sum(c)
+is the number of slots.
 """
 
 import numpy as np

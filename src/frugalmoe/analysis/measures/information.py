@@ -1,6 +1,6 @@
 """Entropy and mutual information of counts, in nats, with their biases.
 
-Letters: N tokens, U units, E experts, X values of a label.
+Letters: N tokens, U units, E experts, I values of a label.
 """
 
 from typing import NamedTuple
@@ -16,20 +16,20 @@ def entropy(counts_E: np.ndarray) -> np.ndarray:
     return -np.sum(p_E * np.log(p_E, out=np.zeros_like(p_E), where=p_E > 0), axis=-1)
 
 
-def mutual_information(counts_XE: np.ndarray) -> np.ndarray:
-    """I(X; E) = H(X) + H(E) - H(X, E) of a table of counts (the last two axes).
+def mutual_information(counts_IE: np.ndarray) -> np.ndarray:
+    """I(label; E) = H(label) + H(E) - H(label, E) of a table of counts (the last two axes).
 
-    Noise floor: too large by about (X - 1)(E - 1) / (2 n) where X and E are independent.
+    Noise floor: too large by about (I - 1)(E - 1) / (2 n) where label and E are independent.
     """
-    joint = entropy(counts_XE.reshape(*counts_XE.shape[:-2], -1))
-    return entropy(counts_XE.sum(-1)) + entropy(counts_XE.sum(-2)) - joint
+    joint = entropy(counts_IE.reshape(*counts_IE.shape[:-2], -1))
+    return entropy(counts_IE.sum(-1)) + entropy(counts_IE.sum(-2)) - joint
 
 
-def miller_madow(counts_XE: np.ndarray) -> np.ndarray:
+def miller_madow(counts_IE: np.ndarray) -> np.ndarray:
     """What to add to `mutual_information`: each entropy gains (occupied cells - 1) / (2 n) (Miller, 1955)."""
     cells = lambda counts, axes: np.count_nonzero(counts, axis=axes)
-    x, e, both = cells(counts_XE.sum(-1), -1), cells(counts_XE.sum(-2), -1), cells(counts_XE, (-2, -1))
-    return (x + e - both - 1) / (2 * counts_XE.sum((-2, -1)))
+    x, e, both = cells(counts_IE.sum(-1), -1), cells(counts_IE.sum(-2), -1), cells(counts_IE, (-2, -1))
+    return (x + e - both - 1) / (2 * counts_IE.sum((-2, -1)))
 
 
 class Information(NamedTuple):
@@ -50,17 +50,17 @@ def label_information(
     thousands of rows and resampling is biased, see `vocabulary`.
     """
     labels, label_N = np.unique(label_N, return_inverse=True)
-    table_UXE = _tables(selected_NE, label_N, unit_N, len(labels))
-    total_XE = table_UXE.sum(0)
-    corrected = bootstrap(lambda t: mutual_information(t) + miller_madow(t), table_UXE, centred=True)
+    table_UIE = _tables(selected_NE, label_N, unit_N, len(labels))
+    total_IE = table_UIE.sum(0)
+    corrected = bootstrap(lambda t: mutual_information(t) + miller_madow(t), table_UIE, centred=True)
     rng = np.random.default_rng(seed)
     one = np.zeros_like(unit_N)
     mixed = [_tables(selected_NE, rng.permutation(label_N), one, len(labels))[0] for _ in range(shuffles)]
     return Information(
         corrected,
-        float(mutual_information(total_XE)),
+        float(mutual_information(total_IE)),
         float(np.mean([mutual_information(t) for t in mixed])),
-        float(entropy(total_XE.sum(1))),
+        float(entropy(total_IE.sum(1))),
     )
 
 
@@ -72,7 +72,7 @@ def position_buckets(position_N: np.ndarray) -> np.ndarray:
 
 
 def _tables(selected_NE: np.ndarray, label_N: np.ndarray, unit_N: np.ndarray, labels: int) -> np.ndarray:
-    """Counts [U, X, E] of slots."""
+    """Counts [U, I, E] of slots."""
     units = int(unit_N.max()) + 1
     cell_N = unit_N * labels + label_N
     columns = [np.bincount(cell_N, s_N, units * labels) for s_N in selected_NE.T]

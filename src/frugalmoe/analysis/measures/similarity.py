@@ -1,6 +1,6 @@
 """How alike experts are: their router rows, their weights, what they compute; and whether the router knows it.
 
-Letters: N tokens, E experts, D model, F expert hidden, O outputs. The same N tokens go through every expert.
+Letters: N tokens, E experts, D model, F expert hidden, I outputs. The same N tokens go through every expert.
 """
 
 import numpy as np
@@ -43,40 +43,40 @@ def _matched(cosine_FF: np.ndarray) -> float:
     return float(cosine_FF[scipy.optimize.linear_sum_assignment(-cosine_FF)].mean())
 
 
-def linear_cka(output_ENO: np.ndarray) -> np.ndarray:
+def linear_cka(output_ENI: np.ndarray) -> np.ndarray:
     """||Yi' Yj||_F^2 / (||Yi' Yi||_F ||Yj' Yj||_F) of centred outputs, [E, E] (Kornblith et al., arXiv 1905.00414);
     diagonal NaN. 1: equal up to rotation and scale. Not 0 for unrelated experts: floor by `cka_floor`.
     """
-    centred_ENO = output_ENO - output_ENO.mean(1, keepdims=True)
-    experts = len(centred_ENO)
-    cross_EE = np.array([[np.sum((a.T @ b) ** 2) for b in centred_ENO] for a in centred_ENO]).reshape(experts, experts)
+    centred_ENI = output_ENI - output_ENI.mean(1, keepdims=True)
+    experts = len(centred_ENI)
+    cross_EE = np.array([[np.sum((a.T @ b) ** 2) for b in centred_ENI] for a in centred_ENI]).reshape(experts, experts)
     own_E = np.sqrt(np.diag(cross_EE))
     return _off_diagonal(cross_EE / np.outer(own_E, own_E))
 
 
-def cka_floor(output_ENO: np.ndarray, *, seed: int = 0) -> np.ndarray:
+def cka_floor(output_ENI: np.ndarray, *, seed: int = 0) -> np.ndarray:
     """`linear_cka` with the tokens of each expert in an order of their own: what N tokens give by chance."""
     rng = np.random.default_rng(seed)
-    return linear_cka(np.stack([rng.permutation(y_NO) for y_NO in output_ENO]))
+    return linear_cka(np.stack([rng.permutation(y_NI) for y_NI in output_ENI]))
 
 
-def pairwise_output_similarity(output_ENO: np.ndarray) -> np.ndarray:
+def pairwise_output_similarity(output_ENI: np.ndarray) -> np.ndarray:
     """Cosine of two experts' outputs on the same token, mean over tokens, [E, E]; diagonal NaN. Lower: less redundant.
 
     The mean over pairs is PES (SimBal, arXiv 2506.14038). Floor for directions without relation: 0 with standard
     deviation 1 / sqrt(N O).
     """
-    unit_ENO = _unit(output_ENO)
-    return _off_diagonal(np.einsum("ino,jno->ij", unit_ENO, unit_ENO) / output_ENO.shape[1])
+    unit_ENI = _unit(output_ENI)
+    return _off_diagonal(np.einsum("ino,jno->ij", unit_ENI, unit_ENI) / output_ENI.shape[1])
 
 
-def alignment(probs_NE: np.ndarray, output_ENO: np.ndarray) -> float:
+def alignment(probs_NE: np.ndarray, output_ENI: np.ndarray) -> float:
     """Correlation over tokens and experts of p(e | n) and ||f_e(x_n)||, each less its expert's mean.
 
     Does the router choose experts that respond strongly (the premise of AoE, arXiv 2501.13074)? Floor: 0 with standard
     deviation about 1 / sqrt(N E).
     """
-    norm_NE = np.linalg.norm(output_ENO, axis=-1).T
+    norm_NE = np.linalg.norm(output_ENI, axis=-1).T
     a, b = probs_NE - probs_NE.mean(0), norm_NE - norm_NE.mean(0)
     return float(np.sum(a * b) / np.sqrt(np.sum(a**2) * np.sum(b**2)))
 

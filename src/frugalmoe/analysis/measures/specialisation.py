@@ -102,11 +102,11 @@ def specialise(units: Units, num_domains: int, *, shuffles: int = 999, seed: int
     rng = np.random.default_rng(seed)
     share_LGE = domain_shares(units, num_domains)
     information_L = domain_information(units, num_domains)
-    shuffled_PL, largest_P = np.empty((shuffles, len(information_L))), np.empty(shuffles)
+    shuffled_YL, largest_Y = np.empty((shuffles, len(information_L))), np.empty(shuffles)
     for i in range(shuffles):
         other = units._replace(domain_U=rng.permutation(units.domain_U))
-        shuffled_PL[i] = domain_information(other, num_domains)
-        largest_P[i] = np.nanmax(excess(domain_shares(other, num_domains)))
+        shuffled_YL[i] = domain_information(other, num_domains)
+        largest_Y[i] = np.nanmax(excess(domain_shares(other, num_domains)))
     excess_LGE = excess(share_LGE)
     low_LGE, high_LGE = share_interval(units, num_domains, seed=seed)
     tokens_G = np.bincount(units.domain_U, units.tokens_U, num_domains).astype(np.int64)
@@ -117,11 +117,11 @@ def specialise(units: Units, num_domains: int, *, shuffles: int = 999, seed: int
         high_LGE=high_LGE,
         chance_L=mean_k_L / units.routed_LUE.shape[-1],
         information_L=information_L,
-        shuffled_L=shuffled_PL.mean(0),
-        p_L=p_value(shuffled_PL, information_L),
+        shuffled_L=shuffled_YL.mean(0),
+        p_L=p_value(shuffled_YL, information_L),
         domain_entropy=float(entropy(tokens_G)),
         top=tuple(int(i) for i in np.unravel_index(np.nanargmax(excess_LGE), excess_LGE.shape)),
-        p_top=float(p_value(largest_P, np.nanmax(excess_LGE))),
+        p_top=float(p_value(largest_Y, np.nanmax(excess_LGE))),
         units_G=np.bincount(units.domain_U, minlength=num_domains),
         tokens_G=tokens_G,
     )

@@ -87,7 +87,7 @@ def _rank_sequences(probs_BTE: Array, inputs: Inputs, share: float) -> tuple[Arr
     batch, time, num_experts = probs_BTE.shape
     ranked = threshold.rank(probs_BTE, inputs.valid_BT, share)
     first_B11 = time * jnp.arange(batch, dtype=jnp.int32)[:, None, None]
-    token_BEC = jnp.where(ranked.full_PEC, ranked.token_PEC + first_B11, batch * time)
+    token_BEC = jnp.where(ranked.full_GEC, ranked.token_GEC + first_B11, batch * time)
     return token_BEC.swapaxes(0, 1).reshape(num_experts, -1), ranked.cut_E
 
 
@@ -98,8 +98,8 @@ def _rank_batch(probs_BTE: Array, inputs: Inputs, share: float) -> tuple[Array, 
         probs_BTE, valid_BT = jax.lax.all_gather((probs_BTE, valid_BT), axes, tiled=True)
         shard, shards = jax.lax.axis_index(axes), jax.lax.axis_size(axes)
     ranked = threshold.rank(probs_BTE.reshape(1, -1, probs_BTE.shape[-1]), valid_BT.reshape(1, -1), share)
-    token_EC = ranked.token_PEC[0] - shard * num_tokens
-    own_EC = ranked.full_PEC[0] & (token_EC >= 0) & (token_EC < num_tokens)
+    token_EC = ranked.token_GEC[0] - shard * num_tokens
+    own_EC = ranked.full_GEC[0] & (token_EC >= 0) & (token_EC < num_tokens)
     token_EC = jax.lax.sort(jnp.where(own_EC, token_EC, num_tokens), dimension=1)
     return token_EC[:, :num_tokens], ranked.cut_E / shards
 

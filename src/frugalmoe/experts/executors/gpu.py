@@ -17,7 +17,7 @@ which cards of 8.6 and 8.9 have too.
 A row tile belongs to one expert. How many tiles an expert has is known at run time only, so the grid has room for the
 worst case (every expert's last tile partly full) and the tiles that are not needed return at once.
 
-Letters: E experts, R sorted rows, I contracted and J produced axis of a product, T tiles.
+Letters: E experts, R sorted rows, I contracted and J produced axis of a product, G groups of rows (tiles).
 """
 
 from collections.abc import Callable
@@ -30,9 +30,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_batching import sequential_vmap
 
+from frugalmoe import sharding
 from frugalmoe.devices import GPUS
 from frugalmoe.errors import UserError, needs_package
-from frugalmoe.experts.blocks import cover
+from frugalmoe.experts import grouped
+from frugalmoe.experts.contract import Executor
+from frugalmoe.experts.executors.blocks import cover
 from frugalmoe.experts.grouped import Kernels
 
 ROWS = 64  # of a tile
@@ -95,13 +98,13 @@ def _rows_by_weights(launch: Callable, a_RI: Array, w_EIJ: Array, sizes_E: Array
         ((_, count_E, start_E),) = cover(sizes_E, (ROWS,))
         num_tiles = -(-num_rows // ROWS) + sizes_E.size
         last_E = jnp.cumsum(count_E)
-        tile_T = jnp.arange(num_tiles, dtype=jnp.int32)
-        expert_T = jnp.minimum(jnp.sum(last_E <= tile_T[:, None], axis=1, dtype=jnp.int32), sizes_E.size - 1)
-        start_T = start_E[expert_T] + (tile_T - (last_E - count_E)[expert_T]) * ROWS
-        end_T = jnp.cumsum(sizes_E)[expert_T]
+        tile_G = jnp.arange(num_tiles, dtype=jnp.int32)
+        expert_G = jnp.minimum(jnp.sum(last_E <= tile_G[:, None], axis=1, dtype=jnp.int32), sizes_E.size - 1)
+        start_G = start_E[expert_G] + (tile_G - (last_E - count_E)[expert_G]) * ROWS
+        end_G = jnp.cumsum(sizes_E)[expert_G]
         out = jax.ShapeDtypeStruct((num_rows, width), a_RI.dtype)
         sizes = {"inner": inner, "width": width, "rows": ROWS, "tile_i": tile_i, "tile_j": tile_j}
-        grid, ids = (num_tiles, width // tile_j), (expert_T, start_T, end_T)
+        grid, ids = (num_tiles, width // tile_j), (expert_G, start_G, end_G)
         return launch("rows_by_weights", grid, out, *ids, a_RI, w_EIJ, transpose=transpose, **sizes)
 
     return product(a_RI, w_EIJ, sizes_E)
@@ -125,3 +128,21 @@ def _rows_by_rows(launch: Callable, a_RI: Array, b_RJ: Array, sizes_E: Array, dt
 def kernels(launch: Callable = _launch) -> Kernels:
     """`launch` runs a kernel: tests bring one that interprets it, on any platform, slowly."""
     return Kernels(partial(_rows_by_weights, launch), partial(_rows_by_rows, launch), row_multiple=ROWS)
+
+
+def _interpreted(num_rows: int) -> Kernels:
+    try:
+        from frugalmoe.experts import triton_interpreter
+    except ImportError as e:
+        raise needs_package("Triton's interpreter of model.moe.executor=gpu", "triton==3.7.1") from e
+    return kernels(triton_interpreter.launch)
+
+
+EXECUTOR = Executor(
+    run=grouped.by(lambda num_rows: kernels()),
+    work="1 (plus a partial tile per expert)",
+    purpose="Triton kernels",
+    platforms=sharding.GPUS,
+    default_on=sharding.GPUS,
+    interpreted=grouped.by(_interpreted),
+)

@@ -1,7 +1,7 @@
 """Executor with a fixed number of slots per expert and sequence: batched matrix products, and tokens that are dropped.
 
 Letters: N tokens, D model, E experts, F expert hidden, K choices, B sequences, T tokens of a sequence,
-C slots per expert and sequence, Q slots per expert (B*C), R rows of one sequence (T*K).
+C slots per expert and sequence, Q slots per expert (B*C), G groups of slots (E*B queues), R rows of one sequence (T*K).
 """
 
 import math
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.experts.dense import swiglu
+from frugalmoe.experts.contract import Call, Drops, Executor, swiglu
 from frugalmoe.experts.rows import sort_rows
 from frugalmoe.routing.contract import ExpertPlan, TokenPlan
 from frugalmoe.schema import MoE
@@ -73,13 +73,13 @@ def to_slots(plan: TokenPlan, slots: int, num_sequences: int, num_experts: int) 
     queues = num_experts * num_sequences
     queue_NK = jnp.where(plan.expert_NK < num_experts, plan.expert_NK * num_sequences + sequence_N1, queues)
     rows = sort_rows(TokenPlan(queue_NK, plan.weight_NK), queues)
-    start_Q = jnp.cumsum(rows.group_sizes_E) - rows.group_sizes_E
+    start_G = jnp.cumsum(rows.group_sizes_E) - rows.group_sizes_E
     slot_C = jnp.arange(slots, dtype=jnp.int32)
-    live_QC = slot_C < rows.group_sizes_E[:, None]
-    row_QC = jnp.minimum(start_Q[:, None] + slot_C, num_tokens * num_choices - 1)
-    token_QC = jnp.where(live_QC, rows.token_R[row_QC], num_tokens)
-    weight_QC = jnp.where(live_QC, rows.weight_R[row_QC], 0)
-    return ExpertPlan(token_QC.reshape(num_experts, -1), weight_QC.reshape(num_experts, -1))
+    live_GC = slot_C < rows.group_sizes_E[:, None]
+    row_GC = jnp.minimum(start_G[:, None] + slot_C, num_tokens * num_choices - 1)
+    token_GC = jnp.where(live_GC, rows.token_R[row_GC], num_tokens)
+    weight_GC = jnp.where(live_GC, rows.weight_R[row_GC], 0)
+    return ExpertPlan(token_GC.reshape(num_experts, -1), weight_GC.reshape(num_experts, -1))
 
 
 def slots_of(plan: TokenPlan, config: MoE, num_sequences: int) -> tuple[ExpertPlan, Array]:
@@ -101,10 +101,27 @@ def padded(plan: ExpertPlan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array) 
 
 
 def run(
-    plan: TokenPlan | ExpertPlan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, config: MoE, num_sequences: int
+    plan: TokenPlan | ExpertPlan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, call: Call
 ) -> tuple[Array, Array]:
     """-> (y[N, D], dropped rows int32 []). An expert-major plan has its capacity already and loses nothing."""
     dropped = jnp.int32(0)
     if isinstance(plan, TokenPlan):
-        plan, dropped = slots_of(plan, config, num_sequences)
+        plan, dropped = slots_of(plan, call.config, call.num_sequences)
     return padded(plan, x_ND, gate_up_ED2F, down_EFD), dropped
+
+
+def may_drop(config: MoE) -> str | None:
+    """The field by which an expert's slots may run out, or None."""
+    if drops_nothing(config):
+        return None
+    enough = config.num_experts / config.num_experts_per_token
+    return f"model.moe.capacity_factor={config.capacity_factor}, below {enough:.4g}"
+
+
+EXECUTOR = Executor(
+    run=run,
+    work="capacity_factor",
+    purpose="comparison with systems of limited capacity",
+    keeps_room=False,
+    drops=Drops(limit=limit, slots=slots_of, may=may_drop, causality=causality, fields=("drop_order",)),
+)

@@ -8,7 +8,8 @@ value: experts without tokens cost nothing, no token is dropped, nothing is padd
 An expert's rows are covered greedily by a few block sizes: few large blocks, because the product for the weight
 gradient is slow on short blocks, and a small last one, because its unused rows are wasted work (`cover`).
 
-Letters: N tokens, D model, E experts, F expert hidden, R sorted rows, S rows of one block; X = 2F (gate, then up).
+Letters: N tokens, D model, E experts, F expert hidden, R sorted rows, r rows of one block,
+I and J any two axes of a matrix (J is 2F: gate, then up).
 """
 
 from collections.abc import Callable
@@ -19,10 +20,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from frugalmoe.experts.rows import Rows
+from frugalmoe.experts.contract import Call, Executor
+from frugalmoe.experts.rows import Rows, held_rows
+from frugalmoe.routing.contract import Plan
 
 SMALLEST, LARGEST = 32, 512  # rows of a block
-CACHED = 2**17  # a block's hidden activations per half (S*F): 1 MiB for gate and up in float32, one core's L2 cache
+CACHED = 2**17  # a block's hidden activations per half (r*F): 1 MiB for gate and up in float32, one core's L2 cache
 NOWHERE = 2**31 - 1  # a token id out of every range: gathers zeros, scatters nothing
 
 
@@ -52,7 +55,7 @@ def cover(group_sizes_E: Array, sizes: tuple[int, ...]) -> list[tuple[int, Array
 
 
 def for_blocks(rows: Rows, sizes: tuple[int, ...], body: Callable[..., Any], carry: Any) -> Any:
-    """Fold `body(carry, expert, start, token_S, weight_S)` over all blocks. An unused row: token NOWHERE, weight 0."""
+    """Fold `body(carry, expert, start, token_r, weight_r)` over all blocks. An unused row: token NOWHERE, weight 0."""
     end_E = jnp.cumsum(rows.group_sizes_E)
     for size, count_E, start_E in cover(rows.group_sizes_E, sizes):
         last_E = jnp.cumsum(count_E)
@@ -61,10 +64,10 @@ def for_blocks(rows: Rows, sizes: tuple[int, ...], body: Callable[..., Any], car
             i, carry = state
             e = jnp.minimum(jnp.sum(last_E <= i), last_E.size - 1)  # the bound is for lanes of a vmap that are done
             start = start_E[e] + (i - last_E[e] + count_E[e]) * size
-            live_S = start + lax.iota(jnp.int32, size) < end_E[e]
-            token_S = jnp.where(live_S, lax.dynamic_slice_in_dim(rows.token_R, start, size), NOWHERE)
-            weight_S = jnp.where(live_S, lax.dynamic_slice_in_dim(rows.weight_R, start, size), 0)
-            return i + 1, body(carry, e, start, token_S, weight_S)
+            live_r = start + lax.iota(jnp.int32, size) < end_E[e]
+            token_r = jnp.where(live_r, lax.dynamic_slice_in_dim(rows.token_R, start, size), NOWHERE)
+            weight_r = jnp.where(live_r, lax.dynamic_slice_in_dim(rows.weight_R, start, size), 0)
+            return i + 1, body(carry, e, start, token_r, weight_r)
 
         _, carry = lax.while_loop(lambda s, last_E=last_E: s[0] < last_E[-1], step, (jnp.int32(0), carry))
     return carry
@@ -77,8 +80,8 @@ def _pad(rows: Rows, size: int) -> Rows:
     )
 
 
-def _take(x_ND: Array, token_S: Array) -> Array:
-    return x_ND.at[token_S].get(mode="fill", fill_value=0)
+def _take(x_ND: Array, token_r: Array) -> Array:
+    return x_ND.at[token_r].get(mode="fill", fill_value=0)
 
 
 def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
@@ -87,23 +90,25 @@ def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
     return lax.dot_general(a.astype(b.dtype), b, dims, preferred_element_type=jnp.float32)
 
 
-def run(rows: Rows, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array) -> Array:
-    """y[N, D] in x's dtype. Gradients for x, both weights and `rows.weight_R`."""
+def run(plan: Plan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, call: Call) -> tuple[Array, Array]:
+    """-> (y[N, D] in x's dtype, dropped rows). Gradients for x, both weights and the plan's weights."""
     num_experts, hidden, dim = down_EFD.shape
+    rows, dropped = held_rows(plan, num_experts, call.room)
     sizes = block_sizes(rows.token_R.size, num_experts, hidden)
-    gate_up_EDX = gate_up_ED2F.reshape(num_experts, dim, 2 * hidden)
-    return _blocks(sizes, rows.weight_R, x_ND, gate_up_EDX, down_EFD, rows.token_R, rows.group_sizes_E)
+    gate_up_EDJ = gate_up_ED2F.reshape(num_experts, dim, 2 * hidden)
+    y_ND = _blocks(sizes, rows.weight_R, x_ND, gate_up_EDJ, down_EFD, rows.token_R, rows.group_sizes_E)
+    return y_ND, dropped
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocks(sizes, weight_R, x_ND, gate_up_EDX, down_EFD, token_R, group_sizes_E):
+def _blocks(sizes, weight_R, x_ND, gate_up_EDJ, down_EFD, token_R, group_sizes_E):
     hidden = down_EFD.shape[1]
 
-    def body(y_ND, e, start, token_S, weight_S):
-        h_SX = _dot(_take(x_ND, token_S), gate_up_EDX[e], 1, 0)
-        a_SF = jax.nn.silu(h_SX[:, :hidden]) * h_SX[:, hidden:]
-        y_SD = _dot(a_SF, down_EFD[e], 1, 0) * weight_S[:, None]
-        return y_ND.at[token_S].add(y_SD, mode="drop")
+    def body(y_ND, e, start, token_r, weight_r):
+        h_rJ = _dot(_take(x_ND, token_r), gate_up_EDJ[e], 1, 0)
+        a_rF = jax.nn.silu(h_rJ[:, :hidden]) * h_rJ[:, hidden:]
+        y_rD = _dot(a_rF, down_EFD[e], 1, 0) * weight_r[:, None]
+        return y_ND.at[token_r].add(y_rD, mode="drop")
 
     rows = _pad(Rows(token_R, weight_R, group_sizes_E), sizes[0])
     return for_blocks(rows, sizes, body, jnp.zeros(x_ND.shape, jnp.float32)).astype(x_ND.dtype)
@@ -115,46 +120,53 @@ def _forward(sizes, *args):
 
 def _backward(sizes, args, dy_ND):
     """For y = w * (a @ down): da_raw = dy @ down', dw = sum(da_raw * a), da = w * da_raw; no output is needed."""
-    weight_R, x_ND, gate_up_EDX, down_EFD, token_R, group_sizes_E = args
+    weight_R, x_ND, gate_up_EDJ, down_EFD, token_R, group_sizes_E = args
     hidden, dtype = down_EFD.shape[1], x_ND.dtype
 
-    def body(carry, e, start, token_S, weight_S):
-        dweight_R, dx_ND, dgate_up_EDX, ddown_EFD = carry
-        gate_up_DX, down_FD = gate_up_EDX[e], down_EFD[e]
-        x_SD, dy_SD = _take(x_ND, token_S), _take(dy_ND, token_S)
-        h_SX = _dot(x_SD, gate_up_DX, 1, 0)
-        gate_SF, up_SF = h_SX[:, :hidden], h_SX[:, hidden:]
-        sigmoid_SF = jax.nn.sigmoid(gate_SF)
-        silu_SF = gate_SF * sigmoid_SF
-        a_SF = silu_SF * up_SF
-        da_raw_SF = _dot(dy_SD, down_FD, 1, 1)
-        da_SF = da_raw_SF * weight_S[:, None]
-        dgate_SF = da_SF * up_SF * (sigmoid_SF + silu_SF * (1 - sigmoid_SF))
-        dh_SX = jnp.concatenate([dgate_SF, da_SF * silu_SF], axis=1).astype(dtype)
-        weighted_SF = (a_SF * weight_S[:, None]).astype(dtype)
+    def body(carry, e, start, token_r, weight_r):
+        dweight_R, dx_ND, dgate_up_EDJ, ddown_EFD = carry
+        gate_up_DJ, down_FD = gate_up_EDJ[e], down_EFD[e]
+        x_rD, dy_rD = _take(x_ND, token_r), _take(dy_ND, token_r)
+        h_rJ = _dot(x_rD, gate_up_DJ, 1, 0)
+        gate_rF, up_rF = h_rJ[:, :hidden], h_rJ[:, hidden:]
+        sigmoid_rF = jax.nn.sigmoid(gate_rF)
+        silu_rF = gate_rF * sigmoid_rF
+        a_rF = silu_rF * up_rF
+        da_raw_rF = _dot(dy_rD, down_FD, 1, 1)
+        da_rF = da_raw_rF * weight_r[:, None]
+        dgate_rF = da_rF * up_rF * (sigmoid_rF + silu_rF * (1 - sigmoid_rF))
+        dh_rJ = jnp.concatenate([dgate_rF, da_rF * silu_rF], axis=1).astype(dtype)
+        weighted_rF = (a_rF * weight_r[:, None]).astype(dtype)
 
-        dweight_S = jnp.sum(da_raw_SF * a_SF, axis=1)
-        others_S = lax.dynamic_slice_in_dim(dweight_R, start, token_S.size)
-        dweight_S = jnp.where(token_S == NOWHERE, others_S, dweight_S)  # past the end of the group: others' rows
+        dweight_r = jnp.sum(da_raw_rF * a_rF, axis=1)
+        others_r = lax.dynamic_slice_in_dim(dweight_R, start, token_r.size)
+        dweight_r = jnp.where(token_r == NOWHERE, others_r, dweight_r)  # past the end of the group: others' rows
         return (
-            lax.dynamic_update_slice_in_dim(dweight_R, dweight_S, start, 0),
-            dx_ND.at[token_S].add(_dot(dh_SX, gate_up_DX, 1, 1), mode="drop"),
-            _add_at(dgate_up_EDX, e, _dot(x_SD, dh_SX, 0, 0)),
-            _add_at(ddown_EFD, e, _dot(weighted_SF, dy_SD, 0, 0)),
+            lax.dynamic_update_slice_in_dim(dweight_R, dweight_r, start, 0),
+            dx_ND.at[token_r].add(_dot(dh_rJ, gate_up_DJ, 1, 1), mode="drop"),
+            _add_at(dgate_up_EDJ, e, _dot(x_rD, dh_rJ, 0, 0)),
+            _add_at(ddown_EFD, e, _dot(weighted_rF, dy_rD, 0, 0)),
         )
 
     rows = _pad(Rows(token_R, weight_R, group_sizes_E), sizes[0])
-    shapes = (rows.weight_R.shape, x_ND.shape, gate_up_EDX.shape, down_EFD.shape)
+    shapes = (rows.weight_R.shape, x_ND.shape, gate_up_EDJ.shape, down_EFD.shape)
     grads = for_blocks(rows, sizes, body, tuple(jnp.zeros(shape, jnp.float32) for shape in shapes))
     dweight_R, *others = grads
-    dtypes = (dtype, gate_up_EDX.dtype, down_EFD.dtype)
+    dtypes = (dtype, gate_up_EDJ.dtype, down_EFD.dtype)
     return dweight_R[: weight_R.size], *(g.astype(t) for g, t in zip(others, dtypes)), None, None
 
 
-def _add_at(total_Eab: Array, e: Array, value_ab: Array) -> Array:
+def _add_at(total_EIJ: Array, e: Array, value_IJ: Array) -> Array:
     """In place inside the loop: only one expert's matrix is read and written."""
-    old_ab = lax.dynamic_index_in_dim(total_Eab, e, 0, keepdims=False)
-    return lax.dynamic_update_index_in_dim(total_Eab, old_ab + value_ab, e, 0)
+    old_IJ = lax.dynamic_index_in_dim(total_EIJ, e, 0, keepdims=False)
+    return lax.dynamic_update_index_in_dim(total_EIJ, old_IJ + value_IJ, e, 0)
 
 
 _blocks.defvjp(_forward, _backward)
+
+EXECUTOR = Executor(
+    run=run,
+    work="1 (at most 4/3, plus a partial block per expert)",
+    purpose="plain XLA on any platform, made for CPUs",
+    default_on=("*",),
+)
