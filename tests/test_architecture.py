@@ -142,6 +142,21 @@ ROUTER = Router(
     route=route, init=linear_init,
 )
 """
+EXECUTOR = """
+from frugalmoe.experts.contract import Executor
+from frugalmoe.experts.executors import dense
+
+EXECUTOR = Executor(run=dense.run, work="E / K", purpose="the oracle by another name", keeps_room=False)
+"""
+TERM = """
+def _size(micro):
+    share = jnp.mean(jnp.square(micro.out.hidden_BTD)) * 1e-4 / micro.config.train.accumulate_steps
+    return share, share
+
+
+TERMS = {
+    "size": Term(_size, lambda share, of_step, config: {"loss/size": share}),
+"""
 PEAK = """
 
 def peak(probs_BTE, inputs):
@@ -151,12 +166,17 @@ def peak(probs_BTE, inputs):
 # What is added -> file -> the text of a new file, or pairs of what stands there and what shall stand there.
 ADDITIONS = {
     "router": {"routing/strategies/mine.py": ROUTER},
+    "executor": {"experts/executors/own.py": EXECUTOR},
     "gate loss": {
         "routing/losses.py": [
             ('    "mutual_information",\n)', '    "mutual_information",\n    "peak",\n)'),
             ("    makers = {\n", '    makers = {\n        "peak": lambda: peak(probs_BTE, inputs),\n'),
             ("\n\n# Losses of a group", PEAK + "\n\n# Losses of a group"),
         ]
+    },
+    "loss term": {"train/objective.py": [("\nTERMS = {\n", TERM)]},
+    "optimizer": {
+        "optimizers.py": [('"muon": muon}', '"muon": muon, "still": lambda *_: optax.set_to_zero()}')]
     },
     "metric": {
         "metrics.py": [("ROWS = (\n", 'ROWS = (\n    Metric("loss/peak", "peak", "", LESS, TRAINING),\n')]
@@ -170,7 +190,7 @@ ADDITIONS = {
         ],
     },
 }  # fmt: skip
-FLAGS = ("model.moe.router=mine", "model.moe.losses.peak=0.1")
+FLAGS = ("model.moe.router=mine", "model.moe.losses.peak=0.1", "model.moe.executor=own", "optim.name=still")
 AFTER = """
 import json, sys
 from frugalmoe import metrics
@@ -218,6 +238,10 @@ def test_a_run_uses_all_that_was_added(enlarged):
     assert said["code"] == 0 and summary["status"] == "complete"
     assert summary["router"]["name"] == "mine"
     assert 1 / 8 < logged[0]["loss/peak"] <= 1  # the largest of 8 probabilities
+    assert 0 < logged[0]["loss/size"] < logged[0]["loss/total"]
+    norms = {row["optim/parameter_norm"] for row in logged if "loss/ce" in row}
+    assert len(norms) == 1  # the optimizer that was added leaves all as it is
+    assert json.loads((run / "config.json").read_text())["model"]["moe"]["executor"] == "own"
     assert {layer["top_share"] >= 1 / 8 for layer in summary["router"]["layers"].values()} == {True}
 
 
