@@ -101,6 +101,8 @@ def names_in(tree: ast.AST) -> set[str]:
             found |= {f"{node.name}.{member.name}" for member in node.body if isinstance(member, ast.FunctionDef)}
         if isinstance(node, ast.Assign):
             found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        if isinstance(node, ast.AnnAssign):
+            found.add(node.target.id)
     return found
 
 

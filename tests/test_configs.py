@@ -267,9 +267,6 @@ def test_a_config_is_settled_once_and_its_record_knows_what_was_open(tmp_path):
 @pytest.mark.parametrize("value", [3, None, "mesh.data", ["mesh.date"], ["model.dim"], [[]], {"mesh.data": []}])
 def test_a_record_that_names_other_fields_as_open_is_damaged(tmp_path, value):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(Config()) | {"left_open": value}))
-    if value == {"mesh.data": []}:  # a mapping's keys are names too
-        assert load(str(tmp_path)) == Config()
-        return
     with pytest.raises(UserError, match="a damaged config"):
         load(str(tmp_path))
 

@@ -77,7 +77,7 @@ def _read_record(path: Path) -> tuple[dict[str, Any], list[str]]:
             train["eval_rows"] = train.pop("eval_batches") * micro_batch
         older = {section: {**fields, **saved[section]} for section, fields in _BEFORE.items()}
         opened = saved.pop(OPEN, [])
-        if not set(opened) <= _MAY_BE_OPEN:
+        if not (isinstance(opened, list) and set(opened) <= _MAY_BE_OPEN):
             raise LookupError(f"{OPEN}={opened!r}")
         return completed({**saved, **older, "train": train}), opened
     except (ArithmeticError, AttributeError, LookupError, TypeError) as e:
