@@ -103,3 +103,16 @@ def test_muon_goes_on_bit_for_bit(tmp_path):
         with saved(tmp_path, first) as manager:
             assert_same(after(checkpoint.restore(manager, 0, abstract(config)), 1), after(first, 1))
         assert step._cache_size() == 1, "a restored state has the types of a step's results"
+
+
+@pytest.mark.parametrize("fields", [{"optim.name": "muon"}, {"optim.clip_norm": 0.0}], ids=str)
+def test_the_state_of_another_optimizer_is_refused_in_one_line(fields, tmp_path):
+    with jax.set_mesh(mesh_of()), saved(tmp_path, init(config_of())) as manager:
+        with pytest.raises(UserError, match=r"checkpoint of another optimizer \(optim.name, .*: opt_state") as refused:
+            checkpoint.restore(manager, 0, abstract(config_of(fields)))
+        assert "\n" not in str(refused.value)
+        weights, _, _ = checkpoint.restore_newest(manager, abstract(config_of(fields)), ("params", "router_state"))
+        assert_same(
+            weights._replace(opt_state=(), step=0, position=0),
+            init(config_of())._replace(opt_state=(), step=0, position=0),
+        )

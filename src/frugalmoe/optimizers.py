@@ -121,7 +121,7 @@ def _dividing(size: int, axes: list[str]) -> tuple[str, ...] | None:
 def _on_whole_matrices(
     transformation: optax.GradientTransformation, declarations: Declarations
 ) -> optax.GradientTransformation:
-    """The transformation, which needs no parameters, on matrices that no mesh axis cuts.
+    """The transformation, which looks at no parameters, on matrices that no mesh axis cuts.
 
     For the time of the update a device holds the gradient and the momentum of whole matrices: of its own experts, and
     of a part of the layers where mesh axes divide their number. Where they do not, devices do the same work. Between
@@ -141,7 +141,9 @@ def _on_whole_matrices(
     def update(updates: dict, state: optax.OptState, params: dict | None = None) -> tuple[dict, optax.OptState]:
         both = updates, state
         specs = jax.tree_util.tree_map_with_path(whole, both)
-        apply = jax.shard_map(transformation.update, in_specs=specs, out_specs=specs, check_vma=False)
+        # The updates stand for parameters, which optax wants even where their decay is 0.
+        apply = lambda updates, state: transformation.update(updates, state, updates)
+        apply = jax.shard_map(apply, in_specs=specs, out_specs=specs, check_vma=False)
         return sharding.store(apply(*jax.sharding.reshard(both, specs)), declarations)
 
     return optax.GradientTransformation(transformation.init, update)

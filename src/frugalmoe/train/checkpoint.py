@@ -155,19 +155,26 @@ def _is_array(leaf: Any) -> bool:
 def _check_same_model(manager: ocp.CheckpointManager, step: int, wanted: dict) -> None:
     """One line for a checkpoint of another model, where Orbax would raise a page."""
     saved = manager.item_metadata(step)
-    for item in ("params", "router_state"):
-        if item not in wanted:
-            continue
+    another = {
+        "params": "another model",
+        "router_state": "another model",
+        "opt_state": "another optimizer (optim.name, or optim.clip_norm with and without)",
+    }
+    for item in (item for item in another if item in wanted):
         ours = _shapes(wanted[item])
-        theirs = _shapes(_renamed(saved[item], RENAMED)) if saved[item] is not None else {}
+        theirs = _shapes(saved[item]) if saved[item] is not None else {}
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
                 raise UserError(
-                    f"{manager.directory}/{step}: checkpoint of another model: {item}{name} has shape "
+                    f"{manager.directory}/{step}: checkpoint of {another[item]}: {item}{name} has shape "
                     f"{theirs.get(name, 'none')} there and {ours.get(name, 'none')} in this config"
                 )
 
 
 def _shapes(tree: object) -> dict[str, tuple[int, ...]]:
+    """In the names of today."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_array)
-    return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
+    # Orbax makes dicts of named tuples.
+    names = lambda path: [getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path]
+    today = lambda path: "".join(f"[{RENAMED.get(name, name)!r}]" for name in names(path))
+    return {today(path): tuple(leaf.shape) for path, leaf in leaves}
