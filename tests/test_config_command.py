@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
+from frugalmoe import schema
 from frugalmoe.cli import main
 from frugalmoe.commands import names
-from frugalmoe.config import Config, default, load, resolve, schema
+from frugalmoe.config import Config, default, load, resolve
 from frugalmoe.config.describe import describe, meanings
 from frugalmoe.config.load import typed
 from frugalmoe.fields import to_dict
@@ -101,8 +102,8 @@ def tab(line: str) -> set[str]:
         ("frugalmoe train --", {"--workdir", "--dry-run", "--config"}),
         ("frugalmoe train --config=qu", {"quickstart"}),
         ("frugalmoe data show --config=ling_", {"ling_1", "ling_1:plus", "ling_2:1t", "ling_2:mini"}),
-        ("frugalmoe train --config=ling_2:m", {"ling_2:mini"}),
-        ("frugalmoe train --config=ling_2:mini", {"ling_2:mini:laptop"}),
+        ("frugalmoe train --config=ling_2:m", {"mini"}),  # a shell's word begins behind a colon
+        ("frugalmoe train --config=ling_2:mini:l", {"laptop"}),
         ("frugalmoe train --config=quickstart --config.optim.lea", {"--config.optim.learning_rate"}),
         ("frugalmoe ablate balance --config.train.st", {"--config.train.steps"}),
         ("frugalmoe train --config.model.moe.router=sig", {"sigmoid_bias"}),
