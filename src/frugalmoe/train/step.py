@@ -18,6 +18,7 @@ from jax import Array
 from frugalmoe import sharding
 from frugalmoe.data.batches import Batch
 from frugalmoe.model import depths
+from frugalmoe.model.block import Report
 from frugalmoe.model.cross_entropy import cross_entropy
 from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import Output, Transformer, declarations, split, structure
@@ -230,7 +231,7 @@ def _micro_loss(params, router_state, graphdef, batch: Batch, index, step, knobs
     return total, jax.lax.stop_gradient({"total": total, "ce": ce, "lse_sq": lse_sq, "depths": out.depths, **routed})
 
 
-def _depth_losses(report: depths.Report, denominators: dict, config: Config) -> aux_losses.Total:
+def _depth_losses(report: Report, denominators: dict, config: Config) -> aux_losses.Total:
     coefficients = {"depth_predictor": config.model.mixture_of_depths.predictor_loss}
     return aux_losses.total(report.losses, coefficients, denominators)
 
