@@ -69,6 +69,20 @@ FORMS = {
         "model.remat": "dots",
     },
     "depths": DEPTHS | DENSE_TOO | {"model.remat": "full"},
+    "window, sinks": {
+        "model.attention": "window,grouped",
+        "model.attention_options.window.window": 7,
+        "model.attention_options.window.sinks": True,
+        "model.attention_options.grouped.sinks": True,
+    }
+    | HALVED,
+    "latent": {
+        "model.attention": "latent",
+        "model.attention_options.latent.query_rank": 16,
+        "model.qkv_bias": False,
+        "model.qk_norm": "none",
+        "model.remat": "full",
+    },
 }
 # Which form is trained on which layouts: each layout has a form, each form meets each axis, and the expert axis twice
 # where it has an exchange of its own. ALL_LAYOUTS=1 trains every form on every layout, inverted too.
@@ -82,6 +96,8 @@ LAYOUTS_OF = {
     "variable": "81111 22112 21411 12221",
     "noise, experts run, added": "41121 18111 14112 11811",
     "depths": "22121 21141 14211",
+    "window, sinks": "22121 11222",
+    "latent": "22121 11222",
 }
 
 
@@ -181,7 +197,7 @@ def moved(directory: Path) -> dict[str, bool]:
 def test_every_layout_has_a_form_and_every_form_meets_every_axis():
     assert len(LAYOUTS) == math.comb(3 + 4, 4) == 35
     of_form = {form: layouts.split() for form, layouts in LAYOUTS_OF.items()}
-    assert sorted(itertools.chain(*of_form.values())) == LAYOUTS and of_form.keys() == FORMS.keys()
+    assert sorted({*itertools.chain(*of_form.values())}) == LAYOUTS and of_form.keys() == FORMS.keys()
     for form, layouts in of_form.items():
         assert all(max(sizes) > "1" for sizes in list(zip(*layouts))[: 4 if form == "depths" else 5]), form
 

@@ -39,6 +39,7 @@ LETTERS = {
     "H": "query heads",
     "K": "key-value heads; choices of a token",
     "d": "channels of a head",
+    "Z": "channels of a latent that keys and values, or queries, are made from",
     "2": "gate and up",
     "X": "choices: the experts, then what is no expert",
     "P": "channels in which a router compares tokens and experts",
@@ -55,7 +56,7 @@ _AXES_OF_LETTER = {
     "F": ("tensor",),
     "V": ("tensor",),
 }
-STORED = ("fsdp", "expert", "context")  # of the letter D of a parameter: a layer gathers it for the time of its use
+STORED = ("fsdp", "expert", "context")  # of D, or else Z, of a parameter: a layer gathers it for the time of its use
 
 
 def spec(letters: str, stored: bool = False, mesh: Mesh | None = None) -> P:
@@ -65,7 +66,7 @@ def spec(letters: str, stored: bool = False, mesh: Mesh | None = None) -> P:
     """
     free, entries = {axis for axis in AXES if axis_size(axis, mesh=mesh) > 1}, []
     for letter in letters:
-        wanted = STORED if stored and letter == "D" else _AXES_OF_LETTER.get(letter, ())
+        wanted = STORED if stored and letter in "DZ" else _AXES_OF_LETTER.get(letter, ())
         taken = tuple(axis for axis in wanted if axis in free)
         free -= set(taken)
         entries.append(taken[0] if len(taken) == 1 else taken or None)

@@ -104,7 +104,7 @@ def parameter_spec(declared: Declaration | None, ndim: int, stored: bool = True)
     if declared.role == "router":
         letters = "".join(letter if letter == "D" and stored else "." for letter in letters)
     if declared.role == "vector":
-        letters = letters.replace("D", ".")
+        letters = letters.replace("D", ".").replace("Z", ".")
     return spec("." * (ndim - len(letters)) + letters, stored)
 
 
@@ -138,7 +138,9 @@ def gather(module: Any, dtype: Any) -> Any:
     """Inside jit: the parameters of a module, or one of them, as a layer uses them. What devices exchange is in
     `dtype`, in the backward pass too, but for routers, which are float32.
     """
-    whole = lambda leaf: leaf.replace(gather_array(leaf[...], declaration(leaf), dtype)) if _is_parameter(leaf) else leaf
+    whole = lambda leaf: (
+        leaf.replace(gather_array(leaf[...], declaration(leaf), dtype)) if _is_parameter(leaf) else leaf
+    )
     return jax.tree.map(whole, module, is_leaf=_is_parameter)
 
 
