@@ -27,6 +27,7 @@ from frugalmoe.data import Dataset, open_data
 from frugalmoe.errors import UserError
 from frugalmoe.fields import check_integer
 from frugalmoe.files import read_json, write_atomically
+from frugalmoe.model import pattern
 from frugalmoe.routing import stats
 from frugalmoe.train import checkpoint
 from frugalmoe.train.evaluate import Traced, evaluate, probe_columns
@@ -105,10 +106,10 @@ class Tracer:
 
 def moe_layers(run: Path, config: Config) -> list[int]:
     """Index in the whole network of each MoE layer; a run without one is refused."""
-    model = config.model
-    if model.num_dense_layers == model.num_layers:
-        raise UserError(f"{run}: model.num_dense_layers={model.num_dense_layers}: no MoE layers to look at")
-    return list(range(model.num_dense_layers, model.num_layers))
+    layers = pattern.moe_layers(config.model)
+    if not layers:
+        raise UserError(f"{run}: model.num_dense_layers={config.model.num_dense_layers}: no MoE layers to look at")
+    return layers
 
 
 def open_run_data(run: Path, config: Config) -> Dataset:
