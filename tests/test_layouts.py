@@ -70,6 +70,20 @@ FORMS = {
     },
     "depths": DEPTHS | DENSE_TOO | {"model.remat": "full"},
     "muon": DENSE_TOO | {"optim.name": "muon"},
+    "window, sinks": {
+        "model.attention": "window,grouped",
+        "model.attention_options.window.window": 7,
+        "model.attention_options.window.sinks": True,
+        "model.attention_options.grouped.sinks": True,
+    }
+    | HALVED,
+    "latent": {
+        "model.attention": "latent",
+        "model.attention_options.latent.query_rank": 16,
+        "model.qkv_bias": False,
+        "model.qk_norm": "none",
+        "model.remat": "full",
+    },
 }
 # Which form is trained on which layouts: each layout has a form, each form meets each axis, and the expert axis twice
 # where it has an exchange of its own. ALL_LAYOUTS=1 trains every form on every layout, inverted too.
@@ -84,6 +98,8 @@ LAYOUTS_OF = {
     "noise, experts run, added": "41121 18111 14112 11811",
     "depths": "22121 21141 14211",
     "muon": "12221 22112",
+    "window, sinks": "22121 11222",
+    "latent": "22121 11222",
 }
 
 

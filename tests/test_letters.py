@@ -12,12 +12,12 @@ import pytest
 from flax import nnx
 
 import frugalmoe
-from frugalmoe.config import load
+from frugalmoe.config import default, load, override, resolve
 from frugalmoe.errors import UserError
 from frugalmoe.model.transformer import declarations, structure
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import Router, declare
-from frugalmoe.schema import MixtureOfDepths, Model, MoE
+from frugalmoe.schema import Model
 from frugalmoe.sharding import parameter
 from frugalmoe.sharding.letters import LETTERS
 
@@ -89,18 +89,15 @@ def test_every_array_is_named_with_letters_of_the_legend():
 
 
 CONFIGS = sorted(path.name for path in (Path(__file__).parents[1] / "configs").glob("*.py"))
-SIZES = {"vocab_size": 64, "dim": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
-EVERY_PART = {
-    "qkv_bias": True,
-    "mixture_of_depths": MixtureOfDepths(capacity=0.5),
-    "num_dense_layers": 2,
-    "dense_dim": 8,
-}
+SIZES = {"vocab_size": 64, "dim": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "moe.num_experts": 4}
+EVERY_PART = {"qkv_bias": True, "mixture_of_depths.capacity": 0.5, "num_dense_layers": 2, "dense_dim": 8}
+LATENT = {"attention": "latent", "attention_options.latent.query_rank": 8}
+SINKS = {"attention": "window,grouped", "attention_options.window.sinks": True}
 
 
 def model_of(router: Router | str, **fields) -> Model:
-    options = strategies.get(router).options()
-    return Model(moe=MoE(router=router, options=options, num_experts=4), **SIZES, **fields)
+    options = {f"model.{name}": value for name, value in (SIZES | fields).items()}
+    return resolve(override(default(), options | {"model.moe.router": router})).model
 
 
 def assert_names_agree(model: Model) -> None:
@@ -122,17 +119,21 @@ def test_the_names_of_every_config_say_what_is_declared(name):
 
 @pytest.mark.parametrize("name", strategies.names())
 def test_the_names_of_every_strategy_say_what_is_declared(name):
-    model = model_of(name)
+    router = strategies.get(name)
+    moe = dataclasses.replace(model_of("hash").moe, router=name, options=router.options())
     for shared in (False, True):
-        make = lambda shared=shared: strategies.get(name).new_params(jax.random.key(0), 16, model.moe, shared)
+        make = lambda shared=shared: router.new_params(jax.random.key(0), 16, moe, shared)
         for parameter_name, value in nnx.eval_shape(make).items():
             of_name, letters = parameter_name.rpartition("_")[2], value.get_metadata()["letters"]
             assert of_name == (letters or of_name.lower()), parameter_name
 
 
-@pytest.mark.parametrize("fields", [{"qk_norm": "full"}, {"qk_norm": "head"}, {"tie_embeddings": True}], ids=str)
+PARTS = [EVERY_PART | {"qk_norm": "full"}, EVERY_PART | {"qk_norm": "head"}, {"tie_embeddings": True}, LATENT, SINKS]
+
+
+@pytest.mark.parametrize("fields", PARTS, ids=str)
 def test_the_names_of_every_part_say_what_is_declared(fields):
-    assert_names_agree(model_of("recurrent", **EVERY_PART, **fields))
+    assert_names_agree(model_of("recurrent", **fields))
 
 
 NEW = {

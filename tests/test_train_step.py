@@ -6,6 +6,7 @@ Letters: A micro-batches, B sequences, T tokens, L layers, E experts.
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import TINY
@@ -16,6 +17,7 @@ from frugalmoe.data import Batch
 from frugalmoe.errors import UserError
 from frugalmoe.routing import strategies
 from frugalmoe.schema import MoE
+from frugalmoe.train import objective
 from frugalmoe.train.objective import knobs, without_knobs
 from frugalmoe.train.placing import put_batch
 from frugalmoe.train.step import abstract, init, make_eval_step, make_gradient, make_train_step
@@ -207,8 +209,8 @@ def test_runs_share_a_program_only_with_the_losses_that_they_name():
     config = without_knobs(config_of(named))
     with jax.set_mesh(mesh_of()) as _:
         on_mesh = put_batch(mesh_of(), Batch(*(a[None] for a in batch(0))), "ABT")
-        _, metrics = jax.eval_shape(make_train_step(config), init(config), on_mesh)
-    assert {"loss/importance", "loss/z"} <= metrics.keys()
+        _, report = jax.eval_shape(make_train_step(config), init(config), on_mesh)
+    assert {"loss/importance", "loss/z"} <= report.metrics.keys()
 
 
 @pytest.mark.slow
@@ -256,6 +258,29 @@ def test_the_reported_cross_entropy_has_no_auxiliary_loss_in_it():
         layer = 0.01 * m["loss/load_balance"] + 0.001 * m["loss/z"] + 0.01 * m["loss/sequence_balance"]
         np.testing.assert_allclose(m["loss/total"], m["loss/ce"] + 2 * layer + 0.001 * m["loss/logit_z"], rtol=1e-5)
         assert layer > 0.01  # an auxiliary loss in `ce` would have been seen
+
+
+def test_a_new_term_of_the_loss_is_one_entry(monkeypatch):
+    """The mean square of the hidden states, times 0.5: reported, added to the total, and the gradient's business."""
+    squares = lambda micro: jnp.sum(jnp.square(micro.out.hidden_BTD), where=micro.batch.segment_ids_BT[..., None] > 0)
+
+    def share(micro: objective.Micro) -> tuple:
+        return 0.5 * squares(micro) / micro.of_step.units["token"], squares(micro)
+
+    def metrics(sums, of_step, config) -> dict:
+        return {"loss/squares": sums / of_step.units["token"]}
+
+    config = config_of({"train.accumulate_steps": 2})
+    with jax.set_mesh(mesh_of()):
+        state = init(config)
+        data = put_batch(mesh_of(), Batch(*(x.reshape(2, -1, *x.shape[1:]) for x in batch(0))), "ABT")
+        _, plain = jax.device_get(jax.jit(make_train_step(config))(state, data))
+        monkeypatch.setitem(objective.TERMS, "squares", objective.Term(share, metrics))
+        _, more = jax.device_get(jax.jit(make_train_step(config))(state, data))
+    assert more.metrics.keys() - plain.metrics.keys() == {"loss/squares"} and more.metrics["loss/squares"] > 0
+    added = more.metrics["loss/total"] - plain.metrics["loss/total"]
+    np.testing.assert_allclose(added, 0.5 * more.metrics["loss/squares"], rtol=1e-4)
+    assert abs(more.metrics["optim/gradient_norm"] / plain.metrics["optim/gradient_norm"] - 1) > 1e-3
 
 
 def test_a_global_scope_refuses_accumulation():

@@ -68,6 +68,23 @@ class MixtureOfDepths:
 
 
 @Frozen
+class RopeScaling:
+    """How rotary angles are stretched for sequences longer than those of training: see model/rotary.py."""
+
+    kind: str = "none"  # none | linear | yarn | llama3
+    factor: float = 1.0  # how much longer sequences may be
+    original_length: int = 0  # yarn, llama3: tokens of the sequences before
+    beta_fast: float = 32.0  # yarn: channels that turn more often than this in original_length tokens stay as they are
+    beta_slow: float = 1.0  # yarn: those that turn less often than this are divided by the factor
+    truncate: bool = True  # yarn: the two bounds are rounded outwards to whole channels
+    attention_factor: float = 0.0  # yarn: of sine and cosine; 0: from the factor, by the paper
+    mscale: float = 0.0  # yarn: weight of log(factor) in it, as DeepSeek has it; 0: 1, with nothing to divide by
+    mscale_all_dim: float = 0.0  # yarn: what it is divided by likewise; attention=latent multiplies all scores by it
+    low_freq_factor: float = 1.0  # llama3: channels that turn less often than this are divided by the factor
+    high_freq_factor: float = 4.0  # llama3: those that turn more often than this stay as they are
+
+
+@Frozen
 class Model:
     """A decoder-only transformer."""
 
@@ -76,13 +93,20 @@ class Model:
     num_layers: int = 4  # transformer blocks, dense and MoE
     num_dense_layers: int = 0  # the first n layers have a dense feed-forward
     dense_dim: int = 0  # hidden width of a dense layer's feed-forward
+    # Kinds of attention, files of frugalmoe/model/attention/kinds: grouped | window | latent. Several, as
+    # window,window,window,grouped, are repeated over the layers in this order.
+    attention: str = "grouped"
+    attention_options: Mapping[str, Any] = FrozenDict()  # KIND.OPTION: each kind's own options, as window.window
     num_heads: int = 8  # query heads
-    num_kv_heads: int = 8  # heads of keys and values, each shared by num_heads / num_kv_heads query heads
+    num_kv_heads: int = (
+        8  # heads of keys and values, each shared by num_heads / num_kv_heads query heads; not of latent
+    )
     head_dim: int = 32  # channels of a head
     qk_norm: str = "none"  # none | head (per head, as Qwen3 and Ling 2.0) | full (over all heads, as OLMoE)
     qkv_bias: bool = False  # biases on the projections to queries, keys and values
     rope_theta: float = 10_000.0  # base of the rotary angles' wavelengths
     rope_fraction: float = 1.0  # share of each head that is rotated
+    rope_scaling: RopeScaling = RopeScaling()
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     tie_embeddings: bool = False  # the head's weights are the embedding's
     norm_head: bool = False  # Ling 1: head weights divided by their norm over the vocabulary

@@ -17,6 +17,7 @@ from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.fields import build, check_integer, to_dict
 from frugalmoe.files import read_json
 from frugalmoe.found import one_line_errors, run_file
+from frugalmoe.model import pattern
 from frugalmoe.shipped import CONFIGS, Folder
 
 RECORD = "config.json"  # of a run's directory: the config that it was trained with
@@ -37,6 +38,7 @@ def _open(config: ConfigDict) -> ConfigDict:
     """Locks a config but for the sections whose keys the user names."""
     config.lock()
     config.model.moe.options.unlock()
+    config.model.attention_options.unlock()
     config.model.moe.losses.unlock()
     config.data.sources.unlock()
     config.optim.rates.unlock()
@@ -97,6 +99,7 @@ def _is_record(saved: Any) -> bool:
 
 def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `saved` with the fields that it lacks at their defaults; those that are no fields stay."""
+    from frugalmoe.model.attention import kinds
     from frugalmoe.routing import strategies
 
     filled = _filled(saved, schema.Config())
@@ -104,6 +107,11 @@ def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
     data["sources"] = {name: _filled(source, schema.Source()) for name, source in data["sources"].items()}
     if moe["router"] in strategies.names():
         moe["options"] = {**to_dict(strategies.get(moe["router"]).options()), **moe["options"]}
+    attention, options = filled["model"]["attention"], filled["model"]["attention_options"]
+    for name in pattern.attention_names(attention):
+        if name in kinds.names():
+            options = {**options, name: {**to_dict(kinds.get(name).options()), **options.get(name, {})}}
+    filled["model"]["attention_options"] = options
     return filled
 
 
@@ -181,7 +189,8 @@ def override(config: ConfigDict, overrides: Mapping[str, Any] | Sequence[str]) -
     """Returns a copy with dotted fields set; `a.b=value` strings are read as Python literals, or as text where they are
     none.
 
-    Naming another `model.moe.router` drops the file's `model.moe.options`, which belong to its router.
+    Naming another `model.moe.router` drops the file's `model.moe.options`, which belong to its router. Naming another
+    `model.attention` drops the options of the file's kinds that are not among its own.
     """
     if not isinstance(overrides, Mapping):
         overrides = dict(_parse_assignment(o) for o in overrides)
@@ -189,6 +198,11 @@ def override(config: ConfigDict, overrides: Mapping[str, Any] | Sequence[str]) -
     router = config.model.moe.router
     if overrides.get("model.moe.router", router) != router:
         config.model.moe.options = ConfigDict()  # another strategy has other options
+    attention = overrides.get("model.attention", config.model.attention)
+    if attention != config.model.attention and isinstance(attention, str):
+        kept = {pattern.short(name) for name in pattern.attention_names(attention)}
+        options = config.model.attention_options
+        config.model.attention_options = ConfigDict({k: v for k, v in options.items() if k in kept}).unlock()
     for name, value in overrides.items():
         _set(config, name, value)
     return config
@@ -243,7 +257,9 @@ _NAMED_BY_USER = (["model", "moe", "losses"], ["data", "sources"], ["optim", "ra
 
 def _is_open(path: list[str]) -> bool:
     """Whether the user names the keys of a mapping, which may also be set whole; `resolve` checks what it holds."""
-    return path[:3] == ["model", "moe", "options"] or path in _NAMED_BY_USER
+    return (
+        path[:3] == ["model", "moe", "options"] or path[:2] == ["model", "attention_options"] or path in _NAMED_BY_USER
+    )
 
 
 def _unknown(dotted: str, node: ConfigDict) -> None:
@@ -265,10 +281,28 @@ def typed(config: ConfigDict | Mapping[str, Any] | schema.Config) -> schema.Conf
     moe = resolved.model.moe
     options = build(strategies.get(moe.router).options, moe.options, "model.moe.options")
     sources = {k: build(schema.Source, v, f"data.sources.{k}") for k, v in resolved.data.sources.items()}
+    model = dataclasses.replace(
+        resolved.model, moe=dataclasses.replace(moe, options=options), attention_options=_attention(resolved.model)
+    )
     return dataclasses.replace(
         resolved,
-        model=dataclasses.replace(resolved.model, moe=dataclasses.replace(moe, options=options)),
+        model=model,
         data=dataclasses.replace(resolved.data, sources=schema.FrozenDict(sources)),
+    )
+
+
+def _attention(model: schema.Model) -> schema.FrozenDict:
+    """The options of every kind of attention that a model names, by the kind's short name."""
+    from frugalmoe.model.attention import kinds
+
+    given, path = model.attention_options, "model.attention_options"
+    found = {pattern.short(name): kinds.get(name) for name in pattern.attention_names(model.attention)}
+    for name in given:
+        if name not in found:
+            rule = f"no kind of attention in model.attention={model.attention!r}"
+            raise UserError(f"{path}.{name}: {rule}; {did_you_mean(name, found)}")
+    return schema.FrozenDict(
+        {name: build(kind.options, given.get(name, {}), f"{path}.{name}") for name, kind in found.items()}
     )
 
 

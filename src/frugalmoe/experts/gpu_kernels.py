@@ -31,24 +31,24 @@ def rows_by_weights(
     end = tl.load(end_G + tile)
     if start < end:
         first = tl.load(expert_G + tile).to(tl.int64) * inner * width
-        row_r = start + tl.arange(0, rows)
-        live_r1 = (row_r < end)[:, None]
-        row_r1 = row_r.to(tl.int64)[:, None]
+        row_g = start + tl.arange(0, rows)
+        live_g1 = (row_g < end)[:, None]
+        row_g1 = row_g.to(tl.int64)[:, None]
         i_I = tl.arange(0, tile_i)
         j_J = tl.program_id(1) * tile_j + tl.arange(0, tile_j)
-        a_at = a_RI + row_r1 * inner + i_I[None, :]
+        a_at = a_RI + row_g1 * inner + i_I[None, :]
         if transpose:
             w_at = w_EIJ + first + j_J[None, :] * inner + i_I[:, None]
         else:
             w_at = w_EIJ + first + i_I[:, None] * width + j_J[None, :]
-        sum_rJ = tl.full((rows, tile_j), 0.0, tl.float32)
+        sum_gJ = tl.full((rows, tile_j), 0.0, tl.float32)
         for _ in range(0, inner, tile_i):
-            a_rI = tl.load(a_at, mask=live_r1, other=0.0)
+            a_gI = tl.load(a_at, mask=live_g1, other=0.0)
             w_IJ = tl.load(w_at)
-            sum_rJ = tl.dot(a_rI, w_IJ, sum_rJ, input_precision="ieee")
+            sum_gJ = tl.dot(a_gI, w_IJ, sum_gJ, input_precision="ieee")
             a_at += tile_i
             w_at += tile_i if transpose else tile_i * width
-        tl.store(y_RJ + row_r1 * width + j_J[None, :], sum_rJ.to(y_RJ.dtype.element_ty), mask=live_r1)
+        tl.store(y_RJ + row_g1 * width + j_J[None, :], sum_gJ.to(y_RJ.dtype.element_ty), mask=live_g1)
 
 
 @triton.jit
@@ -72,11 +72,11 @@ def rows_by_rows(
     j_J = tl.program_id(2) * tile_j + tl.arange(0, tile_j)
     sum_IJ = tl.full((tile_i, tile_j), 0.0, tl.float32)
     for first in range(start, end, rows):
-        row_r = first + tl.arange(0, rows)
-        live_r = row_r < end
-        row_r = row_r.to(tl.int64)
-        a_Ir = tl.load(a_RI + row_r[None, :] * width_i + i_I[:, None], mask=live_r[None, :], other=0.0)
-        b_rJ = tl.load(b_RJ + row_r[:, None] * width_j + j_J[None, :], mask=live_r[:, None], other=0.0)
-        sum_IJ = tl.dot(a_Ir, b_rJ, sum_IJ, input_precision="ieee")
+        row_g = first + tl.arange(0, rows)
+        live_g = row_g < end
+        row_g = row_g.to(tl.int64)
+        a_Ig = tl.load(a_RI + row_g[None, :] * width_i + i_I[:, None], mask=live_g[None, :], other=0.0)
+        b_gJ = tl.load(b_RJ + row_g[:, None] * width_j + j_J[None, :], mask=live_g[:, None], other=0.0)
+        sum_IJ = tl.dot(a_Ig, b_gJ, sum_IJ, input_precision="ieee")
     y_at = y_EIJ + expert.to(tl.int64) * width_i * width_j + i_I[:, None] * width_j + j_J[None, :]
     tl.store(y_at, sum_IJ.to(y_EIJ.dtype.element_ty))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from frugalmoe import experts
 from frugalmoe.experts import exchange
-from frugalmoe.model import depths
+from frugalmoe.model import depths, pattern
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import Inputs, Plan, arrays
 from frugalmoe.schema import Model
@@ -41,7 +41,7 @@ def leaking(config: Model, train: bool, expert_devices: int = 1) -> str:
 def parts(config: Model, train: bool, expert_devices: int = 1) -> dict[str, str]:
     """What each part claims, under its field and value. `expert_devices`: the size of the mesh's expert axis."""
     moe, found = config.moe, {}
-    if config.num_dense_layers < config.num_layers:
+    if pattern.has_experts(config):
         router = strategies.get(moe.router)
         found[f"model.moe.router={router.name!r}"] = router.causality(moe, train)
         executor = experts.pick(moe, platform())
@@ -53,7 +53,7 @@ def parts(config: Model, train: bool, expert_devices: int = 1) -> dict[str, str]
             found[f"model.moe.exchange_room={moe.exchange_room}"] = exchange.causality(
                 _plan(config, train), moe, expert_devices
             )
-    if any(depths.routed_layers(config)):
+    if pattern.wrapped_layers(config):
         about, name = depths.ABOUT, f"model.mixture_of_depths.capacity={config.mixture_of_depths.capacity}"
         found[name] = about.causal if train else about.causal_in_evaluation
     return found

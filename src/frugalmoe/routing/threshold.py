@@ -3,7 +3,7 @@
 A threshold is the score of the C-th best token, averaged over pools and steps. It is state, so that a decision needs
 no other token: the ranking of expert choice, made causal.
 
-Letters: B batch, T time, N tokens (B*T), E experts, K slots per token, G groups of tokens (pools), n tokens of one,
+Letters: B batch, T time, N tokens (B*T), E experts, K slots per token, G groups of tokens (pools), g tokens of one,
 C slots per expert and pool.
 """
 
@@ -34,12 +34,12 @@ class Ranked(NamedTuple):
     cut_E: Array  # float32: the score of the last full slot, summed over the pools' tokens
 
 
-def rank(score_GnE: Array, valid_Gn: Array, share: float) -> Ranked:
+def rank(score_GgE: Array, valid_Gg: Array, share: float) -> Ranked:
     """C = ceil(share * n) of a pool's n valid tokens, so that padding changes nothing."""
-    size = score_GnE.shape[1]
-    score_GEn = jnp.where(valid_Gn[..., None], jax.lax.stop_gradient(score_GnE), -jnp.inf).swapaxes(1, 2)
-    value_GEC, token_GEC = jax.lax.top_k(score_GEn, slots(size, share))
-    tokens_G11 = valid_Gn.sum(-1, dtype=jnp.int32)[:, None, None]
+    size = score_GgE.shape[1]
+    score_GEg = jnp.where(valid_Gg[..., None], jax.lax.stop_gradient(score_GgE), -jnp.inf).swapaxes(1, 2)
+    value_GEC, token_GEC = jax.lax.top_k(score_GEg, slots(size, share))
+    tokens_G11 = valid_Gg.sum(-1, dtype=jnp.int32)[:, None, None]
     slots_G11 = jnp.minimum(tokens_G11, jnp.ceil(tokens_G11 * share - ROUNDING).astype(jnp.int32))
     last_GE1 = jnp.broadcast_to(jnp.maximum(slots_G11 - 1, 0), (*value_GEC.shape[:2], 1))
     cut_GE1 = jnp.where(tokens_G11 > 0, jnp.take_along_axis(value_GEC, last_GE1, axis=-1), 0)

@@ -119,7 +119,7 @@ def parameter_spec(declared: Declaration | None, ndim: int, stored: bool = True)
     if declared.role == "router":
         letters = "".join(letter if letter == "D" and stored else "." for letter in letters)
     if declared.role == "vector":
-        letters = letters.replace("D", ".")
+        letters = letters.replace("D", ".").replace("P", ".")
     return spec("." * (ndim - len(letters)) + letters, stored)
 
 

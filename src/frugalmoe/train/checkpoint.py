@@ -18,6 +18,10 @@ _ITEMS = ("params", "router_state", "opt_state", "step")
 
 # Arrays that had another name in older checkpoints, which are read with today's: one letter of a name, one meaning.
 RENAMED = {
+    "key_DKd": "key_Dhd",
+    "value_DKd": "value_Dhd",
+    "key_bias_Kd": "key_bias_hd",
+    "value_bias_Kd": "value_bias_hd",
     "proj_DH": "proj_DP",
     "kernel_HE": "kernel_PE",
     "input_HG": "input_PW",

@@ -21,7 +21,7 @@ from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
 from frugalmoe.fields import check_integer, to_dict
 from frugalmoe.files import read_json, write_json
-from frugalmoe.model import depths
+from frugalmoe.model import depths, pattern
 from frugalmoe.model.causality import causality
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import stats as routing_stats
@@ -219,8 +219,7 @@ class Run:
     def __init__(self, config: Config, workdir: Path, data: Dataset, mesh: jax.sharding.Mesh):
         self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
         model = config.model
-        self.layers = list(range(model.num_dense_layers, model.num_layers))
-        self.routed_blocks = [layer for layers in depths.routed_layers(model) for layer in layers]
+        self.layers, self.routed_blocks = pattern.moe_layers(model), pattern.wrapped_layers(model)
         self.manager = checkpoint.open_manager(workdir, config.checkpoint, cleanup=True)
         self.notes: list[str] = []  # for whoever started the run
         self.state = self._restored() or init(config)

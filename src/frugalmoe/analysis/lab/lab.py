@@ -18,6 +18,7 @@ from frugalmoe.data import Dataset, open_data
 from frugalmoe.errors import UserError
 from frugalmoe.fields import check_seed
 from frugalmoe.files import read_json
+from frugalmoe.model import pattern
 from frugalmoe.routing import strategies
 from frugalmoe.train.checkpoint import saved_steps
 from frugalmoe.train.evaluate import Traced, evaluate, probe_columns
@@ -116,10 +117,10 @@ def moved(before: Probe, after: Probe) -> np.ndarray:
 
 def moe_layers(run: Path, config: Config) -> list[int]:
     """Returns the index in the whole network of each MoE layer. Raises `UserError` for a run without one."""
-    model = config.model
-    if model.num_dense_layers == model.num_layers:
-        raise UserError(f"{run}: model.num_dense_layers={model.num_dense_layers}: no MoE layers to look at")
-    return list(range(model.num_dense_layers, model.num_layers))
+    layers = pattern.moe_layers(config.model)
+    if not layers:
+        raise UserError(f"{run}: model.num_dense_layers={config.model.num_dense_layers}: no MoE layers to look at")
+    return layers
 
 
 def open_run_data(run: Path, config: Config) -> Dataset:

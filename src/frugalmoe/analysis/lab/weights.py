@@ -11,6 +11,7 @@ import numpy as np
 import scipy.special
 
 from frugalmoe.errors import UserError
+from frugalmoe.model import pattern
 from frugalmoe.train.weights import load_model
 
 
@@ -55,7 +56,7 @@ def load_experts(run: str | Path, checkpoint: int | None = None) -> Experts:
     config, weights, _, _ = load_model(Path(run), checkpoint)
     if "moe_blocks" not in weights.params:
         raise UserError(f"{run}: a dense model, which has no experts")
-    blocks, layers = weights.params["moe_blocks"], np.arange(config.model.num_dense_layers, config.model.num_layers)
+    blocks, layers = weights.params["moe_blocks"], np.array(pattern.moe_layers(config.model))
     moe, shared = blocks["moe"], weights.params.get("shared_router", {})
     router = {name: np.asarray(value) for name, value in moe.get("router", {}).items()}
     router |= {name: np.stack([value] * len(layers)) for name, value in shared.items()}

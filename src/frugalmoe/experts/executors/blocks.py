@@ -8,7 +8,7 @@ value: experts without tokens cost nothing, no token is dropped, nothing is padd
 An expert's rows are covered greedily by a few block sizes: few large blocks, because the product for the weight
 gradient is slow on short blocks, and a small last one, because its unused rows are wasted work (`cover`).
 
-Letters: N tokens, D model, E experts, F expert hidden, R sorted rows, r rows of one block,
+Letters: N tokens, D model, E experts, F expert hidden, R sorted rows, g rows of one block,
 I and J any two axes of a matrix (J is 2F: gate, then up).
 """
 
@@ -25,7 +25,7 @@ from frugalmoe.experts.rows import Rows, held_rows
 from frugalmoe.routing.contract import Plan
 
 SMALLEST, LARGEST = 32, 512  # rows of a block
-CACHED = 2**17  # a block's hidden activations per half (r*F): 1 MiB for gate and up in float32, one core's L2 cache
+CACHED = 2**17  # a block's hidden activations per half (g*F): 1 MiB for gate and up in float32, one core's L2 cache
 NOWHERE = 2**31 - 1  # a token id out of every range: gathers zeros, scatters nothing
 
 
@@ -55,7 +55,7 @@ def cover(group_sizes_E: Array, sizes: tuple[int, ...]) -> list[tuple[int, Array
 
 
 def for_blocks(rows: Rows, sizes: tuple[int, ...], body: Callable[..., Any], carry: Any) -> Any:
-    """Fold `body(carry, expert, start, token_r, weight_r)` over all blocks. An unused row: token NOWHERE, weight 0."""
+    """Fold `body(carry, expert, start, token_g, weight_g)` over all blocks. An unused row: token NOWHERE, weight 0."""
     end_E = jnp.cumsum(rows.group_sizes_E)
     for size, count_E, start_E in cover(rows.group_sizes_E, sizes):
         last_E = jnp.cumsum(count_E)
@@ -64,10 +64,10 @@ def for_blocks(rows: Rows, sizes: tuple[int, ...], body: Callable[..., Any], car
             i, carry = state
             e = jnp.minimum(jnp.sum(last_E <= i), last_E.size - 1)  # the bound is for lanes of a vmap that are done
             start = start_E[e] + (i - last_E[e] + count_E[e]) * size
-            live_r = start + lax.iota(jnp.int32, size) < end_E[e]
-            token_r = jnp.where(live_r, lax.dynamic_slice_in_dim(rows.token_R, start, size), NOWHERE)
-            weight_r = jnp.where(live_r, lax.dynamic_slice_in_dim(rows.weight_R, start, size), 0)
-            return i + 1, body(carry, e, start, token_r, weight_r)
+            live_g = start + lax.iota(jnp.int32, size) < end_E[e]
+            token_g = jnp.where(live_g, lax.dynamic_slice_in_dim(rows.token_R, start, size), NOWHERE)
+            weight_g = jnp.where(live_g, lax.dynamic_slice_in_dim(rows.weight_R, start, size), 0)
+            return i + 1, body(carry, e, start, token_g, weight_g)
 
         _, carry = lax.while_loop(lambda s, last_E=last_E: s[0] < last_E[-1], step, (jnp.int32(0), carry))
     return carry
@@ -80,8 +80,8 @@ def _pad(rows: Rows, size: int) -> Rows:
     )
 
 
-def _take(x_ND: Array, token_r: Array) -> Array:
-    return x_ND.at[token_r].get(mode="fill", fill_value=0)
+def _take(x_ND: Array, token_g: Array) -> Array:
+    return x_ND.at[token_g].get(mode="fill", fill_value=0)
 
 
 def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
@@ -104,11 +104,11 @@ def run(plan: Plan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, call: Cal
 def _blocks(sizes, weight_R, x_ND, gate_up_EDJ, down_EFD, token_R, group_sizes_E):
     hidden = down_EFD.shape[1]
 
-    def body(y_ND, e, start, token_r, weight_r):
-        h_rJ = _dot(_take(x_ND, token_r), gate_up_EDJ[e], 1, 0)
-        a_rF = jax.nn.silu(h_rJ[:, :hidden]) * h_rJ[:, hidden:]
-        y_rD = _dot(a_rF, down_EFD[e], 1, 0) * weight_r[:, None]
-        return y_ND.at[token_r].add(y_rD, mode="drop")
+    def body(y_ND, e, start, token_g, weight_g):
+        h_gJ = _dot(_take(x_ND, token_g), gate_up_EDJ[e], 1, 0)
+        a_gF = jax.nn.silu(h_gJ[:, :hidden]) * h_gJ[:, hidden:]
+        y_gD = _dot(a_gF, down_EFD[e], 1, 0) * weight_g[:, None]
+        return y_ND.at[token_g].add(y_gD, mode="drop")
 
     rows = _pad(Rows(token_R, weight_R, group_sizes_E), sizes[0])
     return for_blocks(rows, sizes, body, jnp.zeros(x_ND.shape, jnp.float32)).astype(x_ND.dtype)
@@ -123,29 +123,29 @@ def _backward(sizes, args, dy_ND):
     weight_R, x_ND, gate_up_EDJ, down_EFD, token_R, group_sizes_E = args
     hidden, dtype = down_EFD.shape[1], x_ND.dtype
 
-    def body(carry, e, start, token_r, weight_r):
+    def body(carry, e, start, token_g, weight_g):
         dweight_R, dx_ND, dgate_up_EDJ, ddown_EFD = carry
         gate_up_DJ, down_FD = gate_up_EDJ[e], down_EFD[e]
-        x_rD, dy_rD = _take(x_ND, token_r), _take(dy_ND, token_r)
-        h_rJ = _dot(x_rD, gate_up_DJ, 1, 0)
-        gate_rF, up_rF = h_rJ[:, :hidden], h_rJ[:, hidden:]
-        sigmoid_rF = jax.nn.sigmoid(gate_rF)
-        silu_rF = gate_rF * sigmoid_rF
-        a_rF = silu_rF * up_rF
-        da_raw_rF = _dot(dy_rD, down_FD, 1, 1)
-        da_rF = da_raw_rF * weight_r[:, None]
-        dgate_rF = da_rF * up_rF * (sigmoid_rF + silu_rF * (1 - sigmoid_rF))
-        dh_rJ = jnp.concatenate([dgate_rF, da_rF * silu_rF], axis=1).astype(dtype)
-        weighted_rF = (a_rF * weight_r[:, None]).astype(dtype)
+        x_gD, dy_gD = _take(x_ND, token_g), _take(dy_ND, token_g)
+        h_gJ = _dot(x_gD, gate_up_DJ, 1, 0)
+        gate_gF, up_gF = h_gJ[:, :hidden], h_gJ[:, hidden:]
+        sigmoid_gF = jax.nn.sigmoid(gate_gF)
+        silu_gF = gate_gF * sigmoid_gF
+        a_gF = silu_gF * up_gF
+        da_raw_gF = _dot(dy_gD, down_FD, 1, 1)
+        da_gF = da_raw_gF * weight_g[:, None]
+        dgate_gF = da_gF * up_gF * (sigmoid_gF + silu_gF * (1 - sigmoid_gF))
+        dh_gJ = jnp.concatenate([dgate_gF, da_gF * silu_gF], axis=1).astype(dtype)
+        weighted_gF = (a_gF * weight_g[:, None]).astype(dtype)
 
-        dweight_r = jnp.sum(da_raw_rF * a_rF, axis=1)
-        others_r = lax.dynamic_slice_in_dim(dweight_R, start, token_r.size)
-        dweight_r = jnp.where(token_r == NOWHERE, others_r, dweight_r)  # past the end of the group: others' rows
+        dweight_g = jnp.sum(da_raw_gF * a_gF, axis=1)
+        others_g = lax.dynamic_slice_in_dim(dweight_R, start, token_g.size)
+        dweight_g = jnp.where(token_g == NOWHERE, others_g, dweight_g)  # past the end of the group: others' rows
         return (
-            lax.dynamic_update_slice_in_dim(dweight_R, dweight_r, start, 0),
-            dx_ND.at[token_r].add(_dot(dh_rJ, gate_up_DJ, 1, 1), mode="drop"),
-            _add_at(dgate_up_EDJ, e, _dot(x_rD, dh_rJ, 0, 0)),
-            _add_at(ddown_EFD, e, _dot(weighted_rF, dy_rD, 0, 0)),
+            lax.dynamic_update_slice_in_dim(dweight_R, dweight_g, start, 0),
+            dx_ND.at[token_g].add(_dot(dh_gJ, gate_up_DJ, 1, 1), mode="drop"),
+            _add_at(dgate_up_EDJ, e, _dot(x_gD, dh_gJ, 0, 0)),
+            _add_at(ddown_EFD, e, _dot(weighted_gF, dy_gD, 0, 0)),
         )
 
     rows = _pad(Rows(token_R, weight_R, group_sizes_E), sizes[0])

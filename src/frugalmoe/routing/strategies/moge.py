@@ -5,7 +5,7 @@ consecutive experts, with their probabilities as weights. One group per device m
 token, whatever the gate does. With G = K it is the k top-1 prototyping of M6-T (Yang et al., 2105.15082), which has a
 softmax of its own in each group.
 
-Letters: B batch, T time, E experts, K choices, G groups, e experts of a group.
+Letters: B batch, T time, E experts, K choices, G groups, g experts of a group.
 """
 
 import dataclasses

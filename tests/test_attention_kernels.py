@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from test_train_step import mesh_of
 
-from frugalmoe.model.attention_ops import cache_attention, causal_attention, choose_implementation
+from frugalmoe.model.attention.heads import write
+from frugalmoe.model.attention.kernels import Form, cache_attention, causal_attention, choose_implementation
 
 # B, T, H, K, d and the lengths of a sequence's documents; what remains of T is padding.
 SHAPES = {
@@ -43,13 +45,20 @@ def inputs(shape, dtype=jnp.float32) -> list[jax.Array]:
     return [jax.random.normal(k, (B, T, n, d), dtype) for k, n in zip(keys, (H, K, K, H))]
 
 
-def oracle(q_BTHd, k_BTKd, v_BTKd, segment_ids_BT):
-    """The definition, with keys and values repeated for their groups and every document masked by equality of ids."""
-    T, group = q_BTHd.shape[1], q_BTHd.shape[2] // k_BTKd.shape[2]
-    k, v = (jnp.repeat(a, group, axis=2) for a in (k_BTKd, v_BTKd))
+def oracle(q_BTHd, k_BThd, v_BThd, segment_ids_BT, sink_H=None, window=0):
+    """The definition, with keys and values repeated for their groups and every document masked by equality of ids.
+
+    A sink is one more key of each head, whose value is zero.
+    """
+    T, group = q_BTHd.shape[1], q_BTHd.shape[2] // k_BThd.shape[2]
+    k, v = (jnp.repeat(a, group, axis=2) for a in (k_BThd, v_BThd))
     score = jnp.einsum("bthd,bshd->bhts", q_BTHd, k, precision="highest") / np.sqrt(q_BTHd.shape[-1])
     same = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    score = jnp.where((same & jnp.tril(jnp.ones((T, T), bool)))[:, None], score, -jnp.inf)
+    near = jnp.arange(T)[:, None] - jnp.arange(T) < (window or T)
+    score = jnp.where((same & near & jnp.tril(jnp.ones((T, T), bool)))[:, None], score, -jnp.inf)
+    if sink_H is not None:
+        sinks = jnp.broadcast_to(sink_H[:, None, None], (*score.shape[:3], 1))
+        score, v = jnp.concatenate([score, sinks], -1), jnp.pad(v, ((0, 0), (0, 1), (0, 0), (0, 0)))
     o = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(score), v, precision="highest")
     return jnp.where((segment_ids_BT > 0)[:, :, None, None], o, 0)
 
@@ -74,6 +83,52 @@ def test_values_and_gradients_equal_the_oracle(shape, implementation):
     for name, a, b in zip(("o", "dq", "dk", "dv"), got, expected):
         assert a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+# window, whether there are sinks, channels of a value (0: those of a key).
+WIDER = {"window": (20, False, 0), "sinks": (0, True, 0), "values": (0, False, 12), "all": (70, True, 20)}
+WIDER_CASES = [
+    *itertools.product(WIDER, ("documents", "padding"), ("chunked", "xla")),
+    ("window", "large_chunk", "chunked"),
+    ("all", "splash", "splash"),
+]
+
+
+@pytest.mark.parametrize("form,shape,implementation", WIDER_CASES)
+def test_windows_sinks_and_other_channels_of_values_equal_the_oracle(form, shape, implementation):
+    window, with_sinks, width = WIDER[form]
+    H, d = SHAPES[shape][2], SHAPES[shape][4]
+    q, k, v, do = inputs(SHAPES[shape])
+    if width:
+        v, do = (jax.random.normal(jax.random.key(9), (*a.shape[:3], width)) for a in (v, do))
+    sinks = 2 * jax.random.normal(jax.random.key(8), (H,)) if with_sinks else None
+    segments, form = segment_ids(SHAPES[shape]), Form(d**-0.5, window)
+
+    def both(fn):
+        o, pull = jax.vjp(fn, q, k, v, sinks)
+        return o, *(gradient for gradient in pull(do) if gradient is not None)
+
+    ours = lambda q, k, v, sinks: causal_attention(
+        q, k, v, segments, form=form, sink_H=sinks, implementation=implementation
+    )
+    got = jax.jit(lambda: both(ours))()
+    expected = jax.jit(lambda: both(lambda q, k, v, sinks: oracle(q, k, v, segments, sinks, window)))()
+    for name, a, b in zip(("o", "dq", "dk", "dv", "dsink"), got, expected, strict=False):
+        np.testing.assert_allclose(a, b, rtol=3e-5, atol=3e-5, err_msg=name)
+    assert len(got) == len(expected) == 4 + with_sinks
+
+
+def test_no_work_before_the_window_beyond_a_chunk():
+    """Multiplications of the compiled gradient, which grow with the window and not with the square of the length."""
+    shape = (1, 2048, 1, 1, 8, [2048])
+    arguments = (*inputs(shape), segment_ids(shape))
+
+    def cost(window):
+        fn = functools.partial(causal_attention, form=Form(8**-0.5, window), implementation="chunked")
+        return value_and_gradients.lower(fn, *arguments).compile().cost_analysis()["flops"]
+
+    # 16 chunks of 128 queries: on average 8.5 chunks of keys each; with a window of 128 at most 2.
+    assert cost(128) < 0.3 * cost(0)
 
 
 @pytest.mark.parametrize("implementation", ["chunked", "xla"])
@@ -172,7 +227,9 @@ def test_memory_of_the_gradient_grows_with_time_not_with_its_square():
     ],
 )
 def test_the_choice_follows_platform_and_limits(platform, dtype, time, channels, expected):
-    assert choose_implementation((1, time, 8, channels), jnp.dtype(dtype), platform) == expected
+    choose = functools.partial(choose_implementation, (1, time, 8, channels), jnp.dtype(dtype), platform)
+    assert choose() == expected
+    assert choose(plain=False) == ("xla" if expected == "cudnn" else expected), "cuDNN has no sinks"
 
 
 def test_attention_to_a_cache_equals_attention_to_the_whole_sequence():
@@ -188,3 +245,21 @@ def test_attention_to_a_cache_equals_attention_to_the_whole_sequence():
         got = cache_attention(query, jnp.where(filled_BS, k, 99.0), jnp.where(filled_BS, v, 99.0), start)
         expected = jnp.take_along_axis(whole, place_BT[:, :, None, None], axis=1)
         np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("slots", [24, 40])
+def test_a_ring_of_slots_holds_the_window(slots):
+    """Tokens come in pieces of 9, the last of which are padding and are written over; 24 slots are fewer than 40."""
+    shape, window, sinks = (2, 40, 4, 2, 8, [40]), 12, jnp.array([0.5, -1.0, 2.0, 0.0])
+    q, k, v, _ = inputs(shape)
+    form, whole = Form(8**-0.5, window), oracle(q, k, v, segment_ids(shape), sinks, window)
+    cache = [jnp.zeros((2, slots, 2, 8))] * 2
+    for at in range(0, 40, 7):
+        piece = slice(at, min(at + 9, 40))
+        with jax.set_mesh(mesh_of()):
+            cache = [write(old, new[:, piece], jnp.int32(at)) for old, new in zip(cache, (k, v))]
+        got = cache_attention(q[:, piece], *cache, jnp.int32(at), form=form, sink_H=sinks)
+        np.testing.assert_allclose(got, whole[:, piece], rtol=2e-5, atol=2e-5)
+        if at + 9 < 40:  # what follows real tokens in a piece is rubbish
+            with jax.set_mesh(mesh_of()):
+                cache = [write(old, jnp.full((2, 2, 2, 8), 99.0), jnp.int32(at + 7)) for old in cache]
