@@ -21,7 +21,8 @@ from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 from transformers.models.mistral import modeling_mistral as mistral
 
 from frugalmoe import sharding
-from frugalmoe.config import check_devices, completed, default, override, record, resolve
+from frugalmoe.config import completed, default, override, record, resolve
+from frugalmoe.config.checks import check_devices
 from frugalmoe.config.describe import describe
 from frugalmoe.cost import forward_flops
 from frugalmoe.errors import UserError

@@ -206,17 +206,18 @@ def test_naming_another_router_drops_the_options_of_the_old_one():
 
 
 def test_a_field_that_is_younger_than_a_run_leaves_it_as_it_was(tmp_path):
-    old = json.loads(json.dumps(to_dict(Config())))
+    config = resolve(default())
+    old = json.loads(json.dumps(to_dict(config)))
     del old["model"]["mixture_of_depths"], old["model"]["moe"]["load_balance_devices"]
     (tmp_path / "config.json").write_text(json.dumps(old))
-    rundir.check_config(tmp_path, Config(), force=False)
+    rundir.check_config(tmp_path, config, force=False)
     config = resolve(override(default(), {"model.mixture_of_depths.capacity": 0.5}))
     with pytest.raises(UserError, match=r"\(model.mixture_of_depths.capacity: 0.0 there, 0.5 here\)"):
         rundir.check_config(tmp_path, config, force=False)
     del old["model"]["moe"]["losses"]["z"]  # a user's own entry, no field
     (tmp_path / "config.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match=r"model\.moe\.losses\.z: None there, 0\.001 here"):
-        rundir.check_config(tmp_path, Config(), force=False)
+        rundir.check_config(tmp_path, resolve(default()), force=False)
 
 
 def test_a_run_from_before_documents_had_a_start_goes_on_without_one(tmp_path):

@@ -12,6 +12,7 @@ from frugalmoe.config.load import (
     record,
     recorded,
     resolve,
+    runnable,
 )
 from frugalmoe.config.modes import with_mode, with_size
 from frugalmoe.config.settle import settle
@@ -30,6 +31,7 @@ __all__ = [
     "record",
     "recorded",
     "resolve",
+    "runnable",
     "settle",
     "with_mode",
     "with_size",

@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from frugalmoe import schema
+from frugalmoe.config import outside
 from frugalmoe.config.checks import check
 from frugalmoe.config.settle import VOCABULARY, left_open, open_again
 from frugalmoe.errors import UserError, did_you_mean
@@ -27,6 +28,8 @@ _MAY_BE_OPEN = {VOCABULARY, *(f"mesh.{axis.name}" for axis in dataclasses.fields
 
 # What runs did that are older than a field, where its default makes new ones do something else.
 _BEFORE = {"data": {"document_start": "none"}}
+# Router -> what its options were called before.
+_RENAMED = {router: {"normalize": "renormalize"} for router in ("sigmoid_bias", "quantile_balance")}
 
 
 def default() -> ConfigDict:
@@ -64,8 +67,11 @@ def record(path: Path) -> dict[str, Any]:
 
 
 def asked(path: Path) -> dict[str, Any]:
-    """Returns the config of a run's config.json as it was asked for: what was left open is open again."""
-    return open_again(*_read_record(path))
+    """Returns the config of a run's config.json as it was asked for: what was left open is open again.
+
+    It is to be run: see `runnable`.
+    """
+    return outside.with_copies(path.parent, open_again(*_read_record(path)))
 
 
 def _read_record(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -81,9 +87,24 @@ def _read_record(path: Path) -> tuple[dict[str, Any], list[str]]:
         opened = saved.pop(OPEN, [])
         if not (isinstance(opened, list) and set(opened) <= _MAY_BE_OPEN):
             raise LookupError(f"{OPEN}={opened!r}")
-        return completed({**saved, **older, "train": train}), opened
+        return completed({**saved, **older, "model": _renamed(saved["model"]), "train": train}), opened
     except (ArithmeticError, AttributeError, LookupError, TypeError) as e:
         raise UserError(f"{path}: a damaged config ({type(e).__name__}: {e})") from e
+
+
+def _renamed(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The section with the options of its router, and of a router that it wraps, as they are called today."""
+    moe = dict(model["moe"])
+    names = lambda router, options: {_RENAMED.get(router, {}).get(name, name): v for name, v in options.items()}
+    options = names(moe.get("router"), moe.get("options", {}))
+    if isinstance(options.get("base_options"), Mapping):
+        options["base_options"] = names(options.get("base"), options["base_options"])
+    return {**model, "moe": {**moe, "options": options}}
+
+
+def runnable(path: Path) -> dict[str, Any]:
+    """As `record`, to run with: the run's copies stand for files outside the package that are gone or have changed."""
+    return outside.with_copies(path.parent, record(path))
 
 
 _SECTIONS = ("model", "data", "optim", "train", "checkpoint", "mesh")

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from frugalmoe import sharding
-from frugalmoe.config import Config, settle
+from frugalmoe.config import Config, outside, settle
 from frugalmoe.data import Dataset, open_data
 from frugalmoe.data.batches import Batch
 from frugalmoe.data.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ def train(
     """
     config = config if fresh else rundir.as_begun(config, workdir)
     flags = {"--workdir": str(workdir), "--resume": resume, "--fresh": fresh}
-    distributed.check_same(to_dict(config) | flags)
+    distributed.check_same(to_dict(config) | outside.hashes(config) | flags)
     layout = to_dict(settle(config, None, jax.device_count()).mesh)
     with distributed.together():
         if distributed.is_main():

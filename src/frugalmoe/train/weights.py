@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 
 from frugalmoe import sharding
-from frugalmoe.config import RECORD, Config, record, resolve, settle
+from frugalmoe.config import RECORD, Config, resolve, runnable, settle
 from frugalmoe.data.tokenizer import Tokenizer, load_from
 from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
@@ -27,7 +27,7 @@ def load_model(run: Path, step: int | None = None) -> tuple[Config, Weights, Tok
     """Returns config, weights, tokenizer and mesh of a run's checkpoint, the newest by default, on one device."""
     if not (run / RECORD).is_file():
         raise UserError(f"{run}: not a run directory (it holds no {RECORD})")
-    config, tokenizer = resolve(record(run / RECORD)), load_from(run / "tokenizer")
+    config, tokenizer = resolve(runnable(run / RECORD)), load_from(run / "tokenizer")
     config = settle(dataclasses.replace(config, mesh=Mesh()), tokenizer.size, 1)
     mesh = sharding.make_mesh(to_dict(config.mesh), jax.devices()[:1])
     with checkpoint.open_manager(run, config.checkpoint) as manager, jax.set_mesh(mesh):

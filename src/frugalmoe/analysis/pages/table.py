@@ -6,7 +6,7 @@ from rich.text import Text
 from frugalmoe import metrics
 from frugalmoe.analysis.stored.runs import Run
 from frugalmoe.analysis.wording import count, number, percent
-from frugalmoe.config import RECORD, record, resolve, settle
+from frugalmoe.config import RECORD, resolve, runnable, settle
 from frugalmoe.cost import TRAIN_FACTOR, forward_flops
 from frugalmoe.errors import UserError
 
@@ -79,7 +79,7 @@ def training_flops(run: Run) -> float:
     other code than this.
     """
     try:
-        config = settle(resolve(record(run.path / RECORD)), run.tokenizer.size if run.tokenizer else None, None)
+        config = settle(resolve(runnable(run.path / RECORD)), run.tokenizer.size if run.tokenizer else None, None)
     except UserError:
         return 0.0
     if not config.model.vocab_size:  # of a run older than `settle` that has no tokenizer
