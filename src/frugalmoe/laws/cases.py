@@ -121,18 +121,16 @@ def arrays_of(inputs: Inputs) -> dict[str, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # not by case: routers that differ in claims alone share it
-def compiled_route(
-    function: Callable, config: MoE, train: bool, params: dict, state: dict, carry: Any, arrays: dict
-) -> Routing:
-    return function(params, state, with_experts(Inputs(**arrays, train=train, carry=carry), config), config)
+def compiled_route(function: Callable, config: MoE, train: bool, params: dict, state: dict, arrays: dict) -> Routing:
+    return function(params, state, with_experts(Inputs(**arrays, train=train), config), config)
 
 
 def route(case: Case, inputs: Inputs, params: dict | None = None, state: dict | None = None) -> Routing:
     """The compiled route, with the default parameters and state where none are given."""
     default_params, default_state = make_params(case)
     params, state = default_params if params is None else params, default_state if state is None else state
-    carry = carry_into(case, inputs)
-    return compiled_route(case.router.route, case.config, inputs.train, params, state, carry, arrays_of(inputs))
+    arrays = arrays_of(inputs) | {"carry": carry_into(case, inputs)}
+    return compiled_route(case.router.route, case.config, inputs.train, params, state, arrays)
 
 
 def eager_route(case: Case, inputs: Inputs) -> Routing:
@@ -221,6 +219,7 @@ def objective(
     params: dict,
     state: dict,
     inputs: Inputs,
+    *,
     weight_BTD: jax.Array,
     coefficients: dict,
 ) -> tuple[jax.Array, Routing]:
@@ -238,21 +237,16 @@ def objective(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _probe(
-    function: Callable,
-    config: MoE,
-    weight: Any,
-    coefficients: dict,
-    params: dict,
-    state: dict,
-    carry: Any,
-    arrays: dict,
-):
+    function: Callable, config: MoE, weight: Any, coefficients: dict, held: tuple[dict, dict], arrays: dict
+) -> Probe:
+    """`held`: parameters and state."""
+
     @jax.checkpoint  # so that every law about gradients is also one about recomputed layers
     def value(params: dict, state: dict, x: jax.Array) -> tuple[jax.Array, Routing]:
-        inputs = Inputs(**arrays | {"x_BTD": x}, train=True, carry=carry)
-        return objective(function, config, params, state, inputs, weight, coefficients)
+        inputs = Inputs(**arrays | {"x_BTD": x}, train=True)
+        return objective(function, config, params, state, inputs, weight_BTD=weight, coefficients=coefficients)
 
-    (loss, routing), gradients = jax.value_and_grad(value, (0, 1, 2), has_aux=True)(params, state, arrays["x_BTD"])
+    (loss, routing), gradients = jax.value_and_grad(value, (0, 1, 2), has_aux=True)(*held, arrays["x_BTD"])
     return Probe(loss, *gradients, routing)
 
 
@@ -273,5 +267,5 @@ def probe(
     coefficients = {name: jnp.float32(coefficients.get(name, 0)) for name in case.router.about.losses}
     params, state = own_params if params is None else params, own_state if state is None else state
     function, config = case.router.route, case.config
-    carry = carry_into(case, inputs)
-    return _probe(function, config, jnp.asarray(weight), coefficients, params, state, carry, arrays_of(inputs))
+    arrays = arrays_of(inputs) | {"carry": carry_into(case, inputs)}
+    return _probe(function, config, jnp.asarray(weight), coefficients, (params, state), arrays)

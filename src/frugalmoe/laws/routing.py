@@ -474,7 +474,8 @@ def law_shards(case: Case) -> None:
     def one_shard(params: dict, weight_TD: jax.Array, carry: dict, arrays: dict) -> tuple[jax.Array, jax.Array]:
         weight_BTD, carry, arrays = jax.tree.map(lambda a: a[None], (weight_TD, carry, arrays))
         shard = Inputs(**arrays, **layer, train=True, carry=carry, axis_names=("data",))
-        value, routing = objective(case.router.route, case.config, params, state, shard, weight_BTD, coefficients)
+        named = {"weight_BTD": weight_BTD, "coefficients": coefficients}
+        value, routing = objective(case.router.route, case.config, params, state, shard, **named)
         return jax.lax.psum((value, routing.stats["counts"]), "data")
 
     def all_shards(params: dict, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:

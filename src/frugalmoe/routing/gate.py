@@ -28,6 +28,7 @@ def routing(
     weight_BTK: Array,
     inputs: Inputs,
     config: MoE,
+    *,
     by_score: select.Choice | None = None,
 ) -> Routing:
     """The plan of these experts and weights, with `losses.GATE_LOSSES` and all statistics.
@@ -57,7 +58,7 @@ def by_scores(logits_BTE: Array, choice: select.Choice, inputs: Inputs, config: 
     else:
         weight_BTK = select.at(select.SCORES[options.score](logits_BTE), choice.expert_BTK)
     probs_BTE, by_score = select.shares(log_BTE), select.top_k(logits_BTE, config.num_experts_per_token)
-    return routing(logits_BTE, probs_BTE, choice, weight_BTK * options.scale, inputs, config, by_score)
+    return routing(logits_BTE, probs_BTE, choice, weight_BTK * options.scale, inputs, config, by_score=by_score)
 
 
 def weight_sum(config: MoE) -> float | str:

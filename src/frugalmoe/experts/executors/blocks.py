@@ -96,12 +96,11 @@ def run(plan: Plan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, call: Cal
     rows, dropped = held_rows(plan, num_experts, call.room)
     sizes = block_sizes(rows.token_R.size, num_experts, hidden)
     gate_up_EDJ = gate_up_ED2F.reshape(num_experts, dim, 2 * hidden)
-    y_ND = _blocks(sizes, rows.weight_R, x_ND, gate_up_EDJ, down_EFD, rows.token_R, rows.group_sizes_E)
-    return y_ND, dropped
+    return _blocks(sizes, rows, x_ND, gate_up_EDJ, down_EFD), dropped
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocks(sizes, weight_R, x_ND, gate_up_EDJ, down_EFD, token_R, group_sizes_E):
+def _blocks(sizes, rows: Rows, x_ND, gate_up_EDJ, down_EFD):
     hidden = down_EFD.shape[1]
 
     def body(y_ND, e, start, token_g, weight_g):
@@ -110,8 +109,7 @@ def _blocks(sizes, weight_R, x_ND, gate_up_EDJ, down_EFD, token_R, group_sizes_E
         y_gD = _dot(a_gF, down_EFD[e], 1, 0) * weight_g[:, None]
         return y_ND.at[token_g].add(y_gD, mode="drop")
 
-    rows = _pad(Rows(token_R, weight_R, group_sizes_E), sizes[0])
-    return for_blocks(rows, sizes, body, jnp.zeros(x_ND.shape, jnp.float32)).astype(x_ND.dtype)
+    return for_blocks(_pad(rows, sizes[0]), sizes, body, jnp.zeros(x_ND.shape, jnp.float32)).astype(x_ND.dtype)
 
 
 def _forward(sizes, *args):
@@ -120,7 +118,7 @@ def _forward(sizes, *args):
 
 def _backward(sizes, args, dy_ND):
     """For y = w * (a @ down): da_raw = dy @ down', dw = sum(da_raw * a), da = w * da_raw; no output is needed."""
-    weight_R, x_ND, gate_up_EDJ, down_EFD, token_R, group_sizes_E = args
+    given, x_ND, gate_up_EDJ, down_EFD = args
     hidden, dtype = down_EFD.shape[1], x_ND.dtype
 
     def body(carry, e, start, token_g, weight_g):
@@ -148,12 +146,12 @@ def _backward(sizes, args, dy_ND):
             _add_at(ddown_EFD, e, _dot(weighted_gF, dy_gD, 0, 0)),
         )
 
-    rows = _pad(Rows(token_R, weight_R, group_sizes_E), sizes[0])
+    rows = _pad(given, sizes[0])
     shapes = (rows.weight_R.shape, x_ND.shape, gate_up_EDJ.shape, down_EFD.shape)
     grads = for_blocks(rows, sizes, body, tuple(jnp.zeros(shape, jnp.float32) for shape in shapes))
     dweight_R, *others = grads
     dtypes = (dtype, gate_up_EDJ.dtype, down_EFD.dtype)
-    return dweight_R[: weight_R.size], *(g.astype(t) for g, t in zip(others, dtypes)), None, None
+    return Rows(None, dweight_R[: given.weight_R.size], None), *(g.astype(t) for g, t in zip(others, dtypes))
 
 
 def _add_at(total_EIJ: Array, e: Array, value_IJ: Array) -> Array:

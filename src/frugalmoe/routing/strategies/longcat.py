@@ -43,7 +43,8 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     load_BX = stats.load_of_choices(choice.expert_BTK, inputs, num_choices)
     by_score = select.top_k(probs_BTX, config.num_experts_per_token)
     scored_BX = stats.load_of_choices(by_score.expert_BTK, inputs, num_choices)
-    return zero_cost.finish(logits_BTX, choice, weight_BTK, load_BX, added_BTD, inputs, config, scored_BX)
+    named = {"balanced_BX": load_BX, "added_BTD": added_BTD, "scored_BX": scored_BX}
+    return zero_cost.finish(logits_BTX, choice, weight_BTK, inputs, config, **named)
 
 
 def mean_experts(config: MoE) -> float:

@@ -54,7 +54,10 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     load_BX = stats.load_of_choices(choice.expert_BTK, inputs, num_choices)
     eta_X = jnp.where(jnp.arange(num_choices) < num_experts, 1.0, options.tau)
     added_BTD = added(params, clean(inputs), g_BTZ, options)
-    routing = zero_cost.finish(logits_BTX, choice, weight_BTK, load_BX * eta_X, added_BTD, inputs, config)
+    balanced_BX = load_BX * eta_X
+    routing = zero_cost.finish(
+        logits_BTX, choice, weight_BTK, inputs, config, balanced_BX=balanced_BX, added_BTD=added_BTD
+    )
     return routing._replace(carry={"logits_BTX": logits_BTX})
 
 

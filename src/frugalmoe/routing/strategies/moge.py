@@ -31,7 +31,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     choice = choose(logits_BTE, config.num_experts_per_token, options.num_groups)
     weight_BTK = gate.weights(logits_BTE, probs_BTE, choice.expert_BTK, options.renormalize)
     by_score = select.top_k(logits_BTE, config.num_experts_per_token)
-    return gate.routing(logits_BTE, probs_BTE, choice, weight_BTK, inputs, config, by_score)
+    return gate.routing(logits_BTE, probs_BTE, choice, weight_BTK, inputs, config, by_score=by_score)
 
 
 def choose(logits_BTE: Array, k: int, num_groups: int) -> select.Choice:
