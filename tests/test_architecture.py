@@ -155,6 +155,18 @@ from frugalmoe.experts.executors import dense
 
 EXECUTOR = Executor(run=dense.run, work="E / K", purpose="the oracle by another name", keeps_room=False)
 """
+ATTENTION = """
+import dataclasses
+
+from frugalmoe.model.attention.kinds import grouped
+
+ATTENTION = dataclasses.replace(grouped.ATTENTION, about="grouped-query attention by another name")
+"""
+CORPUS = """
+from frugalmoe.data.corpus import Corpus
+
+CORPUS = Corpus(documents=lambda: [f"The {n} of the " + "moon and the river. " * 20 for n in range(40)])
+"""
 TERM = """
 def _size(micro):
     share = jnp.mean(jnp.square(micro.out.hidden_BTD)) * 1e-4 / micro.config.train.accumulate_steps
@@ -174,6 +186,8 @@ def peak(probs_BTE, inputs):
 ADDITIONS = {
     "router": {"routing/strategies/mine.py": ROUTER},
     "executor": {"experts/executors/own.py": EXECUTOR},
+    "attention kind": {"model/attention/kinds/plain.py": ATTENTION},
+    "data source": {"../songs.py": CORPUS},
     "gate loss": {
         "routing/losses.py": [
             ('    "mutual_information",\n)', '    "mutual_information",\n    "peak",\n)'),
@@ -197,7 +211,8 @@ ADDITIONS = {
         ],
     },
 }  # fmt: skip
-FLAGS = ("model.moe.router=mine", "model.moe.losses.peak=0.1", "model.moe.executor=own", "optim.name=still")
+FLAGS = ("model.moe.router=mine", "model.moe.losses.peak=0.1", "model.moe.executor=own", "optim.name=still",
+         "model.attention=plain", "data.path=songs.py")  # fmt: skip
 AFTER = """
 import json, sys
 from frugalmoe import metrics
@@ -248,7 +263,9 @@ def test_a_run_uses_all_that_was_added(enlarged):
     assert 0 < logged[0]["loss/size"] < logged[0]["loss/total"]
     norms = {row["optim/parameter_norm"] for row in logged if "loss/ce" in row}
     assert len(norms) == 1  # the optimizer that was added leaves all as it is
-    assert json.loads((run / "config.json").read_text())["model"]["moe"]["executor"] == "own"
+    config = json.loads((run / "config.json").read_text())
+    assert (config["model"]["moe"]["executor"], config["model"]["attention"]) == ("own", "plain")
+    assert summary["domains"] == ["songs"]
     assert {layer["top_share"] >= 1 / 8 for layer in summary["router"]["layers"].values()} == {True}
 
 
