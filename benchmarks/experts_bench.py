@@ -16,8 +16,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from frugalmoe.experts import EXECUTORS, execute
-from frugalmoe.experts.dense import swiglu
+from frugalmoe.experts import execute_here, executors
+from frugalmoe.experts.contract import swiglu
 from frugalmoe.routing.contract import TokenPlan
 from frugalmoe.schema import MoE
 
@@ -38,7 +38,7 @@ def moe_case(executor: str, shape: tuple[int, int, int], skew: float, forward: b
     config = MoE(num_experts=num_experts, num_experts_per_token=k, expert_dim=hidden, executor=executor)
 
     def run(weight_NK, x_ND, gate_up, down, expert_NK):
-        return execute(TokenPlan(expert_NK, weight_NK), x_ND, gate_up, down, config, SEQUENCES)[0]
+        return execute_here(TokenPlan(expert_NK, weight_NK), x_ND, gate_up, down, config, SEQUENCES)[0]
 
     return compiled(run, 4, forward), (weight_NK, x_ND, gate_up, down, expert_NK)
 
@@ -81,7 +81,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--executors", nargs="+", choices=EXECUTORS, default=["grouped"])
+    choices = (*executors.BY_PLATFORM, *executors.names())
+    parser.add_argument("--executors", nargs="+", choices=choices, default=["grouped"])
     parser.add_argument("--forward", action="store_true", help="leave the backward pass out")
     args = parser.parse_args()
     common = (args.forward, jnp.dtype(args.dtype))

@@ -21,6 +21,7 @@ from sizes import Size
 from worker_frugalmoe import Training, training_config
 
 from frugalmoe import config, sharding
+from frugalmoe.fields import to_dict
 
 STEPS = 3
 CONTAINERS = ("while", "call", "conditional")  # their time is that of what they hold
@@ -56,7 +57,8 @@ def main() -> None:
     which, size = (sys.argv[1:] or ["moe"])[0], Size()
     if which not in ("moe", "dense"):
         sys.exit(f"{which!r}: must be moe or dense")
-    mesh = sharding.make_mesh(config.check_devices(training_config(size, which == "dense"), jax.device_count()))
+    layout = config.settle(training_config(size, which == "dense"), None, jax.device_count()).mesh
+    mesh = sharding.make_mesh(to_dict(layout))
     with jax.set_mesh(mesh):
         training = Training(size, which == "dense", mesh)
         batch = training.batch()

@@ -23,16 +23,17 @@ def worker(mode: str, runs: int, spec: str, overrides: list[str]) -> None:
     import numpy as np
 
     from frugalmoe import sharding
-    from frugalmoe.config import check_devices, load
+    from frugalmoe.config import load, settle
     from frugalmoe.data import Batch, open_data
-    from frugalmoe.train.evaluate import put_batch
-    from frugalmoe.train.loop import with_vocabulary
-    from frugalmoe.train.step import init, knobs, make_train_step
+    from frugalmoe.fields import to_dict
+    from frugalmoe.train.objective import knobs
+    from frugalmoe.train.placing import put_batch
+    from frugalmoe.train.step import init, make_train_step
 
     config = load(spec, overrides)
     data = open_data(config.data, batch_size=config.train.batch_size, seed=0)
-    config = with_vocabulary(config, data)
-    mesh = sharding.make_mesh(check_devices(config, 1))
+    config = settle(config, data.tokenizer.size, 1)
+    mesh = sharding.make_mesh(to_dict(config.mesh))
     with jax.set_mesh(mesh):
         step = make_train_step(config)
         one = jax.tree.map(lambda a: sharding.put(mesh, a, ""), knobs(config))

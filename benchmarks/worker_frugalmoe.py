@@ -15,9 +15,10 @@ from serve import Action, serve
 
 from frugalmoe import config, sharding
 from frugalmoe.data.batches import Batch
+from frugalmoe.fields import to_dict
 from frugalmoe.train import optim
 from frugalmoe.train.allocator import keep_freed_memory
-from frugalmoe.train.evaluate import put_batch
+from frugalmoe.train.placing import put_batch
 from frugalmoe.train.step import init, make_train_step
 
 
@@ -79,7 +80,7 @@ class Training:
         self.state, metrics = self.train_step(self.state, batch)
         dispatch = time.perf_counter() - began  # the call returned; the devices may still compute
         jax.block_until_ready((self.state, metrics))
-        return {"dispatch_seconds": dispatch, "loss": float(metrics["loss/ce"])}
+        return {"dispatch_seconds": dispatch, "loss": float(metrics.metrics["loss/ce"])}
 
     def gradients(self) -> dict:
         return jax.block_until_ready(jax.tree.map(jax.numpy.ones_like, self.state.params))
@@ -93,7 +94,8 @@ class Training:
 def main() -> None:
     size, model = sizes.from_arguments()
     keep_freed_memory()
-    mesh = sharding.make_mesh(config.check_devices(training_config(size, model == "dense"), jax.device_count()))
+    layout = config.settle(training_config(size, model == "dense"), None, jax.device_count()).mesh
+    mesh = sharding.make_mesh(to_dict(layout))
     with jax.set_mesh(mesh):
         training = Training(size, model == "dense", mesh)
         about = {

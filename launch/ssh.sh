@@ -23,7 +23,7 @@ remote() {
   cd $directory && export PATH=$bin:"$PATH" || exit
   exec 3<&0
   $train \
-    --coordinator="$COORDINATOR" --num_processes="$COUNT" --process_id="$INDEX" < /dev/null &
+    --coordinator="$COORDINATOR" --num-processes="$COUNT" --process-id="$INDEX" < /dev/null &
   TRAIN=$!
   {
     while read -r; do :; done

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from frugalmoe.files import check_name, write_json
 from frugalmoe.model import depths
 from frugalmoe.model.transformer import count_parameters, structure
 from frugalmoe.routing import stats, strategies
+from frugalmoe.train.program import Program
 
 
 def base():
@@ -191,7 +193,7 @@ def test_choose_keeps_the_declared_order():
 def test_runs_that_share_a_program_are_grouped():
     """`aux` and `none` differ in a loss coefficient only, an argument of the step; `bias` has another router."""
     pairs = tuple(Pair(arm, seed) for seed in (0, 1) for arm in STUDY.arms)
-    plan = Plan(STUDY, (), {arm.name: arm for arm in arms_of(STUDY)}, pairs, flops={}, parameters={})
+    plan = Plan(STUDY, (), {arm.name: arm for arm in arms_of(STUDY)}, pairs, flops={}, parameters={}, vocabulary=64)
     named = lambda size: [" ".join(f"{p.arm}{p.seed}" for p in group) for group in groups(plan, size)]
     assert named(8) == ["aux0 none0 aux1 none1", "bias0 bias1"]
     assert named(3) == ["aux0 none0 aux1", "bias0 bias1", "none1"]
@@ -199,10 +201,24 @@ def test_runs_that_share_a_program_are_grouped():
     assert named(None) == named(1), "one after the other on CPUs"
 
 
+def test_arms_of_different_optimizers_are_never_one_program():
+    arms = {"adamw": {}, "muon": {"optim.name": "muon"}, "rated": {"optim.rates": {"router": 0.5}}}
+    study = changed(arms=arms, baseline="adamw", varies=("optim.name", "optim.rates"))
+    of_study = {arm.name: arm for arm in arms_of(study)}
+    pairs = tuple(Pair(arm, seed) for seed in (0, 1) for arm in arms)
+    plan = Plan(study, (), of_study, pairs, flops={}, parameters={}, vocabulary=64)
+    assert [{pair.arm for pair in group} for group in groups(plan, 8)] == [{"adamw"}, {"muon"}, {"rated"}]
+    runs = [SimpleNamespace(config=plan.config(Pair(arm, 0))) for arm in arms]
+    with pytest.raises(ValueError, match="runs of several programs cannot be trained as one"):
+        Program(runs)
+
+
 def test_memory_of_a_run_by_hand():
     """3 layers x (16 x 32 + 6 x 64) = 2,688 numbers per token; 8 x 32 tokens more in a batch of twice the size."""
     once, twice = (bytes_of_run(arms_of(STUDY, {"train.batch_size": size})[0].config) for size in (8, 16))
     assert twice - once == 4 * 2688 * 256
+    muon = bytes_of_run(arms_of(STUDY, {"train.batch_size": 8, "optim.name": "muon"})[0].config)
+    assert 0.5 * once < muon < once, "one moment of a matrix in place of two"
 
 
 FILES = [
@@ -469,7 +485,7 @@ def test_the_table_is_made_from_run_directories_and_refuses_what_is_not_its_own(
     (run / "metrics.jsonl").write_text('{"step": 6, "loss/ce": 4.0, "eval/loss/mean": 3.5}\n')
     (tmp_path / "aux" / "seed_4").mkdir()  # has not finished
     table = results.gather(tmp_path, described())
-    rows = results.load(tmp_path, "balance").to_pylist()
+    rows = results.read_table(tmp_path, "balance").to_pylist()
     assert rows == table.to_pylist()
     assert {"arm": "aux", "seed": 3, "metric": "eval/loss/mean", "step": 6, "final": False, "value": 3.5} in rows
     assert {"arm": "aux", "seed": 3, "metric": "eval/loss/mean", "step": 12, "final": True, "value": 3.0} in rows
@@ -481,7 +497,7 @@ def test_the_table_is_made_from_run_directories_and_refuses_what_is_not_its_own(
     for damaged in (whole[: len(whole) // 2], b"", b"not parquet at all"):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"not a readable table.*rebuilt from the run directories"):
-            results.load(tmp_path, "balance")
+            results.read_table(tmp_path, "balance")
         assert path.read_bytes() == damaged, "left as it was found"
     path.unlink()
     assert results.gather(tmp_path, described()).equals(table)

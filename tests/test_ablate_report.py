@@ -329,7 +329,7 @@ def test_a_table_whose_bits_flipped_is_refused_not_believed(planted, tmp_path, c
     study.mkdir()
     (study / "study.json").write_bytes((planted / "study.json").read_bytes())
     whole, refused = bytearray((planted / "results.parquet").read_bytes()), 0
-    table = results.load(planted, "planted")
+    table = results.read_table(planted, "planted")
     rng = np.random.default_rng(0)
     for position in rng.integers(len(whole), size=60):
         damaged = bytearray(whole)

@@ -95,7 +95,7 @@ def test_each_run_is_a_run_directory_without_checkpoints(alone, capsys):
 
 
 def test_the_table_holds_every_run(alone):
-    table = results.load(alone, "tiny").to_pylist()
+    table = results.read_table(alone, "tiny").to_pylist()
     finals = {(r["arm"], r["seed"]): r["value"] for r in table if r["final"] and r["metric"] == "eval/loss/mean"}
     summaries = {run: json.loads((alone / run[0] / f"seed_{run[1]}" / "summary.json").read_text()) for run in RUNS}
     assert finals == {run: s["eval"]["loss"]["mean"] for run, s in summaries.items()}
@@ -163,7 +163,7 @@ def test_stopped_and_killed_it_continues_to_the_same_bits(place, alone):
     assert out.returncode == 0, out.stderr
     assert re.search("continuing at [12] of 4 runs", out.stdout) and "not distinguishable at n=2" in out.stdout
     same_results(alone, workdir, 0)
-    table = lambda w: [r for r in results.load(w, "tiny").to_pylist() if not r["metric"].startswith("speed/")]
+    table = lambda w: [r for r in results.read_table(w, "tiny").to_pylist() if not r["metric"].startswith("speed/")]
     assert table(alone) == table(workdir)
 
 
@@ -333,7 +333,7 @@ def test_a_damaged_table_is_refused_and_rebuilt_from_the_runs(place, alone, caps
         path.unlink()
         refused(capsys, ["report", str(alone)], "results.parquet: missing")
         assert main(ablate(place, "alone")) == 0
-        assert results.load(alone, "tiny").num_rows > 0
-        assert np.isfinite([r["value"] for r in results.load(alone, "tiny").to_pylist()]).all()
+        assert results.read_table(alone, "tiny").num_rows > 0
+        assert np.isfinite([r["value"] for r in results.read_table(alone, "tiny").to_pylist()]).all()
     finally:
         path.write_bytes(whole)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from frugalmoe.analysis import drops, gradients, leak, swaps
-from frugalmoe.experts import capacity
+from frugalmoe.experts.executors import capacity
 from frugalmoe.routing.contract import TokenPlan
 from frugalmoe.schema import MoE
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from frugalmoe import sharding
-from frugalmoe.analysis.interventions import Demote, Mask, Nothing, RandomChoice, Swap
-from frugalmoe.analysis.weights import router_columns
+from frugalmoe.analysis.lab.interventions import Demote, Mask, Nothing, RandomChoice, Swap
+from frugalmoe.analysis.lab.weights import router_columns
 from frugalmoe.config import default, override, resolve
 from frugalmoe.data import Batch
 from frugalmoe.errors import UserError

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import tokenizers
 
-from frugalmoe import config as configs
 from frugalmoe.analysis import load_run, summary_table
+from frugalmoe.config import Config
 from frugalmoe.data.tokenizer import JsonTokenizer
 from frugalmoe.errors import UserError
+from frugalmoe.fields import to_dict
 
 # Letters: L MoE layers, N tokens, E experts, K experts per token, T row length.
 E, K, T, ROWS = 8, 2, 64, 36
@@ -31,7 +32,7 @@ def planted_selection(rng, domain_N, token_N):
 def write_planted_run(path, seed=0):
     rng = np.random.default_rng(seed)
     (path / "tokenizer").mkdir(parents=True)
-    config = configs.to_dict(configs.Config())
+    config = to_dict(Config())
     config["name"] = "planted & <b>bold</b>"
     config["model"]["num_layers"], config["model"]["num_dense_layers"] = 3, 1
     config["train"]["steps"], config["data"]["sequence_length"] = 500, T

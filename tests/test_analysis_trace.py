@@ -235,7 +235,7 @@ def test_hiding_an_expert_is_what_its_bias_would_do(root):
     """`next` against the strategy itself: a balance bias of -inf hides an expert from selection, not from weights."""
     import jax
 
-    from frugalmoe.analysis.record import limited
+    from frugalmoe.analysis.lab.lab import limited
     from frugalmoe.train.evaluate import evaluate
     from frugalmoe.train.step import make_eval_step
     from frugalmoe.train.weights import load_model
@@ -285,7 +285,7 @@ def test_experts_compute_what_the_oracle_does(run_dir):
     """`Experts.outputs` against the dense executor with one expert and weight 1."""
     import jax.numpy as jnp
 
-    from frugalmoe.experts import dense
+    from frugalmoe.laws.executors import run_dense
     from frugalmoe.routing.contract import TokenPlan
 
     experts = analysis.load_experts(run_dir)
@@ -293,7 +293,7 @@ def test_experts_compute_what_the_oracle_does(run_dir):
     x_ND = np.random.default_rng(3).standard_normal((16, 32))
     x_ND *= experts.norm_LD[1] / np.sqrt(np.mean(x_ND**2, axis=-1, keepdims=True))
     plan = TokenPlan(jnp.full((16, 1), 5), jnp.ones((16, 1)))
-    y_ND = dense.run(plan, jnp.float32(x_ND), experts.gate_up_LED2F[1], experts.down_LEFD[1])
+    y_ND = run_dense(plan, jnp.float32(x_ND), experts.gate_up_LED2F[1], experts.down_LEFD[1])
     np.testing.assert_allclose(experts.outputs(1, 16, seed=3)[5], y_ND, rtol=1e-4, atol=1e-7)
     neurons_EF = experts.neurons(1)
     assert neurons_EF.shape == (E, 16, 96)

@@ -21,7 +21,7 @@ from test_train_step import config_of, mesh_of, router
 
 from frugalmoe import sharding
 from frugalmoe.analysis import load_run
-from frugalmoe.analysis.table import headline_rows
+from frugalmoe.analysis.pages.table import headline_rows
 from frugalmoe.errors import UserError
 from frugalmoe.generate import Sampling, generate, sample_text
 from frugalmoe.model.causality import LEVELS, causality, leaking, parts

@@ -20,7 +20,7 @@ from frugalmoe.devices import GIB, GPUS, usable
 from frugalmoe.errors import UserError
 from frugalmoe.model.transformer import count_parameters
 
-LAPTOP = "--config=configs/ling_mini_2.py:laptop"
+LAPTOP = "--config=configs/ling_2.py:mini:laptop"
 
 
 # Collectives
@@ -241,7 +241,7 @@ def test_a_gpu_keeps_some_memory_for_itself():
 def test_layouts_use_every_device_and_keep_the_batch():
     """4400 sequences on 64 devices: 68.75 micro-batches of 64, so 69. Sixteen groups of 4: 275 micro-batches."""
     topology = topologies.parse("v5e:8x8")
-    found = list(layouts(load("configs/ling_mini_2.py"), topology))
+    found = list(layouts(load("configs/ling_2.py:mini"), topology))
     sizes = [(c.mesh.fsdp, c.mesh.expert, c.mesh.tensor) for c in found]
     assert sizes == [(64, 1, 1), (8, 8, 1), (1, 64, 1), (2, 8, 4)]
     batches = [(c.train.batch_size, c.train.accumulate_steps) for c in found]
@@ -258,7 +258,7 @@ def test_a_dry_run_says_what_a_run_needs_here_and_writes_nothing(tmp_path):
     flags = (f"--config={config}", "--dry-run", "--config.mesh.fsdp=2", f"--workdir={tmp_path / 'run'}")
     done = run("train", *flags, XLA_FLAGS="--xla_force_host_platform_device_count=8")
     assert done.returncode == 0, done.stderr
-    half = 2 * count_parameters(program.settled(load(str(config))).model)["total"]
+    half = 2 * count_parameters(program.as_expected(load(str(config)), None).model)["total"]
     parts = {k: float(v) * 2**20 for k, v in re.findall(r"(parameters|optimizer state) +([\d.]+) MiB", done.stdout)}
     assert 0.99 < parts["parameters"] / half < 1.01
     assert abs(parts["optimizer state"] - 2 * parts["parameters"]) < 0.02 * 2**20

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
+from frugalmoe import schema
 from frugalmoe.cli import main
 from frugalmoe.commands import names
-from frugalmoe.config import Config, default, load, resolve, schema
+from frugalmoe.config import Config, default, load, resolve
 from frugalmoe.config.describe import describe, meanings
 from frugalmoe.config.load import typed
 from frugalmoe.fields import to_dict
@@ -41,7 +42,7 @@ def test_every_option_says_what_it_means_and_is_listed(router):
         assert meanings(options)[field.name] and listed[name] == meanings(options)[field.name], name
 
 
-@pytest.mark.parametrize("spec", ["quickstart:laptop", "ling_mini_2"])
+@pytest.mark.parametrize("spec", ["quickstart:laptop", "ling_2:mini"])
 def test_json_holds_every_field_with_value_and_default(spec, capsys):
     overrides = ["--config.data.sources.a.path=x", "--config.data.sources.b.path=y", "--config.data.sources.b.weight=0"]
     assert main(["config", f"--config={spec}", "--format=json", *overrides]) == 0
@@ -100,7 +101,9 @@ def tab(line: str) -> set[str]:
         ("frugalmoe ", {"train", "ablate", "config", "--version"}),
         ("frugalmoe train --", {"--workdir", "--dry-run", "--config"}),
         ("frugalmoe train --config=qu", {"quickstart"}),
-        ("frugalmoe data show --config=ling_", {"ling_1t", "ling_mini_2"}),
+        ("frugalmoe data show --config=ling_", {"ling_1", "ling_1:plus", "ling_2:1t", "ling_2:mini"}),
+        ("frugalmoe train --config=ling_2:m", {"mini"}),  # a shell's word begins behind a colon
+        ("frugalmoe train --config=ling_2:mini:l", {"laptop"}),
         ("frugalmoe train --config=quickstart --config.optim.lea", {"--config.optim.learning_rate"}),
         ("frugalmoe ablate balance --config.train.st", {"--config.train.steps"}),
         ("frugalmoe train --config.model.moe.router=sig", {"sigmoid_bias"}),

@@ -12,39 +12,71 @@ from pathlib import Path
 
 import pytest
 
-from frugalmoe.config import Config, check_devices, default, load, override, record, resolve
+from frugalmoe.config import Config, asked, default, load, override, record, recorded, resolve, settle
+from frugalmoe.config.checks import check_devices
+from frugalmoe.data.tokenizer import ByteTokenizer
 from frugalmoe.errors import LONGEST_MESSAGE, UserError
 from frugalmoe.fields import to_dict
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import strategies
+from frugalmoe.shipped import CONFIGS
 from frugalmoe.train import rundir
 
-CONFIGS = sorted(Path("configs").glob("*.py"))
+NAMES = {"ling_1:lite": "ling_lite", "ling_1:plus": "ling_plus", "ling_2:mini": "ling_mini_2",
+         "ling_2:flash": "ling_flash_2", "ling_2:1t": "ling_1t"}  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", ["", ":laptop"])
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_every_config_resolves(path, mode):
-    config = load(f"{path}{mode}")
-    assert config.name == path.stem + ("-laptop" if mode else "")
+@pytest.mark.parametrize("spec", CONFIGS.choices())
+def test_every_config_resolves(spec, mode):
+    config = load(f"{spec}{mode}")
+    assert config.name == NAMES.get(spec, spec) + ("-laptop" if mode else "")
+    file, _, size = spec.partition(":")
+    assert load(f"configs/{file}.py:{size}{mode}" if size else f"configs/{file}.py{mode}") == config
     assert resolve(override(default(), {})).model.dim == default().model.dim
+
+
+def test_a_config_without_a_size_has_its_first():
+    assert load("ling_2") == load("ling_2:mini")
+    assert load("ling_1:laptop") == load("ling_1:lite:laptop")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("ling_2:minii", "did you mean 'mini'? valid: 1t, flash, mini, each also with :laptop"),
+        ("ling_2:lite", "unknown size; valid: 1t, flash, mini"),
+        ("ling_2:laptop:mini", "unknown size"),
+        ("ling_2:mini:desktop", "unknown mode; valid: laptop"),
+        ("ling_2:mini:", "unknown mode; valid: laptop"),
+        ("ling_2:mini:flash", "unknown mode; valid: laptop"),
+        ("ling_2::laptop", "unknown size"),
+        *((old, f"did you mean {new!r}?") for new, old in NAMES.items()),
+        *((f"configs/{old}.py", f"did you mean 'configs/{new}'?") for new, old in NAMES.items()),
+        *((f"{old}:laptop", f"did you mean {new!r}?") for new, old in NAMES.items()),
+    ],
+)
+def test_a_size_that_is_none_and_a_name_of_old_are_told_what_there_is(spec, message):
+    with pytest.raises(UserError) as error:
+        load(spec)
+    assert message in str(error.value)
 
 
 # Billions: total; activated without embedding and head, and with both. Arithmetic from the published configurations
 # (Ling 1: arXiv 2503.05139 and its config files; Ling 2.0: arXiv 2510.22115, table 1, without MTP), norm scales left
 # out, which are below 1e-4 of the whole. The reports round to 16.8/2.75, 290/28.8, 16.26/1.43, 103/6.1 and 1000/51.0.
 PUBLISHED = {
-    "ling_lite": (16.802, 2.235, 2.753),
-    "ling_plus": (290.60, 27.64, 29.00),
-    "ling_mini_2": (16.256, 0.789, 1.433),
-    "ling_flash_2": (102.89, 4.864, 6.152),
-    "ling_1t": (999.7, 48.48, 51.05),
+    "ling_1:lite": (16.802, 2.235, 2.753),
+    "ling_1:plus": (290.60, 27.64, 29.00),
+    "ling_2:mini": (16.256, 0.789, 1.433),
+    "ling_2:flash": (102.89, 4.864, 6.152),
+    "ling_2:1t": (999.7, 48.48, 51.05),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_parameter_counts(name):
-    counts = count_parameters(load(f"configs/{name}.py").model)
+    counts = count_parameters(load(name).model)
     inner = counts["active"] - counts["embedding"] - counts["head"]
     ours = [count / 1e9 for count in (counts["total"], inner, counts["active"])]
     assert ours == pytest.approx(PUBLISHED[name], rel=3e-4)
@@ -87,7 +119,7 @@ BAD = [
     ("optim.warmup_steps=5000", "optim.warmup_steps=5000", "train.steps=1000"),
     ("model.num_dense_layers=1", "model.dense_dim=0", "width"),
     ("model=3", "model=3", "section"),
-    ("model={}", "model={}", "is a section; set its fields: compute_dtype"),  # would put every field at its default
+    ("model={}", "model={}", "is a section; set its fields: attention"),  # would put every field at its default
     ("model.moe.losses=()", "model.moe.losses=()", "section"),
     ("mesh={1:2}", "mesh={1: 2}", "section"),
     ("model.moe.losses={1:2}", "model.moe.losses={1: 2}", "names as keys"),
@@ -169,23 +201,23 @@ def test_no_value_of_a_routers_option_does(router):
 
 
 def test_naming_another_router_drops_the_options_of_the_old_one():
-    config = load("configs/ling_mini_2.py", {"model.moe.router": "hash"})
+    config = load("configs/ling_2.py:mini", {"model.moe.router": "hash"})
     assert config.model.moe.options == type(config.model.moe.options)()
 
 
 def test_a_field_that_is_younger_than_a_run_leaves_it_as_it_was(tmp_path):
-    config = to_dict(Config())
-    old = json.loads(json.dumps(config))
+    config = resolve(default())
+    old = json.loads(json.dumps(to_dict(config)))
     del old["model"]["mixture_of_depths"], old["model"]["moe"]["load_balance_devices"]
     (tmp_path / "config.json").write_text(json.dumps(old))
     rundir.check_config(tmp_path, config, force=False)
-    config["model"]["mixture_of_depths"]["capacity"] = 0.5
+    config = resolve(override(default(), {"model.mixture_of_depths.capacity": 0.5}))
     with pytest.raises(UserError, match=r"\(model.mixture_of_depths.capacity: 0.0 there, 0.5 here\)"):
         rundir.check_config(tmp_path, config, force=False)
     del old["model"]["moe"]["losses"]["z"]  # a user's own entry, no field
     (tmp_path / "config.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match=r"model\.moe\.losses\.z: None there, 0\.001 here"):
-        rundir.check_config(tmp_path, to_dict(Config()), force=False)
+        rundir.check_config(tmp_path, resolve(default()), force=False)
 
 
 def test_a_run_from_before_documents_had_a_start_goes_on_without_one(tmp_path):
@@ -198,9 +230,9 @@ def test_a_run_from_before_documents_had_a_start_goes_on_without_one(tmp_path):
     assert resolve(record(tmp_path / "config.json")).data.document_start == "none"
     begun = rundir.as_begun(config, tmp_path)
     assert begun == resolve(override(default(), {"data.document_start": "none"}))
-    rundir.check_config(tmp_path, to_dict(begun), force=False)
+    rundir.check_config(tmp_path, begun, force=False)
     with pytest.raises(UserError, match=r"\(data\.document_start: 'none' there, 'end_of_text' here\)"):
-        rundir.check_config(tmp_path, to_dict(config), force=False)
+        rundir.check_config(tmp_path, config, force=False)
     for saved in (to_dict(config), {"data": 3}, [], None, {}):  # a run of today, and what is none
         (tmp_path / "config.json").write_text(json.dumps(saved))
         assert rundir.as_begun(config, tmp_path) is config
@@ -208,9 +240,59 @@ def test_a_run_from_before_documents_had_a_start_goes_on_without_one(tmp_path):
 
 def test_a_run_continues_on_another_mesh_and_not_with_another_seed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(resolve(default()))))
-    rundir.check_config(tmp_path, to_dict(resolve(override(default(), {"mesh.fsdp": 4}))), force=False)
+    rundir.check_config(tmp_path, resolve(override(default(), {"mesh.fsdp": 4})), force=False)
     with pytest.raises(UserError, match=r"\(train.seed: 0 there, 1 here\)"):
-        rundir.check_config(tmp_path, to_dict(resolve(override(default(), {"train.seed": 1}))), force=False)
+        rundir.check_config(tmp_path, resolve(override(default(), {"train.seed": 1})), force=False)
+
+
+OPEN = {"mesh.data": 2, "mesh.fsdp": -1}
+
+
+def test_a_config_is_settled_once_and_its_record_knows_what_was_open(tmp_path):
+    config = resolve(override(default(), OPEN))
+    settled = settle(config, 257, 8)
+    assert settled.model.vocab_size == 320 and to_dict(settled.mesh) == {
+        "data": 2, "fsdp": 4, "expert": 1, "tensor": 1, "context": 1
+    }  # fmt: skip
+    assert settle(settled, 257, 8) == settled == settle(settle(config, None, 8), 257, None)
+    assert settle(config, None, None) == config
+    path = tmp_path / "config.json"
+    rundir.describe(tmp_path, config, settled, 0)
+    assert json.loads(path.read_text())["left_open"] == ["model.vocab_size", "mesh.fsdp"]
+    assert resolve(record(path)) == settled and resolve(asked(path)) == config == load(str(tmp_path))
+    assert settle(load(str(path), {"data.tokenizer": "bpe:512"}), 513, 4).model.vocab_size == 576
+    rundir.describe(tmp_path, settled, settled, 0)
+    assert load(str(tmp_path)) == settled  # nothing was left open
+
+
+@pytest.mark.parametrize("value", [3, None, "mesh.data", ["mesh.date"], ["model.dim"], [[]], {"mesh.data": []}])
+def test_a_record_that_names_other_fields_as_open_is_damaged(tmp_path, value):
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(Config()) | {"left_open": value}))
+    with pytest.raises(UserError, match="a damaged config"):
+        load(str(tmp_path))
+
+
+def test_a_vocabulary_is_compared_once_it_is_settled(tmp_path):
+    """Runs that are older than `settle` left it open on record too, beside their tokenizer."""
+    config = resolve(default())
+    bytes_ = ByteTokenizer()
+    for saved in (to_dict(config), recorded(config, settle(config, bytes_.size, 1))):
+        (tmp_path / "config.json").write_text(json.dumps(saved))
+        rundir.check_config(tmp_path, settle(config, bytes_.size, 2), force=False)  # the tokenizer is not there
+        (tmp_path / "tokenizer").mkdir(exist_ok=True)
+        bytes_.save_into(tmp_path / "tokenizer")
+        for same in (config, settle(config, bytes_.size, 2), settle(config, bytes_.size, None)):
+            rundir.check_config(tmp_path, same, force=False)
+        with pytest.raises(UserError, match=r"\(model\.vocab_size: 320 there, 384 here\)"):
+            rundir.check_config(tmp_path, settle(config, 321, None), force=False)
+
+
+def test_what_an_older_run_left_open_is_no_change_of_its_config(tmp_path):
+    config = resolve(default())
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    for devices, changes in ((2, {}), (4, {"mesh.data": [2, 4]})):
+        rundir.describe(tmp_path, config, settle(config, 257, devices), 0)
+        assert rundir.read_rows(tmp_path / "history.jsonl")[-1]["changes"] == changes
 
 
 HEADS = {"model.num_heads": 8, "model.num_kv_heads": 2}  # of the default config beside: E=8, D=256, T=256, batch 16
@@ -267,7 +349,7 @@ def test_a_missing_config_file_lists_the_ones_there_are(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"did you mean 'configs/quickstart\.py'"):
         load("configs/quickstrat.py")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"did you mean 'quickstart'\? valid: ling_1t, .*, study$"):
+    with pytest.raises(UserError, match=r"did you mean 'quickstart'\? valid: ling_1:lite, .*, study$"):
         load("quickstrat")
 
 

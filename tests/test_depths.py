@@ -16,17 +16,18 @@ from test_train_step import DEPTHS, EVERY_LOSS, batch, config_of, largest_differ
 from frugalmoe import sharding
 from frugalmoe.ablate.results import final_metrics, known_metrics
 from frugalmoe.analysis import load_run
-from frugalmoe.analysis.table import headline_rows
+from frugalmoe.analysis.pages.table import headline_rows
 from frugalmoe.data import Batch
 from frugalmoe.generate import Sampling, sample_text, stream
-from frugalmoe.model import depths
-from frugalmoe.model.layers import rotary
+from frugalmoe.model import depths, pattern
+from frugalmoe.model.block import Block, Place, Stream, prepare
 from frugalmoe.model.moe import Context
-from frugalmoe.model.transformer import Block, Transformer
+from frugalmoe.model.transformer import Transformer
 from frugalmoe.schema import Model
 from frugalmoe.train.loop import train
+from frugalmoe.train.objective import knobs, without_knobs
 from frugalmoe.train.placing import put_batch
-from frugalmoe.train.step import init, knobs, make_eval_step, make_train_step, without_knobs
+from frugalmoe.train.step import init, make_eval_step, make_train_step
 from frugalmoe.train.weights import load_model
 
 B, T, D = 3, 12, 32
@@ -53,17 +54,17 @@ class OneBlock:
 
     def __init__(self):
         self.config = config = model_of()
-        self.block = Block(jax.random.key(0), config, moe=True)
+        self.kind = pattern.BlockKind("grouped", "moe", pattern.DEPTHS)
+        self.block = Block(jax.random.key(0), config, self.kind)
         self.depth = depths.Depth(jax.random.key(1), config)
         self.x_BTD = np.random.default_rng(2).normal(size=(B, T, D)).astype(np.float32)
 
     def through(self, depth: depths.Depth, x_BTD: jax.Array, train: bool) -> tuple:
-        context = context_of(0, train=train)
-        angles = self.angles(context)
-        return depth.through(self.block, x_BTD, context, angles, jnp.int32(0), None, None)
+        context, branches = context_of(0, train=train), functools.partial(self.block.parts.branches, self.kind)
+        return depth(branches, Stream(x_BTD), context, self.prepared(context), Place(jnp.int32(0)))
 
-    def angles(self, context: Context):
-        return rotary(context.positions_BT, self.config.head_dim, self.config.rope_theta, self.config.rope_fraction)
+    def prepared(self, context: Context):
+        return prepare(context.positions_BT, self.config, ("grouped",))
 
     def passes(self, train: bool) -> np.ndarray:
         """bool [B, T], by sorting in numpy."""
@@ -87,7 +88,7 @@ def one():
 def test_a_block_equals_its_definition_sequence_by_sequence(one, train):
     """y = x + r * (block(x) - x), where the block saw the tokens that pass as if the others did not exist."""
     run = jax.jit(functools.partial(one.through, one.depth, train=train))
-    y_BTD, routed, _, _, report = jax.device_get(run(sharding.put(mesh_of(), one.x_BTD, "BTD")))
+    (y_BTD, _), routed, _, report = jax.device_get(run(sharding.put(mesh_of(), one.x_BTD, "BTD")))
     passes_BT = one.passes(train)
     whole = context_of(0)
     expected_BTD, counts = one.x_BTD.copy(), 0
@@ -95,7 +96,8 @@ def test_a_block_equals_its_definition_sequence_by_sequence(one, train):
     @jax.jit
     def alone(x_BTD, *seen):
         context = Context(*seen, whole.keys_B[:1], whole.step, train)
-        return one.block(x_BTD, context, one.angles(context), jnp.int32(0), None, None, None)[:2]
+        passed = one.block(Stream(x_BTD), context, one.prepared(context), Place(jnp.int32(0)))
+        return passed.stream.x_BTD, passed.routed
 
     for row in range(B):
         at = np.flatnonzero(passes_BT[row])
@@ -146,11 +148,11 @@ def test_the_output_trains_the_router_and_the_cross_entropy_the_predictor_alone(
     graphdef, depth = nnx.split(one.depth)
 
     def of_output(depth, x_BTD):
-        y_BTD, *_ = one.through(nnx.merge(graphdef, depth), x_BTD, train=True)
+        y_BTD = one.through(nnx.merge(graphdef, depth), x_BTD, train=True).stream.x_BTD
         return jnp.sum(y_BTD * g_BTD), y_BTD
 
     def of_predictor(depth, x_BTD):
-        *_, report = one.through(nnx.merge(graphdef, depth), x_BTD, train=True)
+        report = one.through(nnx.merge(graphdef, depth), x_BTD, train=True).report
         return report.losses["depth_predictor"].sum
 
     x_BTD = sharding.put(mesh_of(), one.x_BTD, "BTD")
@@ -161,12 +163,12 @@ def test_the_output_trains_the_router_and_the_cross_entropy_the_predictor_alone(
     slope_BT = np.sum(np.asarray(g_BTD) * (np.asarray(y_BTD) - one.x_BTD), axis=-1) / r_BT * passes_BT
     np.testing.assert_allclose(gradient["router_D"], np.einsum("bt,btd->d", slope_BT, one.x_BTD), rtol=1e-3, atol=1e-3)
     assert np.abs(gradient["router_D"]).max() > 0.1
-    assert all(np.all(gradient[name] == 0) for name in ("up_DH", "out_H", "bias"))
+    assert all(np.all(gradient[name] == 0) for name in ("up_DP", "out_P", "bias"))
 
     gradient, x_gradient = jax.jit(jax.grad(of_predictor, (0, 1)))(depth, x_BTD)
     gradient = nnx.to_pure_dict(gradient)
     assert np.all(x_gradient == 0) and np.all(gradient["router_D"] == 0)
-    assert all(np.abs(gradient[name]).max() > 1e-3 for name in ("up_DH", "out_H", "bias"))
+    assert all(np.abs(gradient[name]).max() > 1e-3 for name in ("up_DP", "out_P", "bias"))
 
 
 @pytest.mark.slow
@@ -190,32 +192,35 @@ def test_later_tokens_change_earlier_ones_where_a_leak_is_declared_and_nowhere_e
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every, routed", [(2, ([1], [4, 6])), (4, ([], [6])), (1, ([0, 1, 2], [3, 4, 5, 6]))])
+@pytest.mark.parametrize("every, routed", [(2, [1, 4, 6]), (4, [6]), (1, [0, 1, 2, 3, 4, 5, 6])])
 def test_scanned_layers_equal_one_after_the_other(every, routed):
     """3 dense and 4 MoE blocks: groups, and what is left over; statistics in the order of the layers."""
     config = model_of(num_layers=7, num_dense_layers=3, **{"mixture_of_depths.every": every})
-    assert depths.routed_layers(config) == routed
+    assert pattern.wrapped_layers(config) == routed
     with jax.set_mesh(mesh_of()):
         model, context = Transformer(config, jax.random.key(0)), context_of(1)
         out = jax.jit(lambda: model(context))()
 
         @jax.jit
         def one_by_one():
-            x_BTD = model.embed_VD.at[context.token_ids_BT].get(out_sharding=sharding.spec("BTD"))
-            angles = rotary(context.positions_BT, config.head_dim, config.rope_theta, config.rope_fraction)
+            stream = Stream(model.embed_VD.at[context.token_ids_BT].get(out_sharding=sharding.spec("BTD")))
+            prepared = prepare(context.positions_BT, config, ("grouped",))
             counts, reports = [], []
-            for layer in range(7):
-                kind, index = ("dense", layer) if layer < 3 else ("moe", layer - 3)
-                block = jax.tree.map(lambda a, i=index: a[i], getattr(model, f"{kind}_blocks"))
-                rest = (context, angles, jnp.int32(index), None, None)
-                if layer in (*routed[0], *routed[1]):
-                    depth = jax.tree.map(lambda a, i=index: a[i // every], getattr(model, f"{kind}_depths"))
-                    x_BTD, of_layer, _, _, report = depth.through(block, x_BTD, *rest)
-                    reports.append(report)
+            for layer, kind in enumerate(pattern.layers(config)):
+                index = layer if layer < 3 else layer - 3
+                blocks = getattr(model, f"{kind.feed_forward}_blocks")
+                block = jax.tree.map(lambda a, i=index: a[i], blocks)
+                rest = (context, prepared, Place(jnp.int32(index)))
+                if layer in routed:
+                    depths_of = getattr(model, f"{kind.feed_forward}_depths")
+                    depth = jax.tree.map(lambda a, i=index: a[i // every], depths_of)
+                    passed = depth(functools.partial(block.parts.branches, kind), stream, *rest)
+                    reports.append(passed.report)
                 else:
-                    x_BTD, of_layer, *_ = block(x_BTD, *rest, None)
-                counts += [of_layer.stats["counts"]] if of_layer else []
-            return model.final_norm(x_BTD), jnp.stack(counts), jax.tree.map(lambda *a: jnp.stack(a), *reports)
+                    passed = block(stream, *rest)
+                stream = passed.stream
+                counts += [passed.routed.stats["counts"]] if passed.routed else []
+            return model.final_norm(stream.x_BTD), jnp.stack(counts), jax.tree.map(lambda *a: jnp.stack(a), *reports)
 
         hidden_BTD, counts_LE, reports = one_by_one()
     np.testing.assert_allclose(out.hidden_BTD, hidden_BTD, rtol=1e-5, atol=1e-5)
@@ -272,7 +277,7 @@ def test_runs_trained_at_once_are_the_runs():
     together, together_metrics = jax.tree.map(lambda a: a[0], jax.device_get((state, metrics)))
     assert largest_difference(alone.params, together.params) < 1e-4
     assert largest_difference(alone_metrics[1], together_metrics) < 2e-4
-    assert largest_difference(*(np.asarray(a) for a in metrics["depth/predictor_accuracy"])) > 0
+    assert largest_difference(*(np.asarray(a) for a in metrics.depths["depth/predictor_accuracy"])) > 0
 
 
 @pytest.mark.slow

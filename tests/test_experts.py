@@ -10,130 +10,114 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import triton_interpreter
 from jax.sharding import PartitionSpec as P
 
 from frugalmoe.errors import UserError
-from frugalmoe.experts import EXECUTORS, blocks, dense, execute, gpu, grouped, pick, tpu
-from frugalmoe.experts.blocks import block_sizes, cover
+from frugalmoe.experts import execute_here, executors, grouped, pick, triton_interpreter
+from frugalmoe.experts.contract import Executor
+from frugalmoe.experts.executors import blocks, gpu
+from frugalmoe.experts.executors.blocks import block_sizes, cover
 from frugalmoe.experts.rows import sort_rows
-from frugalmoe.routing.contract import ExpertPlan, TokenPlan
+from frugalmoe.laws.executors import (
+    LAWS,
+    D,
+    F,
+    assert_close,
+    check_plan,
+    plans,
+    random_plan,
+    run_dense,
+    run_whole,
+    value_and_gradients,
+    weights,
+)
+from frugalmoe.routing.contract import TokenPlan
 from frugalmoe.schema import MoE
 
-N, D, F = 96, 32, 16
+PLANS = plans()
 
 
-def random_plan(seed, num_experts, k, tokens=N, null=0.0):
-    """Distinct experts per token; a share of null slots."""
-    rng = np.random.default_rng(seed)
-    expert = rng.permuted(np.tile(np.arange(num_experts), (tokens, 1)), axis=1)[:, :k]
-    empty = rng.random((tokens, k)) < null
-    weight = np.where(empty, 0, rng.uniform(0.1, 1.0, (tokens, k)))
-    return TokenPlan(jnp.array(np.where(empty, num_experts, expert), jnp.int32), jnp.array(weight, jnp.float32))
+def test_every_file_of_the_folder_is_an_executor():
+    assert executors.names() == executors.sound() != ()
 
 
-def expert_plan(seed, num_experts, slots, empty):
-    rng = np.random.default_rng(seed)
-    token = np.stack([rng.permutation(N)[:slots] for _ in range(num_experts)])
-    dead = rng.random(token.shape) < empty
-    weight = np.where(dead, 0, rng.uniform(0.1, 1.0, token.shape))
-    return ExpertPlan(jnp.array(np.where(dead, N, token), jnp.int32), jnp.array(weight, jnp.float32))
+@pytest.mark.parametrize("executor", executors.names())
+@pytest.mark.parametrize("name", PLANS)
+def test_equals_the_oracle(name, executor):
+    check_plan(executors.get(executor), name)
 
 
-def only(expert, num_experts, k=1):
-    """All tokens to the experts expert, expert+1, ..."""
-    ids = jnp.broadcast_to(expert + jnp.arange(k, dtype=jnp.int32), (N, k))
-    return num_experts, TokenPlan(ids, jnp.linspace(0.2, 1.0, N * k).reshape(N, k))
+@pytest.mark.parametrize("executor", executors.names())
+@pytest.mark.parametrize("law", [name for name in LAWS if name != "oracle"])
+def test_law(law, executor):
+    LAWS[law](executors.get(executor))
 
 
-PLANS = {
-    "even": (8, random_plan(0, 8, 2)),
-    "uneven, two experts empty": (
-        8,
-        TokenPlan(random_plan(1, 6, 3).expert_NK ** 2 // 5, random_plan(1, 6, 3).weight_NK),
-    ),
-    "all tokens to the last expert": only(3, 4),
-    "all tokens to the first expert": only(0, 4),
-    "null slots": (8, random_plan(2, 8, 4, null=0.4)),
-    "all null": (4, TokenPlan(jnp.full((N, 2), 4, jnp.int32), jnp.zeros((N, 2)))),
-    "equal weights": (8, random_plan(3, 8, 2)._replace(weight_NK=jnp.full((N, 2), 0.5))),
-    "one expert": only(0, 1),
-    "every expert": (4, random_plan(4, 4, 4)),
-    "expert-major, full": (4, expert_plan(5, 4, 24, 0.0)),
-    "expert-major, empty slots": (4, expert_plan(6, 4, 40, 0.3)),
-    "expert-major, all empty": (2, expert_plan(7, 2, 8, 1.1)),
-}
+# Executors that break a law; each is `blocks` but for what it breaks.
 
 
-def weights(num_experts, dtype=jnp.float32, dim=D, hidden=F):
-    keys = jax.random.split(jax.random.key(1), 3)
-    x_ND = jax.random.normal(keys[0], (N, dim))
-    gate_up = jax.random.normal(keys[1], (num_experts, dim, 2, hidden)) * dim**-0.5
-    down = jax.random.normal(keys[2], (num_experts, hidden, dim)) * hidden**-0.5
-    return tuple(a.astype(dtype) for a in (x_ND, gate_up, down))
+def without_weights(plan, x_ND, gate_up, down, call):
+    return blocks.run(plan.with_weights(jnp.ones_like(plan.weights)), x_ND, gate_up, down, call)
 
 
-def run_dense(plan, x, gate_up, down):
-    return dense.run(plan, x, gate_up, down)
+def without_gradient(plan, x_ND, gate_up, down, call):
+    return blocks.run(plan, x_ND, gate_up, jax.lax.stop_gradient(down), call)
+
+
+def in_float32(plan, x_ND, gate_up, down, call):
+    y, dropped = blocks.run(plan, x_ND, gate_up, down, call)
+    return y.astype(jnp.float32), dropped
+
+
+def in_any_room(plan, x_ND, gate_up, down, call):
+    return blocks.run(plan, x_ND, gate_up, down, call._replace(room=None))
+
+
+def forgets_its_drops(plan, x_ND, gate_up, down, call):
+    return executors.get("capacity").run(plan, x_ND, gate_up, down, call)[0], jnp.int32(0)
+
+
+CAPACITY = {"keeps_room": False, "drops": executors.get("capacity").drops}
+BROKEN = [
+    ("oracle", without_weights, {}),
+    ("oracle", without_gradient, {}),
+    ("bfloat16", in_float32, {}),
+    ("room", in_any_room, {}),
+    ("drops", executors.get("capacity").run, {"keeps_room": False}),
+    ("drops", forgets_its_drops, CAPACITY),
+    ("drops", blocks.run, CAPACITY),
+    ("oracle", blocks.run, {"platforms": ("an NPU",)}),
+]
+
+
+@pytest.mark.parametrize(("law", "run", "claims"), BROKEN, ids=[f"{law}-{run.__name__}" for law, run, _ in BROKEN])
+def test_a_law_catches(law, run, claims):
+    with pytest.raises(AssertionError):
+        LAWS[law](Executor(run=run, work="", purpose="", name="broken", **claims))
+
+
+def test_a_new_file_is_found_and_held_to_the_laws(tmp_path, monkeypatch):
+    """Nothing else is edited; and one that ignores its weights fails."""
+    (tmp_path / "mine.py").write_text(
+        "import jax.numpy as jnp\n"
+        "from frugalmoe.experts.contract import Executor\n"
+        "def run(plan, x_ND, gate_up_ED2F, down_EFD, call):\n"
+        "    return x_ND, jnp.int32(0)\n"
+        "EXECUTOR = Executor(run=run, work='0', purpose='none')\n"
+    )
+    monkeypatch.setattr(executors, "__path__", [*executors.__path__, str(tmp_path)])
+    assert "mine" in executors.names() and pick(MoE(executor="mine"), "cpu").name == "mine"
+    with pytest.raises(AssertionError, match="plan 'even': y: "):
+        LAWS["oracle"](executors.get("mine"))
+    sys.modules.pop("frugalmoe.experts.executors.mine")
 
 
 def run_blocks(plan, x, gate_up, down):
-    return blocks.run(sort_rows(plan, down.shape[0]), x, gate_up, down)
+    return run_whole(executors.get("blocks"))(plan, x, gate_up, down)
 
 
 def run_kernels(kernels, plan, x, gate_up, down):
     return grouped.run(kernels, sort_rows(plan, down.shape[0]), x, gate_up, down)
-
-
-def run_capacity(plan, x, gate_up, down):
-    config = MoE(num_experts=down.shape[0], num_experts_per_token=1, executor="capacity", capacity_factor=1e6)
-    y, dropped = execute(plan, x, gate_up, down, config, num_sequences=3)
-    return jnp.where(dropped == 0, y, jnp.nan)
-
-
-RUN = {
-    "blocks": run_blocks,
-    "capacity": run_capacity,
-    "tpu": partial(run_kernels, tpu.kernels(N, interpret=True)),
-    "gpu": partial(run_kernels, gpu.kernels(triton_interpreter.launch)),
-}
-
-
-def value_and_gradients(run, plan, *arrays):
-    """y and the gradients of a generic scalar of it for (plan weights, x, gate_up, down)."""
-
-    def loss(weight, *arrays):
-        y = run(plan._replace(**{plan._fields[1]: weight}), *arrays)
-        return jnp.sum(y.astype(jnp.float32) * jnp.cos(jnp.arange(y.size).reshape(y.shape))), y
-
-    (_, y), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(plan[1], *arrays)
-    # The weight of an empty slot is no variable: the oracle sees another value of it than executors that skip the slot.
-    live = plan[0] < (arrays[2].shape[0] if isinstance(plan, TokenPlan) else y.shape[0])
-    return y, jnp.where(live, grads[0], 0), *grads[1:]
-
-
-def assert_close(got, expected, tolerance):
-    for name, a, b in zip(("y", "plan weights", "x", "gate_up", "down"), got, expected, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape, name
-        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), (name, np.linalg.norm(a - b), np.linalg.norm(b))
-
-
-@pytest.mark.parametrize("executor", RUN)
-@pytest.mark.parametrize("name", PLANS)
-def test_equals_the_oracle(name, executor):
-    num_experts, plan = PLANS[name]
-    arrays = weights(num_experts)
-    assert_close(value_and_gradients(RUN[executor], plan, *arrays), value_and_gradients(run_dense, plan, *arrays), 1e-5)
-
-
-@pytest.mark.parametrize("executor", RUN)
-def test_bfloat16_is_within_rounding_of_float32(executor):
-    num_experts, plan = PLANS["null slots"]
-    got = value_and_gradients(RUN[executor], plan, *weights(num_experts, jnp.bfloat16))
-    full = value_and_gradients(run_dense, plan, *weights(num_experts))
-    expected = (full[0].astype(jnp.bfloat16), full[1], *(g.astype(jnp.bfloat16) for g in full[2:]))
-    assert_close(got, expected, 2e-2)
 
 
 def test_blocks_of_every_size_are_used_and_agree():
@@ -226,19 +210,24 @@ def test_two_layers_in_a_scan_differentiate_through_each_other():
         *[(e, "cpu", "blocks") for e in ("auto", "grouped")],
         *[(e, "tpu", "tpu") for e in ("auto", "grouped")],
         *[(e, p, "gpu") for e in ("auto", "grouped") for p in ("gpu", "cuda")],
-        *[(e, p, e) for e in ("dense", "capacity", "blocks", "tpu", "gpu") for p in ("cpu", "tpu", "gpu")],
+        *[(e, p, e) for e in executors.names() for p in ("cpu", "tpu", "gpu")],
     ],
 )
 def test_pick(executor, platform, expected):
-    assert pick(MoE(executor=executor), platform) == expected
+    assert pick(MoE(executor=executor), platform).name == expected
+
+
+def test_each_platform_has_one_executor_of_its_own():
+    claims = [platform for name in executors.names() for platform in executors.get(name).default_on]
+    assert len(claims) == len(set(claims)) and "*" in claims
 
 
 def test_execute_runs_what_pick_names_here():
     num_experts, plan = PLANS["even"]
     arrays = weights(num_experts)
-    for executor in ("auto", "dense", "grouped", "capacity", "blocks"):
+    for executor in (*executors.BY_PLATFORM, *(e for e in executors.names() if not executors.get(e).platforms)):
         config = MoE(num_experts=num_experts, executor=executor, capacity_factor=100.0)
-        y, dropped = jax.jit(partial(execute, config=config, num_sequences=2))(plan, *arrays)
+        y, dropped = jax.jit(partial(execute_here, config=config, num_sequences=2))(plan, *arrays)
         np.testing.assert_allclose(y, run_dense(plan, *arrays), rtol=1e-4, atol=1e-5)
         assert dropped.dtype == jnp.int32 and dropped.shape == () and dropped == 0
 
@@ -246,14 +235,23 @@ def test_execute_runs_what_pick_names_here():
 def test_unknown_executor_names_the_choices():
     with pytest.raises(UserError, match=r"group.*did you mean 'grouped'") as error:
         pick(MoE(executor="group"), "cpu")
-    assert all(name in str(error.value) for name in EXECUTORS) and "\n" not in str(error.value)
+    valid = *executors.BY_PLATFORM, *executors.names()
+    assert all(name in str(error.value) for name in valid) and "\n" not in str(error.value)
+
+
+def test_an_executor_of_another_platform_is_refused_with_what_runs_here():
+    num_experts, plan = PLANS["even"]
+    with pytest.raises(UserError, match="runs on tpu, and this is cpu; model"):
+        execute_here(plan, *weights(num_experts), MoE(num_experts=num_experts, executor="tpu"), 1)
 
 
 LOWERED = """
 import sys
 import jax, jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
-from test_experts import TokenPlan, gpu, random_plan, run_kernels, tpu, weights
+from frugalmoe.experts.executors import gpu, tpu
+from frugalmoe.laws.executors import random_plan, weights
+from test_experts import run_kernels
 
 kinds = {"tpu": "TPU v5 lite", "a100": "NVIDIA A100-SXM4-80GB", "h100": "NVIDIA H100 80GB HBM3"}
 for device, dtype in ((device, dtype) for device in sys.argv[1:] for dtype in (jnp.float32, jnp.bfloat16)):
@@ -293,10 +291,10 @@ def test_the_package_that_gpus_need_is_named(monkeypatch):
 
 def test_gpu_kernels_run_in_several_lanes():
     """Runs that train in one program are lanes of a `vmap`."""
-    plans, run = [random_plan(seed, 4, 2) for seed in (0, 1)], RUN["gpu"]
-    stacked = TokenPlan(*map(jnp.stack, zip(*plans)))
+    both, run = [random_plan(seed, 4, 2) for seed in (0, 1)], run_whole(executors.get("gpu"))
+    stacked = TokenPlan(*map(jnp.stack, zip(*both)))
     lanes = jax.jit(jax.vmap(lambda plan: run(plan, *weights(4))))(stacked)
-    for y, plan in zip(lanes, plans, strict=True):
+    for y, plan in zip(lanes, both, strict=True):
         np.testing.assert_allclose(y, run_dense(plan, *weights(4)), rtol=1e-4, atol=1e-5)
 
 

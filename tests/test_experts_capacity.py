@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from frugalmoe.experts import ORDERS, capacity, dense, execute
+from frugalmoe.experts import ORDERS, execute_here
+from frugalmoe.experts.executors import capacity
+from frugalmoe.laws.executors import run_dense
 from frugalmoe.routing.contract import TokenPlan
 from frugalmoe.schema import MoE
 
@@ -102,12 +104,12 @@ def test_executes_the_limited_plan(order):
     down = jax.random.normal(keys[2], (num_experts, hidden, dim)) * hidden**-0.5
 
     def by_capacity(weight, *arrays):
-        y, dropped = execute(plan._replace(weight_NK=weight), *arrays, settings, 2)
+        y, dropped = execute_here(plan._replace(weight_NK=weight), *arrays, settings, 2)
         return jnp.sum(jnp.sin(y)), dropped
 
     def by_oracle(weight, *arrays):
         left, dropped = capacity.limit(plan._replace(weight_NK=weight), settings, 2)
-        return jnp.sum(jnp.sin(dense.run(left, *arrays))), dropped
+        return jnp.sum(jnp.sin(run_dense(left, *arrays))), dropped
 
     args = (plan.weight_NK, x, gate_up, down)
     (value, dropped), got = jax.jit(jax.value_and_grad(by_capacity, (0, 1, 2, 3), has_aux=True))(*args)

@@ -19,6 +19,7 @@ from frugalmoe.commands.generate import unescaped
 from frugalmoe.data.tokenizer import ByteTokenizer, JsonTokenizer
 from frugalmoe.errors import UserError
 from frugalmoe.generate import Decoding, Sampling, generate, sample_text, stream
+from frugalmoe.model.attention.kinds import window
 from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import structure
 from frugalmoe.routing import strategies
@@ -41,9 +42,19 @@ def weights_of(config) -> Weights:
     return Weights(state.params, state.router_state)
 
 
+WINDOW = {"model.attention": "window", "model.attention_options.window.window": 5}
+LATENT = {"model.attention": "latent", "model.attention_options.latent.query_rank": 12}
+ATTENTION = {
+    "window": WINDOW,
+    "sinks": {"model.attention_options.grouped.sinks": True},
+    "latent": LATENT,
+    "mixed": WINDOW | {"model.attention": "window,latent,grouped", "model.num_layers": 5},
+    "window of depths": DEPTHS | WINDOW,
+}
 MODELS = [
     *(pytest.param(router(n), id=n, marks=[] if n == "topk_softmax" else pytest.mark.slow) for n in CAUSAL),
     WITH_DEPTHS,
+    *(pytest.param(fields, id=name, marks=pytest.mark.slow) for name, fields in ATTENTION.items()),
 ]
 
 
@@ -89,11 +100,18 @@ PAIRS = [
 ]
 
 
+PAIRS += [
+    pytest.param(fields | {"model.attention_options.window.window": 9} if "window" in name else fields, id=name)
+    for name, fields in ATTENTION.items()
+]
+
+
 @pytest.mark.parametrize("fields", PAIRS)
 def test_decoding_computes_the_logits_of_evaluation(fields, monkeypatch):
     """Token by token after a prompt that comes in pieces, in a cache that grows, against a padded row of evaluation."""
     monkeypatch.setattr(module, "_PIECE", 32)
     monkeypatch.setattr(module, "_SLOTS", 64)
+    monkeypatch.setattr(window, "PIECE", 32)  # a ring of 41 slots
     config, mesh, real, length = config_of(fields | BYTES), mesh_of(), 87, 96
     tokens_T = np.random.default_rng(0).integers(0, 320, length).astype(np.int32)
     with jax.set_mesh(mesh):

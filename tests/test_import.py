@@ -41,6 +41,7 @@ print(code, seconds, ",".join(loaded), sep="|", file=open(os.environ["FOUND"], "
         *((f"{name} --no-such-flag", 2) for name in commands.names()),
         ("data prepare --help", 0),
         ("train --resume=sometimes --config=x", 2),
+        ("train --num-processes=two --config=x", 2),
         ("train --num_processes=two --config=x", 2),
         ("routers --config.model.dim=3", 2),
     ],
@@ -54,6 +55,19 @@ def test_help_and_typing_errors_load_nothing_that_takes_time(argv, code, tmp_pat
     assert not set(HEAVY) & set(loaded.split(","))
     assert float(seconds) < CPU_SECONDS
     assert "Traceback" not in done.stderr and (done.stdout or done.stderr)
+
+
+def test_flags_have_hyphens_and_those_of_older_launch_scripts_still_work(capsys):
+    from frugalmoe.cli import _parser, main
+
+    commands_of = next(a for a in _parser()._actions if a.dest == "command").choices
+    flags = [flag for parser in commands_of.values() for a in parser._actions for flag in a.option_strings]
+    assert "--num-processes" in flags and not [flag for flag in flags if "_" in flag]
+    shown = []
+    for spelling in ("process_id", "process-id"):
+        assert main(["train", "--config=quickstart:laptop", f"--{spelling}=1"]) == 2
+        shown.append(capsys.readouterr().err)
+    assert shown[0] == shown[1] and "--process-id=1: needs --coordinator, --num-processes too" in shown[0]
 
 
 @pytest.mark.parametrize("path", sorted(COMMANDS.glob("*.py")), ids=lambda path: path.stem)

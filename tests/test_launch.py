@@ -210,9 +210,9 @@ def stop(*_):
     sys.exit(75)
 signal.signal(signal.SIGTERM, stop)
 flags = dict(a[2:].split("=") for a in sys.argv[1:] if "=" in a)
-print(f"process {flags['process_id']} of {flags['num_processes']} at {flags['coordinator']}", flush=True)
+print(f"process {flags['process-id']} of {flags['num-processes']} at {flags['coordinator']}", flush=True)
 for _ in range(600):
-    if os.path.exists(f"fail{flags['process_id']}"): sys.exit(3)
+    if os.path.exists(f"fail{flags['process-id']}"): sys.exit(3)
     if os.path.exists("finish"): sys.exit(0)
     time.sleep(0.05)
 """

@@ -26,11 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from routing_cases import Case, all_cases
 
 from frugalmoe import sharding
 from frugalmoe.config import Config
 from frugalmoe.data import Batch
+from frugalmoe.laws.cases import Case, all_cases
 from frugalmoe.model import depths
 from frugalmoe.schema import MixtureOfDepths, Model, Optim, Train
 from frugalmoe.train.step import init, make_train_step
@@ -62,7 +62,7 @@ def excess(case: Case, seed: int = 0, around_blocks: MixtureOfDepths = OFF) -> f
             ones, positions = jnp.ones(shape, jnp.int32), jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), shape)
             batch = Batch(tokens[..., :-1], tokens[..., 1:], ones, positions, ones > 0, 0 * ones)
             state, metrics = step(state, Batch(*(sharding.reshard(a, "ABT") for a in batch)))
-            return state, metrics["loss/ce"]
+            return state, metrics.metrics["loss/ce"]
 
         keys = jax.random.split(jax.random.key(seed), STEPS)
         _, ce = jax.jit(lambda state: jax.lax.scan(on_fresh_tokens, state, keys))(init(config))

@@ -7,10 +7,12 @@ import pytest
 from flax import nnx
 from test_train_step import batch, config_of, mesh_of, trained
 
-from frugalmoe.model.layers import rotary, rotate
+from frugalmoe.model.rotary import rotary, rotate
 from frugalmoe.model.transformer import Transformer, split, structure
+from frugalmoe.schema import RopeScaling
+from frugalmoe.train.objective import forward
 from frugalmoe.train.placing import put_batch
-from frugalmoe.train.step import EVAL_SEED, _forward, init, make_eval_step
+from frugalmoe.train.step import EVAL_SEED, init, make_eval_step
 
 
 def test_norm_head_divides_each_channel_by_its_norm_over_the_vocabulary_and_detaches_it():
@@ -33,7 +35,7 @@ def test_tied_head_is_the_embedding():
 
 def test_rotation_keeps_norms_depends_on_distance_alone_and_leaves_the_rest():
     q, k = (jax.random.normal(jax.random.key(i), (1, 1, 1, 16)) for i in (0, 1))
-    at = lambda x, position: rotate(x, rotary(jnp.array([[position]]), 16, 1e4, 0.5))
+    at = lambda x, position: rotate(x, rotary(jnp.array([[position]]), 8, 1e4, RopeScaling()))
     dot = lambda i, j: float(jnp.sum(at(q, i) * at(k, j)))
     assert dot(3, 1) == pytest.approx(dot(10, 8), rel=1e-5)
     assert abs(dot(3, 1) - dot(3, 2)) > 1e-3
@@ -73,7 +75,7 @@ def test_predicted_ids_are_the_best_of_float32_logits_within_the_vocabulary():
         @jax.jit
         def hidden_and_head(params, router_state, batch):
             model = nnx.merge(graphdef, params, router_state)
-            return _forward(model, batch, 0, jnp.int32(0), EVAL_SEED, train=False).hidden_BTD, model.head()
+            return forward(model, batch, 0, jnp.int32(0), EVAL_SEED, train=False).hidden_BTD, model.head()
 
         evaluated = jax.jit(make_eval_step(config, trace=True, vocabulary=size))(
             state.params, state.router_state, placed

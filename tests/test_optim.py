@@ -1,16 +1,20 @@
-"""Schedules by their corner values, and what weight decay touches."""
+"""Schedules by their corner values, what weight decay touches, and Muon: by hand, and on which arrays."""
 
+import functools
 import itertools
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from frugalmoe.config import default, override, resolve
 from frugalmoe.errors import UserError
 from frugalmoe.model.transformer import declarations, structure
+from frugalmoe.optimizers import OPTIMIZERS, decay_mask
 from frugalmoe.schema import Config, Optim, Train
-from frugalmoe.train.optim import decay_mask, optimizer, schedule
+from frugalmoe.sharding import AXES, ROLES, make_mesh
+from frugalmoe.train.optim import bytes_of, optimizer, schedule
 
 STEPS, WARMUP, PEAK = 100, 10, 0.5
 BASE = {
@@ -93,3 +97,185 @@ def test_decay_is_decoupled_from_the_gradient_and_gradients_are_clipped():
     _, state = tx.update(huge, tx.init(params), params)
     (mu,) = (s.mu for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
     assert float(np.sqrt(sum(np.square(m).sum() for m in jax.tree.leaves(mu)))) == pytest.approx(0.1, rel=1e-5)
+
+
+# ---------------------------------------------------------------- Muon, and rates of roles
+
+SMALL = {
+    "train.steps": 5,
+    "optim.warmup_steps": 0,
+    "optim.learning_rate": 0.01,
+    "optim.schedule": "constant",
+    "optim.clip_norm": 0.0,
+    "model.vocab_size": 64,
+    "model.dim": 12,
+    "model.num_layers": 3,
+    "model.num_dense_layers": 1,
+    "model.dense_dim": 20,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
+    "model.head_dim": 8,
+    "model.qk_norm": "head",
+    "model.qkv_bias": True,
+    "model.moe.num_experts": 3,
+    "model.moe.expert_dim": 5,
+    "model.moe.num_shared_experts": 1,
+    "model.mixture_of_depths.capacity": 0.5,
+}
+
+
+def config_of(**fields) -> Config:
+    return resolve(override(default(), SMALL | {name.replace("__", "."): value for name, value in fields.items()}))
+
+
+@functools.cache
+def arrays_of(config: Config) -> tuple[dict, dict]:
+    """Parameters and gradients of a model, at random."""
+    _, shapes, _ = structure(config.model)
+    rng = np.random.default_rng(0)
+    draw = lambda: jax.tree.map(lambda a: rng.standard_normal(a.shape, np.float32), shapes)
+    return draw(), draw()
+
+
+def on_one_device():
+    return jax.set_mesh(make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1]))
+
+
+def compiled(tx: optax.GradientTransformation):
+    return jax.jit(tx.update, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.cache
+def update_of(config: Config) -> dict:
+    """The first update, by path."""
+    params, gradients = arrays_of(config_of())
+    with on_one_device():
+        tx = optimizer(config)
+        updates, _ = compiled(tx)(gradients, tx.init(params), params)
+    return by_path(jax.device_get(updates))
+
+
+def by_path(tree: dict) -> dict[tuple[str, ...], np.ndarray]:
+    return {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+# The matrices of each array, by hand: einsum-like letters, inputs and outputs as one axis each.
+MATRICES = {
+    "query_DHd": lambda a: a.reshape(-1, 12, 32),  # one matrix for all 4 heads of 8 channels
+    "out_HdD": lambda a: a.reshape(-1, 32, 12),
+    "gate_up_D2F": lambda a: np.moveaxis(a, 2, 1).reshape(-1, 12, a.shape[-1]),  # gate and up apart
+    "down_FD": lambda a: a.reshape(-1, a.shape[-2], 12),
+    "gate_up_ED2F": lambda a: np.moveaxis(a, 3, 2).reshape(-1, 12, 5),  # each expert's
+    "down_EFD": lambda a: a.reshape(-1, 5, 12),
+}
+
+
+def matrices_of(name: str, array: np.ndarray) -> np.ndarray:
+    """Of an array of stacked layers: [matrices, inputs, outputs]."""
+    if name.startswith(("key_D", "value_D")):
+        return array.reshape(-1, 12, 16)
+    return MATRICES[name](array)
+
+
+def test_muon_makes_each_matrix_orthogonal_by_itself_and_adamw_keeps_the_rest():
+    """Singular values near 1 before the scale 0.2 sqrt(max(inputs, outputs)), as far as five steps bring them."""
+    muon, adamw = (update_of(config_of(optim__name=name, optim__weight_decay=0.0)) for name in ("muon", "adamw"))
+    declared, orthogonal = declarations(config_of().model), set()
+    for path, update in muon.items():
+        if declared[path].role != "matrix":
+            np.testing.assert_array_equal(update, adamw[path], err_msg=str(path))
+            continue
+        matrices = matrices_of(path[-1], update / -0.01)
+        layers = 1 if path[0] == "dense_blocks" else 2
+        experts, pair = ("E" in declared[path].axes) * 2 + 1, ("2" in declared[path].axes) + 1
+        assert len(matrices) == layers * experts * pair, path
+        values = np.linalg.svd(matrices / (0.2 * max(matrices.shape[1:]) ** 0.5), compute_uv=False)
+        assert values.min() > 0.5 and values.max() < 1.3, (path, values.min(), values.max())
+        assert np.abs(update / adamw[path]).max() > 1.01 or np.abs(update / adamw[path]).min() < 0.99
+        orthogonal.add(path[-1])
+    assert len(orthogonal) == 8 and {d.role for d in declared.values()} == set(ROLES)
+
+
+def newton_schulz(matrix: np.ndarray) -> np.ndarray:
+    """Five steps of a X + (b A + c A A) X with A = X X', from X of Frobenius norm 1 (Jordan et al. 2024), float64."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = wide / np.linalg.norm(wide)
+    for _ in range(5):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x if wide is matrix else x.T
+
+
+def test_muon_by_hand():
+    """Two steps of one matrix: momentum with Nesterov's look ahead, five iterations, scale, decay."""
+    config = config_of(optim__name="muon", optim__momentum=0.9, optim__weight_decay=0.5)
+    params, gradients = arrays_of(config_of())
+    path = ("moe_blocks", "moe", "gate_up_ED2F")
+    take = lambda tree: np.asarray(by_path(tree)[path])[1, 2, :, 0].astype(np.float64)  # layer 1, expert 2, gate
+    weight, gradient, mean = take(params), take(gradients), 0.0
+    with on_one_device():
+        tx = optimizer(config)
+        state, update = tx.init(params), compiled(tx)
+        for step, sign in enumerate((1.0, -2.0), 1):
+            updates, state = update(jax.tree.map(lambda g, sign=sign: sign * g, gradients), state, params)
+            mean = 0.9 * mean + 0.1 * sign * gradient
+            ahead = 0.9 * mean / (1 - 0.9 ** (step + 1)) + 0.1 * sign * gradient / (1 - 0.9**step)
+            expected = -0.01 * (0.2 * 12**0.5 * newton_schulz(ahead) + 0.5 * weight)
+            np.testing.assert_allclose(take(updates), expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_a_matrix_without_a_gradient_is_left_where_it_is():
+    """An expert that no token reaches in the first step: no NaN, no update."""
+    params, gradients = arrays_of(config_of())
+    gradients["moe_blocks"]["moe"]["down_EFD"] = gradients["moe_blocks"]["moe"]["down_EFD"].copy()
+    gradients["moe_blocks"]["moe"]["down_EFD"][0, 1] = 0
+    with on_one_device():
+        tx = optimizer(config_of(optim__name="muon", optim__weight_decay=0.0))
+        updates, state = compiled(tx)(gradients, tx.init(params), params)
+    update = np.asarray(updates["moe_blocks"]["moe"]["down_EFD"])
+    assert np.all(update[0, 1] == 0) and np.all(update[0, 0] != 0) and np.all(np.isfinite(update))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rates_of_roles_are_factors_on_the_updates_of_their_arrays_alone(name):
+    """Decay too, for it is times the learning rate. XLA orders the sums of two programs differently."""
+    rates = {"router": 0.5, "vector": 0.0, "head": 4}
+    plain, rated = (update_of(config_of(optim__name=name, optim__rates=r)) for r in ({}, rates))
+    declared = declarations(config_of().model)
+    for path, update in plain.items():
+        expected = update * np.float32(rates.get(declared[path].role, 1))
+        np.testing.assert_allclose(rated[path], expected, rtol=1e-5, atol=1e-4 * np.abs(expected).max(), err_msg=path)
+
+
+@pytest.mark.parametrize("name, copies", [("adamw", 2), ("muon", 1)])
+def test_bytes_of_the_optimizer_by_hand(name, copies):
+    """AdamW keeps two moments; Muon one for a matrix. Beside them stand counters and three coefficients."""
+    config = config_of(optim__name=name)
+    params, _ = arrays_of(config_of())
+    declared = declarations(config.model)
+    sizes = {True: 0, False: 0}
+    for path, leaf in by_path(params).items():
+        sizes[declared[path].role == "matrix"] += 4 * leaf.size
+    found = bytes_of(config)
+    assert found.parameters == sum(sizes.values())
+    assert 0 < found.optimizer - (copies * sizes[True] + 2 * sizes[False]) < 64
+
+
+WRONG = [
+    ("optim.name=moun", "optim.name='moun': unknown; did you mean 'muon'?"),
+    ("optim.rates.rooter=1", "optim.rates.rooter: unknown role of parameters; did you mean 'router'?"),
+    ("optim.rates.router=-1", "optim.rates.router=-1.0: must not be negative or infinite"),
+    ("optim.rates.router=fast", "optim.rates.router='fast': expected float, got str"),
+    ("optim.rates=0.5", "optim.rates=0.5: is a section"),
+    ("optim.momentum=1", "optim.momentum=1.0: must be in [0, 1)"),
+    ("optim.nmae=muon", "optim.nmae: unknown config field; did you mean 'name'?"),
+]
+
+
+@pytest.mark.parametrize("flag, line", WRONG, ids=[flag for flag, _ in WRONG])
+def test_what_is_wrong_is_said(flag, line):
+    with pytest.raises(UserError) as refused:
+        resolve(override(default(), [flag]))
+    assert line in str(refused.value)

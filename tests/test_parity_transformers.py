@@ -124,14 +124,14 @@ def by_our_names(get: Callable[[str], np.ndarray], model, family: Family) -> dic
         p = f"model.layers.{i}.self_attn."
         tree = {
             "query_DHd": get(p + "q_proj.weight").reshape(H, d, D).transpose(2, 0, 1),
-            "key_DKd": get(p + "k_proj.weight").reshape(K, d, D).transpose(2, 0, 1),
-            "value_DKd": get(p + "v_proj.weight").reshape(K, d, D).transpose(2, 0, 1),
+            "key_Dhd": get(p + "k_proj.weight").reshape(K, d, D).transpose(2, 0, 1),
+            "value_Dhd": get(p + "v_proj.weight").reshape(K, d, D).transpose(2, 0, 1),
             "out_HdD": get(p + "o_proj.weight").T.reshape(H, d, D),
         }
         if model.qkv_bias:
             tree["query_bias_Hd"] = get(p + "q_proj.bias").reshape(H, d)
-            tree["key_bias_Kd"] = get(p + "k_proj.bias").reshape(K, d)
-            tree["value_bias_Kd"] = get(p + "v_proj.bias").reshape(K, d)
+            tree["key_bias_hd"] = get(p + "k_proj.bias").reshape(K, d)
+            tree["value_bias_hd"] = get(p + "v_proj.bias").reshape(K, d)
         if model.qk_norm != "none":
             tree["query_norm"] = {"scale": get(p + "q_norm.weight")}
             tree["key_norm"] = {"scale": get(p + "k_norm.weight")}

@@ -56,7 +56,7 @@ def free_port() -> int:
 
 
 def by_flags(i: int, processes: int, port: int) -> tuple[list[str], dict[str, str]]:
-    return [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={i}"], {}
+    return [f"--coordinator=127.0.0.1:{port}", f"--num-processes={processes}", f"--process-id={i}"], {}
 
 
 def by_slurm(i: int, processes: int, port: int) -> tuple[list[str], dict[str, str]]:
@@ -258,19 +258,19 @@ def test_processes_with_different_configs_are_refused(place):
 
 def test_processes_that_do_not_meet_give_up(place):
     """Of two processes only the second is there: nobody answers at the coordinator's address."""
-    flags = ("--coordinator=127.0.0.1:9", "--num_processes=2", "--process_id=1", "--connect_timeout=2")
+    flags = ("--coordinator=127.0.0.1:9", "--num-processes=2", "--process-id=1", "--connect-timeout=2")
     message = "--coordinator=127.0.0.1:9: the processes did not all meet within 2 s"
     refused(place, "lonely", 1, by_flags, lambda i: flags, message, "is process 0 running")
 
 
 BAD = [
-    (("h:1", None, None), "--coordinator=h:1: needs --num_processes, --process_id too"),
-    ((None, 4, None), "--num_processes=4: needs --coordinator, --process_id too"),
+    (("h:1", None, None), "--coordinator=h:1: needs --num-processes, --process-id too"),
+    ((None, 4, None), "--num-processes=4: needs --coordinator, --process-id too"),
     ((None, 1, 0), "needs --coordinator too"),
     (("h", 2, 0), "--coordinator=h: must be HOST:PORT"),
     (("h:70000", 2, 0), "--coordinator=h:70000: must be HOST:PORT"),
-    (("h:1", 0, 0), "--num_processes=0: must be at least 1"),
-    (("h:1", 2, 2), "--process_id=2: must be from 0 to 1"),
+    (("h:1", 0, 0), "--num-processes=0: must be at least 1"),
+    (("h:1", 2, 2), "--process-id=2: must be from 0 to 1"),
 ]
 
 
@@ -301,7 +301,7 @@ def test_one_process_meets_nobody(environment, monkeypatch):
 def test_a_cluster_that_jax_does_not_know_is_named(monkeypatch):
     """Open MPI 5 tells nobody where the first process is: each would train the run by itself."""
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "8")
-    with pytest.raises(UserError, match=r"OMPI_COMM_WORLD_SIZE=8: .*--coordinator=HOST:PORT.*--num_processes=1"):
+    with pytest.raises(UserError, match=r"OMPI_COMM_WORLD_SIZE=8: .*--coordinator=HOST:PORT.*--num-processes=1"):
         distributed.start(None, None, None, timeout=1)
     distributed.start(None, 1, None, timeout=1)
     assert not jax.distributed.is_initialized()

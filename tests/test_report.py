@@ -13,13 +13,14 @@ from test_analysis_runs import DOMAINS, SCRIPT, write_planted_run
 
 from frugalmoe import config as configs
 from frugalmoe.analysis import load_run, plots, write_report
-from frugalmoe.analysis.page import count
-from frugalmoe.analysis.passage import _pieces, passages
-from frugalmoe.analysis.specialisation import group_units, specialise
-from frugalmoe.analysis.table import headline_rows
+from frugalmoe.analysis.measures.specialisation import group_units, specialise
+from frugalmoe.analysis.pages.passage import _pieces, passages
+from frugalmoe.analysis.pages.table import headline_rows
+from frugalmoe.analysis.wording import count
 from frugalmoe.cli import main
 from frugalmoe.cost import forward_flops
 from frugalmoe.data.tokenizer import ByteTokenizer
+from frugalmoe.fields import to_dict
 
 VOID = {"meta", "img", "br", "source"}
 
@@ -257,7 +258,7 @@ def test_what_training_adds_is_shown(tmp_path, monkeypatch):
 def test_tokens_and_compute_by_hand(tmp_path):
     """A run of this code: 3 x forward FLOPs x 500 steps of 16 sequences of 64 tokens."""
     run = write_planted_run(tmp_path / "run")
-    config = configs.to_dict(configs.resolve(configs.override(configs.default(), TINY)))
+    config = to_dict(configs.resolve(configs.override(configs.default(), TINY)))
     config["train"]["steps"], config["train"]["batch_size"], config["data"]["sequence_length"] = 500, 16, 64
     (run / "config.json").write_text(json.dumps(config))
     model = dataclasses.replace(configs.resolve(config).model, vocab_size=64)  # 30 words, rounded up

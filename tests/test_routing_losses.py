@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from routing_cases import make_case, make_inputs, probe, route
-from test_routing_laws import LAWS
 
+from frugalmoe.laws.cases import make_case, make_inputs, probe, route
+from frugalmoe.laws.routing import LAWS
 from frugalmoe.routing import losses, stats
 from frugalmoe.routing.contract import Inputs, Loss, TokenPlan
 from frugalmoe.schema import FrozenDict, MoE
@@ -61,8 +61,7 @@ def test_sequence_balance_is_the_mean_of_sequences_whatever_the_scope() -> None:
     inputs = make_inputs()
     both = route(case, inputs).losses["sequence_balance"]
     alone = [
-        route(case, Inputs(*(a[b : b + 1] for a in inputs[:5]), *inputs[5:])).losses["sequence_balance"].sum
-        for b in (0, 1)
+        route(case, inputs.of_sequences(lambda a, b=b: a[b : b + 1])).losses["sequence_balance"].sum for b in (0, 1)
     ]
     assert both.per == "sequence"
     assert both.sum == pytest.approx(sum(map(float, alone)), rel=1e-6)
@@ -71,8 +70,8 @@ def test_sequence_balance_is_the_mean_of_sequences_whatever_the_scope() -> None:
 def test_a_prompt_of_one_sequence_is_routed_whatever_the_groups_of_training() -> None:
     case = make_case("topk_softmax", moe={"load_balance_scope": "micro_batch", "load_balance_group": 4})
     inputs = make_inputs(train=False)
-    inputs = Inputs(*(a[:1] for a in inputs[:5]), *inputs[5:])
-    np.testing.assert_array_equal(route(case, inputs).plan.expert_NK, route(make_case("topk_softmax"), inputs).plan[0])
+    inputs = inputs.of_sequences(lambda a: a[:1])
+    np.testing.assert_array_equal(route(case, inputs).plan.expert_NK, route(make_case("topk_softmax"), inputs).plan.ids)
 
 
 @pytest.mark.parametrize("scope", SCOPES, ids=str)

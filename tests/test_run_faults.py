@@ -17,7 +17,8 @@ from runs import command, config_file, rows, tiny, write_text
 from frugalmoe import sharding
 from frugalmoe.analysis import load_run
 from frugalmoe.cli import main
-from frugalmoe.config import check_devices, load
+from frugalmoe.config import load
+from frugalmoe.config.checks import check_devices
 from frugalmoe.data import open_data
 from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
@@ -147,7 +148,7 @@ def test_each_part_of_the_state_is_looked_at(make):
             if part == "opt_state":
                 continue
             _, metrics = step(state, batch)
-            found = metrics["finite"] | {"params": np.isfinite(metrics["optim/parameter_norm"])}
+            found = metrics.finite | {"params": np.isfinite(metrics.metrics["optim/parameter_norm"])}
             assert not found[part], part
 
 

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
-from routing_cases import B, D, T, combine, make_case, make_inputs, make_params, route, selections
 
 from frugalmoe.catalogue import catalogue, format_table
 from frugalmoe.cli import main
 from frugalmoe.config import default, override, resolve
 from frugalmoe.errors import UserError
+from frugalmoe.laws.cases import B, D, T, combine, make_case, make_inputs, make_params, route, selections
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import Inputs, linear_logits
 from frugalmoe.routing.strategies import hash as hash_strategy
@@ -186,8 +186,8 @@ def test_a_single_token_is_routed() -> None:
     inputs = make_inputs(padded=False)
     for name in ("topk_softmax", "sigmoid_bias", "expert_choice"):
         case = make_case(name)
-        routing = route(case, Inputs(*(a[:, :1] for a in inputs[:4]), *inputs[4:]))
-        assert np.all(np.isfinite(routing.plan[1])) and routing.stats["assigned"] > 0
+        routing = route(case, inputs.of_tokens(lambda a: a[:, :1]))
+        assert np.all(np.isfinite(routing.plan.weights)) and routing.stats["assigned"] > 0
 
 
 # topk_softmax and switch_top1

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from routing_cases import B, D, T, combine, make_case, make_inputs, make_params, route, selections
 from scipy.optimize import linear_sum_assignment
 
+from frugalmoe.laws.cases import B, D, T, combine, make_case, make_inputs, make_params, route, selections
 from frugalmoe.routing import stats, threshold
 from frugalmoe.routing.contract import Inputs, linear_logits
 from frugalmoe.routing.strategies import base, recycle, sinkhorn
@@ -59,16 +59,16 @@ def test_a_pool_is_ranked_and_cut_by_hand() -> None:
     score_PnE = np.swapaxes([*score_PEn, np.ones((2, 4))], 1, 2).astype(np.float32)
     valid_Pn = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], bool)
     ranked = threshold.rank(jnp.asarray(score_PnE), jnp.asarray(valid_Pn), 0.5)
-    full_PEC = np.broadcast_to(np.array([[1, 1], [1, 0], [0, 0]], bool)[:, None], (3, 2, 2))
-    np.testing.assert_array_equal(ranked.full_PEC, full_PEC)
-    np.testing.assert_array_equal(np.where(full_PEC, ranked.token_PEC, -1)[:2], [[[0, 2], [3, 1]], [[1, -1], [0, -1]]])
+    full_GEC = np.broadcast_to(np.array([[1, 1], [1, 0], [0, 0]], bool)[:, None], (3, 2, 2))
+    np.testing.assert_array_equal(ranked.full_GEC, full_GEC)
+    np.testing.assert_array_equal(np.where(full_GEC, ranked.token_GEC, -1)[:2], [[[0, 2], [3, 1]], [[1, -1], [0, -1]]])
     np.testing.assert_allclose(ranked.cut_E, [3.4, 2.0], rtol=1e-6)
 
 
 def test_experts_are_active_from_their_threshold_up_to_the_slots_by_margin() -> None:
     """Margins 0.1, -0.1, 0, 0.5 and, for the other sequence, 1, 1, 1, 1: three and four reach, two slots."""
     inputs = make_inputs(padded=False)
-    inputs = inputs._replace(**{name: getattr(inputs, name)[:, :1] for name in inputs._fields[:4]})
+    inputs = inputs.of_tokens(lambda a: a[:, :1])
     score_BTE = jnp.asarray([[[0.6, 0.4, 0.25, 1.0]], [[1.5, 1.5, 1.25, 1.5]]])
     active = threshold.activate(score_BTE, 10 * score_BTE, jnp.asarray([0.5, 0.5, 0.25, 0.5]), 2, inputs)
     np.testing.assert_array_equal(active.plan.expert_NK, [[3, 0], [0, 1]])
@@ -130,7 +130,7 @@ def test_a_study_can_evaluate_by_the_training_rule() -> None:
 def test_thresholds_at_the_cuts_of_a_sequence_are_expert_choice() -> None:
     """K = 1: the best token of every sequence for every expert. One sequence: the cut is its own, not a mean."""
     case, inputs = make_case("expert_threshold", 8, 1, max_experts=8), make_inputs(padded=False)
-    inputs = inputs._replace(**{name: getattr(inputs, name)[:1] for name in (*inputs._fields[:4], "keys_B")})
+    inputs = inputs.of_sequences(lambda a: a[:1])
     first = route(case, inputs)
     state = case.router.update(case.router.init_state(D, case.config), first.stats, case.config)
     z_TE = logits_of(case, inputs)[0]

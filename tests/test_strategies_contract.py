@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from routing_cases import (
+from test_strategies import logits_of, softmax
+from test_train_step import batch, config_of, mesh_of, router, trained
+
+from frugalmoe import sharding
+from frugalmoe.errors import UserError
+from frugalmoe.laws.cases import (
     WEIGHT,
     B,
     D,
@@ -22,12 +27,7 @@ from routing_cases import (
     run_linear_experts,
     selections,
 )
-from test_strategies import logits_of, softmax
-from test_train_step import batch, config_of, mesh_of, router, trained
-
-from frugalmoe import sharding
-from frugalmoe.errors import UserError
-from frugalmoe.model.moe import Context, execute
+from frugalmoe.model.moe import Context, apply_routing
 from frugalmoe.model.transformer import count_parameters, declarations, structure
 from frugalmoe.routing.contract import Inputs, Routing, TokenPlan
 from frugalmoe.routing.strategies import recurrent, stochastic_warmup
@@ -63,7 +63,7 @@ def test_the_input_scale_is_inside_the_expert_and_what_is_added_is_outside() -> 
     )
     x_BTD = jnp.asarray([[[1.0], [jnp.nan]]])
     config = MoE(num_experts=1, num_experts_per_token=1, executor="blocks")
-    y_BTD, dropped = execute(routing, x_BTD, valid_BT, jnp.ones((1, 1, 2, 1)), jnp.ones((1, 1, 1)), config)
+    y_BTD, dropped = apply_routing(routing, x_BTD, valid_BT, jnp.ones((1, 1, 2, 1)), jnp.ones((1, 1, 1)), config)
     np.testing.assert_allclose(y_BTD[0, :, 0], [11.7616, 0.0], rtol=1e-5)
     assert dropped == 0
 
@@ -92,7 +92,7 @@ def test_shared_parameters_exist_once_and_count_once() -> None:
     assert decay_mask(params, declarations(shared.model))["shared_router"]["kernel_DE"]
     recurrent = config_of(router("recurrent")).model
     vectors = decay_mask(structure(recurrent)[1], declarations(recurrent))["shared_router"]
-    assert vectors == {"input_HG": True, "state_HG": True, "input_bias_G": False, "new_bias_H": False}
+    assert vectors == {"input_PW": True, "state_PW": True, "input_bias_W": False, "new_bias_P": False}
 
 
 def model_loss(config, params: dict) -> tuple[jax.Array, dict]:
@@ -136,13 +136,13 @@ def test_the_gru_by_hand() -> None:
     h' = (1 - u) * n + u * 2 = 0.1192 * 0.9545 + 1.7616 = 1.8754.
     """
     params = {
-        "input_HG": jnp.ones((1, 3)),
-        "state_HG": jnp.full((1, 3), 0.5),
-        "input_bias_G": jnp.zeros(3),
-        "new_bias_H": jnp.zeros(1),
+        "input_PW": jnp.ones((1, 3)),
+        "state_PW": jnp.full((1, 3), 0.5),
+        "input_bias_W": jnp.zeros(3),
+        "new_bias_P": jnp.zeros(1),
     }
-    h_BTH = recurrent.gru(params, jnp.ones((1, 1, 1)), jnp.full((1, 1, 1), 2.0))
-    np.testing.assert_allclose(h_BTH, [[[1.8754]]], rtol=1e-4)
+    h_BTP = recurrent.gru(params, jnp.ones((1, 1, 1)), jnp.full((1, 1, 1), 2.0))
+    np.testing.assert_allclose(h_BTP, [[[1.8754]]], rtol=1e-4)
 
 
 def test_the_recurrence_crosses_layers_and_starts_at_zero() -> None:
@@ -154,8 +154,8 @@ def test_the_recurrence_crosses_layers_and_starts_at_zero() -> None:
     assert np.any(combine(case, first) != combine(case, second))
     np.testing.assert_array_equal(combine(case, first), combine(case, route(case, inputs._replace(carry=zeros))))
     params, _ = make_params(case)
-    h_BTH = recurrent.gru(params, inputs.x_BTD @ params["proj_DH"], jnp.zeros((B, T, 8)))
-    np.testing.assert_allclose(first.carry["hidden_BTH"], h_BTH, rtol=1e-4, atol=1e-6)
+    h_BTP = recurrent.gru(params, inputs.x_BTD @ params["proj_DP"], jnp.zeros((B, T, 8)))
+    np.testing.assert_allclose(first.carry["hidden_BTP"], h_BTP, rtol=1e-4, atol=1e-6)
 
 
 # stochastic_warmup

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from routing_cases import make_case, route
 from test_strategies import softmax
 
+from frugalmoe.laws.cases import make_case, route
 from frugalmoe.routing.contract import Inputs, arrays
 from frugalmoe.schema import FrozenDict
 
@@ -96,7 +96,7 @@ def test_moe_plus_plus_zero_copy_and_constant_by_hand() -> None:
     """
     rows = [[4.0, 0, 3, 0, 0], [0, 2.0, -1, 2 + np.log(3), 0], [0, 0, 2.0, 0, 3.0]]
     case, params, inputs, _ = steered("moe_plus_plus", 2, rows, num_constant=1)
-    params |= {"mix_CDM": jnp.zeros((1, 5, 2)), "constant_CD": jnp.full((1, 5), 8.0)}
+    params |= {"mix_ZD2": jnp.zeros((1, 5, 2)), "constant_ZD": jnp.full((1, 5), 8.0)}
     routing = route(case, inputs, params)
     np.testing.assert_array_equal(routing.plan.expert_NK, [[0, 2], [2, 1], [2, 2]])
     np.testing.assert_allclose(routing.plan.weight_NK, [[1, 0], [0, 0.25], [0, 0]], rtol=1e-5)

@@ -6,6 +6,7 @@ Letters: A micro-batches, B sequences, T tokens, L layers, E experts.
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import TINY
@@ -16,16 +17,10 @@ from frugalmoe.data import Batch
 from frugalmoe.errors import UserError
 from frugalmoe.routing import strategies
 from frugalmoe.schema import MoE
+from frugalmoe.train import objective
+from frugalmoe.train.objective import knobs, without_knobs
 from frugalmoe.train.placing import put_batch
-from frugalmoe.train.step import (
-    abstract,
-    init,
-    knobs,
-    make_eval_step,
-    make_gradient,
-    make_train_step,
-    without_knobs,
-)
+from frugalmoe.train.step import abstract, init, make_eval_step, make_gradient, make_train_step
 
 # Adam with a small eps forgets the gradient's size and blows rounding up where a gradient is near zero. With eps near a
 # typical gradient the new parameters show both a wrong scale and nothing else.
@@ -138,10 +133,24 @@ def assert_same_run(router: dict, otherwise: dict) -> None:
     steps = 1 if router["model.moe.router"] == "base" else 2
     whole, whole_metrics = trained(router | EVERY_LOSS, steps)
     parts, parts_metrics = trained(router | EVERY_LOSS | otherwise, steps)
-    np.testing.assert_array_equal(whole_metrics[0]["counts_LE"], parts_metrics[0]["counts_LE"])
+    np.testing.assert_array_equal(whole_metrics[0].counts_LE, parts_metrics[0].counts_LE)
     assert largest_difference(whole_metrics, parts_metrics) < 2e-4
     assert largest_difference(whole.params, parts.params) < 1e-4
     assert_same_state(whole, parts, router)
+
+
+def test_muon_trains_several_runs_at_once_as_one_by_one():
+    """Two seeds under `jax.vmap`, as a study trains them on an accelerator."""
+    configs = [config_of({"optim.name": "muon", "train.seed": seed}) for seed in (0, 1)]
+    stack = lambda trees: jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *trees)
+    mesh = mesh_of()
+    with jax.set_mesh(mesh):
+        step = make_train_step(without_knobs(configs[0]))
+        data = put_batch(mesh, Batch(*(a[None] for a in batch(0))), "ABT")
+        states, of_run = [init(config) for config in configs], [knobs(config) for config in configs]
+        alone = [jax.jit(step)(state, data, k)[0] for state, k in zip(states, of_run)]
+        both, _ = jax.jit(jax.vmap(step, in_axes=(0, None, 0)))(stack(states), data, stack(of_run))
+    assert largest_difference(stack(alone), both) < 1e-4
 
 
 @pytest.mark.newest
@@ -175,7 +184,7 @@ def test_remat_changes_nothing(router, remat):
     """Recomputed layers count no token twice and update no state twice."""
     plain, plain_metrics = trained(router | EVERY_LOSS)
     again, again_metrics = trained(router | EVERY_LOSS | {"model.remat": remat})
-    np.testing.assert_array_equal(plain_metrics[1]["counts_LE"], again_metrics[1]["counts_LE"])
+    np.testing.assert_array_equal(plain_metrics[1].counts_LE, again_metrics[1].counts_LE)
     assert largest_difference(plain.params, again.params) < 1e-5
     assert_same_state(plain, again, router)
 
@@ -184,9 +193,9 @@ def test_remat_changes_nothing(router, remat):
 def test_counts_are_of_the_real_tokens_of_the_step(router):
     _, metrics = trained(router | EVERY_LOSS)
     valid = int((batch(0).segment_ids_BT > 0).sum())
-    assert metrics[0]["count/tokens"] == valid
-    total_L = metrics[0]["counts_LE"].sum(axis=1)
-    np.testing.assert_allclose(metrics[0]["router/active_per_token"], total_L / valid, rtol=1e-6)
+    assert metrics[0].tokens == valid
+    total_L = metrics[0].counts_LE.sum(axis=1)
+    np.testing.assert_allclose(metrics[0].metrics["router/active_per_token"], total_L / valid, rtol=1e-6)
     name = router["model.moe.router"]
     if strategies.get(name).about.form == "token" and name not in VARIABLE:
         k = router.get("model.moe.num_experts_per_token", 2)
@@ -200,8 +209,8 @@ def test_runs_share_a_program_only_with_the_losses_that_they_name():
     config = without_knobs(config_of(named))
     with jax.set_mesh(mesh_of()) as _:
         on_mesh = put_batch(mesh_of(), Batch(*(a[None] for a in batch(0))), "ABT")
-        _, metrics = jax.eval_shape(make_train_step(config), init(config), on_mesh)
-    assert {"loss/importance", "loss/z"} <= metrics.keys()
+        _, report = jax.eval_shape(make_train_step(config), init(config), on_mesh)
+    assert {"loss/importance", "loss/z"} <= report.metrics.keys()
 
 
 @pytest.mark.slow
@@ -213,10 +222,11 @@ def test_a_step_with_a_gate_far_out_leaves_all_parameters_finite(name: str) -> N
         state = init(config)
         gate = state.params["moe_blocks"]["moe"]["router"]
         gate["kernel_DE"] = gate["kernel_DE"].at[:, 0].set(300.0)
-        state, metrics = jax.jit(make_train_step(config))(
+        state, report = jax.jit(make_train_step(config))(
             state, put_batch(mesh, Batch(*(x[None] for x in batch(0))), "ABT")
         )
-    assert metrics["loss/logit_z"] > 0 and all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((state, metrics)))
+    assert report.metrics["loss/logit_z"] > 0
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((state, report)))
 
 
 @pytest.mark.slow
@@ -237,17 +247,40 @@ def test_evaluation_changes_no_state_and_is_not_touched_by_noise():
 def test_router_state_moves_once_per_step_and_by_its_own_rule():
     state, metrics = trained(STATEFUL | {"model.moe.options.update_rate": 0.01}, steps=1)
     bias_LE = state.router_state["moe_blocks"]["moe"]["router_state"]["bias_E"]
-    counts_LE = metrics[0]["counts_LE"]
+    counts_LE = metrics[0].counts_LE
     np.testing.assert_allclose(bias_LE, 0.01 * np.sign(counts_LE.mean(1, keepdims=True) - counts_LE), rtol=1e-6)
 
 
 def test_the_reported_cross_entropy_has_no_auxiliary_loss_in_it():
     """loss/total = ce + 2 layers * (0.01 load_balance + 0.001 z + 0.01 sequence_balance) + 0.001 logit_z."""
-    _, metrics = trained(router("sigmoid_bias") | EVERY_LOSS)
-    for m in metrics:
+    _, reports = trained(router("sigmoid_bias") | EVERY_LOSS)
+    for m in (report.metrics for report in reports):
         layer = 0.01 * m["loss/load_balance"] + 0.001 * m["loss/z"] + 0.01 * m["loss/sequence_balance"]
         np.testing.assert_allclose(m["loss/total"], m["loss/ce"] + 2 * layer + 0.001 * m["loss/logit_z"], rtol=1e-5)
         assert layer > 0.01  # an auxiliary loss in `ce` would have been seen
+
+
+def test_a_new_term_of_the_loss_is_one_entry(monkeypatch):
+    """The mean square of the hidden states, times 0.5: reported, added to the total, and the gradient's business."""
+    squares = lambda micro: jnp.sum(jnp.square(micro.out.hidden_BTD), where=micro.batch.segment_ids_BT[..., None] > 0)
+
+    def share(micro: objective.Micro) -> tuple:
+        return 0.5 * squares(micro) / micro.of_step.units["token"], squares(micro)
+
+    def metrics(sums, of_step, config) -> dict:
+        return {"loss/squares": sums / of_step.units["token"]}
+
+    config = config_of({"train.accumulate_steps": 2})
+    with jax.set_mesh(mesh_of()):
+        state = init(config)
+        data = put_batch(mesh_of(), Batch(*(x.reshape(2, -1, *x.shape[1:]) for x in batch(0))), "ABT")
+        _, plain = jax.device_get(jax.jit(make_train_step(config))(state, data))
+        monkeypatch.setitem(objective.TERMS, "squares", objective.Term(share, metrics))
+        _, more = jax.device_get(jax.jit(make_train_step(config))(state, data))
+    assert more.metrics.keys() - plain.metrics.keys() == {"loss/squares"} and more.metrics["loss/squares"] > 0
+    added = more.metrics["loss/total"] - plain.metrics["loss/total"]
+    np.testing.assert_allclose(added, 0.5 * more.metrics["loss/squares"], rtol=1e-4)
+    assert abs(more.metrics["optim/gradient_norm"] / plain.metrics["optim/gradient_norm"] - 1) > 1e-3
 
 
 def test_a_global_scope_refuses_accumulation():

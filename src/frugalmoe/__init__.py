@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from frugalmoe.ablate.study import Study
-    from frugalmoe.analysis.runs import load_run
+    from frugalmoe.analysis.stored.runs import load_run
     from frugalmoe.config.load import load as load_config
     from frugalmoe.schema import Config
     from frugalmoe.train import train
@@ -24,7 +24,7 @@ _HOME = {
     "Config": ("frugalmoe.schema", "Config"),
     "Study": ("frugalmoe.ablate.study", "Study"),
     "load_config": ("frugalmoe.config.load", "load"),
-    "load_run": ("frugalmoe.analysis.runs", "load_run"),
+    "load_run": ("frugalmoe.analysis.stored.runs", "load_run"),
     "train": ("frugalmoe.train", None),  # the package itself, which is called as its function `train`
 }
 

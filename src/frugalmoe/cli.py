@@ -55,18 +55,24 @@ def _run(argv: list[str]) -> int:
 
 
 def _take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Splits off `--config.a.b=value` (or `--config.a.b value`) -> (other flags, ["a.b=value", ...])."""
+    """Splits off `--config.a.b=value` (or `--config.a.b value`); returns (other flags, ["a.b=value", ...])."""
     flags, overrides = [], []
     arguments = iter(argv)
     for argument in arguments:
         if not argument.startswith("--config."):
-            flags.append(argument)
+            flags.append(_hyphened(argument))
         elif "=" in argument:
             overrides.append(argument.removeprefix("--config."))
         else:
             value = next(arguments, None)
             overrides.append(argument.removeprefix("--config.") + ("" if value is None else f"={value}"))
     return flags, overrides
+
+
+def _hyphened(argument: str) -> str:
+    """A flag as we spell it: launch scripts that exist say --num_processes where it is --num-processes now."""
+    flag, equals, value = argument.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") and " " not in flag else argument
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ import functools
 import itertools
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,9 @@ from frugalmoe.config import Config
 from frugalmoe.data.continuation import Continuation, until
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
-from frugalmoe.experts import capacity
 from frugalmoe.fields import check_float, check_integer, check_seed
-from frugalmoe.model.attention import empty_cache
+from frugalmoe.model import pattern
+from frugalmoe.model.attention.contract import PIECE
 from frugalmoe.model.causality import leaking
 from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import empty_caches, structure
@@ -30,7 +31,8 @@ from frugalmoe.schema import Model
 from frugalmoe.train.weights import Weights
 
 _BUCKET = 32  # pieces of a prompt are padded to a multiple of this, so that few lengths are compiled
-_PIECE = 512  # tokens of a prompt that are computed at one time: their scores against all tokens exist
+_PIECE = PIECE  # tokens of a prompt that are computed at one time: their scores against all tokens exist
+_LONG = 2**16  # slots beyond which a cache with a window does not grow
 _SLOTS = 1024  # of a cache at its start, at most: a full one is doubled, so that a token costs what is there already
 
 
@@ -97,12 +99,12 @@ def _tokens(
 
 def _check_slots(config: Config) -> None:
     """Evaluation counts an expert's slots over a whole row, of which a sampled text is only the beginning."""
-    moe, routed = config.model.moe, config.model.num_dense_layers < config.model.num_layers
-    if routed and experts.pick(moe, sharding.platform()) == "capacity" and not capacity.drops_nothing(moe):
+    moe, routed = config.model.moe, pattern.has_experts(config.model)
+    executor = experts.pick(moe, sharding.platform())
+    if routed and executor.drops and (why := executor.drops.may(moe)):
         raise UserError(
-            "model.moe.executor='capacity': cannot be sampled token by token, because an expert's slots are those of a "
-            f"whole row; with model.moe.capacity_factor={moe.capacity_factor}, below "
-            f"{moe.num_experts / moe.num_experts_per_token:.4g}, they may run out"
+            f"model.moe.executor={executor.name!r}: cannot be sampled token by token, because an expert's slots are "
+            f"those of a whole row; with {why}, they may run out"
         )
 
 
@@ -110,13 +112,18 @@ def _check_memory(config: Model, prompt: int, new: int) -> None:
     """Keys and values may take a quarter of a device's memory: growing copies them, and the model has its part."""
     known = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     memory = known or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    cache = jax.eval_shape(lambda: empty_cache(config, config.num_layers, 1, 1))
+    size = lambda slots: _bytes(jax.eval_shape(lambda: empty_caches(config, 1, slots)))
     scores = 4 * 4 * config.num_heads * min(prompt, _PIECE)  # float32; they and their softmax, twice
-    token = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache)) + scores
-    most = memory // 4 // token - prompt
+    token = (size(2 * _LONG) - size(_LONG)) // _LONG  # of the kinds of attention that keep all tokens
+    fixed = size(_LONG) - token * _LONG
+    most = max(memory // 4 - fixed, 0) // (token + scores) - prompt
     if new > most:
         room = f"this device, with {memory / 1e9:.3g} GB, has room for {max(most, 0)}"
         raise UserError(f"--max-tokens={new}: {room} after a prompt of {prompt} tokens")
+
+
+def _bytes(tree: Any) -> int:
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 class Decoding:
@@ -150,21 +157,20 @@ class Decoding:
         if not before:
             self._caches = self._empty(self._slots)
         elif before < self._slots:
-            self._caches = self._widen(self._caches, self._slots - before)
+            self._caches = self._widen(self._caches, self._slots)
 
 
 @functools.lru_cache(8)
 def _steps(config: Model, batch: int):
-    """Jitted `empty(slots)` and `widen(caches, by)`, which return caches, and `step`: logits [V] and caches."""
+    """Jitted `empty(slots)` and `widen(caches, slots)`, which return caches, and `step`: logits [V] and caches."""
     graphdef, _, _ = structure(config)
 
     def empty(slots: int):
-        place = lambda a: sharding.reshard(a, ".B" + "." * (a.ndim - 2))
-        return jax.tree.map(place, empty_caches(config, batch, slots))
+        return empty_caches(config, batch, slots)
 
-    def widen(caches, by: int):
-        pad = lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, by), (0, 0), (0, 0))) if a.ndim == 5 else a
-        return jax.tree.map(pad, caches)
+    def widen(caches, slots: int):
+        grown = lambda a, shape: jnp.pad(a, [(0, new - old) for old, new in zip(a.shape, shape.shape)])
+        return jax.tree.map(grown, caches, jax.eval_shape(lambda: empty(slots)))
 
     def step(params, router_state, tokens_T: Array, caches, start: Array, count: Array):
         """Of T tokens at positions start, start + 1, ... only the first `count` are real."""

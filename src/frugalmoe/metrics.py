@@ -45,6 +45,7 @@ ROWS = (
     Metric("optim/gradient_norm", "gradient norm", "", NEITHER, TRAINING),
     Metric("optim/parameter_norm", "parameter norm", "", NEITHER, TRAINING),
     Metric("optim/learning_rate", "learning rate", "", NEITHER, TRAINING),
+    Metric("data/position", "batches taken from the data, where some were skipped", "", NEITHER, TRAINING),
     Metric("router/max_violation", "max violation", "", LESS, HELD_OUT),
     Metric("router/load_entropy", "load entropy", "nats", MORE, HELD_OUT),
     Metric("router/dead_experts", "dead experts", "", LESS, HELD_OUT),

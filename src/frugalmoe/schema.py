@@ -14,6 +14,9 @@ Frozen = dataclasses.dataclass(frozen=True, kw_only=True)
 BY_NAME = "by_name"  # metadata of a field that from Python may hold the object itself, which has a `name`
 
 
+OUTSIDE = "outside"  # metadata of a field that may name a Python file outside the package: see `frugalmoe.found`
+
+
 class FrozenDict(dict):
     """A mapping that refuses to be written to: configs share their defaults, and are the keys of caches."""
 
@@ -37,8 +40,8 @@ class FrozenDict(dict):
 class MoE:
     """A mixture-of-experts feed-forward layer."""
 
-    # A file name in frugalmoe/routing/strategies (`frugalmoe routers` lists them), or from Python a `Router` itself.
-    router: str = dataclasses.field(default="topk_softmax", metadata={BY_NAME: True})
+    # A strategy that `frugalmoe routers` lists, path/to/file.py or package.module; from Python also a `Router` itself.
+    router: str = dataclasses.field(default="topk_softmax", metadata={BY_NAME: True, OUTSIDE: True})
     options: Any = FrozenDict()  # the strategy's own options; after `resolve`, an instance of its `Options`
     num_experts: int = 8  # routed experts of a layer
     num_experts_per_token: int = 2  # experts that a token is sent to
@@ -48,7 +51,9 @@ class MoE:
     load_balance_scope: str = "sequence"  # over what the load is balanced: sequence | micro_batch | global
     load_balance_group: int = 1  # sequences in one group of scope micro_batch
     load_balance_devices: int = 1  # loss device_balance: devices that hold equal shares of consecutive experts
-    executor: str = "auto"  # auto | dense | grouped (blocks | tpu | gpu, by platform) | capacity
+    # auto or grouped: this platform's grouped products; a name in frugalmoe/experts/executors, as dense or capacity;
+    # path/to/file.py; package.module.
+    executor: str = dataclasses.field(default="auto", metadata={OUTSIDE: True})
     capacity_factor: float = 1.25  # executor=capacity: slots per expert = factor * tokens * k / experts, per sequence
     exchange: str = "auto"  # of tokens between devices that hold experts: auto | all_gather | all_to_all
     # Rows a device has room for, times its fair share; 0: for all, none is dropped. Rows lost depend on later tokens.
@@ -66,6 +71,23 @@ class MixtureOfDepths:
 
 
 @Frozen
+class RopeScaling:
+    """How rotary angles are stretched for sequences longer than those of training: see model/rotary.py."""
+
+    kind: str = "none"  # none | linear | yarn | llama3
+    factor: float = 1.0  # how much longer sequences may be
+    original_length: int = 0  # yarn, llama3: tokens of the sequences before
+    beta_fast: float = 32.0  # yarn: channels that turn more often than this in original_length tokens stay as they are
+    beta_slow: float = 1.0  # yarn: those that turn less often than this are divided by the factor
+    truncate: bool = True  # yarn: the two bounds are rounded outwards to whole channels
+    attention_factor: float = 0.0  # yarn: of sine and cosine; 0: from the factor, by the paper
+    mscale: float = 0.0  # yarn: weight of log(factor) in it, as DeepSeek has it; 0: 1, with nothing to divide by
+    mscale_all_dim: float = 0.0  # yarn: what it is divided by likewise; attention=latent multiplies all scores by it
+    low_freq_factor: float = 1.0  # llama3: channels that turn less often than this are divided by the factor
+    high_freq_factor: float = 4.0  # llama3: those that turn more often than this stay as they are
+
+
+@Frozen
 class Model:
     """A decoder-only transformer."""
 
@@ -74,13 +96,20 @@ class Model:
     num_layers: int = 4  # transformer blocks, dense and MoE
     num_dense_layers: int = 0  # the first n layers have a dense feed-forward
     dense_dim: int = 0  # hidden width of a dense layer's feed-forward
+    # Kinds of attention, files of frugalmoe/model/attention/kinds: grouped | window | latent. Several, as
+    # window,window,window,grouped, are repeated over the layers in this order.
+    attention: str = "grouped"
+    attention_options: Mapping[str, Any] = FrozenDict()  # KIND.OPTION: each kind's own options, as window.window
     num_heads: int = 8  # query heads
-    num_kv_heads: int = 8  # heads of keys and values, each shared by num_heads / num_kv_heads query heads
+    num_kv_heads: int = (
+        8  # heads of keys and values, each shared by num_heads / num_kv_heads query heads; not of latent
+    )
     head_dim: int = 32  # channels of a head
     qk_norm: str = "none"  # none | head (per head, as Qwen3 and Ling 2.0) | full (over all heads, as OLMoE)
     qkv_bias: bool = False  # biases on the projections to queries, keys and values
     rope_theta: float = 10_000.0  # base of the rotary angles' wavelengths
     rope_fraction: float = 1.0  # share of each head that is rotated
+    rope_scaling: RopeScaling = RopeScaling()
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     tie_embeddings: bool = False  # the head's weights are the embedding's
     norm_head: bool = False  # Ling 1: head weights divided by their norm over the vocabulary
@@ -96,7 +125,8 @@ class Source:
     """One named source of text."""
 
     # A file or directory of .txt .md .jsonl .ndjson .json .csv .tsv (.gz .zst .bz2 .xz) or .parquet; a glob takes any
-    # text; hf:NAME[:SPLIT]; quickstart[:DOMAIN] or mixed[:DOMAIN], the built-in corpora.
+    # text; hf:NAME[:SPLIT]; quickstart[:DOMAIN] or mixed[:DOMAIN], the built-in corpora; path/to/file.py or
+    # package.module that defines CORPUS, a source of your own.
     path: str = ""
     weight: float = 0.0  # share of the mixture; 0 for all sources: in proportion to their tokens
     text_field: str = "text"  # field or column that holds a record's text; meta.text: `text` inside `meta`
@@ -109,8 +139,8 @@ class Source:
 
 @Frozen
 class Data:
-    # A file, directory or glob of text, hf:NAME[:SPLIT], quickstart[:DOMAIN] or mixed[:DOMAIN], as Source.path, or a
-    # prepared directory; ignored where `sources` is given.
+    # A file, directory or glob of text, hf:NAME[:SPLIT], quickstart[:DOMAIN], mixed[:DOMAIN] or a Python file that
+    # defines CORPUS, as Source.path, or a prepared directory; ignored where `sources` is given.
     path: str = "quickstart"
     sources: Mapping[str, Source] = FrozenDict()  # several named sources, data.sources.NAME.path=... and so on
     # bytes | bpe:SIZE (trained on the data) | the path of a published vocabulary or of the directory that it is in:
@@ -124,7 +154,10 @@ class Data:
 
 @Frozen
 class Optim:
+    name: str = "adamw"  # adamw | muon (for matrices; AdamW for vectors, embedding, head and routers)
     learning_rate: float = 1e-3  # peak
+    # Factor on the learning rate of a role, 1 where none is given: matrix, vector, embedding, head or router.
+    rates: Mapping[str, float] = FrozenDict()
     schedule: str = "wsd"  # wsd (warmup, stable, decay) | cosine | constant
     warmup_steps: int = 100  # steps of linear warmup from zero
     decay_fraction: float = 0.2  # wsd: last share of the updates after the warmup, linear to the final rate; 0: none
@@ -133,6 +166,7 @@ class Optim:
     b1: float = 0.9  # AdamW: decay of the mean of gradients
     b2: float = 0.95  # AdamW: decay of the mean of their squares
     eps: float = 1e-8  # AdamW: added to the root of the mean square
+    momentum: float = 0.95  # Muon: decay of the mean of gradients
     clip_norm: float = 1.0  # 0: no clipping
     logit_z_loss: float = 0.0  # coefficient of mean(logsumexp(logits)^2)
 

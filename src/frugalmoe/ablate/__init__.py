@@ -4,24 +4,19 @@ In Python `run_study(Study(...), "runs/mine")` trains what is missing, `write_st
 arm may hold a `Router` itself as its `model.moe.router`.
 """
 
-import importlib
+from frugalmoe.ablate.comparison import Comparison, load_comparison
+from frugalmoe.ablate.publish import publish_study
+from frugalmoe.ablate.report import write_study_report
+from frugalmoe.ablate.runner import run_study
+from frugalmoe.ablate.study import Study, load_study, shrunk
 
-_HOME = {
-    "Comparison": "comparison",
-    "Study": "study",
-    "load_comparison": "comparison",
-    "load_study": "study",
-    "publish_study": "publish",
-    "run_study": "runner",
-    "shrunk": "study",
-    "write_study_report": "report",
-}
-
-__all__ = list(_HOME)
-
-
-def __getattr__(name: str) -> object:
-    """Imported where used: the command line lists its commands without loading what trains and draws."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+__all__ = [
+    "Comparison",
+    "Study",
+    "load_comparison",
+    "load_study",
+    "publish_study",
+    "run_study",
+    "shrunk",
+    "write_study_report",
+]

@@ -23,13 +23,13 @@ class Comparison:
 
     @property
     def arms(self) -> list[str]:
-        """The baseline, then the others as declared."""
+        """Returns the names of the arms: the baseline, then the others as declared."""
         baseline = self.study["baseline"]
         return [baseline, *(a for a in self.study["arms"] if a != baseline)]
 
     @functools.cached_property
     def diverged(self) -> list[str]:
-        """Runs whose loss became infinite or NaN."""
+        """Returns the runs whose loss became infinite or NaN."""
         return [f"{arm} seed {seed}" for arm in self.arms for seed in sorted(self._broken(arm))]
 
     def _broken(self, arm: str) -> set[int]:
@@ -40,7 +40,7 @@ class Comparison:
 
     @property
     def metric(self) -> str:
-        """What decides."""
+        """Returns the name of the metric that decides: the first of the study."""
         return self.study["metrics"][0]
 
     @functools.cached_property
@@ -51,7 +51,7 @@ class Comparison:
         return found
 
     def final(self, metric: str, arm: str) -> dict[int, float]:
-        """{seed: value} of the complete runs that did not diverge; empty where there is none."""
+        """Returns {seed: value} of the complete runs that did not diverge; empty where there is none."""
         values, broken = self._finals.get((metric, arm), {}), self._broken(arm)
         return {seed: v for seed, v in values.items() if seed not in broken and np.isfinite(v)}
 
@@ -72,11 +72,11 @@ class Comparison:
         return statistics.verdict(self.paired[arm], "nats" if self.metric.startswith("eval/loss") else "bits per byte")
 
     def curves(self, arm: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """{seed: (steps, values)} of the deciding metric, evaluations in the course of a run and the last one."""
+        """Returns {seed: (steps, values)} of the deciding metric: evaluations during a run and the last one."""
         return self._metric_curves.get(arm, {})
 
     def violations(self, arm: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """{seed: (steps, values)} of max violation in training batches, mean over layers."""
+        """Returns {seed: (steps, values)} of max violation in training batches, mean over layers."""
         return self._violation_curves.get(arm, {})
 
     @functools.cached_property
@@ -88,7 +88,7 @@ class Comparison:
         return self._curves(pc.starts_with(self.table["metric"], "router/max_violation/layer_"))
 
     def _curves(self, wanted: pa.Array) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
-        """Of the logged metrics that are wanted, the mean of their finite values at each step."""
+        """Returns, of the logged metrics that are wanted, the mean of their finite values at each step."""
         points: dict[str, dict[int, dict[int, list[float]]]] = {}
         logged = pc.and_(pc.invert(self.table["final"]), pc.and_(wanted, pc.is_finite(self.table["value"])))
         for row in self.table.filter(logged).to_pylist():
@@ -113,12 +113,12 @@ class Comparison:
         return {k: np.array(v) for k, v in found.items()} if found["steps"] else None
 
     def training_flops(self, arm: str) -> float:
-        """Of a whole run, forward and backward."""
+        """Returns the FLOPs of a whole run of an arm, forward and backward."""
         tokens = self.study["steps"] * self.study["tokens_per_step"]
         return TRAIN_FACTOR * tokens * self.mean("cost/active_flops", arm)
 
     def cross(self, arm: str) -> dict[str, list[float]]:
-        """{arm evaluated with: losses over seeds} of the runs trained with `arm`."""
+        """Returns {arm evaluated with: losses over seeds} of the runs trained with `arm`."""
         found = {other: list(self.final(f"{results.CROSS}{other}", arm).values()) for other in self.arms}
         return {other: losses for other, losses in found.items() if losses}
 
@@ -127,4 +127,4 @@ def load_comparison(workdir: str | Path) -> Comparison:
     """Reads study.json and results.parquet. Raises `UserError` for what is missing or damaged."""
     workdir = Path(workdir)
     study = read_study(workdir)
-    return Comparison(workdir, study, results.load(workdir, study["name"]))
+    return Comparison(workdir, study, results.read_table(workdir, study["name"]))

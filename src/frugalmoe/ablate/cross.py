@@ -5,6 +5,7 @@ import dataclasses
 import jax
 
 from frugalmoe.ablate.plan import Pair, Plan
+from frugalmoe.config import settle
 from frugalmoe.files import write_json
 from frugalmoe.train.evaluate import evaluate
 from frugalmoe.train.loop import Run
@@ -15,10 +16,8 @@ from frugalmoe.train.step import abstract
 def evaluate_under_others(plan: Plan, pair: Pair, run: Run) -> None:
     """Writes cross.json: the run's held-out loss under each arm whose parameters and router state have its shapes."""
     losses = {}
-    vocab_size = run.config.model.vocab_size
     for name, arm in plan.arms.items():
-        model = dataclasses.replace(arm.config.model, vocab_size=vocab_size)
-        config = dataclasses.replace(run.config, model=model)
+        config = settle(dataclasses.replace(run.config, model=arm.config.model), run.data.tokenizer.size, run.mesh.size)
         if _shapes(config) == _shapes(run.config):
             scores = evaluate(compiled_eval_step(config), run.state, run.data, config, run.mesh)
             losses[name] = scores.loss["mean"]

@@ -9,7 +9,7 @@ import jax
 
 from frugalmoe.ablate.results import known_metrics
 from frugalmoe.ablate.study import Arm, Study, arms_of, check_arm, check_seeds, choose
-from frugalmoe.config import Config, check_devices, with_vocabulary
+from frugalmoe.config import Config, settle
 from frugalmoe.cost import forward_flops
 from frugalmoe.data import open_data
 from frugalmoe.data.look import look
@@ -37,6 +37,7 @@ class Plan:
     pairs: tuple[Pair, ...]  # those to run, seed after seed: an early look compares what is comparable
     flops: Mapping[str, Mapping[str, float]]  # arm -> part of the model -> forward FLOPs per token
     parameters: Mapping[str, Mapping[str, int]]
+    vocabulary: int  # tokens that the data has
     notes: tuple[str, ...] = ()  # what has still to be done before a step
 
     def config(self, pair: Pair) -> Config:
@@ -61,7 +62,7 @@ def make_plan(
         check_seeds("--seeds", seeds)
     config = all_arms[study.baseline].config
     for arm in all_arms.values():
-        check_devices(arm.config, jax.device_count())
+        settle(arm.config, None, jax.device_count())
     if not dry:
         open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
     data = look(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
@@ -71,7 +72,7 @@ def make_plan(
             raise UserError(f"{study.name}: metrics={metric!r}: unknown metric; {did_you_mean(metric, known)}")
     if not study.metrics or not study.metrics[0].startswith("eval/"):
         raise UserError(f"{study.name}: metrics={study.metrics}: the first one decides and must be one of eval/...")
-    models = {name: with_vocabulary(arm.config, data.vocabulary).model for name, arm in all_arms.items()}
+    models = {name: settle(arm.config, data.vocabulary, None).model for name, arm in all_arms.items()}
     flops = {name: forward_flops(model, config.data.sequence_length) for name, model in models.items()}
     check_budgets(study, flops)
     return Plan(
@@ -81,6 +82,7 @@ def make_plan(
         pairs=tuple(Pair(arm, seed) for seed in (seeds or study.seeds) for arm in chosen),
         flops=flops,
         parameters={name: count_parameters(model) for name, model in models.items()},
+        vocabulary=data.vocabulary,
         notes=data.notes,
     )
 
@@ -130,7 +132,7 @@ def check_same_study(workdir: Path, plan: Plan) -> None:
 
 
 def describe(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
-    """All that the report needs beside the runs."""
+    """Returns the content of study.json: all that the report needs beside the runs."""
     study = plan.study
     overrides = plan.overrides if isinstance(plan.overrides, Mapping) else list(plan.overrides)
     train, data = plan.arms[study.baseline].config.train, plan.arms[study.baseline].config.data
@@ -158,7 +160,9 @@ def describe(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
 
 
 def read_study(workdir: Path) -> dict[str, Any]:
-    """study.json of a study's directory. Raises `UserError` naming what is not as `describe` writes it."""
+    """Returns the content of study.json of a study's directory. Raises `UserError` naming what is not as `describe`
+    writes it.
+    """
     path = workdir / "study.json"
     if not path.is_file():
         raise UserError(f"{workdir}: not a study (no study.json)")

@@ -1,11 +1,11 @@
-"""Pictures of a study, in the style of `frugalmoe.analysis.plots`; each is drawn at a width in inches."""
+"""Pictures of a study, in the style of `frugalmoe.analysis.pages.plots`; each is drawn at a width in inches."""
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from frugalmoe.ablate.comparison import Comparison
-from frugalmoe.analysis.plots import (
+from frugalmoe.analysis.pages.plots import (
     GREY,
     INK,
     OKABE_ITO,

@@ -10,8 +10,9 @@ import numpy as np
 
 from frugalmoe.ablate import plots, statistics
 from frugalmoe.ablate.comparison import Comparison, load_comparison
-from frugalmoe.analysis.page import Html, count, document, folded, join, number, picture, png, spread, table, tag
-from frugalmoe.analysis.plots import NARROW, WIDE
+from frugalmoe.analysis.pages.page import Html, document, folded, join, picture, png, table, tag
+from frugalmoe.analysis.pages.plots import NARROW, WIDE
+from frugalmoe.analysis.wording import count, number, spread
 from frugalmoe.files import write_atomically
 from frugalmoe.metrics import titled
 
@@ -51,7 +52,7 @@ def pictures(c: Comparison, width: float = WIDE) -> dict[str, bytes]:
 
 
 def summary_line(c: Comparison) -> str:
-    """How many arms the study could tell from its baseline."""
+    """Returns one line: how many arms the study could tell from its baseline."""
     told = [arm for arm in c.arms[1:] if arm in c.paired and statistics.judge(c.paired[arm]) in ("better", "worse")]
     count = f"{len(told) or 'none'} of {len(c.arms) - 1} arm{'s' * (len(c.arms) > 2)}"
     return f"{count} can be told from the baseline {c.arms[0]} by these runs"
@@ -70,7 +71,7 @@ def _saving(c: Comparison, arm: str) -> str:
 
 
 def state_line(c: Comparison) -> str:
-    """How much of the study is there."""
+    """Returns one line: how many runs of the study are complete."""
     runs = sum(len(c.final(c.metric, arm)) for arm in c.arms)
     seeds = c.study["seeds"]
     whole = f"{len(c.arms)} arms, seeds {', '.join(map(str, seeds))}, {c.study['steps']:,} steps of "
@@ -119,7 +120,7 @@ def _difference(p: statistics.Paired) -> str:
 
 
 def _needed(p: statistics.Paired) -> str:
-    """Of a comparison that found nothing."""
+    """Returns how many seeds a comparison that found nothing would need."""
     if statistics.judge(p) != "not distinguishable":
         return "–"
     return str(statistics.needed(p) or f"> {statistics.MOST_SEEDS}")

@@ -138,7 +138,7 @@ def check(workdir: Path, name: str) -> None:
 _REBUILD = "move it away and run `frugalmoe ablate` again: it is rebuilt from the run directories"
 
 
-def load(workdir: Path, name: str) -> pa.Table:
+def read_table(workdir: Path, name: str) -> pa.Table:
     """The table of a study. Raises `UserError` for one that is missing, damaged or another study's."""
     path = workdir / "results.parquet"
     if not path.exists():

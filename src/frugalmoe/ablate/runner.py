@@ -22,7 +22,7 @@ from frugalmoe.ablate.plan import Pair, Plan, check_claim, claim, make_plan, rea
 from frugalmoe.ablate.progress import OfRun, StudyProgress
 from frugalmoe.ablate.study import Study
 from frugalmoe.ablate.together import groups
-from frugalmoe.config import check_devices
+from frugalmoe.config import settle
 from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json, write_json
@@ -61,13 +61,13 @@ def check(plan: Plan, workdir: Path, fresh: bool = False) -> list[str]:
     for name in dict.fromkeys(pair.arm for pair in plan.pairs):
         config = plan.arms[name].config
         trackers.check(config)
-        notes += preflight.check_size(config, workdir, plan.parameters[name]["total"])
+        notes += preflight.check_size(settle(config, plan.vocabulary, None), workdir)
     check_claim(workdir, plan)
     if (workdir / "study.json").is_file() and not fresh:
         results.check(workdir, plan.study.name)
         for pair in plan.pairs:
             directory = pair.directory(workdir)
-            rundir.check_config(directory, to_dict(plan.config(pair)), force=False)
+            rundir.check_config(directory, plan.config(pair), force=False)
             if plan.study.keep_checkpoints and status(directory) == "complete" and not saved_steps(directory):
                 rule = "is complete and kept no checkpoint; --fresh trains it again"
                 raise UserError(f"keep_checkpoints=True: {directory} {rule}")
@@ -120,7 +120,7 @@ def outcome(plan: Plan, workdir: Path, stopped: bool = False) -> Outcome:
 
 
 def status(directory: Path) -> str:
-    """complete, stopped or diverged, as the summary says; empty without one."""
+    """Returns complete, stopped or diverged, as the summary says; an empty text without a summary."""
     path = directory / "summary.json"
     return read_json(path).get("status", "") if path.is_file() else ""
 
@@ -141,8 +141,8 @@ def _record_divergence(pair: Pair, workdir: Path, error: NotFinite, shown: Study
 
 def _train_group(plan: Plan, pairs: Sequence[Pair], workdir: Path, shown: StudyProgress) -> bool:
     """Trains runs that share a program; True if a signal stopped them."""
-    axes = check_devices(plan.config(pairs[0]), jax.device_count())
-    with jax.set_mesh(sharding.make_mesh(axes)), ExitStack() as stack:
+    layout = settle(plan.config(pairs[0]), None, jax.device_count()).mesh
+    with jax.set_mesh(sharding.make_mesh(to_dict(layout))), ExitStack() as stack:
         runs = []
         for pair in pairs:
             done = functools.partial(_is_done, plan, pair, workdir)

@@ -37,7 +37,9 @@ class Paired(NamedTuple):
 
 
 def compare(values: Mapping[str, Mapping[int, float]], baseline: str) -> dict[str, Paired]:
-    """{arm: {seed: value}} -> each other arm's comparison with the baseline, where they have a seed in common."""
+    """Returns, from {arm: {seed: value}}, each other arm's comparison with the baseline, where they have a seed in
+    common.
+    """
     base = values.get(baseline, {})
     found = {}
     for arm, by_seed in values.items():
@@ -54,7 +56,7 @@ def compare(values: Mapping[str, Mapping[int, float]], baseline: str) -> dict[st
 
 
 def paired(differences: np.ndarray) -> Paired:
-    """Of finite differences, one per seed; not corrected for other arms."""
+    """Returns the comparison from finite differences, one per seed; not corrected for other arms."""
     differences = np.where(np.abs(differences) > ROUNDING, differences, 0.0)
     n = len(differences)
     mean = float(differences.mean()) if n else np.nan
@@ -70,7 +72,7 @@ def paired(differences: np.ndarray) -> Paired:
 
 
 def _at_level(found: Paired, level: float) -> Paired:
-    """With the t interval at confidence 1 - level."""
+    """Returns the comparison with the t interval at confidence 1 - level."""
     if found.n < 2:
         return found
     quantile = float(stats.t.isf(level / 2, found.n - 1))
@@ -78,7 +80,7 @@ def _at_level(found: Paired, level: float) -> Paired:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p values adjusted for the number of comparisons; NaN stays NaN and is not counted."""
+    """Returns p values adjusted for the number of comparisons; NaN stays NaN and is not counted."""
     p = np.array(p, float)
     adjusted, running = np.full(len(p), np.nan), 0.0
     order = _ranked(p)
@@ -140,7 +142,7 @@ def reaches(steps: np.ndarray, losses: np.ndarray, target: float) -> float:
 
 
 def judge(result: Paired) -> str:
-    """better, worse, not distinguishable, identical, one seed or diverged; less is better."""
+    """Returns better, worse, not distinguishable, identical, one seed or diverged; less is better."""
     if result.n < 2:
         return "one seed" if result.n else "diverged"
     if result.mean == 0 and result.half_width == 0:
@@ -151,7 +153,7 @@ def judge(result: Paired) -> str:
 
 
 def verdict(result: Paired, unit: str = "nats") -> str:
-    """`judge` with its figures, one honest line."""
+    """Returns the verdict of `judge` with the figures that it rests on, as one line."""
     word, size = judge(result), figure(abs(result.mean))
     lost = f"; {len(result.diverged)} of {result.n + len(result.diverged)} pairs diverged" if result.diverged else ""
     if word == "diverged":
@@ -168,7 +170,7 @@ def verdict(result: Paired, unit: str = "nats") -> str:
 
 
 def needed(result: Paired) -> int | None:
-    """How many seeds would tell a difference like the one that is seen; None for more than 100."""
+    """Returns how many seeds would tell a difference as large as the one seen; None for more than 100."""
     n = seeds_needed(result.mean / result.deviation, result.level) if result.deviation else None
     return n and max(n, result.n + 1)
 

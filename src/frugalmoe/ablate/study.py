@@ -178,7 +178,7 @@ def _check_differences(study: Study, baseline: Arm, arm: Arm) -> None:
 
 
 def flatten(values: Any, path: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    """Returns nested mappings as one with dotted keys: {"a": {"b": 1}} becomes {"a.b": 1}."""
     if not isinstance(values, Mapping):
         return {path: values}
     prefix = f"{path}." if path else ""

@@ -8,7 +8,7 @@ from rich.text import Text
 from frugalmoe.ablate.comparison import Comparison, load_comparison
 from frugalmoe.ablate.plan import Plan, budget_ratios
 from frugalmoe.ablate.together import groups
-from frugalmoe.analysis.page import count, number
+from frugalmoe.analysis.wording import count, number
 
 
 def budget_table(plan: Plan, workdir: Path) -> Table:

@@ -24,10 +24,10 @@ than one run: there as many as memory holds. This has not been measured.
 import jax
 
 from frugalmoe.ablate.plan import Pair, Plan
-from frugalmoe.aot.program import settled
+from frugalmoe.aot.program import as_expected
 from frugalmoe.config import Config
-from frugalmoe.model.transformer import structure
-from frugalmoe.train.step import without_knobs
+from frugalmoe.train.objective import without_knobs
+from frugalmoe.train.optim import bytes_of
 
 SHARE_OF_MEMORY = 0.6  # the estimate is rough, and XLA needs room to work
 LARGEST = 16  # beyond it a program gains little and takes long to compile
@@ -57,14 +57,15 @@ def fit(config: Config) -> int:
 
 
 def bytes_of_run(config: Config) -> int:
-    """An estimate from shapes: parameters, gradients and Adam's two moments, and what the backward pass keeps.
+    """An estimate from shapes: parameters, gradients and the optimizer's state, and what the backward pass keeps.
 
     Per token and layer about 16 rows of the model's width (residuals, norms, queries, keys, values) and, for each
     active expert, 6 of the expert's (gate, up, their product, and gradients); logits of `loss_chunk` tokens twice.
     """
-    m, t = settled(config).model, config.train
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(structure(m)[1]))
+    config = as_expected(config, None)
+    m, t, of_run = config.model, config.train, bytes_of(config)
     tokens = t.batch_size // t.accumulate_steps * config.data.sequence_length
     active = (m.moe.num_experts_per_token + m.moe.num_shared_experts) * m.moe.expert_dim
     per_token = m.num_layers * (16 * m.dim + 6 * max(active, m.dense_dim))
-    return 4 * (4 * parameters + tokens * per_token + 2 * t.loss_chunk * m.vocab_size)
+    activations = 4 * (tokens * per_token + 2 * t.loss_chunk * m.vocab_size)
+    return 2 * of_run.parameters + of_run.optimizer + activations

@@ -61,7 +61,7 @@ def share_cores(jobs: int) -> list[set[int]]:
 
 
 def end_with_parent() -> None:
-    """In a worker: when the process that started it ends, however it does, this one saves and ends."""
+    """Makes this worker save and end when the process that started it ends, however that ends."""
 
     def watch() -> None:
         while os.read(0, 1):  # not through sys.stdin, whose lock the interpreter wants when it ends
@@ -97,7 +97,7 @@ def run_slurm(
 
 
 def parse_parameters(text: str) -> dict[str, str]:
-    """`a=1,b=2` -> {"a": "1", "b": "2"}"""
+    """Returns NAME=VALUE pairs as a mapping: `a=1,b=2` becomes {"a": "1", "b": "2"}."""
     pairs = [part.partition("=") for part in text.split(",") if part]
     for name, equals, _ in pairs:
         if not equals:

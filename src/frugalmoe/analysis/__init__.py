@@ -14,40 +14,37 @@
 | what is a rule that looks ahead worth? | `leak`, by `train_causal_gap` |
 | whom does a capacity drop? | `drops` of `load_drops` |
 
-Their measures are pure functions on arrays; each docstring has the formula and what chance alone gives. `uncertainty`
-has the bootstrap over documents or seeds, `information` entropies and mutual information.
+The measures lie in `measures`: pure functions on arrays, each with its formula and what chance alone gives. There
+`uncertainty` has the bootstrap over documents or seeds, `information` entropies and mutual information. `stored` reads
+a run directory, `lab` needs a checkpoint of it, `pages` draws and reports. What a notebook needs is imported from here.
 """
 
-from frugalmoe.analysis import (
+from frugalmoe.analysis.lab import drops, gradients, interventions, leak, swaps
+from frugalmoe.analysis.lab.drops import Drops, load_drops
+from frugalmoe.analysis.lab.effects import Effect, effects_table, intervene
+from frugalmoe.analysis.lab.gradients import Gradients, load_gradients
+from frugalmoe.analysis.lab.interventions import Demote, Mask, RandomChoice, Swap
+from frugalmoe.analysis.lab.leak import Gap, train_causal_gap
+from frugalmoe.analysis.lab.record import write_trace
+from frugalmoe.analysis.lab.swaps import SwapGain, try_swaps
+from frugalmoe.analysis.lab.weights import Experts, load_experts
+from frugalmoe.analysis.measures import (
     coactivation,
-    drops,
     dynamics,
     evenness,
-    gradients,
     information,
-    interventions,
-    leak,
-    plots,
     scores,
     similarity,
     specialisation,
-    swaps,
     uncertainty,
     vocabulary,
 )
-from frugalmoe.analysis.drops import Drops, load_drops
-from frugalmoe.analysis.effects import Effect, effects_table, intervene
-from frugalmoe.analysis.gradients import Gradients, load_gradients
-from frugalmoe.analysis.interventions import Demote, Mask, RandomChoice, Swap
-from frugalmoe.analysis.leak import Gap, train_causal_gap
-from frugalmoe.analysis.probe import Probe
-from frugalmoe.analysis.record import write_trace
-from frugalmoe.analysis.report import write_report
-from frugalmoe.analysis.runs import Loads, Run, Series, load_run
-from frugalmoe.analysis.swaps import SwapGain, try_swaps
-from frugalmoe.analysis.table import summary_table
-from frugalmoe.analysis.trace import Trace, load_trace
-from frugalmoe.analysis.weights import Experts, load_experts
+from frugalmoe.analysis.pages import plots
+from frugalmoe.analysis.pages.report import write_report
+from frugalmoe.analysis.pages.table import summary_table
+from frugalmoe.analysis.stored.probe import Probe
+from frugalmoe.analysis.stored.runs import Loads, Run, Series, load_run
+from frugalmoe.analysis.stored.trace import Trace, load_trace
 
 __all__ = [
     "Demote",

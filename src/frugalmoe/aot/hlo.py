@@ -72,7 +72,9 @@ class _Computation(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """In the order of `KINDS`. Raises ValueError where the text does not say how often a loop runs."""
+    """Returns the collectives of a program in the order of `KINDS`. Raises ValueError where the text does not say how
+    often a loop runs.
+    """
     computations, entry = _parse(text)
     count, sent = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
     seen: set[tuple[str, str]] = set()
@@ -142,7 +144,7 @@ def _executed(
 
 
 def _kind(instruction: _Instruction, computation: _Computation) -> str | None:
-    """Of a collective; None for all other instructions."""
+    """Returns the kind of a collective; None for all other instructions."""
     if instruction.opcode == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
         return "reduce-scatter"
     kind = instruction.opcode.removesuffix("-start")
@@ -195,7 +197,7 @@ def _group_size(text: str) -> int:
 
 
 def _bytes(types: str) -> int:
-    """Of all arrays in a type such as `(bf16[2,3]{1,0}, s32[])`; layouts and padding do not count."""
+    """Returns the bytes of all arrays in a type such as `(bf16[2,3]{1,0}, s32[])`; layouts and padding do not count."""
     bits = 0
     for name, width, shape in _ARRAY.findall(types):
         bits += (8 if name == "pred" else int(width)) * math.prod(map(int, filter(None, shape.split(","))))

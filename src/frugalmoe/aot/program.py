@@ -19,12 +19,14 @@ from jax.sharding import NamedSharding
 from frugalmoe import sharding
 from frugalmoe.aot import hlo, topologies
 from frugalmoe.aot.topologies import Topology
-from frugalmoe.config import Config, check_devices, with_vocabulary
+from frugalmoe.config import Config, settle
 from frugalmoe.data.batches import Batch
 from frugalmoe.data.tokenizer import expected_size
 from frugalmoe.devices import usable
+from frugalmoe.fields import to_dict
+from frugalmoe.train.objective import knobs
 from frugalmoe.train.program import compiled_train_step
-from frugalmoe.train.step import abstract, knobs
+from frugalmoe.train.step import abstract
 
 # What the TPU compiler says of a program that is too large. Its "temporaries" include arguments.
 _TOO_LARGE = re.compile(
@@ -55,8 +57,8 @@ def compile_step(config: Config, topology: Topology | None = None) -> Compiled:
     Raises UserError where the config does not suit that many devices or the compiler is not installed. A program that
     is too large is a result.
     """
-    config, num_devices = settled(config), topology.num_devices if topology else jax.device_count()
-    axes = check_devices(config, num_devices)
+    config = as_expected(config, topology.num_devices if topology else jax.device_count())
+    axes = to_dict(config.mesh)
     devices = topologies.devices(topology) if topology else jax.devices()
     mesh = sharding.make_mesh(axes, devices)
     began, executable = time.perf_counter(), None
@@ -66,7 +68,9 @@ def compile_step(config: Config, topology: Topology | None = None) -> Compiled:
             "parameters": _bytes(state.params),
             "optimizer state": _bytes(state.opt_state),
             # The step does not look at domain ids, and what it does not look at is no argument of the program.
-            "inputs": _bytes((state.step, state.router_state, batch._replace(domain_ids_BT=()), arguments[2])),
+            "inputs": _bytes(
+                (state.step, state.position, state.router_state, batch._replace(domain_ids_BT=()), arguments[2])
+            ),
         }
         try:
             executable = compiled_train_step(config).lower(*arguments).compile()
@@ -93,9 +97,13 @@ def compile_step(config: Config, topology: Topology | None = None) -> Compiled:
     )
 
 
-def settled(config: Config) -> Config:
-    """With a vocabulary as large as the tokenizer may make it, where the config leaves that to the tokenizer."""
-    return config if config.model.vocab_size else with_vocabulary(config, expected_size(config.data.tokenizer))
+def as_expected(config: Config, num_devices: int | None) -> Config:
+    """Returns the config settled for so many devices, with a vocabulary as large as the tokenizer may become.
+
+    Where the config says its vocabulary the tokenizer, which may not be on this machine, is not looked at.
+    """
+    size = None if config.model.vocab_size else expected_size(config.data.tokenizer)
+    return settle(config, size, num_devices)
 
 
 def _abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:
@@ -114,7 +122,7 @@ def _abstract_knobs(config: Config, mesh: jax.sharding.Mesh) -> Any:
 
 
 def _bytes(tree: Any) -> int:
-    """Of one device's shards."""
+    """Returns the bytes of one device's shards."""
     shards = (a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(tree))
     return sum(shards)
 

@@ -4,16 +4,15 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
-from frugalmoe.aot.program import Compiled, compile_step, settled
+from frugalmoe.aot.program import Compiled, as_expected, compile_step
 from frugalmoe.aot.topologies import Topology, parse
-from frugalmoe.config.checks import check_devices
+from frugalmoe.config import Config, settle
 from frugalmoe.devices import DEVICES, usable
 from frugalmoe.errors import UserError, did_you_mean
-from frugalmoe.model.transformer import count_parameters
-from frugalmoe.schema import Config, Mesh
+from frugalmoe.schema import Mesh
+from frugalmoe.train.optim import bytes_of
 
 HOST = 8  # devices that are near each other
-BYTES_OF_PARAMETER = 16  # itself, its gradient and Adam's two moments, in float32: no layout needs less
 
 
 def search(
@@ -26,8 +25,9 @@ def search(
     if kind not in DEVICES:
         rule = "--search finds the shape: give the kind alone" if ":" in kind else "unknown device"
         raise UserError(f"--topology={kind}: {rule}; {did_you_mean(kind, DEVICES)}")
-    config = settled(config)
-    least = BYTES_OF_PARAMETER * count_parameters(config.model)["total"]
+    config = as_expected(config, None)
+    of_run = bytes_of(config)
+    least = 2 * of_run.parameters + of_run.optimizer  # with gradients: no layout needs less
     for shape in DEVICES[kind].usual:
         topology = parse(f"{kind}:{shape}", slices)
         if least > usable(topology.device) * topology.num_devices:
@@ -50,9 +50,8 @@ def layouts(config: Config, topology: Topology) -> Iterator[Config]:
     few = math.gcd(HOST, most)
     heads = math.gcd(HOST, model.num_kv_heads, devices // few)
     for expert, tensor in dict.fromkeys([(1, 1), (few, 1), (most, 1), (few, heads)]):
-        candidate = _laid_out(config, devices, expert, tensor)
         try:
-            check_devices(candidate, devices)
+            candidate = settle(_laid_out(config, devices, expert, tensor), None, devices)
         except UserError:
             continue
         yield candidate

@@ -56,7 +56,7 @@ def headline(result) -> str:
 
 
 def tables(result) -> list:
-    """For people: the headline, memory by part, collectives, the largest arrays."""
+    """Returns what people read: the headline, memory by part, collectives, the largest arrays."""
     table = lambda *columns: Table(*columns, box=box.SIMPLE_HEAD)
     memory = table("memory of one device", "")
     for part, size in result.memory.items():
@@ -83,7 +83,9 @@ def tables(result) -> list:
 
 
 def markdown(results: list) -> str:
-    """One line per compilation; memory in GiB of one device, collectives as count and GiB that a device sends."""
+    """Returns a table with one line per compilation; memory in GiB of one device, collectives as count and GiB that a
+    device sends.
+    """
     parts = ("parameters", "optimizer state", "temporaries")
     columns = ["devices", "mesh", "micro-batches x sequences", "fits", "GiB needed / available", *parts]
     columns += ["gradients", "collectives of a step", "compiled in s"]

@@ -54,7 +54,7 @@ class Topology(NamedTuple):
 
 
 def parse(text: str, slices: int | None = None) -> Topology:
-    """`slices` is that of a flag of its own; it may also end the text."""
+    """Returns the topology that a text names. `slices` is that of a flag of its own; it may also end the text."""
     kind, _, shape = text.partition(":")
     if kind not in DEVICES:
         raise _unknown(text, f"unknown device {kind!r}")

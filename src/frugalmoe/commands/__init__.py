@@ -34,8 +34,8 @@ def add_config_flag(parser: argparse.ArgumentParser, required: bool = True) -> N
         "--config",
         required=required,
         metavar="FILE[:ARG]",
-        help="a Python file with get_config(ARG), or the name of one of ours, as quickstart:laptop; set fields with "
-        "--config.section.field=VALUE (`frugalmoe config` lists them)",
+        help="a Python file with get_config(ARG), or the name of one of ours, as quickstart:laptop or "
+        "ling_2:flash; set fields with --config.section.field=VALUE (`frugalmoe config` lists them)",
     )
 
 

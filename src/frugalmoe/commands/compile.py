@@ -9,10 +9,10 @@ from frugalmoe.errors import UserError
 
 SUMMARY = "Compile the train step for devices that are not there, and say what it needs of each and whether it fits."
 EXAMPLES = """\
-  frugalmoe compile --config=configs/ling_mini_2.py --topology=v5e --search
-  frugalmoe compile --config=configs/ling_mini_2.py --topology=v5e:8x8 --config.mesh.data=1 \\
+  frugalmoe compile --config=configs/ling_2.py:mini --topology=v5e --search
+  frugalmoe compile --config=configs/ling_2.py:mini --topology=v5e:8x8 --config.mesh.data=1 \\
       --config.mesh.fsdp=8 --config.mesh.expert=8 --config.train.batch_size=64
-  frugalmoe compile --config=configs/ling_lite.py --topology=v5p:4x4x4 --slices=2 ...
+  frugalmoe compile --config=configs/ling_1.py:lite --topology=v5p:4x4x4 --slices=2 ...
   frugalmoe compile --config=configs/small.py --topology=h100:1 --format=json
 
 A TPU program that is too large fails in seconds, one that fits takes minutes. The compilers are packages of their own.

@@ -11,7 +11,7 @@ EXAMPLES = """\
   frugalmoe config
   frugalmoe config --config=quickstart --changed
   frugalmoe config --config.model.moe.router=sigmoid_bias      (with the router's own options)
-  frugalmoe config --config=ling_mini_2:laptop --format=json"""
+  frugalmoe config --config=ling_2:mini:laptop --format=json"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -23,8 +23,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes what is missing of the trace and prints where it is."""
-    from frugalmoe.analysis.record import write_trace
-    from frugalmoe.analysis.trace import FOLDER, trace_files
+    from frugalmoe.analysis.lab.record import write_trace
+    from frugalmoe.analysis.stored.trace import FOLDER, trace_files
 
     written = write_trace(args.run, checkpoints=args.checkpoints, tokens=args.tokens)
     print(f"{args.run / FOLDER}: {len(trace_files(args.run))} checkpoints traced, {len(written)} of them now")

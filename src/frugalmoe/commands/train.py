@@ -16,7 +16,7 @@ EXAMPLES = """\
   frugalmoe train --config=configs/quickstart.py --config.model.moe.router=hash --workdir=runs/hash
   frugalmoe train --config=configs/small.py --dry-run
   frugalmoe train --config=configs/small.py --profile=5 --config.train.trackers=tensorboard,wandb
-  frugalmoe train --config=configs/small.py --coordinator=node1:8476 --num_processes=4 --process_id=0"""
+  frugalmoe train --config=configs/small.py --coordinator=node1:8476 --num-processes=4 --process-id=0"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -42,10 +42,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "pods are found without flags.",
     )
     several.add_argument("--coordinator", metavar="HOST:PORT", help="the host of process 0, and a port free there")
-    several.add_argument("--num_processes", type=int, metavar="N", help="1: this process alone, wherever it runs")
-    several.add_argument("--process_id", type=int, metavar="I", help="of this process, from 0 to N - 1")
+    several.add_argument("--num-processes", type=int, metavar="N", help="1: this process alone, wherever it runs")
+    several.add_argument("--process-id", type=int, metavar="I", help="of this process, from 0 to N - 1")
     several.add_argument(
-        "--connect_timeout", type=int, default=300, metavar="SECONDS", help="to find all others in (default: 300)"
+        "--connect-timeout", type=int, default=300, metavar="SECONDS", help="to find all others in (default: 300)"
     )
 
 

@@ -1,8 +1,8 @@
-"""Configuration: `load` a file with overrides, `resolve` it into checked frozen dataclasses."""
+"""Configuration: `load` a file with overrides, `resolve` it into checked dataclasses, `settle` what it leaves open."""
 
-from frugalmoe.config.checks import check_devices
 from frugalmoe.config.load import (
     RECORD,
+    asked,
     completed,
     default,
     load,
@@ -10,16 +10,18 @@ from frugalmoe.config.load import (
     python_file,
     read,
     record,
+    recorded,
     resolve,
-    with_vocabulary,
+    runnable,
 )
-from frugalmoe.config.modes import with_mode
+from frugalmoe.config.modes import with_mode, with_size
+from frugalmoe.config.settle import settle
 from frugalmoe.schema import Config
 
 __all__ = [
     "RECORD",
     "Config",
-    "check_devices",
+    "asked",
     "completed",
     "default",
     "load",
@@ -27,7 +29,10 @@ __all__ = [
     "python_file",
     "read",
     "record",
+    "recorded",
     "resolve",
+    "runnable",
+    "settle",
     "with_mode",
-    "with_vocabulary",
+    "with_size",
 ]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.fields import check_seed
 from frugalmoe.files import check_name
+from frugalmoe.model import pattern
 from frugalmoe.schema import Config, Model, MoE
 
 
@@ -16,7 +17,7 @@ def check(config: Config) -> None:
     """Raises `UserError` for the first rule that the config breaks."""
     for part in config.name.split("/"):  # a study's runs are STUDY/ARM/SEED
         check_name("name" if part == config.name else f"name={config.name!r}: a part of it", part)
-    for rules in (_model, _depths, _moe, _data, _optim, _train):
+    for rules in (_model, _rope_scaling, _attention, _depths, _moe, _data, _optim, _train):
         rules(config)
 
 
@@ -36,6 +37,8 @@ def _each(prefix: str, section: object, names: str, ok: Callable[[float], bool],
         _require(math.isfinite(value) and ok(value), f"{prefix}.{name}", value, rule)
 
 
+ROUNDED_TO = 64  # a vocabulary that follows the tokenizer is rounded up to a multiple of this
+
 _MARKS = re.compile(r"[./~]")  # of what is meant as a path
 
 
@@ -44,20 +47,7 @@ def _model(config: Config) -> None:
     positive = "dim num_layers num_heads num_kv_heads head_dim norm_eps init_std rope_theta"
     _each("model", m, positive, lambda v: v > 0, "must be positive")
     _each("model", m, "vocab_size num_dense_layers dense_dim", lambda v: v >= 0, "must not be negative")
-    _require(
-        m.num_heads % m.num_kv_heads == 0,
-        "model.num_heads",
-        m.num_heads,
-        f"must be a multiple of model.num_kv_heads={m.num_kv_heads}",
-    )
     _require(0 < m.rope_fraction <= 1, "model.rope_fraction", m.rope_fraction, "must be in (0, 1]")
-    rotated = m.rope_fraction * m.head_dim
-    _require(
-        rotated == int(rotated) and int(rotated) % 2 == 0,
-        "model.rope_fraction",
-        m.rope_fraction,
-        f"times model.head_dim={m.head_dim} must be an even number of channels",
-    )
     _require(
         m.num_dense_layers <= m.num_layers,
         "model.num_dense_layers",
@@ -68,6 +58,42 @@ def _model(config: Config) -> None:
     _one_of("model.qk_norm", m.qk_norm, ("none", "head", "full"))
     _one_of("model.compute_dtype", m.compute_dtype, ("float32", "bfloat16"))
     _one_of("model.remat", m.remat, ("none", "dots", "full"))
+
+
+def _rope_scaling(config: Config) -> None:
+    m, path = config.model, "model.rope_scaling"
+    scaling = m.rope_scaling
+    _one_of(f"{path}.kind", scaling.kind, ("none", "linear", "yarn", "llama3"))
+    _each(path, scaling, "factor", lambda v: v >= 1, "must be at least 1")
+    _each(path, scaling, "beta_fast beta_slow low_freq_factor", lambda v: v > 0, "must be positive")
+    not_negative = "original_length attention_factor mscale mscale_all_dim"
+    _each(path, scaling, not_negative, lambda v: v >= 0, "must not be negative")
+    needs_length = scaling.kind in ("yarn", "llama3") and not scaling.original_length
+    rule = f"must be the length of sequences before, with {path}.kind={scaling.kind}"
+    _require(not needs_length, f"{path}.original_length", scaling.original_length, rule)
+    for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+        least, value = getattr(scaling, low), getattr(scaling, high)
+        _require(value > least, f"{path}.{high}", value, f"must be greater than {path}.{low}={least}")
+    _require(
+        scaling.kind != "yarn" or m.rope_theta > 1,
+        "model.rope_theta",
+        m.rope_theta,
+        f"must be greater than 1 with {path}.kind=yarn",
+    )
+
+
+def _attention(config: Config) -> None:
+    # Imported here: they import JAX, for which a mistyped field must not wait.
+    from frugalmoe.model.attention import kinds
+
+    names = dict.fromkeys(pattern.attention_names(config.model.attention))
+    short = [pattern.short(name) for name in names]
+    twice = next((name for name in short if short.count(name) > 1), None)
+    rule = f"two kinds are called {twice!r}; their options and parameters could not be told apart"
+    _require(twice is None, "model.attention", config.model.attention, rule)
+    for name in names:
+        if rule := kinds.get(name).check(config.model, kinds.options_of(config.model, name)):
+            raise UserError(rule)
 
 
 def _depths(config: Config) -> None:
@@ -88,7 +114,7 @@ def _depths(config: Config) -> None:
 def _moe(config: Config) -> None:
     # Imported here: they import JAX, for which a mistyped field must not wait.
     from frugalmoe import experts
-    from frugalmoe.experts import parallel
+    from frugalmoe.experts import exchange
     from frugalmoe.routing import losses, strategies
 
     moe: MoE = config.model.moe
@@ -129,15 +155,15 @@ def _moe(config: Config) -> None:
         moe.load_balance_devices,
         "must be at least 2 for model.moe.losses.device_balance, which is constant on one device",
     )
-    _one_of("model.moe.executor", moe.executor, experts.EXECUTORS)
+    executor = experts.pick(moe, "cpu")  # which of its own a platform takes does not matter here
     _one_of("model.moe.drop_order", moe.drop_order, experts.ORDERS)
-    _one_of("model.moe.exchange", moe.exchange, parallel.EXCHANGES)
+    _one_of("model.moe.exchange", moe.exchange, exchange.EXCHANGES)
     _each("model.moe", moe, "exchange_room", lambda v: v == 0 or v >= 1, "must be at least 1, or 0 for room for all")
     _require(
-        not (moe.exchange_room and moe.executor == "dense"),
+        not moe.exchange_room or executor.keeps_room or executor.drops is not None,
         "model.moe.exchange_room",
         moe.exchange_room,
-        "must be 0 with model.moe.executor=dense, which has no rows",
+        f"must be 0 with model.moe.executor={moe.executor}, which keeps to no number of rows",
     )
     _one_of("model.moe.load_balance_scope", moe.load_balance_scope, ("sequence", "micro_batch", "global"))
     if rule := router.check(moe):
@@ -193,10 +219,19 @@ def _is_encoding(name: str) -> bool:
 
 
 def _optim(config: Config) -> None:
+    from frugalmoe.optimizers import OPTIMIZERS
+    from frugalmoe.sharding import ROLES
+
     o = config.optim
+    _one_of("optim.name", o.name, OPTIMIZERS)
+    for role, factor in o.rates.items():
+        path = f"optim.rates.{role}"
+        if role not in ROLES:
+            raise UserError(f"{path}: unknown role of parameters; {did_you_mean(role, ROLES)}")
+        _require(0 <= factor < math.inf, path, factor, "must not be negative or infinite")
     _each("optim", o, "learning_rate eps", lambda v: v > 0, "must be positive")
     _each("optim", o, "weight_decay clip_norm warmup_steps logit_z_loss", lambda v: v >= 0, "must not be negative")
-    _each("optim", o, "b1 b2", lambda v: 0 <= v < 1, "must be in [0, 1)")
+    _each("optim", o, "b1 b2 momentum", lambda v: 0 <= v < 1, "must be in [0, 1)")
     _each("optim", o, "decay_fraction final_fraction", lambda v: 0 <= v <= 1, "must be in [0, 1]")
     _one_of("optim.schedule", o.schedule, ("wsd", "cosine", "constant"))
     _require(
@@ -229,12 +264,15 @@ def _train(config: Config) -> None:
 
 
 def tracker_names(config: Config) -> tuple[str, ...]:
-    """The names in train.trackers, each once."""
+    """Returns the names in train.trackers, each once."""
     return tuple(dict.fromkeys(name for name in config.train.trackers.split(",") if name))
 
 
 def check_devices(config: Config, num_devices: int) -> dict[str, int]:
-    """Mesh axis sizes for this many devices; raises where they do not multiply up or do not divide what they share."""
+    """Returns the mesh axis sizes for this many devices, as `settle` needs them.
+
+    Raises `UserError` where they do not multiply up to the devices or do not divide what they share.
+    """
     axes = {name: getattr(config.mesh, name) for name in ("data", "fsdp", "expert", "tensor", "context")}
     for name, size in axes.items():
         _require(size == -1 or size > 0, f"mesh.{name}", size, "must be a positive size, or -1 for all that remain")
@@ -271,24 +309,18 @@ def _check_layout(config: Config, axes: dict[str, int]) -> None:
     micro = t.batch_size // t.accumulate_steps
     what = f"the {micro} sequences of a micro-batch (train.batch_size={t.batch_size})"
     _divides("mesh.data*fsdp*expert", batch, what, micro)
-    _divides("mesh.tensor", tensor, f"model.num_heads={m.num_heads}", m.num_heads)
-    _divides("mesh.tensor", tensor, f"model.num_kv_heads={m.num_kv_heads}", m.num_kv_heads)
-    vocabulary = m.vocab_size or 64  # it will be a multiple of that
+    _check_heads(m, axes)
+    vocabulary = m.vocab_size or ROUNDED_TO  # it will be a multiple of that
     _divides("mesh.tensor", tensor, f"model.vocab_size={vocabulary}", vocabulary)
     if m.num_dense_layers:
         _divides("mesh.tensor", tensor, f"model.dense_dim={m.dense_dim}", m.dense_dim)
-    if m.num_dense_layers < m.num_layers:
+    if pattern.has_experts(m):
         _divides("mesh.expert", axes["expert"], f"model.moe.num_experts={moe.num_experts}", moe.num_experts)
         _divides("mesh.tensor", tensor, f"model.moe.expert_dim={moe.expert_dim}", moe.expert_dim)
     stored = axes["fsdp"] * axes["expert"] * context
     _divides("mesh.fsdp*expert*context", stored, f"model.dim={m.dim}, which parameters are stored by", m.dim)
     length = f"data.sequence_length={d.sequence_length}"
     _divides("mesh.context", context, length, d.sequence_length)
-    heads, kv_heads = m.num_heads // tensor, m.num_kv_heads // tensor
-    _divides("mesh.context", context, f"the {heads} of model.num_heads={m.num_heads} on a tensor device", heads)
-    if context % kv_heads:
-        what = f"the {kv_heads} of model.num_kv_heads={m.num_kv_heads} on a tensor device, or be a multiple of them"
-        _divides("mesh.context", context, what, kv_heads)
     depths = m.mixture_of_depths.capacity
     _require(
         not depths or context == 1,
@@ -297,6 +329,26 @@ def _check_layout(config: Config, axes: dict[str, int]) -> None:
         f"must be 1 with model.mixture_of_depths.capacity={depths}, which chooses among the tokens of whole sequences",
     )
     _check_scope(config, devices=batch)
+
+
+def _check_heads(m: Model, axes: dict[str, int]) -> None:
+    """The mesh divides what each kind of attention shares among devices."""
+    from frugalmoe.model.attention import kinds
+
+    tensor, context = axes["tensor"], axes["context"]
+    for name in dict.fromkeys(pattern.attention_names(m.attention)):
+        shared = kinds.get(name).mesh(m, kinds.options_of(m, name))
+        for what, number in (shared.heads, shared.kv_heads):
+            _divides("mesh.tensor", tensor, what, number)
+        for what, number in shared.stored.items():
+            stored = axes["fsdp"] * axes["expert"] * context
+            _divides("mesh.fsdp*expert*context", stored, f"{what}, which parameters are stored by", number)
+        (what, heads), (kv_what, kv_heads) = shared.heads, shared.kv_heads
+        heads, kv_heads = heads // tensor, kv_heads // tensor
+        _divides("mesh.context", context, f"the {heads} of {what} on a tensor device", heads)
+        if context % kv_heads:
+            more = f"the {kv_heads} of {kv_what} on a tensor device, or be a multiple of them"
+            _divides("mesh.context", context, more, kv_heads)
 
 
 def _divides(path: str, size: int, what: str, total: int) -> None:

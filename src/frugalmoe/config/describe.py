@@ -30,7 +30,7 @@ def describe(config: Config) -> list[Field]:
 
 
 def field_meanings() -> dict[str, str]:
-    """Dotted name -> meaning of every field that a config has whatever its router; imports no router."""
+    """Returns {dotted name: meaning} of every field that a config has whatever its router; imports no router."""
     return {row.name: row.meaning for row in _rows(Config(), Config(), "")}
 
 
@@ -54,7 +54,7 @@ def _rows(section: Any, default: Any, prefix: str) -> list[Field]:
 
 @functools.cache
 def meanings(cls: type) -> dict[str, str]:
-    """Field -> the comment on its lines, or else on the lines before it; empty where there is none."""
+    """Returns {field: comment}: the one on its lines, or else on the lines before it; empty where there is none."""
     lines = textwrap.dedent(inspect.getsource(cls))
     comments = {
         token.start[0]: token.string.lstrip("# ").strip()

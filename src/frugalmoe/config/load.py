@@ -1,28 +1,35 @@
 """From a config file and overrides to a checked `Config`. The only place where ConfigDicts live."""
 
 import ast
-import contextlib
 import dataclasses
-import importlib.util
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from frugalmoe import schema
+from frugalmoe.config import outside
 from frugalmoe.config.checks import check
+from frugalmoe.config.settle import VOCABULARY, left_open, open_again
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.fields import build, check_integer, to_dict
 from frugalmoe.files import read_json
+from frugalmoe.found import one_line_errors, run_file
+from frugalmoe.model import pattern
 from frugalmoe.shipped import CONFIGS, Folder
 
 RECORD = "config.json"  # of a run's directory: the config that it was trained with
 
+OPEN = "left_open"  # key of a record, beside the sections
+_MAY_BE_OPEN = {VOCABULARY, *(f"mesh.{axis.name}" for axis in dataclasses.fields(schema.Mesh))}
+
 # What runs did that are older than a field, where its default makes new ones do something else.
 _BEFORE = {"data": {"document_start": "none"}}
+# Router -> what its options were called before.
+_RENAMED = {router: {"normalize": "renormalize"} for router in ("sigmoid_bias", "quantile_balance")}
 
 
 def default() -> ConfigDict:
@@ -34,17 +41,40 @@ def _open(config: ConfigDict) -> ConfigDict:
     """Locks a config but for the sections whose keys the user names."""
     config.lock()
     config.model.moe.options.unlock()
+    config.model.attention_options.unlock()
     config.model.moe.losses.unlock()
     config.data.sources.unlock()
+    config.optim.rates.unlock()
     return config
 
 
-def record(path: Path) -> dict[str, Any]:
-    """The config that a run's config.json holds, in the fields of today.
+def recorded(config: schema.Config, settled: schema.Config) -> dict[str, Any]:
+    """Returns what a run's config.json holds: the settled config, and which fields `config` left open.
 
-    Fields that are younger than the run have what the run did: the defaults, or what `_BEFORE` says. Raises `UserError`
-    for a file that is no record of a run.
+    With these the run can be repeated on another number of devices, or with another tokenizer.
     """
+    return to_dict(settled) | {OPEN: left_open(to_dict(config))}
+
+
+def record(path: Path) -> dict[str, Any]:
+    """Returns the config that ran, from a run's config.json, in the fields of today.
+
+    Fields that are younger than the run have what the run did: the defaults, or what `_BEFORE` says. Runs that are
+    older than `settle` have the fields open that their config left open. Raises `UserError` for a file that is no
+    record of a run.
+    """
+    return _read_record(path)[0]
+
+
+def asked(path: Path) -> dict[str, Any]:
+    """Returns the config of a run's config.json as it was asked for: what was left open is open again.
+
+    It is to be run: see `runnable`.
+    """
+    return outside.with_copies(path.parent, open_again(*_read_record(path)))
+
+
+def _read_record(path: Path) -> tuple[dict[str, Any], list[str]]:
     saved = read_json(path)
     if not _is_record(saved):
         raise UserError(f"{path}: not the config of a run; it needs a name and the sections {', '.join(_SECTIONS)}")
@@ -54,9 +84,27 @@ def record(path: Path) -> dict[str, Any]:
             micro_batch = train["batch_size"] // train["accumulate_steps"]
             train["eval_rows"] = train.pop("eval_batches") * micro_batch
         older = {section: {**fields, **saved[section]} for section, fields in _BEFORE.items()}
-        return completed({**saved, **older, "train": train})
+        opened = saved.pop(OPEN, [])
+        if not (isinstance(opened, list) and set(opened) <= _MAY_BE_OPEN):
+            raise LookupError(f"{OPEN}={opened!r}")
+        return completed({**saved, **older, "model": _renamed(saved["model"]), "train": train}), opened
     except (ArithmeticError, AttributeError, LookupError, TypeError) as e:
         raise UserError(f"{path}: a damaged config ({type(e).__name__}: {e})") from e
+
+
+def _renamed(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The section with the options of its router, and of a router that it wraps, as they are called today."""
+    moe = dict(model["moe"])
+    names = lambda router, options: {_RENAMED.get(router, {}).get(name, name): v for name, v in options.items()}
+    options = names(moe.get("router"), moe.get("options", {}))
+    if isinstance(options.get("base_options"), Mapping):
+        options["base_options"] = names(options.get("base"), options["base_options"])
+    return {**model, "moe": {**moe, "options": options}}
+
+
+def runnable(path: Path) -> dict[str, Any]:
+    """As `record`, to run with: the run's copies stand for files outside the package that are gone or have changed."""
+    return outside.with_copies(path.parent, record(path))
 
 
 _SECTIONS = ("model", "data", "optim", "train", "checkpoint", "mesh")
@@ -71,7 +119,8 @@ def _is_record(saved: Any) -> bool:
 
 
 def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """`saved` with the fields that it lacks at their defaults; those that are no fields stay."""
+    """Returns `saved` with the fields that it lacks at their defaults; those that are no fields stay."""
+    from frugalmoe.model.attention import kinds
     from frugalmoe.routing import strategies
 
     filled = _filled(saved, schema.Config())
@@ -79,6 +128,11 @@ def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
     data["sources"] = {name: _filled(source, schema.Source()) for name, source in data["sources"].items()}
     if moe["router"] in strategies.names():
         moe["options"] = {**to_dict(strategies.get(moe["router"]).options()), **moe["options"]}
+    attention, options = filled["model"]["attention"], filled["model"]["attention_options"]
+    for name in pattern.attention_names(attention):
+        if name in kinds.names():
+            options = {**options, name: {**to_dict(kinds.get(name).options()), **options.get(name, {})}}
+    filled["model"]["attention_options"] = options
     return filled
 
 
@@ -93,21 +147,21 @@ def _filled(saved: Any, section: Any) -> Any:
 
 
 def load(spec: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> schema.Config:
-    """`FILE[:ARG]` -> its `get_config(ARG)`, or the config of a run, overridden, resolved and checked."""
+    """Returns the config that `FILE[:ARG]` or the directory of a run names: overridden, resolved and checked."""
     return resolve(override(read(spec), overrides))
 
 
 def read(spec: str) -> ConfigDict:
-    """`FILE[:ARG]` -> its `get_config(ARG)`. FILE is a path, or the name of a config that we ship.
+    """Returns the `get_config(ARG)` of `FILE[:ARG]`, where FILE is a path, or the name of a config that we ship.
 
-    The directory of a run, or its config.json -> what it was trained with.
+    Of the directory of a run, or its config.json, it returns what was asked for then.
     """
     run = Path(spec) / RECORD
     if os.path.isfile(run) or spec.endswith(".json"):
-        return _open(ConfigDict(record(run if os.path.isfile(run) else Path(spec))))
+        return _open(ConfigDict(asked(run if os.path.isfile(run) else Path(spec))))
     file, _, arg = spec.partition(":")
     get_config = python_file(CONFIGS, file, f"--config={spec}", "get_config")
-    with _one_line_errors(f"--config={spec}"):
+    with one_line_errors(f"--config={spec}", str(CONFIGS.find(file, f"--config={spec}")), _message):
         config = get_config(arg or None)
     rule = "get_config() must edit what frugalmoe.config.default() gives, and return it"
     if not isinstance(config, ConfigDict):
@@ -118,37 +172,25 @@ def read(spec: str) -> ConfigDict:
 
 
 def python_file(shipped: Folder, file: str, what: str, name: str) -> Any:
-    """`name` of the Python file at a path or shipped under that name; raises `UserError` that begins with `what`.
+    """Returns what a Python file, at a path or shipped under that name, defines as `name`.
 
-    What the file does wrong is the user's error too, be it syntax, an exception or an end of the program.
+    Raises `UserError` that begins with `what`. What the file does wrong is the user's error too, be it syntax, an
+    exception or an end of the program.
     """
     path = shipped.find(file, what)
     if path.suffix != ".py":
         raise UserError(f"{what}: must be a Python file, NAME.py, that defines {name}")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    with _one_line_errors(what):
-        module_spec.loader.exec_module(module)
+    module = run_file(path, what)
     if not hasattr(module, name):
         raise UserError(f"{what}: defines no {name}")
     return getattr(module, name)
 
 
-@contextlib.contextmanager
-def _one_line_errors(what: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except (Exception, SystemExit) as e:  # with SystemExit the program would end well, and nothing have been done
-        raise UserError(f"{what}: {type(e).__name__}: {_one_line(e)}") from e
-
-
-def _one_line(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     """ConfigDict prints the whole section between what is wrong and its 'Did you mean'."""
     text = str(error)
     if " Other fields" not in text:
-        return text  # UserError joins its lines
+        return text
     lines = [line for line in text.strip("'\"").replace("\\n", "\n").splitlines() if line.strip()]
     return lines[0].split(" Other fields")[0] + (f" {lines[-1]}" if "Did you mean" in lines[-1] else "")
 
@@ -165,9 +207,11 @@ def _missing_sections(config: ConfigDict, whole: ConfigDict, path: str = "") -> 
 
 
 def override(config: ConfigDict, overrides: Mapping[str, Any] | Sequence[str]) -> ConfigDict:
-    """Sets dotted fields; `a.b=value` strings are read as Python literals, or as text where they are none.
+    """Returns a copy with dotted fields set; `a.b=value` strings are read as Python literals, or as text where they are
+    none.
 
-    Naming another `model.moe.router` drops the file's `model.moe.options`, which belong to its router.
+    Naming another `model.moe.router` drops the file's `model.moe.options`, which belong to its router. Naming another
+    `model.attention` drops the options of the file's kinds that are not among its own.
     """
     if not isinstance(overrides, Mapping):
         overrides = dict(_parse_assignment(o) for o in overrides)
@@ -175,6 +219,11 @@ def override(config: ConfigDict, overrides: Mapping[str, Any] | Sequence[str]) -
     router = config.model.moe.router
     if overrides.get("model.moe.router", router) != router:
         config.model.moe.options = ConfigDict()  # another strategy has other options
+    attention = overrides.get("model.attention", config.model.attention)
+    if attention != config.model.attention and isinstance(attention, str):
+        kept = {pattern.short(name) for name in pattern.attention_names(attention)}
+        options = config.model.attention_options
+        config.model.attention_options = ConfigDict({k: v for k, v in options.items() if k in kept}).unlock()
     for name, value in overrides.items():
         _set(config, name, value)
     return config
@@ -224,9 +273,14 @@ def _check_replacement(dotted: str, old: Any, value: Any, is_open: bool) -> None
         raise UserError(f"{dotted}={value!r}: expected {type(old).__name__}, got bool")
 
 
+_NAMED_BY_USER = (["model", "moe", "losses"], ["data", "sources"], ["optim", "rates"])
+
+
 def _is_open(path: list[str]) -> bool:
     """Whether the user names the keys of a mapping, which may also be set whole; `resolve` checks what it holds."""
-    return path[:3] == ["model", "moe", "options"] or path in (["model", "moe", "losses"], ["data", "sources"])
+    return (
+        path[:3] == ["model", "moe", "options"] or path[:2] == ["model", "attention_options"] or path in _NAMED_BY_USER
+    )
 
 
 def _unknown(dotted: str, node: ConfigDict) -> None:
@@ -234,38 +288,44 @@ def _unknown(dotted: str, node: ConfigDict) -> None:
 
 
 def resolve(config: ConfigDict | Mapping[str, Any] | schema.Config) -> schema.Config:
-    """ConfigDict -> checked dataclasses. Raises `UserError` naming the field, the value and the rule."""
+    """Returns a ConfigDict as checked dataclasses. Raises `UserError` naming the field, the value and the rule."""
     resolved = typed(config)
     check(resolved)
     return resolved
 
 
 def typed(config: ConfigDict | Mapping[str, Any] | schema.Config) -> schema.Config:
-    """ConfigDict -> dataclasses, in which each field has its type, whatever rule its value breaks."""
+    """Returns a ConfigDict as dataclasses, in which each field has its type, whatever rule its value breaks."""
     from frugalmoe.routing import strategies
 
     resolved = build(schema.Config, _plain(config), "")
     moe = resolved.model.moe
     options = build(strategies.get(moe.router).options, moe.options, "model.moe.options")
     sources = {k: build(schema.Source, v, f"data.sources.{k}") for k, v in resolved.data.sources.items()}
+    model = dataclasses.replace(
+        resolved.model, moe=dataclasses.replace(moe, options=options), attention_options=_attention(resolved.model)
+    )
     return dataclasses.replace(
         resolved,
-        model=dataclasses.replace(resolved.model, moe=dataclasses.replace(moe, options=options)),
+        model=model,
         data=dataclasses.replace(resolved.data, sources=schema.FrozenDict(sources)),
+    )
+
+
+def _attention(model: schema.Model) -> schema.FrozenDict:
+    """The options of every kind of attention that a model names, by the kind's short name."""
+    from frugalmoe.model.attention import kinds
+
+    given, path = model.attention_options, "model.attention_options"
+    found = {pattern.short(name): kinds.get(name) for name in pattern.attention_names(model.attention)}
+    for name in given:
+        if name not in found:
+            rule = f"no kind of attention in model.attention={model.attention!r}"
+            raise UserError(f"{path}.{name}: {rule}; {did_you_mean(name, found)}")
+    return schema.FrozenDict(
+        {name: build(kind.options, given.get(name, {}), f"{path}.{name}") for name, kind in found.items()}
     )
 
 
 def _plain(config: Any) -> Any:
     return {k: _plain(v) for k, v in config.items()} if isinstance(config, ConfigDict) else config
-
-
-def with_vocabulary(config: schema.Config, tokens: int) -> schema.Config:
-    """`model.vocab_size` settled by a tokenizer's size: rounded up to a multiple of 64 where it is 0."""
-    size = config.model.vocab_size
-    if size and size < tokens:
-        raise UserError(
-            f"model.vocab_size={size}: smaller than the {tokens} tokens of "
-            f"data.tokenizer={config.data.tokenizer!r}; give at least that, or 0"
-        )
-    model = dataclasses.replace(config.model, vocab_size=size or -(-tokens // 64) * 64)
-    return dataclasses.replace(config, model=model)

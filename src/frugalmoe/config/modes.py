@@ -1,16 +1,36 @@
-"""The modes that every config has: none, or `laptop`."""
+"""What follows a config file's name: a size, where the file has several, and a mode, which is none or `laptop`."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from frugalmoe.errors import UserError
+from frugalmoe.config.load import override
+from frugalmoe.errors import UserError, did_you_mean
+
+LAPTOP = "laptop"
+
+
+def with_size(c: ConfigDict, sizes: Mapping[str, Mapping[str, Any]], arg: str | None) -> ConfigDict:
+    """Returns the config at the size and in the mode that `arg` names: SIZE, MODE or SIZE:MODE.
+
+    `sizes` has the fields that each size sets, dotted; the first is the default. A config file holds them as a literal
+    at its top level under the name SIZES, so that they are known without running it.
+    """
+    first, colon, rest = (arg or next(iter(sizes))).partition(":")
+    if first == LAPTOP and not colon:
+        first, rest = next(iter(sizes)), LAPTOP
+    if first not in sizes:
+        raise UserError(f"--config=...:{arg}: unknown size; {did_you_mean(first, sizes)}, each also with :{LAPTOP}")
+    return with_mode(override(c, sizes[first]), rest if colon or rest else None)
 
 
 def with_mode(c: ConfigDict, arg: str | None) -> ConfigDict:
-    """`c` itself, or its laptop mode: the same recipe at a size that two cores train in a minute."""
+    """Returns `c` itself, or its laptop mode: the same recipe at a size that two cores train in a minute."""
     if arg is None:
         return c
-    if arg != "laptop":
-        raise UserError(f"--config=...:{arg}: unknown mode; valid: laptop")
+    if arg != LAPTOP:
+        raise UserError(f"--config=...:{arg}: unknown mode; valid: {LAPTOP}")
     m, moe = c.model, c.model.moe
     c.name += "-laptop"
     m.vocab_size = 0

@@ -8,7 +8,8 @@ import math
 
 import jax
 
-from frugalmoe.model.depths import predictor_hidden, routed_layers
+from frugalmoe.model import depths, pattern
+from frugalmoe.model.attention import kinds
 from frugalmoe.routing import strategies, threshold
 from frugalmoe.schema import Model
 
@@ -20,18 +21,31 @@ def forward_flops(model: Model, sequence_length: int, active_experts: float | No
 
     Mixture of depths is counted as it trains: a routed block costs a token the share of a sequence that passes.
     """
-    moe, (routed_dense, routed_moe) = model.moe, map(len, routed_layers(model))
-    passing, num_routed = threshold.slots(sequence_length, model.mixture_of_depths.capacity), routed_dense + routed_moe
-    share = passing / sequence_length
-    num_dense = model.num_dense_layers - routed_dense * (1 - share)
-    num_moe = model.num_layers - model.num_dense_layers - routed_moe * (1 - share)
+    moe, of_layers = model.moe, pattern.layers(model)
+    passing = threshold.slots(sequence_length, model.mixture_of_depths.capacity)
+    share, num_routed = passing / sequence_length, len(pattern.wrapped_layers(model))
+
+    def times(attribute: str, name: str) -> float:
+        """Layers of a kind, a routed one for its share."""
+        own = [kind for kind in of_layers if getattr(kind, attribute) == name]
+        return len(own) - sum(bool(kind.wrapper) for kind in own) * (1 - share)
+
+    num_dense, num_moe = (times("feed_forward", name) for name in pattern.FEED_FORWARDS)
+    projections = products = 0
+    for name in dict.fromkeys(kind.attention for kind in of_layers):
+        attention, options = kinds.get(name), kinds.options_of(model, name)
+        routed = [bool(kind.wrapper) for kind in of_layers if kind.attention == name]
+        lengths = routed.count(False) * attention.seen(model, options, sequence_length)
+        if passing:
+            lengths += routed.count(True) * share * attention.seen(model, options, passing)
+        per_token, per_key = attention.flops(model, options)
+        projections += times("attention", name) * per_token
+        products += per_key * lengths
     active = moe.num_experts_per_token if active_experts is None else active_experts
-    heads, kv_heads, width = model.num_heads, model.num_kv_heads, model.head_dim
-    lengths = (model.num_layers - num_routed) * (sequence_length + 1) / 2 + num_routed * share * (passing + 1) / 2
     feed_forward = lambda hidden: 2 * 3 * model.dim * hidden  # gate, up, down
     parts = {
-        "attention projections": (num_dense + num_moe) * 2 * model.dim * width * (2 * heads + 2 * kv_heads),
-        "attention products": 2 * 2 * heads * width * lengths,
+        "attention projections": projections,
+        "attention products": products,
         "dense feed-forward": num_dense * feed_forward(model.dense_dim),
         "router": num_moe * 2 * _router_weights(model),
         "routed experts": num_moe * active * feed_forward(moe.expert_dim),
@@ -39,8 +53,7 @@ def forward_flops(model: Model, sequence_length: int, active_experts: float | No
         "head": 2 * model.dim * model.vocab_size,
     }
     if num_routed:
-        hidden = predictor_hidden(model.dim)
-        parts["mixture of depths"] = num_routed * 2 * (model.dim + model.dim * hidden + hidden)
+        parts["mixture of depths"] = num_routed * depths.flops(model)
     return parts
 
 
@@ -48,5 +61,5 @@ def _router_weights(model: Model) -> int:
     """Entries of the strategy's matrices, each taken to be multiplied once per token."""
     router = strategies.get(model.moe.router)
     key = jax.random.key(0)
-    shapes = jax.eval_shape(lambda: [init(key, model.dim, model.moe) for init in (router.init, router.init_shared)])
+    shapes = jax.eval_shape(lambda: [router.new_params(key, model.dim, model.moe, shared) for shared in (False, True)])
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes) if leaf.ndim >= 2)

@@ -1,6 +1,6 @@
-"""A batch is a pure function of (config, seed, step), by random access.
+"""A batch is a pure function of (config, seed, position), by random access.
 
-Letters: B rows of a batch, T tokens of a row, P stored pieces of documents.
+Letters: B rows of a batch, T tokens of a row, I places of stored pieces of documents.
 
 Documents, each ending with the end-of-text token, are put in an order fixed by the seed and cut into rows of T tokens.
 Rows are drawn in a fresh shuffled order in each epoch; where sources have weights, each is its own such stream and the
@@ -52,9 +52,9 @@ class Rows:
     `data` says how long rows are and what documents begin with.
     """
 
-    def __init__(self, store: Store, chosen_P: np.ndarray, seed: int | str, data: Data, pad: bool = False) -> None:
+    def __init__(self, store: Store, chosen_I: np.ndarray, seed: int | str, data: Data, pad: bool = False) -> None:
         columns = store.columns
-        pieces = np.flatnonzero(chosen_P)
+        pieces = np.flatnonzero(chosen_I)
         # The order depends on the texts alone, not on files, shards or workers. The document's number breaks ties of
         # duplicates, and keeps the pieces of a document together and in order.
         order = np.lexsort(
@@ -110,7 +110,7 @@ class Rows:
         return tokens[inside], *(column[inside] for column in of_piece)
 
     def _place(self, start: int, stop: int) -> tuple[slice, slice]:
-        """(pieces that hold a part of the stream, where it lies in their tokens)."""
+        """Returns (pieces that hold a part of the stream, where it lies in their tokens)."""
         first = int(np.searchsorted(self._ends, start, side="right"))
         last = int(np.searchsorted(self._ends, stop, side="left"))
         skipped = start - (self._ends[first] - self._lengths[first])
@@ -130,7 +130,7 @@ def _row(
 
 
 class Dataset:
-    """What `open_data` returns."""
+    """The prepared data of a config: batches for training and evaluation, by random access."""
 
     def __init__(self, store: Store, data: Data, weights: Sequence[float], batch_size: int, seed: int) -> None:
         self._store, self._data, self._batch_size = store, data, batch_size
@@ -168,17 +168,17 @@ class Dataset:
                 raise UserError(f"data.sequence_length={self._data.sequence_length}: {rule}")
         return list(streams.values())
 
-    def batch(self, step: int, rows: Sequence[int] | None = None) -> Batch:
-        """The batch of a step, or some of its rows, in any order, at the cost of reading them."""
-        first = step * self._batch_size
+    def batch(self, position: int, rows: Sequence[int] | None = None) -> Batch:
+        """The batch at a position 0, 1, ..., or some of its rows, in any order, at the cost of reading them."""
+        first = position * self._batch_size
         chosen = range(self._batch_size) if rows is None else rows
         return Batch(*map(np.stack, zip(*(self._rows[first + int(row)] for row in chosen))))
 
-    def train_batches(self, start_step: int = 0, rows: Sequence[int] | None = None) -> Iterator[Batch]:
-        """batch(start_step, rows), batch(start_step + 1, rows), ... without end, read ahead by two threads."""
+    def train_batches(self, start: int = 0, rows: Sequence[int] | None = None) -> Iterator[Batch]:
+        """batch(start, rows), batch(start + 1, rows), ... without end, read ahead by two threads."""
         ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-        steps = grain.MapDataset.range(start_step, sys.maxsize)
-        return iter(steps.map(lambda step: self.batch(step, rows)).to_iter_dataset(ahead))
+        positions = grain.MapDataset.range(start, sys.maxsize)
+        return iter(positions.map(lambda position: self.batch(position, rows)).to_iter_dataset(ahead))
 
     def eval_bytes(self, domain: str, max_rows: int | None = None) -> int:
         """UTF-8 bytes of text that the targets of `eval_batches` stand for, all together."""

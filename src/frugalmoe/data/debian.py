@@ -77,13 +77,15 @@ class Apt:
 
 
 def complaint(done: subprocess.CompletedProcess) -> str:
-    """apt's first error or warning."""
+    """Returns apt's first error or warning."""
     lines = [line for line in done.stderr.splitlines() if line.startswith(("E:", "W:", "Err:"))]
     return lines[0].partition(":")[2].strip() if lines else f"exit code {done.returncode}, no message"
 
 
 def members(file: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
-    """(path, content) of the regular files of a package whose path a regular expression finds, in their order there."""
+    """Yields (path, content) of the regular files of a package whose path a regular expression finds, in their order
+    there.
+    """
     command = ["dpkg-deb", "--fsys-tarfile", str(file)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as unpacking:
         try:

@@ -33,7 +33,9 @@ class Look(NamedTuple):
 
 
 def look(data: Data, *, batch_size: int = 1, seed: int = 0) -> Look:
-    """Raises `UserError` for data or a tokenizer that cannot be read; of each source the first document is read."""
+    """Returns what is known. Raises `UserError` for data or a tokenizer that cannot be read; of each source the first
+    document is read.
+    """
     named = sorted(data.sources.items()) or [("", Source(path=data.path))]
     if (not data.sources and is_prepared(Path(os.path.expanduser(data.path)))) or _is_cached(data, named):
         found = open_data(data, batch_size=batch_size, seed=seed, progress=False)
@@ -76,6 +78,8 @@ def _look_at(data: Data, name: str, source: Source) -> list[str]:
         return [f"{where} is fetched from the hub, which takes a network"]
     _check_readable(opened, where)
     next(documents(opened))
+    if opened.outside:
+        return [f"{where}: its documents are still to be read and tokenised"]
     size = sum(file.stat().st_size for file in opened.files)
     todo = f"{where}: {len(opened.files):,} files, {size / 1e6:,.1f} MB, are still to be read and tokenised"
     return [todo, *filter(None, [opened.left_out])]

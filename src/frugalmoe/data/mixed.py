@@ -128,7 +128,7 @@ def _fetch(apt: Apt, found: list[Found], bar: Progress) -> dict[str, Path]:
 def _write(
     directory: Path, found: list[Found], files: dict[str, Path], bar: Progress
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """(the manifest's entry of each domain, why a package gave none of them a text)."""
+    """Returns (the manifest's entry of each domain, why a package gave none of them a text)."""
     task = bar.add_task("", total=sum(item.deb.size for item in found))
     domains, empty = {}, {}
     for domain in dict.fromkeys(item.origin.domain for item in found):
@@ -151,13 +151,15 @@ def _write(
 
 
 def _told(holding: list[Found]) -> tuple[str, str]:
-    """(source, licence) of a domain for the manifest."""
+    """Returns (source, licence) of a domain for the manifest."""
     source = ", ".join(f"{item.deb.name}={item.deb.version}" for item in holding)
     return f"Debian {source}", "; ".join(dict.fromkeys(item.origin.licence for item in holding))
 
 
 def _documents(item: Found, file: Path, copyrights: Path) -> Iterator[tuple[str, str]]:
-    """(id, text) of a package's documents; what is not UTF-8 is left out. Its copyright file is written on the way."""
+    """Yields (id, text) of a package's documents; what is not UTF-8 is left out. Its copyright file is written on the
+    way.
+    """
     name, origin = item.deb.name, item.origin
     notice = rf"usr/share/doc/{re.escape(name)}/copyright$"
     for path, content in members(file, f"{origin.files}|{notice}"):

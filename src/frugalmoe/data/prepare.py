@@ -189,7 +189,7 @@ def _write(
 
 
 def _counts(paths: list[Path], domains: list[str], tokenizer: str) -> tuple[dict[str, Any], list[str]]:
-    """(documents, tokens and bytes of each domain's two sides; what to tell); raises where a side is empty."""
+    """Returns (documents, tokens and bytes of each domain's two sides; what to tell); raises where a side is empty."""
     counts = {domain: {side: np.zeros(3, np.int64) for side in ("train", "validation")} for domain in domains}
     changed, hashes = 0, []
     for path in paths:

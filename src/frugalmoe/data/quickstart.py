@@ -137,7 +137,7 @@ def _run(command: list[str], tool: str) -> None:
 
 
 def _members(directory: Path, archive: str, pattern: str) -> Iterator[tuple[str, str]]:
-    """(file name, text) of the matching members, sorted, with line ends as \\n."""
+    """Returns (file name, text) of the matching members, sorted, with line ends as \\n."""
     with tarfile.open(directory / archive) as tar:
         for member in sorted(tar.getmembers(), key=lambda member: member.name):
             path = Path(member.name)

@@ -149,7 +149,9 @@ def _shown(encoding: str) -> str:
 
 
 def lines(file: Path, encoding: str, blank: bool) -> Iterator[tuple[int, str]]:
-    """(number, line with its end, of which only \\n counts); without `blank`, blocks of blank lines are left out."""
+    """Yields (number, line with its end, of which only \\n counts); without `blank`, blocks of blank lines are left
+    out.
+    """
     rest: list[str] = []
     size, number = 0, 1
     for block in characters(file, encoding):

@@ -31,7 +31,9 @@ def is_model(content: bytes) -> bool:
 
 
 def _fields(content: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of a message's fields: int, float or bytes. Raises IndexError or ValueError for a damaged one."""
+    """Yields (number, value) of a message's fields: int, float or bytes. Raises IndexError or ValueError for a damaged
+    one.
+    """
     at = 0
 
     def varint() -> int:

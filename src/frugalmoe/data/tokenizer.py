@@ -46,7 +46,7 @@ class Tokenizer(Protocol):
     fingerprint: str  # equal for equal tokenizers, on every machine
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 ids of the text, without specials."""
+        """Returns int32 ids of the text, without specials."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
@@ -179,7 +179,7 @@ def _is_bytes(directory: Path) -> bool:
 
 
 def load_json(path: Path, where: str) -> JsonTokenizer:
-    """Read a tokenizer.json, or another vocabulary that can be written as one: see `vocabularies`."""
+    """Reads a tokenizer.json, or another vocabulary that can be written as one: see `vocabularies`."""
     tokenizer = JsonTokenizer(vocabularies.read(path, where), None, where, directory=path.parent)
     config = path.with_name("tokenizer_config.json")
     saved = read_object(config).get("fingerprint") if config.is_file() else None
@@ -190,7 +190,7 @@ def load_json(path: Path, where: str) -> JsonTokenizer:
 
 
 def parse(spec: str) -> int | Path | None:
-    """`data.tokenizer` as None (bytes), a vocabulary size (bpe:SIZE) or the file of a vocabulary."""
+    """Returns `data.tokenizer` as None (bytes), a vocabulary size (bpe:SIZE) or the file of a vocabulary."""
     if spec == "bytes":
         return None
     if spec.startswith("bpe:"):

@@ -3,7 +3,7 @@
 Every width is a multiple of its tile; rows of no expert are neither read nor written. Offsets are 64 bits wide: the
 experts of a layer may have more than 2**31 weights. float32 operands stay float32 (no TF32), so that executors agree.
 
-Letters: E experts, R sorted rows, I contracted (or first) and J produced axis of a product, T tiles.
+Letters: E experts, R sorted rows, I contracted (or first) and J produced axis of a product, G groups of rows (tiles).
 """
 
 import triton
@@ -12,9 +12,9 @@ import triton.language as tl
 
 @triton.jit
 def rows_by_weights(
-    expert_T,
-    start_T,
-    end_T,
+    expert_G,
+    start_G,
+    end_G,
     a_RI,
     w_EIJ,
     y_RJ,
@@ -27,28 +27,28 @@ def rows_by_weights(
 ):
     """One tile of y = a @ w[expert], or with `transpose` of a @ w[expert]'. Empty tiles are not needed."""
     tile = tl.program_id(0)
-    start = tl.load(start_T + tile)
-    end = tl.load(end_T + tile)
+    start = tl.load(start_G + tile)
+    end = tl.load(end_G + tile)
     if start < end:
-        first = tl.load(expert_T + tile).to(tl.int64) * inner * width
-        row_S = start + tl.arange(0, rows)
-        live_S1 = (row_S < end)[:, None]
-        row_S1 = row_S.to(tl.int64)[:, None]
+        first = tl.load(expert_G + tile).to(tl.int64) * inner * width
+        row_g = start + tl.arange(0, rows)
+        live_g1 = (row_g < end)[:, None]
+        row_g1 = row_g.to(tl.int64)[:, None]
         i_I = tl.arange(0, tile_i)
         j_J = tl.program_id(1) * tile_j + tl.arange(0, tile_j)
-        a_at = a_RI + row_S1 * inner + i_I[None, :]
+        a_at = a_RI + row_g1 * inner + i_I[None, :]
         if transpose:
             w_at = w_EIJ + first + j_J[None, :] * inner + i_I[:, None]
         else:
             w_at = w_EIJ + first + i_I[:, None] * width + j_J[None, :]
-        sum_SJ = tl.full((rows, tile_j), 0.0, tl.float32)
+        sum_gJ = tl.full((rows, tile_j), 0.0, tl.float32)
         for _ in range(0, inner, tile_i):
-            a_SI = tl.load(a_at, mask=live_S1, other=0.0)
+            a_gI = tl.load(a_at, mask=live_g1, other=0.0)
             w_IJ = tl.load(w_at)
-            sum_SJ = tl.dot(a_SI, w_IJ, sum_SJ, input_precision="ieee")
+            sum_gJ = tl.dot(a_gI, w_IJ, sum_gJ, input_precision="ieee")
             a_at += tile_i
             w_at += tile_i if transpose else tile_i * width
-        tl.store(y_RJ + row_S1 * width + j_J[None, :], sum_SJ.to(y_RJ.dtype.element_ty), mask=live_S1)
+        tl.store(y_RJ + row_g1 * width + j_J[None, :], sum_gJ.to(y_RJ.dtype.element_ty), mask=live_g1)
 
 
 @triton.jit
@@ -72,11 +72,11 @@ def rows_by_rows(
     j_J = tl.program_id(2) * tile_j + tl.arange(0, tile_j)
     sum_IJ = tl.full((tile_i, tile_j), 0.0, tl.float32)
     for first in range(start, end, rows):
-        row_S = first + tl.arange(0, rows)
-        live_S = row_S < end
-        row_S = row_S.to(tl.int64)
-        a_IS = tl.load(a_RI + row_S[None, :] * width_i + i_I[:, None], mask=live_S[None, :], other=0.0)
-        b_SJ = tl.load(b_RJ + row_S[:, None] * width_j + j_J[None, :], mask=live_S[:, None], other=0.0)
-        sum_IJ = tl.dot(a_IS, b_SJ, sum_IJ, input_precision="ieee")
+        row_g = first + tl.arange(0, rows)
+        live_g = row_g < end
+        row_g = row_g.to(tl.int64)
+        a_Ig = tl.load(a_RI + row_g[None, :] * width_i + i_I[:, None], mask=live_g[None, :], other=0.0)
+        b_gJ = tl.load(b_RJ + row_g[:, None] * width_j + j_J[None, :], mask=live_g[:, None], other=0.0)
+        sum_IJ = tl.dot(a_Ig, b_gJ, sum_IJ, input_precision="ieee")
     y_at = y_EIJ + expert.to(tl.int64) * width_i * width_j + i_I[:, None] * width_j + j_J[None, :]
     tl.store(y_at, sum_IJ.to(y_EIJ.dtype.element_ty))

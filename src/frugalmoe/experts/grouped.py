@@ -2,7 +2,8 @@
 
 A platform brings two kernels (`Kernels`); their gradients and everything around them are here, once.
 
-Letters: N tokens, D model, E experts, F expert hidden, R sorted rows; I, J any two matrix axes.
+Letters: N tokens, D model, E experts, F expert hidden, R sorted rows; I and J any two axes of
+a matrix.
 """
 
 from collections.abc import Callable
@@ -13,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.experts.dense import swiglu
-from frugalmoe.experts.rows import Rows
+from frugalmoe.experts.contract import Call, Run, swiglu
+from frugalmoe.experts.rows import Rows, held_rows
+from frugalmoe.routing.contract import Plan
 
 
 class Kernels(NamedTuple):
@@ -61,7 +63,17 @@ def run(kernels: Kernels, rows: Rows, x_ND: Array, gate_up_ED2F: Array, down_EFD
         return jnp.where(live_R1, y_RJ, 0)
 
     x_RD = x_ND.at[token_R].get(mode="fill", fill_value=0)
-    h_RX = matmul(x_RD, gate_up_ED2F.reshape(num_experts, dim, 2 * hidden)).astype(jnp.float32)
-    a_RF = swiglu(h_RX[:, :hidden], h_RX[:, hidden:]).astype(x_ND.dtype)
+    h_RJ = matmul(x_RD, gate_up_ED2F.reshape(num_experts, dim, 2 * hidden)).astype(jnp.float32)
+    a_RF = swiglu(h_RJ[:, :hidden], h_RJ[:, hidden:]).astype(x_ND.dtype)
     y_RD = matmul(a_RF, down_EFD).astype(jnp.float32) * weight_R[:, None]
     return jnp.zeros(x_ND.shape, jnp.float32).at[token_R].add(y_RD, mode="drop").astype(x_ND.dtype)
+
+
+def by(kernels: Callable[[int], Kernels]) -> Run:
+    """An executor's `run` by the kernels for a number of rows."""
+
+    def with_kernels(plan: Plan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, call: Call) -> tuple[Array, Array]:
+        rows, dropped = held_rows(plan, down_EFD.shape[0], call.room)
+        return run(kernels(rows.token_R.size), rows, x_ND, gate_up_ED2F, down_EFD), dropped
+
+    return with_kernels

@@ -36,3 +36,12 @@ def sort_rows(plan: Plan, num_experts: int, room: int | None = None) -> Rows:
         order_R = order_R[:room]
         sizes_E = jnp.diff(jnp.minimum(jnp.cumsum(sizes_E), room), prepend=0).astype(jnp.int32)
     return Rows(order_R // plan.expert_NK.shape[1], plan.weight_NK.reshape(-1)[order_R], sizes_E)
+
+
+def held_rows(plan: Plan, num_experts: int, room: int | None) -> tuple[Rows, Array]:
+    """`sort_rows`, and how many rows of a token-major plan find no room: int32 []."""
+    rows = sort_rows(plan, num_experts, room)
+    if room is None:
+        return rows, jnp.int32(0)
+    wanted = jnp.sum(plan.expert_NK < num_experts, dtype=jnp.int32)
+    return rows, wanted - rows.group_sizes_E.sum(dtype=jnp.int32)

@@ -17,7 +17,7 @@ from frugalmoe.launch.job import Job
 
 
 def check_visible(config: Config, template: str) -> list[str]:
-    """What of the data cannot be seen from here, because the template mounts it on the nodes: FIELD=VALUE of each.
+    """Returns FIELD=VALUE of the data that cannot be seen from here, because the template mounts them on the nodes.
 
     Raises `UserError` for what the nodes, which have a copy of this directory, would not see.
     """
@@ -39,7 +39,9 @@ def check_visible(config: Config, template: str) -> list[str]:
 
 
 def check_slurm(text: str, job: Job) -> None:
-    """A process per device, as JAX counts them on SLURM, and no option below the first command, where none is read."""
+    """Checks that there is a process per device, as JAX counts them on SLURM, and no option below the first command,
+    where none is read.
+    """
     _check_shell("the script", text)
     head = re.match(r"(?:#.*\n|[ \t]*\n)*", text)[0]
     if late := re.search(r"^#SBATCH.*", text[len(head) :], re.M):
@@ -50,7 +52,7 @@ def check_slurm(text: str, job: Job) -> None:
 
 
 def check_jobset(text: str, job: Job) -> None:
-    """A pod per node with the devices that were asked for, on a TPU slice of that size."""
+    """Checks that there is a pod per node with the devices that were asked for, on a TPU slice of that size."""
     document = _read_yaml(text)
     pods = ("spec", "replicatedJobs", 0, "template", "spec")
     pod = (*pods, "template", "spec")
@@ -70,7 +72,7 @@ def check_jobset(text: str, job: Job) -> None:
 
 
 def check_skypilot(text: str, job: Job) -> None:
-    """The nodes and GPUs that were asked for."""
+    """Checks that the task has the nodes and GPUs that were asked for."""
     document = _read_yaml(text)
     _expect("num_nodes", _at(document, "num_nodes"), job.nodes)
     accelerators = str(_at(document, "resources", "accelerators"))
@@ -80,7 +82,7 @@ def check_skypilot(text: str, job: Job) -> None:
 
 
 def check_ssh(text: str, job: Job) -> None:
-    """A script that bash can read."""
+    """Checks that bash can read the script."""
     _check_shell("the script", text)
 
 

@@ -26,7 +26,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The run directory's, as a DNS label (RFC 1035), which all schedulers accept."""
+        """Returns the run directory's name as a DNS label (RFC 1035), which all schedulers accept."""
         label = re.sub("[^a-z0-9]+", "-", self.workdir.name.lower()).strip("-")
         label = label if label[:1].isalpha() else f"run-{label}".rstrip("-")
         if len(label) > LONGEST_NAME:
@@ -62,13 +62,13 @@ def fill(path: Path, job: Job) -> str:
 
 
 def unedited(text: str) -> str:
-    """What the user has still to do; comments do not count."""
+    """Returns what the user has still to edit in a filled template; comments do not count."""
     lines = [str(i) for i, line in enumerate(text.splitlines(), start=1) if EDIT in line.partition("#")[0]]
     return f"put your own values in place of {EDIT}, in lines {', '.join(lines)}" if lines else ""
 
 
 def read_hosts(text: str) -> tuple[str, ...]:
-    """`a,b` or a file with one host per line, `#` comments -> hosts; the first one coordinates."""
+    """Returns the hosts of `a,b`, or of a file with one host per line and `#` comments; the first one coordinates."""
     if (path := Path(text)).is_file():
         names = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
     else:

@@ -16,11 +16,13 @@ Losses do not count here: a balance loss over a batch changes no output.
 import jax
 import jax.numpy as jnp
 
-from frugalmoe.experts import capacity, parallel
-from frugalmoe.model import depths
+from frugalmoe import experts
+from frugalmoe.experts import exchange
+from frugalmoe.model import depths, pattern
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import Inputs, Plan, arrays
 from frugalmoe.schema import Model
+from frugalmoe.sharding import platform
 
 LEVELS = ("safe", "batch", "leak")  # from best to worst
 
@@ -39,17 +41,19 @@ def leaking(config: Model, train: bool, expert_devices: int = 1) -> str:
 def parts(config: Model, train: bool, expert_devices: int = 1) -> dict[str, str]:
     """What each part claims, under its field and value. `expert_devices`: the size of the mesh's expert axis."""
     moe, found = config.moe, {}
-    if config.num_dense_layers < config.num_layers:
+    if pattern.has_experts(config):
         router = strategies.get(moe.router)
         found[f"model.moe.router={router.name!r}"] = router.causality(moe, train)
-        if moe.executor == "capacity":
-            name = f"model.moe.executor='capacity' with model.moe.drop_order={moe.drop_order!r}"
-            found[name] = capacity.causality(_plan(config, train), moe)
+        executor = experts.pick(moe, platform())
+        if executor.drops:
+            fields = " and ".join(f"model.moe.{field}={getattr(moe, field)!r}" for field in executor.drops.fields)
+            name = f"model.moe.executor={executor.name!r} with {fields}"
+            found[name] = executor.drops.causality(_plan(config, train), moe)
         elif moe.exchange_room and expert_devices > 1:
-            found[f"model.moe.exchange_room={moe.exchange_room}"] = parallel.causality(
+            found[f"model.moe.exchange_room={moe.exchange_room}"] = exchange.causality(
                 _plan(config, train), moe, expert_devices
             )
-    if any(depths.routed_layers(config)):
+    if pattern.wrapped_layers(config):
         about, name = depths.ABOUT, f"model.mixture_of_depths.capacity={config.mixture_of_depths.capacity}"
         found[name] = about.causal if train else about.causal_in_evaluation
     return found
@@ -63,7 +67,9 @@ def _plan(config: Model, train: bool) -> Plan:
     ids_BT = jnp.ones((batch, time), jnp.int32)
 
     def plan(key: jax.Array) -> Plan:
-        params = arrays({**router.init(key, config.dim, moe), **router.init_shared(key, config.dim, moe)})
+        params = arrays(
+            {**router.new_params(key, config.dim, moe), **router.new_params(key, config.dim, moe, shared=True)}
+        )
         inputs = Inputs(
             jnp.ones((batch, time, config.dim)),
             ids_BT,

@@ -3,7 +3,7 @@
 The cotangent of a loss is one number, so the forward pass can form the gradients up to that factor while a chunk's
 probabilities exist: three matrix products in all, where recomputing the logits would take four.
 
-Letters: N tokens, M chunks, C tokens of one chunk, D model, V vocabulary.
+Letters: N tokens, G groups of them (chunks), g tokens of one, D model, V vocabulary.
 """
 
 import functools
@@ -45,10 +45,10 @@ def cross_entropy(
     N, D = h_ND.shape
     chunk = min(chunk, N)
     h_ND, targets_N, weights_N = (_pad(a, -N % chunk) for a in (h_ND, targets_N, weights_N.astype(jnp.float32)))
-    targets_MC, weights_MC = targets_N.reshape(-1, chunk), weights_N.reshape(-1, chunk)
-    h_MCD = h_ND.reshape(-1, chunk, D)
-    loss, ce_MC, lse_sq_sum = _over_chunks(z_coefficient, axis, h_MCD, head_DV, targets_MC, weights_MC)
-    return CrossEntropy(loss, jax.lax.stop_gradient(ce_MC.reshape(-1)[:N]), jax.lax.stop_gradient(lse_sq_sum))
+    targets_Gg, weights_Gg = targets_N.reshape(-1, chunk), weights_N.reshape(-1, chunk)
+    h_GgD = h_ND.reshape(-1, chunk, D)
+    loss, ce_Gg, lse_sq_sum = _over_chunks(z_coefficient, axis, h_GgD, head_DV, targets_Gg, weights_Gg)
+    return CrossEntropy(loss, jax.lax.stop_gradient(ce_Gg.reshape(-1)[:N]), jax.lax.stop_gradient(lse_sq_sum))
 
 
 def _pad(a: Array, rows: int) -> Array:
@@ -57,43 +57,43 @@ def _pad(a: Array, rows: int) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _over_chunks(
-    z: float, axis: str | None, h_MCD: Array, head_DV: Array, targets_MC: Array, weights_MC: Array
+    z: float, axis: str | None, h_GgD: Array, head_DV: Array, targets_Gg: Array, weights_Gg: Array
 ) -> CrossEntropy:
-    """M chunks of C tokens, one after the other."""
+    """G chunks of g tokens, one after the other."""
 
     def body(sums, xs):
-        h_CD, targets_C, weights_C = xs
-        p = _probabilities(h_CD, head_DV, targets_C, axis)
-        return _add(sums, z, p, weights_C), p.ce_C
+        h_gD, targets_g, weights_g = xs
+        p = _probabilities(h_gD, head_DV, targets_g, axis)
+        return _add(sums, z, p, weights_g), p.ce_g
 
-    sums, ce_MC = jax.lax.scan(body, _zeros(), (h_MCD, targets_MC, weights_MC))
+    sums, ce_Gg = jax.lax.scan(body, _zeros(), (h_GgD, targets_Gg, weights_Gg))
     loss, lse_sq_sum = _share(sums, axis)
-    return CrossEntropy(loss, ce_MC, lse_sq_sum)
+    return CrossEntropy(loss, ce_Gg, lse_sq_sum)
 
 
-def _forward(z, axis, h_MCD, head_DV, targets_MC, weights_MC):
+def _forward(z, axis, h_GgD, head_DV, targets_Gg, weights_Gg):
     """The same, and the gradients of the loss in h and head."""
 
     def body(carry, xs):
         sums, dhead_DV = carry
-        h_CD, targets_C, weights_C = xs
-        p = _probabilities(h_CD, head_DV, targets_C, axis)
-        slope_C1 = (weights_C * (1 + 2 * z * p.lse_C))[:, None] / p.total_C1
-        dlogits_CV = slope_C1 * p.unnormalised_CV - jnp.where(p.is_target_CV, weights_C[:, None], 0)
-        dlogits_CV = dlogits_CV.astype(head_DV.dtype)
-        dhead_DV += _dot(h_CD.T, dlogits_CV)
-        dh_CD = _dot(dlogits_CV, head_DV.T).astype(h_CD.dtype)
-        return (_add(sums, z, p, weights_C), dhead_DV), (p.ce_C, dh_CD)
+        h_gD, targets_g, weights_g = xs
+        p = _probabilities(h_gD, head_DV, targets_g, axis)
+        slope_g1 = (weights_g * (1 + 2 * z * p.lse_g))[:, None] / p.total_g1
+        dlogits_gV = slope_g1 * p.unnormalised_gV - jnp.where(p.is_target_gV, weights_g[:, None], 0)
+        dlogits_gV = dlogits_gV.astype(head_DV.dtype)
+        dhead_DV += _dot(h_gD.T, dlogits_gV)
+        dh_gD = _dot(dlogits_gV, head_DV.T).astype(h_gD.dtype)
+        return (_add(sums, z, p, weights_g), dhead_DV), (p.ce_g, dh_gD)
 
     start = _zeros(), jnp.zeros(head_DV.shape, jnp.float32)
-    (sums, dhead_DV), (ce_MC, dh_MCD) = jax.lax.scan(body, start, (h_MCD, targets_MC, weights_MC))
+    (sums, dhead_DV), (ce_Gg, dh_GgD) = jax.lax.scan(body, start, (h_GgD, targets_Gg, weights_Gg))
     loss, lse_sq_sum = _share(sums, axis)
-    return CrossEntropy(loss, ce_MC, lse_sq_sum), (dh_MCD, dhead_DV.astype(head_DV.dtype))
+    return CrossEntropy(loss, ce_Gg, lse_sq_sum), (dh_GgD, dhead_DV.astype(head_DV.dtype))
 
 
 def _backward(z, axis, saved, cotangent):
-    dh_MCD, dhead_DV = saved
-    return dh_MCD * cotangent.loss.astype(dh_MCD.dtype), dhead_DV * cotangent.loss.astype(dhead_DV.dtype), None, None
+    dh_GgD, dhead_DV = saved
+    return dh_GgD * cotangent.loss.astype(dh_GgD.dtype), dhead_DV * cotangent.loss.astype(dhead_DV.dtype), None, None
 
 
 _over_chunks.defvjp(_forward, _backward)
@@ -102,31 +102,31 @@ _over_chunks.defvjp(_forward, _backward)
 class _Probabilities(NamedTuple):
     """Softmax of a chunk's logits; columns are those of this device's part of the vocabulary."""
 
-    unnormalised_CV: Array
-    total_C1: Array  # what to divide them by
-    is_target_CV: Array
-    lse_C: Array
-    ce_C: Array
+    unnormalised_gV: Array
+    total_g1: Array  # what to divide them by
+    is_target_gV: Array
+    lse_g: Array
+    ce_g: Array
 
 
-def _probabilities(h_CD: Array, head_DV: Array, targets_C: Array, axis: str | None) -> _Probabilities:
+def _probabilities(h_gD: Array, head_DV: Array, targets_g: Array, axis: str | None) -> _Probabilities:
     over = (lambda reduce, a: a) if axis is None else (lambda reduce, a: reduce(a, axis))
-    logits_CV = _dot(h_CD, head_DV)
+    logits_gV = _dot(h_gD, head_DV)
     first = 0 if axis is None else jax.lax.axis_index(axis) * head_DV.shape[1]
-    targets_C -= first
-    is_target_CV = jnp.arange(head_DV.shape[1]) == targets_C[:, None]
-    top_C1 = over(jax.lax.pmax, jnp.max(logits_CV, axis=-1, keepdims=True))
-    unnormalised_CV = jnp.exp(logits_CV - top_C1)
-    own = jnp.sum(unnormalised_CV, axis=-1), _at_target(logits_CV, targets_C)
-    total_C, at_target_C = over(jax.lax.psum, own)
-    lse_C = top_C1[:, 0] + jnp.log(total_C)
-    return _Probabilities(unnormalised_CV, total_C[:, None], is_target_CV, lse_C, lse_C - at_target_C)
+    targets_g -= first
+    is_target_gV = jnp.arange(head_DV.shape[1]) == targets_g[:, None]
+    top_g1 = over(jax.lax.pmax, jnp.max(logits_gV, axis=-1, keepdims=True))
+    unnormalised_gV = jnp.exp(logits_gV - top_g1)
+    own = jnp.sum(unnormalised_gV, axis=-1), _at_target(logits_gV, targets_g)
+    total_g, at_target_g = over(jax.lax.psum, own)
+    lse_g = top_g1[:, 0] + jnp.log(total_g)
+    return _Probabilities(unnormalised_gV, total_g[:, None], is_target_gV, lse_g, lse_g - at_target_g)
 
 
-def _at_target(logits_CV: Array, targets_C: Array) -> Array:
+def _at_target(logits_gV: Array, targets_g: Array) -> Array:
     """0 for a target that is not among the columns."""
-    found_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=1, mode="clip")[:, 0]
-    return jnp.where((targets_C >= 0) & (targets_C < logits_CV.shape[1]), found_C, 0)
+    found_g = jnp.take_along_axis(logits_gV, targets_g[:, None], axis=1, mode="clip")[:, 0]
+    return jnp.where((targets_g >= 0) & (targets_g < logits_gV.shape[1]), found_g, 0)
 
 
 def _share(sums: tuple[Array, Array], axis: str | None) -> tuple[Array, Array]:
@@ -138,7 +138,7 @@ def _zeros() -> tuple[Array, Array]:
     return jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
 
 
-def _add(sums: tuple[Array, Array], z: float, p: _Probabilities, weights_C: Array) -> tuple[Array, Array]:
+def _add(sums: tuple[Array, Array], z: float, p: _Probabilities, weights_g: Array) -> tuple[Array, Array]:
     loss, lse_sq_sum = sums
-    lse_sq_C = jnp.square(p.lse_C)
-    return loss + jnp.sum(weights_C * (p.ce_C + z * lse_sq_C)), lse_sq_sum + jnp.sum(weights_C * lse_sq_C)
+    lse_sq_g = jnp.square(p.lse_g)
+    return loss + jnp.sum(weights_g * (p.ce_g + z * lse_sq_g)), lse_sq_sum + jnp.sum(weights_g * lse_sq_g)

@@ -11,7 +11,7 @@ that pass alone, and one that skips keeps y_t = x_t (section 3.4, eq. 1). Who pa
 An MoE layer in such a block routes, counts and balances the tokens that pass. Its losses per token are divided by all
 tokens, as in other layers: a token weighs the same in each.
 
-Letters: B batch, T time, C slots for the tokens that pass, D model, H hidden of the predictor, E experts.
+Letters: B batch, T time, C slots for the tokens that pass, D model, P hidden channels of the predictor, E experts.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 
-from frugalmoe.model.attention import Cache
-from frugalmoe.model.layers import Rotary, normal
+from frugalmoe.model.attention import contract
+from frugalmoe.model.block import Branches, Passed, Place, Report, Stream
+from frugalmoe.model.layers import normal
 from frugalmoe.model.moe import Context, Routed
 from frugalmoe.routing import threshold
 from frugalmoe.routing.contract import About, Loss, TokenPlan, project
@@ -46,24 +46,27 @@ ABOUT = About(
 )
 
 
-class Report(NamedTuple):
-    """What a routed block reports; stacked over routed blocks by the scan."""
+class Cache(NamedTuple):
+    """Of a routed block: that of its attention holds the tokens that passed it, side by side."""
 
-    losses: Mapping[str, Loss]
-    stats: Mapping[str, Array]  # int32 [], sums over valid tokens: see `metrics`
+    attention: contract.Cache
+    used_B: Array  # int32: how many they are
 
 
-def routed_layers(config: Model) -> tuple[list[int], list[int]]:
-    """Index in the whole network of each routed block: of the dense ones, and of the MoE ones."""
-    depths, dense = config.mixture_of_depths, config.num_dense_layers
-    if not depths.capacity:
-        return [], []
-    every = depths.every
-    return list(range(every - 1, dense, every)), list(range(dense + every - 1, config.num_layers, every))
+def empty_cache(attention: contract.Cache, batch: int) -> Cache:
+    """From an empty cache of the block's attention."""
+    return Cache(attention, jnp.zeros(batch, jnp.int32))
 
 
 def predictor_hidden(dim: int) -> int:
+    """Channels between the predictor's two maps."""
     return max(dim // 4, 1)
+
+
+def flops(config: Model) -> float:
+    """FLOPs per token of a block's router and predictor."""
+    hidden = predictor_hidden(config.dim)
+    return 2 * (config.dim + config.dim * hidden + hidden)
 
 
 def metrics(stats: Mapping[str, Array]) -> dict[str, Array]:
@@ -83,8 +86,8 @@ class Depth(nnx.Module):
         router_key, up_key, out_key = jax.random.split(key, 3)
         hidden = predictor_hidden(config.dim)
         self.router_D = normal(router_key, "D", (config.dim,), config.dim**-0.5, "router")
-        self.up_DH = normal(up_key, "DR", (config.dim, hidden), config.dim**-0.5, "router")
-        self.out_H = normal(out_key, "R", (hidden,), hidden**-0.5, "router")
+        self.up_DP = normal(up_key, "DP", (config.dim, hidden), config.dim**-0.5, "router")
+        self.out_P = normal(out_key, "P", (hidden,), hidden**-0.5, "router")
         self.bias = parameter(jnp.zeros((), jnp.float32), "", "router")
 
     def scores(self, x_BTD: Array) -> tuple[Array, Array]:
@@ -93,24 +96,23 @@ class Depth(nnx.Module):
         r_BT = project(x_BTD, self.router_D[:, None])[..., 0]
         x_BTD = jax.lax.stop_gradient(x_BTD)
         x_BTD = x_BTD * jax.lax.rsqrt(jnp.mean(jnp.square(x_BTD), axis=-1, keepdims=True) + self.config.norm_eps)
-        hidden_BTH = jax.nn.silu(project(x_BTD, self.up_DH[...]))
-        return r_BT, project(hidden_BTH, self.out_H[:, None])[..., 0] + self.bias[...]
+        hidden_BTP = jax.nn.silu(project(x_BTD, self.up_DP[...]))
+        return r_BT, project(hidden_BTP, self.out_P[:, None])[..., 0] + self.bias[...]
 
-    def through(
+    def __call__(
         self,
-        block: Callable,
-        x_BTD: Array,
+        branches: Callable[[Stream, Context, Mapping[str, Any], Place], Branches],
+        stream: Stream,
         context: Context,
-        angles: Rotary,
-        layer: Array,
-        carry: object,
-        cache: Cache | None,
-    ) -> tuple[Array, Routed | None, object, Cache | None, Report]:
+        prepared: Mapping[str, Any],
+        place: Place,
+    ) -> Passed:
         """The block on the tokens that pass, in order: everything in it, attention too, sees those alone.
 
         Its cache holds their keys and values in slots 0 .. used - 1. Those of a token that skips lie beyond, where no
         query looks and the next ones are written.
         """
+        x_BTD, carry = stream
         r_BT, logit_BT = self.scores(x_BTD)
         capacity, train = self.config.mixture_of_depths.capacity, context.train
 
@@ -118,22 +120,25 @@ class Depth(nnx.Module):
             token_BC, count_B, report = choose(r_BT, logit_BT, segment_ids_BT > 0, capacity, train)
             return token_BC, count_B, _take(tokens, token_BC), jax.lax.psum(report, BATCH_AXES)
 
-        tokens = (x_BTD, r_BT, angles, carry, context.token_ids_BT, context.segment_ids_BT, context.positions_BT)
+        tokens = (x_BTD, r_BT, prepared, carry, context.token_ids_BT, context.segment_ids_BT, context.positions_BT)
         token_BC, count_B, tokens, report = local(enter, ("BT",) * 4, ("BC", "B", "BC", ""))(
             r_BT, logit_BT, context.segment_ids_BT, tokens
         )
-        x_BCD, r_BC, angles, carry_BC, ids_BC, segments_BC, positions_BC = tokens
+        x_BCD, r_BC, prepared, carry_BC, ids_BC, segments_BC, positions_BC = tokens
         inner = context._replace(token_ids_BT=ids_BC, segment_ids_BT=segments_BC, positions_BT=positions_BC)
-        start_B = None if cache is None else cache.used_B
-        y_BCD, routed, carry_BC, cache = block(x_BCD, inner, angles, layer, carry_BC, cache, start_B, r_BC)
+        if (cache := place.cache) is not None:
+            place = place._replace(cache=cache.attention, start=cache.used_B)
+        added = branches(Stream(x_BCD, carry_BC), inner, prepared, place)
         if cache is not None:
-            cache = cache._replace(used_B=cache.used_B + count_B)
+            cache = Cache(added.cache, cache.used_B + count_B)
+        added_BCD = r_BC[..., None] * (added.attended_BTD + added.y_BTD)
         leave = local(_put, ("BT", "BC", "BC"), "BT")
-        x_BTD, carry = leave((x_BTD, carry), (y_BCD, carry_BC), token_BC)
+        new = ((x_BCD + added_BCD).astype(x_BCD.dtype), added.carry)
+        stream, routed = Stream(*leave((x_BTD, carry), new, token_BC)), added.routed
         if routed is not None and routed.plan is not None:
             selected_BTE, plan = leave(self._skipped(routed), (routed.selected_BTE, routed.plan), token_BC)
             routed = routed._replace(selected_BTE=selected_BTE, plan=plan)
-        return x_BTD, routed, carry, cache, report
+        return Passed(stream, routed, cache, report)
 
     def _skipped(self, routed: Routed) -> tuple[Array, TokenPlan]:
         """What a trace says of tokens that skip; in evaluation, where it is made, there are T slots."""
@@ -151,7 +156,7 @@ def choose(r_BT: Array, logit_BT: Array, valid_BT: Array, capacity: float, train
     time = r_BT.shape[1]
     best = threshold.rank(r_BT[..., None], valid_BT, capacity)
     # A recomputed backward pass takes the saved tokens, so that near-ties cannot be chosen twice differently.
-    best_BC = checkpoint_name(jnp.where(best.full_PEC, best.token_PEC, time)[:, 0], "routing_plan")
+    best_BC = checkpoint_name(jnp.where(best.full_GEC, best.token_GEC, time)[:, 0], "routing_plan")
     best_BT = _put(jnp.zeros(r_BT.shape, bool), jnp.ones(best_BC.shape, bool), best_BC)
     guess_BT = logit_BT > 0
     passes_BT = best_BT if train else guess_BT & valid_BT
@@ -175,43 +180,3 @@ def _put(of_tokens: Any, new: Any, token_BC: Array) -> Any:
     """Arrays [B, T, ...] with those tokens' entries replaced by [B, C, ...]."""
     put = lambda a_T, new_C, token_C: a_T.at[token_C].set(new_C, mode="drop")
     return jax.tree.map(lambda a_BT, new_BC: jax.vmap(put)(a_BT, new_BC, token_BC), of_tokens, new)
-
-
-def scan(plain: Callable, through: Callable, state: Any, xs: Any, depths: Any, every: int) -> tuple[Any, Any, Report]:
-    """`jax.lax.scan` over stacked layers, of which the last of each `every` is routed and is given its `Depth` too.
-
-    `plain(state, x) -> (state, y)`; `through(state, (depth, x)) -> (state, (y, report))`; the result is (state, all y
-    in order, reports of the routed). Compile time does not grow with depth: plain layers are a scan inside the scan.
-    """
-    groups = jax.tree.leaves(depths)[0].shape[0]
-    whole = groups * every
-
-    def group(state: Any, of_group: tuple) -> tuple[Any, tuple]:
-        depth, xs = of_group
-        state, before = _scan_some(plain, state, jax.tree.map(lambda a: a[:-1], xs))
-        state, (last, report) = through(state, (depth, jax.tree.map(lambda a: a[-1], xs)))
-        return state, (join(before, jax.tree.map(lambda a: a[None], last)), report)
-
-    grouped = jax.tree.map(lambda a: _reshape(a[:whole], (groups, every), 1), xs)
-    state, (ys, reports) = jax.lax.scan(group, state, (depths, grouped))
-    ys = jax.tree.map(lambda a: _reshape(a, (whole,), 2), ys)
-    state, rest = _scan_some(plain, state, jax.tree.map(lambda a: a[whole:], xs))
-    return state, join(ys, rest), reports
-
-
-def _reshape(a: Array, leading: tuple[int, ...], replaced: int) -> Array:
-    """Other leading axes, none of them sharded. JAX would lose the sharding of an axis of size 1: it has to be told."""
-    spec = P(*[None] * len(leading), *jax.typeof(a).sharding.spec[replaced:])
-    return jnp.reshape(a, (*leading, *a.shape[replaced:]), out_sharding=spec)
-
-
-def _scan_some(body: Callable, state: Any, xs: Any) -> tuple[Any, Any]:
-    """A scan over no layers is none, and its outputs are None."""
-    return jax.lax.scan(body, state, xs) if jax.tree.leaves(xs)[0].shape[0] else (state, None)
-
-
-def join(a: Any, b: Any) -> Any:
-    """Two stacks as one; None is an empty one."""
-    if a is None or b is None:
-        return b if a is None else a
-    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a, b)

@@ -1,9 +1,7 @@
-"""Normalisation, rotary positions and the dense feed-forward.
+"""Normalisation and the dense feed-forward.
 
-Letters: B batch, T time, D model, F hidden, H heads, d channels of a head.
+Letters: B batch, T time, D model, F hidden.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,31 +28,6 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return (x32 * self.scale[...]).astype(x.dtype)
-
-
-class Rotary(NamedTuple):
-    """Sine and cosine of the rotary angles of every token, float32, over half of the rotated channels."""
-
-    sin_BTd: Array
-    cos_BTd: Array
-
-
-def rotary(positions_BT: Array, channels: int, theta: float, fraction: float) -> Rotary:
-    """Angle position * theta^(-2i/size) of channel pair i < size/2, where size = fraction * channels of a head."""
-    size = int(channels * fraction)
-    frequency_d = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    angle_BTd = positions_BT[..., None].astype(jnp.float32) * frequency_d
-    return Rotary(jnp.sin(angle_BTd), jnp.cos(angle_BTd))
-
-
-def rotate(x_BTHd: Array, angles: Rotary) -> Array:
-    """Rotary positions on the first channels of a head, half against half (Su et al., arXiv 2104.09864)."""
-    sin, cos = (a_BTd[:, :, None] for a_BTd in angles)
-    size = 2 * sin.shape[-1]
-    rotated, rest = x_BTHd[..., :size].astype(jnp.float32), x_BTHd[..., size:]
-    a, b = jnp.split(rotated, 2, axis=-1)
-    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return jnp.concatenate([rotated.astype(x_BTHd.dtype), rest], axis=-1)
 
 
 @jax.custom_vjp

@@ -3,6 +3,7 @@
 Letters: B batch, T time, N tokens (B*T), D model, F expert hidden, E experts.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -12,19 +13,11 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from frugalmoe.experts import parallel
+from frugalmoe import experts
+from frugalmoe.experts.exchange import load_of_devices
 from frugalmoe.model.layers import FeedForward, normal
 from frugalmoe.routing import strategies
-from frugalmoe.routing.contract import (
-    ExpertPlan,
-    Inputs,
-    Loss,
-    Plan,
-    Routing,
-    TokenPlan,
-    selection_matrix,
-    token_major,
-)
+from frugalmoe.routing.contract import Carry, Inputs, Loss, Plan, Routing, TokenPlan, selection_matrix, token_major
 from frugalmoe.schema import FrozenDict, Model, MoE
 from frugalmoe.sharding import BATCH_AXES, local, own_tokens, whole_sequences
 
@@ -47,6 +40,11 @@ class Context(NamedTuple):
     intervention: Callable[[Plan, Inputs, int, bool], Plan] | None = None
     shared_router: Mapping[str, Array] = FrozenDict()  # the router's parameters that all layers share
 
+    def inputs(self, x_BTD: Array, layer: Array, carry: Carry) -> Inputs:
+        """What a layer's router may look at: the arrays of it; what is no array is added on the device."""
+        of_tokens = (self.token_ids_BT, self.segment_ids_BT, self.positions_BT, self.keys_B)
+        return Inputs(x_BTD, *of_tokens, self.step, layer, train=None, carry=carry)
+
 
 class Routed(NamedTuple):
     """What a layer reports about its routing; stacked over layers by the scan."""
@@ -57,7 +55,40 @@ class Routed(NamedTuple):
     plan: TokenPlan | None  # token-major [B, T, K], with `trace`
 
 
-def execute(
+class Shards(NamedTuple):
+    """What a device has of a layer's parameters and of its inputs; `LETTERS` says how each is spread."""
+
+    router: Mapping[str, Array]  # parameters, the layer's own and the shared ones
+    state: Mapping[str, Array]  # of the router
+    gate_up_ED2F: Array
+    down_EFD: Array
+    inputs: Inputs
+    intervention: Callable | None  # of `Context`
+
+
+LETTERS = Shards("", "", "ED2F", "EFD", Inputs("BTD", "BT", "BT", "BT", "B", "", "", train=None, carry="BT"), "")
+
+
+def route_and_execute(shards: Shards, config: MoE, train: bool, trace: bool) -> tuple[Array, Routed, Carry]:
+    """One device's part of the layer -> (y[B, T, D] of its tokens, the layer's report, its tokens' carry)."""
+    weights = (shards.gate_up_ED2F, shards.down_EFD)
+    fixed, dtype = jax.lax.stop_gradient(weights), shards.inputs.x_BTD.dtype
+    run_experts = lambda plan, x_RD: experts.execute_slots(plan, x_RD.astype(dtype), *fixed, config)
+    inputs = whole_sequences(shards.inputs, LETTERS.inputs)
+    inputs = inputs._replace(train=train, axis_names=BATCH_AXES, run_experts=run_experts)
+    routing = strategies.get(config.router).route(shards.router, jax.lax.stop_gradient(shards.state), inputs, config)
+    # A recomputed backward pass takes the saved plan, so that near-ties cannot be routed twice differently.
+    plan = jax.tree.map(lambda a: checkpoint_name(a, "routing_plan"), routing.plan)
+    if shards.intervention is not None:
+        plan = shards.intervention(plan, inputs, config.num_experts, routing.added_BTD is not None)
+    y_BTD, dropped = apply_routing(routing._replace(plan=plan), inputs.x_BTD, inputs.valid_BT, *weights, config)
+    stats = {**routing.stats, "dropped": dropped, **load_of_devices(plan, inputs.valid_BT, config)}
+    losses, stats = jax.lax.psum((routing.losses, stats), BATCH_AXES)
+    seen = _trace(plan, inputs, config) if trace else (None, None)
+    return y_BTD, Routed(losses, stats, *seen), own_tokens(routing.carry)
+
+
+def apply_routing(
     routing: Routing, x_BTD: Array, valid_BT: Array, gate_up_ED2F: Array, down_EFD: Array, config: MoE
 ) -> tuple[Array, Array]:
     """-> (y_n = sum_e G[n, e] * expert_e(s_n * x_n) + a_n in x's dtype, int32 [] rows that were dropped).
@@ -68,19 +99,26 @@ def execute(
     if routing.input_scale_BT is not None:
         scale_BT1 = routing.input_scale_BT[..., None].astype(x_BTD.dtype)
         scaled_BTD = jnp.where(valid_BT[..., None], x_BTD, 0) * scale_BT1
-    y_BTD, dropped = parallel.execute(routing.plan, scaled_BTD, gate_up_ED2F, down_EFD, config)
+    y_BTD, dropped = experts.execute(routing.plan, scaled_BTD, gate_up_ED2F, down_EFD, config)
     added_BTD = own_tokens(routing.added_BTD)
     return y_BTD if added_BTD is None else y_BTD + added_BTD.astype(y_BTD.dtype), dropped
 
 
+def _trace(plan: Plan, inputs: Inputs, config: MoE) -> tuple[Array, TokenPlan]:
+    """(which expert got which token, the plan by token), each [B, T, ...] of this device's tokens."""
+    batch, time = inputs.token_ids_BT.shape
+    found = tuple(f(plan, batch * time, config.num_experts) for f in (selection_matrix, token_major))
+    return own_tokens(jax.tree.map(lambda a_Nx: a_Nx.reshape(batch, time, -1), found))
+
+
 class MoELayer(nnx.Module):
-    """y = shared(x) + what `execute` makes of the routing strategy's decisions."""
+    """y = shared(x) + what the experts make of the routing strategy's decisions."""
 
     def __init__(self, key: Array, config: Model, out_std: float):
         self.config = moe = config.moe
         router = strategies.get(moe.router)
         router_key, up_key, down_key, shared_key = jax.random.split(key, 4)
-        self.router = nnx.Dict(dict(router.init(router_key, config.dim, moe)))
+        self.router = nnx.Dict(dict(router.new_params(router_key, config.dim, moe)))
         self.router_state = nnx.Dict({k: RouterState(v) for k, v in router.init_state(config.dim, moe).items()})
         self.gate_up_ED2F = normal(up_key, "ED->2F", (moe.num_experts, config.dim, 2, moe.expert_dim), config.init_std)
         self.down_EFD = normal(down_key, "EF->D", (moe.num_experts, moe.expert_dim, config.dim), out_std)
@@ -88,55 +126,17 @@ class MoELayer(nnx.Module):
             hidden = moe.num_shared_experts * moe.expert_dim
             self.shared = FeedForward(shared_key, config.dim, hidden, config.init_std, out_std)
 
-    def __call__(self, x_BTD: Array, context: Context, layer: Array, carry: object) -> tuple[Array, Routed, object]:
-        router = strategies.get(self.config.router)
-        moe = self.config
-
-        def route_and_execute(
-            params, state, gate_up, down, layer, step, intervention, x, token_ids, segment_ids, positions, keys, carry
-        ):
-            def run_experts(plan: ExpertPlan, x_RD: Array) -> Array:
-                detached = jax.lax.stop_gradient((gate_up, down))
-                return parallel.execute_slots(plan, x_RD.astype(x.dtype), *detached, moe)
-
-            x, token_ids, segment_ids, positions, carry = whole_sequences((x, token_ids, segment_ids, positions, carry))
-            inputs = Inputs(
-                x, token_ids, segment_ids, positions, keys, step, layer, context.train, carry, BATCH_AXES, run_experts
-            )
-            routing = router.route(params, jax.lax.stop_gradient(state), inputs, moe)
-            # A recomputed backward pass takes the saved plan, so that near-ties cannot be routed twice differently.
-            plan = jax.tree.map(lambda a: checkpoint_name(a, "routing_plan"), routing.plan)
-            if intervention is not None:
-                plan = intervention(plan, inputs, moe.num_experts, routing.added_BTD is not None)
-            y, dropped = execute(routing._replace(plan=plan), x, inputs.valid_BT, gate_up, down, moe)
-            stats = {**routing.stats, "dropped": dropped, **parallel.load_of_devices(plan, inputs.valid_BT, moe)}
-            losses, stats = jax.lax.psum((routing.losses, stats), BATCH_AXES)
-            traced = (None, None)
-            if context.trace:
-                traced = (f(plan, token_ids.size, moe.num_experts) for f in (selection_matrix, token_major))
-                traced = own_tokens(jax.tree.map(lambda a: a.reshape(*x.shape[:2], -1), tuple(traced)))
-            return y, losses, stats, traced, own_tokens(routing.carry)
-
-        apply = local(
-            route_and_execute,
-            in_letters=("", "", "ED2F", "EFD", "", "", "", "BTD", "BT", "BT", "BT", "B", "BT"),
-            out_letters=("BTD", "", "", "BTE", "BT"),
+    def __call__(self, x_BTD: Array, context: Context, layer: Array, carry: Carry) -> tuple[Array, Routed, Carry]:
+        shards = Shards(
+            router={k: v[...] for k, v in self.router.items()} | dict(context.shared_router),
+            state={k: v[...] for k, v in self.router_state.items()},
+            gate_up_ED2F=self.gate_up_ED2F.astype(x_BTD.dtype),
+            down_EFD=self.down_EFD.astype(x_BTD.dtype),
+            inputs=context.inputs(x_BTD, layer, carry),
+            intervention=context.intervention,
         )
-        y_BTD, losses, stats, traced, carry = apply(
-            {k: v[...] for k, v in self.router.items()} | dict(context.shared_router),
-            {k: v[...] for k, v in self.router_state.items()},
-            self.gate_up_ED2F.astype(x_BTD.dtype),
-            self.down_EFD.astype(x_BTD.dtype),
-            layer,
-            context.step,
-            context.intervention,
-            x_BTD,
-            context.token_ids_BT,
-            context.segment_ids_BT,
-            context.positions_BT,
-            context.keys_B,
-            carry,
-        )
-        if moe.num_shared_experts:
+        on_device = functools.partial(route_and_execute, config=self.config, train=context.train, trace=context.trace)
+        y_BTD, routed, carry = local(on_device, (LETTERS,), ("BTD", Routed("", "", "BT", "BT"), "BT"))(shards)
+        if self.config.num_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
-        return y_BTD, Routed(losses, stats, *traced), carry
+        return y_BTD, routed, carry

@@ -1,12 +1,11 @@
-"""The decoder-only transformer: embedding, dense blocks, mixture-of-experts blocks, norm, head.
+"""The decoder-only transformer: embedding, blocks in the order of a pattern, norm, head.
 
-Layers of one kind are stacked along a leading axis L and scanned, so that compile time does not grow with depth.
 Letters: B batch, T time, D model, V vocabulary, L layers.
 """
 
+import collections
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,136 +13,86 @@ from flax import nnx
 from jax import Array
 
 from frugalmoe import sharding
-from frugalmoe.model import depths
-from frugalmoe.model.attention import Attention, Cache, empty_cache
-from frugalmoe.model.layers import FeedForward, RMSNorm, Rotary, normal, rotary
-from frugalmoe.model.moe import Context, MoELayer, Routed, RouterState
+from frugalmoe.model import depths, pattern, scan
+from frugalmoe.model.attention import kinds
+from frugalmoe.model.block import Report, Stream, prepare, stacked
+from frugalmoe.model.layers import RMSNorm, normal
+from frugalmoe.model.moe import Context, Routed, RouterState
 from frugalmoe.routing import strategies
 from frugalmoe.schema import Model
 
+Caches = tuple[tuple[Any, ...], ...]  # of each segment, of each of its runs
 
-class Block(nnx.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
-
-    def __init__(self, key: Array, config: Model, moe: bool):
-        attention_key, ffn_key = jax.random.split(key)
-        out_std = config.init_std / (2 * config.num_layers) ** 0.5
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps, "D")
-        self.attention = Attention(attention_key, config, out_std)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, "D")
-        if moe:
-            self.moe = MoELayer(ffn_key, config, out_std)
-        else:
-            self.ffn = FeedForward(ffn_key, config.dim, config.dense_dim, config.init_std, out_std)
-
-    def __call__(
-        self,
-        x_BTD: Array,
-        context: Context,
-        angles: Rotary,
-        layer: Array,
-        carry: object,
-        cache: Cache | None,
-        start: Array | None,
-        weight_BT: Array | None = None,
-    ) -> tuple[Array, Routed | None, object, Cache | None]:
-        """`weight_BT`, float32, is what mixture of depths multiplies all that the block adds with."""
-        normed = self.attention_norm(x_BTD)
-        attended_BTD, cache = self.attention(normed, angles, context.segment_ids_BT, cache, start)
-        hidden_BTD, routed = x_BTD + attended_BTD, None
-        normed = self.ffn_norm(hidden_BTD)
-        if hasattr(self, "moe"):
-            y_BTD, routed, carry = self.moe(normed, context, layer, carry)
-        else:
-            y_BTD = self.ffn(normed)
-        if weight_BT is None:
-            return hidden_BTD + y_BTD, routed, carry, cache
-        added_BTD = weight_BT[..., None] * (attended_BTD + y_BTD)
-        return (x_BTD + added_BTD).astype(x_BTD.dtype), routed, carry, cache
+# What decides which tokens pass a block, by its name in the pattern: a module that is called in front of the block, as
+# `depths.Depth`, and how its cache holds the block's.
+WRAPPERS = {pattern.DEPTHS: (depths.Depth, depths.empty_cache)}
 
 
 class Output(NamedTuple):
+    """What the network makes of a batch."""
+
     hidden_BTD: Array  # after the last norm
     routed: Routed | None  # every leaf with a leading axis L over the MoE layers
-    caches: tuple[Cache | None, Cache | None]  # of the dense and of the MoE layers
-    depths: depths.Report | None  # of the blocks that mixture of depths routes, dense ones first
+    caches: Caches | None  # in generation only
+    depths: Report | None  # of the blocks that some tokens skip, in order of depth
 
 
 class Transformer(nnx.Module):
+    """Embedding, blocks as `pattern` has them, norm, head."""
+
     def __init__(self, config: Model, key: Array):
         self.config = config
-        embed_key, dense_key, moe_key, head_key = jax.random.split(key, 4)
-        num_moe = config.num_layers - config.num_dense_layers
+        embed_key, *of_blocks, head_key = jax.random.split(key, 4)
         self.embed_VD = normal(embed_key, "VD", (config.vocab_size, config.dim), config.init_std, "embedding")
-        if config.num_dense_layers:
-            keys = jax.random.split(dense_key, config.num_dense_layers)
-            self.dense_blocks = jax.vmap(lambda k: Block(k, config, moe=False))(keys)
-        if num_moe:
-            self.moe_blocks = jax.vmap(lambda k: Block(k, config, moe=True))(jax.random.split(moe_key, num_moe))
-            shared_key = jax.random.fold_in(moe_key, num_moe)
-            shared = strategies.get(config.moe.router).init_shared(shared_key, config.dim, config.moe)
+        for i, (feed_forward, key) in enumerate(zip(pattern.FEED_FORWARDS, of_blocks)):
+            self._add_blocks(feed_forward, key, config.num_layers + i)
+        if pattern.has_experts(config):
+            shared_key = jax.random.fold_in(of_blocks[1], config.num_layers - config.num_dense_layers)
+            router = strategies.get(config.moe.router)
+            shared = router.new_params(shared_key, config.dim, config.moe, shared=True)
             self.shared_router = nnx.Dict(dict(shared))
-        dense_depths, moe_depths = map(len, depths.routed_layers(config))
-        stacked = lambda key, n: jax.vmap(lambda k: depths.Depth(k, config))(jax.random.split(key, n))
-        if dense_depths:
-            self.dense_depths = stacked(jax.random.fold_in(dense_key, config.num_layers), dense_depths)
-        if moe_depths:
-            self.moe_depths = stacked(jax.random.fold_in(moe_key, config.num_layers + 1), moe_depths)
         self.final_norm = RMSNorm(config.dim, config.norm_eps, "D")
         if not config.tie_embeddings:
             self.head_DV = normal(head_key, "DV", (config.dim, config.vocab_size), config.init_std, "head")
 
-    def __call__(
-        self,
-        context: Context,
-        caches: tuple[Cache | None, Cache | None] = (None, None),
-        start: Array | None = None,
-    ) -> Output:
+    def _add_blocks(self, feed_forward: str, key: Array, wrapper_number: int) -> None:
+        """Stacks of the layers with one kind of feed-forward, if there are any, and of their wrappers."""
+        config = self.config
+        of_layers = [kind for kind in pattern.layers(config) if kind.feed_forward == feed_forward]
+        if of_layers:
+            blocks = stacked(jax.random.split(key, len(of_layers)), config, of_layers)
+            setattr(self, pattern.NAMES[feed_forward, ""], blocks)
+        wrapped = [kind.wrapper for kind in of_layers if kind.wrapper]
+        for name in dict.fromkeys(wrapped):
+            make, keys = WRAPPERS[name][0], jax.random.split(jax.random.fold_in(key, wrapper_number), len(wrapped))
+            setattr(self, pattern.NAMES[feed_forward, name], jax.vmap(lambda key, make=make: make(key, config))(keys))
+
+    def __call__(self, context: Context, caches: Caches | None = None, start: Array | None = None) -> Output:
         """Hidden states of every token; `caches` and `start` are given in generation only."""
         config = self.config
         batch, time = context.token_ids_BT.shape
         embed_VD = sharding.gather(self.embed_VD, config.compute_dtype)[...]
         look_up = sharding.local(_look_up, ("VD", "BT"), "BTD")
-        x_BTD = look_up(embed_VD.astype(config.compute_dtype), context.token_ids_BT)
-        routed, new_caches, reports = None, [None, None], [None, None]
-        if config.num_dense_layers:
-            x_BTD, _, _, new_caches[0], reports[0] = self._scan("dense", x_BTD, context, None, caches[0], start)
-        if config.num_dense_layers < config.num_layers:
-            carry = strategies.get(config.moe.router).init_carry(config.moe, batch, time)
-            carry = jax.tree.map(lambda a: sharding.reshard(a, "BT" + "." * (a.ndim - 2)), carry)
-            shared = sharding.gather(self.shared_router, config.compute_dtype)
-            context = context._replace(shared_router={k: v[...] for k, v in shared.items()})
-            x_BTD, routed, _, new_caches[1], reports[1] = self._scan("moe", x_BTD, context, carry, caches[1], start)
-        return Output(self.final_norm(x_BTD), routed, tuple(new_caches), depths.join(*reports))
-
-    def _scan(self, kind: str, x_BTD, context, carry, cache, start):
-        config, blocks, routers = self.config, getattr(self, f"{kind}_blocks"), getattr(self, f"{kind}_depths", None)
-        angles = rotary(context.positions_BT, config.head_dim, config.rope_theta, config.rope_fraction)
-
-        def body(state, xs):
-            block, layer, cache = xs
-            block = sharding.gather(block, config.compute_dtype)
-            x, routed, carry, cache = block(state[0], context, angles, layer, state[1], cache, start)
-            return (x, carry), (routed, cache)
-
-        def through(state, xs):
-            depth, (block, layer, cache) = xs
-            depth = sharding.gather(depth, config.compute_dtype)
-            block = sharding.gather(block, config.compute_dtype)
-            x, routed, carry, cache, report = depth.through(block, state[0], context, angles, layer, state[1], cache)
-            return (x, carry), ((routed, cache), report)
-
-        num_layers = blocks.attention_norm.scale.shape[0]
-        layers = jnp.arange(num_layers, dtype=jnp.int32)
-        state, xs, body = (x_BTD, carry), (blocks, layers, cache), _remat(body, config.remat)
-        if routers is None:
-            ((x_BTD, carry), (routed, cache)), report = jax.lax.scan(body, state, xs), None
-        else:
-            every = config.mixture_of_depths.every
-            (x_BTD, carry), (routed, cache), report = depths.scan(
-                body, _remat(through, config.remat), state, xs, routers, every
-            )
-        return x_BTD, routed, carry, cache, report
+        stream = Stream(look_up(embed_VD.astype(config.compute_dtype), context.token_ids_BT))
+        prepared = prepare(context.positions_BT, config, pattern.attention_names(config.attention))
+        of_segments = []
+        for i, segment in enumerate(pattern.segments(config)):
+            if segment.feed_forward == "moe" and segment.first == config.num_dense_layers:
+                carry = strategies.get(config.moe.router).init_carry(config.moe, batch, time)
+                carry = jax.tree.map(lambda a: sharding.reshard(a, "BT" + "." * (a.ndim - 2)), carry)
+                shared = sharding.gather(self.shared_router, config.compute_dtype)
+                context = context._replace(shared_router={k: v[...] for k, v in shared.items()})
+                stream = stream._replace(carry=carry)
+            run = scan.Segment(self, segment, context, prepared, start)
+            stream, found = run(stream, None if caches is None else caches[i])
+            of_segments.append(found)
+        routed, new_caches, reports = zip(*of_segments)
+        return Output(
+            self.final_norm(stream.x_BTD),
+            scan.joined(routed),
+            None if caches is None else new_caches,
+            scan.joined(reports),
+        )
 
     def head(self) -> Array:
         """The matrix [D, V] in compute dtype that turns hidden states into logits.
@@ -162,10 +111,22 @@ class Transformer(nnx.Module):
         return jnp.einsum("...d,dv->...v", hidden, self.head(), preferred_element_type=jnp.float32)
 
 
-def empty_caches(config: Model, batch: int, slots: int) -> tuple[Cache | None, Cache | None]:
-    """Of the dense and of the MoE layers."""
-    dense = config.num_dense_layers
-    return tuple(empty_cache(config, n, batch, slots) if n else None for n in (dense, config.num_layers - dense))
+def empty_caches(config: Model, batch: int, slots: int) -> Caches:
+    """One cache per segment and run of equal blocks, stacked as the scan wants it."""
+
+    def of_run(segment: pattern.Segment, kind: pattern.BlockKind, count: int) -> Any:
+        cache = kinds.get(kind.attention).empty_cache(config, kinds.options_of(config, kind.attention), batch, slots)
+        if kind.wrapper:
+            cache = WRAPPERS[kind.wrapper][1](cache, batch)
+        leading = scan.leading_axes(segment, count)
+        letters = "." * len(leading) + "B"
+        zeros = lambda a: sharding.reshard(jnp.zeros((*leading, *a.shape), a.dtype), letters + "." * (a.ndim - 1))
+        return jax.tree.map(zeros, cache)
+
+    return tuple(
+        tuple(of_run(segment, kind, count) for kind, count in scan.runs(segment))
+        for segment in pattern.segments(config)
+    )
 
 
 def _look_up(embed_VD: Array, token_ids_BT: Array) -> Array:
@@ -174,24 +135,6 @@ def _look_up(embed_VD: Array, token_ids_BT: Array) -> Array:
     own_BT = token_ids_BT - first
     own_BT = jnp.where(own_BT < 0, embed_VD.shape[0], own_BT)
     return jax.lax.psum(embed_VD.at[own_BT].get(mode="fill", fill_value=0), "tensor")
-
-
-def _remat(body: Callable, policy: str) -> Callable:
-    """`dots` keeps matrix products without a batch dimension; `full` keeps a layer's input and its routing plan.
-
-    None keeps parameters that were gathered from other devices.
-    """
-    if policy == "none" and not sharding.gathers():
-        return body
-    keep = {
-        "none": jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED),
-        "dots": jax.checkpoint_policies.save_from_both_policies(
-            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            jax.checkpoint_policies.save_only_these_names("routing_plan"),
-        ),
-        "full": jax.checkpoint_policies.save_only_these_names("routing_plan"),
-    }[policy]
-    return jax.checkpoint(body, policy=keep, prevent_cse=False)
 
 
 def split(model: Transformer) -> tuple[nnx.GraphDef, dict, dict]:
@@ -228,12 +171,18 @@ def count_parameters(config: Model) -> dict[str, int]:
         moe = params["moe_blocks"]["moe"]
         routed = size([moe["gate_up_ED2F"], moe["down_EFD"]])
     total, per_token = size(params), config.moe.num_experts_per_token
-    idle = routed - routed * per_token // config.moe.num_experts
-    for kind, blocks, layers in zip(("dense", "moe"), (0, idle), depths.routed_layers(config)):
-        if layers:
-            active = size(params[f"{kind}_blocks"]) - blocks
-            stacked = params[f"{kind}_blocks"]["attention_norm"]["scale"].shape[0]
-            idle += round(active * len(layers) / stacked * (1 - config.mixture_of_depths.capacity))
+    idle = {"dense": 0, "moe": routed - routed * per_token // config.moe.num_experts}
+    skipped = 0
+    for feed_forward in pattern.FEED_FORWARDS:
+        of_layers = [kind for kind in pattern.layers(config) if kind.feed_forward == feed_forward]
+        passed = [kind.attention for kind in of_layers if kind.wrapper]
+        if passed:
+            blocks = dict(params[pattern.NAMES[feed_forward, ""]])
+            per_layer = _by_attention(blocks.pop("attention"), [kind.attention for kind in of_layers])
+            rest = (size(blocks) - idle[feed_forward]) * len(passed) / len(of_layers)
+            active = rest + sum(map(per_layer.get, passed))
+            skipped += round(active * (1 - config.mixture_of_depths.capacity))
+    idle = sum(idle.values()) + skipped
     embedding = params["embed_VD"].size
     return {
         "total": total,
@@ -241,3 +190,10 @@ def count_parameters(config: Model) -> dict[str, int]:
         "embedding": embedding,
         "head": 0 if config.tie_embeddings else embedding,
     }
+
+
+def _by_attention(stacks: dict, of_layers: list[str]) -> dict[str, float]:
+    """Parameters of one layer's attention, by kind."""
+    counts, size = collections.Counter(of_layers), lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    own = lambda name: stacks if len(counts) == 1 else stacks[pattern.short(name)]
+    return {name: size(own(name)) / count for name, count in counts.items()}

@@ -13,7 +13,7 @@ executor is tested against that matrix.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,8 +21,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from frugalmoe.schema import MoE
-from frugalmoe.sharding import parameter
+from frugalmoe.errors import UserError
+from frugalmoe.routing import merging
+from frugalmoe.schema import FrozenDict, MoE
+from frugalmoe.sharding import broken_rule, declaration
+
+ROUTER_ROLE = "router"  # of every parameter of a strategy
 
 Params = Mapping[str, Array]
 NewParams = Mapping[str, nnx.Param]  # each made by `declare`
@@ -36,6 +40,18 @@ class TokenPlan(NamedTuple):
     expert_NK: Array  # int32
     weight_NK: Array  # float32
 
+    @property
+    def ids(self) -> Array:
+        """Whom each slot names, in either form of a plan."""
+        return self.expert_NK
+
+    @property
+    def weights(self) -> Array:
+        return self.weight_NK
+
+    def with_weights(self, weights: Array) -> "TokenPlan":
+        return self._replace(weight_NK=weights)
+
 
 class ExpertPlan(NamedTuple):
     """Expert-major: each expert names C tokens. Token id N is the null token (empty slot, weight 0)."""
@@ -43,12 +59,26 @@ class ExpertPlan(NamedTuple):
     token_EC: Array  # int32
     weight_EC: Array  # float32
 
+    @property
+    def ids(self) -> Array:
+        return self.token_EC
+
+    @property
+    def weights(self) -> Array:
+        return self.weight_EC
+
+    def with_weights(self, weights: Array) -> "ExpertPlan":
+        return self._replace(weight_EC=weights)
+
 
 Plan = TokenPlan | ExpertPlan
 
 
 class Inputs(NamedTuple):
-    """Everything that a strategy may look at. Sequences stay apart (B, T), so that a pool of tokens is one sequence."""
+    """Everything that a strategy may look at. Sequences stay apart (B, T), so that a pool of tokens is one sequence.
+
+    Most strategies need the activations and what `linear_logits` and the modules beside this one do with the rest.
+    """
 
     x_BTD: Array  # activations, compute dtype
     token_ids_BT: Array  # int32
@@ -60,6 +90,8 @@ class Inputs(NamedTuple):
     step: Array  # int32 []
     layer: Array  # int32 [], index among the MoE layers
     train: bool = False  # static; False: no exploration noise
+
+    # What few strategies need.
     carry: Carry = None  # what the previous MoE layer's `Routing.carry` held: it crosses layers, never time
     axis_names: tuple[str, ...] = ()  # static; mesh axes that hold other sequences of the batch
     # The layer's experts on rows of the strategy's choice: (plan over R rows, rows[R, D]) -> y[R, D], at the cost that
@@ -70,6 +102,15 @@ class Inputs(NamedTuple):
     @property
     def valid_BT(self) -> Array:
         return self.segment_ids_BT > 0
+
+    def of_tokens(self, change: Callable[[Array], Array]) -> "Inputs":
+        """The same with each array [B, T, ...] changed, the carry's too: other tokens, or another order of them."""
+        names = ("x_BTD", "token_ids_BT", "segment_ids_BT", "positions_BT", "carry")
+        return self._replace(**{name: jax.tree.map(change, getattr(self, name)) for name in names})
+
+    def of_sequences(self, change: Callable[[Array], Array]) -> "Inputs":
+        """The same with each array [B, ...] changed, keys too: other sequences."""
+        return self.of_tokens(change)._replace(keys_B=change(self.keys_B))
 
 
 @jax.tree_util.register_dataclass
@@ -148,8 +189,37 @@ class Router:
     init_state: Callable[[int, MoE], State] = no_state  # (dim, config); float32, no gradient, checkpointed
     update: Callable[[State, Mapping[str, Array], MoE], State] = keep_state  # once per step, stats of the whole batch
     init_carry: Callable[[MoE, int, int], Carry] = lambda config, batch, time: None  # before the first MoE layer
+    # Entry of the state -> its rule of `merging.RULES`.
+    merges: Mapping[str, str] = dataclasses.field(default=FrozenDict(), compare=False)
+    # Where the entries do not merge one by one: (states, weights, config) -> State, of host arrays that were checked.
+    merge_state: Callable[[Sequence[State], Sequence[float], MoE], State] | None = None
     check: Callable[[MoE], str | None] = lambda config: None  # the rule that a config breaks, or None
+    # (K, options of 8 experts), beside the defaults, that the laws run with.
+    cases: tuple[tuple[int, Mapping[str, Any]], ...] = dataclasses.field(default=(), compare=False)
     name: str = ""  # set by `strategies.get` to the file's name
+
+    def new_params(self, key: Array, dim: int, config: MoE, shared: bool = False) -> NewParams:
+        """What `init` makes, or `init_shared`; raises `UserError` naming an array that is not as `declare` makes it."""
+        made = (self.init_shared if shared else self.init)(key, dim, config)
+        for name, value in made.items():
+            rule = broken_rule(value, name)
+            if rule is None and declaration(value).role != ROUTER_ROLE:
+                rule = f"its role is {declaration(value).role!r}; a strategy declares with contract.declare"
+            if rule:
+                where = "init_shared" if shared else "init"
+                raise UserError(f"model.moe.router={self.name!r}: {where} returned {name!r}: {rule}")
+        return made
+
+    def merge(self, states: Sequence[State], weights: Sequence[float], config: MoE) -> State:
+        """One state of replicas that trained apart, as host arrays: see `merging`. Leading axes (layers) are kept.
+
+        `weights`: what each replica counts for, say its tokens; a common factor changes nothing. Raises `UserError`
+        for no states, for weights that are no weights, and for states that differ in form or are not finite.
+        """
+        held = merging.checked(states, weights)
+        if self.merge_state is not None:
+            return self.merge_state(held, weights, config)
+        return merging.by_rules(self.merges, held, weights)
 
     def claim(self, field: str, config: MoE) -> Any:
         """The value of a field of `about` under this config."""
@@ -176,8 +246,8 @@ def combine_matrix(plan: Plan, num_tokens: int, num_experts: int) -> Array:
 
 def selection_matrix(plan: Plan, num_tokens: int, num_experts: int) -> Array:
     """Which expert got which token, bool [N, E], whatever the weights."""
-    ones = plan._replace(**{plan._fields[1]: jnp.ones(plan[0].shape, jnp.float32)})
-    return combine_matrix(ones, num_tokens, num_experts) > 0
+    ones = jnp.ones(plan.ids.shape, jnp.float32)
+    return combine_matrix(plan.with_weights(ones), num_tokens, num_experts) > 0
 
 
 def token_major(plan: Plan, num_tokens: int, num_experts: int) -> TokenPlan:
@@ -194,9 +264,9 @@ def token_major(plan: Plan, num_tokens: int, num_experts: int) -> TokenPlan:
 def declare(value: Array, letters: str) -> nnx.Param:
     """A float32 parameter of a strategy, as `Router.init` returns it, with one letter per axis: see `sharding.LETTERS`.
 
-    Raises `ValueError` for an unknown letter, and for more or fewer letters than axes.
+    It is looked at where the array's name is known too: see `Router.new_params`.
     """
-    return parameter(value, letters, "router")
+    return nnx.Param(value, letters=letters, role=ROUTER_ROLE)
 
 
 def arrays(params: NewParams) -> Params:

@@ -5,7 +5,7 @@ The experts form `num_groups` equal groups of consecutive ids. A group's score i
 Ling 2.0. Only experts of the `groups_per_token` best groups take part. The others are masked with -inf, not 0: scores
 with a bias can be negative.
 
-Letters: B batch, T time, E experts, K choices, G groups of experts, e experts of one group.
+Letters: B batch, T time, E experts, K choices, G groups of experts, g experts of one group.
 """
 
 import jax
@@ -20,11 +20,11 @@ def top_k(score_BTE: Array, k: int, num_groups: int, groups_per_token: int, best
     """The k largest scores of the best groups. A tie between groups at their cut counts as a tie too."""
     if groups_per_token == num_groups:
         return select.top_k(score_BTE, k)
-    score_BTGe = jax.lax.stop_gradient(score_BTE).reshape(*score_BTE.shape[:-1], num_groups, -1)
-    group_BTG = jax.lax.top_k(score_BTGe, min(best, score_BTGe.shape[-1]))[0].sum(-1)
+    score_BTGg = jax.lax.stop_gradient(score_BTE).reshape(*score_BTE.shape[:-1], num_groups, -1)
+    group_BTG = jax.lax.top_k(score_BTGg, min(best, score_BTGg.shape[-1]))[0].sum(-1)
     group = select.top_k(group_BTG, groups_per_token)
     open_BTG = jnp.any(group.expert_BTK[..., None] == jnp.arange(num_groups), axis=-2)
-    choice = select.top_k(jnp.where(open_BTG[..., None], score_BTGe, -jnp.inf).reshape(score_BTE.shape), k)
+    choice = select.top_k(jnp.where(open_BTG[..., None], score_BTGg, -jnp.inf).reshape(score_BTE.shape), k)
     return choice._replace(tied_BT=choice.tied_BT | group.tied_BT)
 
 

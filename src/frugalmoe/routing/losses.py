@@ -1,6 +1,8 @@
-"""Auxiliary losses of routers, and the only place where they are added up.
+"""Auxiliary losses of routers as sums, and `total`, which weighs and adds up those of a step.
 
-Letters: B batch, T time, E experts, d devices, K choices, G groups of sequences, L MoE layers.
+`train.objective` has the terms of the whole training loss and where their coefficients come from.
+
+Letters: B batch, T time, E experts, M devices, K choices, G groups of sequences, L MoE layers.
 
 A strategy returns unscaled sums (`Loss`), additive over micro-batches and over shards of the batch. `total` divides
 them by the number of units in the whole optimizer step and applies the coefficients, so that gradient accumulation
@@ -121,8 +123,8 @@ def device_balance(probs_BTE: Array, load_BE: Array, inputs: Inputs, config: MoE
     choices live on no device.
     """
     devices = config.load_balance_devices
-    prob_BTd = probs_BTE.reshape(*probs_BTE.shape[:2], devices, -1).sum(-1)
-    return load_balance(prob_BTd, load_BE.reshape(-1, devices, load_BE.shape[1] // devices).sum(-1), inputs, config)
+    prob_BTM = probs_BTE.reshape(*probs_BTE.shape[:2], devices, -1).sum(-1)
+    return load_balance(prob_BTM, load_BE.reshape(-1, devices, load_BE.shape[1] // devices).sum(-1), inputs, config)
 
 
 def importance(probs_BTE: Array, inputs: Inputs, config: MoE) -> Loss:

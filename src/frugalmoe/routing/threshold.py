@@ -3,8 +3,8 @@
 A threshold is the score of the C-th best token, averaged over pools and steps. It is state, so that a decision needs
 no other token: the ranking of expert choice, made causal.
 
-Letters: B batch, T time, N tokens (B*T), E experts, K slots per token, P pools, n tokens of a pool, C slots per expert
-and pool.
+Letters: B batch, T time, N tokens (B*T), E experts, K slots per token, G groups of tokens (pools), g tokens of one,
+C slots per expert and pool.
 """
 
 import math
@@ -29,22 +29,22 @@ def slots(size: int, share: float) -> int:
 class Ranked(NamedTuple):
     """The C best tokens of every pool for every expert, best first; no gradient passes."""
 
-    token_PEC: Array  # int32, place in the pool
-    full_PEC: Array  # bool; slots beyond a pool's own number (it has padding) are empty
+    token_GEC: Array  # int32, place in the pool
+    full_GEC: Array  # bool; slots beyond a pool's own number (it has padding) are empty
     cut_E: Array  # float32: the score of the last full slot, summed over the pools' tokens
 
 
-def rank(score_PnE: Array, valid_Pn: Array, share: float) -> Ranked:
+def rank(score_GgE: Array, valid_Gg: Array, share: float) -> Ranked:
     """C = ceil(share * n) of a pool's n valid tokens, so that padding changes nothing."""
-    size = score_PnE.shape[1]
-    score_PEn = jnp.where(valid_Pn[..., None], jax.lax.stop_gradient(score_PnE), -jnp.inf).swapaxes(1, 2)
-    value_PEC, token_PEC = jax.lax.top_k(score_PEn, slots(size, share))
-    tokens_P11 = valid_Pn.sum(-1, dtype=jnp.int32)[:, None, None]
-    slots_P11 = jnp.minimum(tokens_P11, jnp.ceil(tokens_P11 * share - ROUNDING).astype(jnp.int32))
-    last_PE1 = jnp.broadcast_to(jnp.maximum(slots_P11 - 1, 0), (*value_PEC.shape[:2], 1))
-    cut_PE1 = jnp.where(tokens_P11 > 0, jnp.take_along_axis(value_PEC, last_PE1, axis=-1), 0)
-    full_PEC = jnp.broadcast_to(jnp.arange(value_PEC.shape[-1]) < slots_P11, value_PEC.shape)
-    return Ranked(token_PEC, full_PEC, jnp.sum(cut_PE1 * tokens_P11, axis=(0, 2)))
+    size = score_GgE.shape[1]
+    score_GEg = jnp.where(valid_Gg[..., None], jax.lax.stop_gradient(score_GgE), -jnp.inf).swapaxes(1, 2)
+    value_GEC, token_GEC = jax.lax.top_k(score_GEg, slots(size, share))
+    tokens_G11 = valid_Gg.sum(-1, dtype=jnp.int32)[:, None, None]
+    slots_G11 = jnp.minimum(tokens_G11, jnp.ceil(tokens_G11 * share - ROUNDING).astype(jnp.int32))
+    last_GE1 = jnp.broadcast_to(jnp.maximum(slots_G11 - 1, 0), (*value_GEC.shape[:2], 1))
+    cut_GE1 = jnp.where(tokens_G11 > 0, jnp.take_along_axis(value_GEC, last_GE1, axis=-1), 0)
+    full_GEC = jnp.broadcast_to(jnp.arange(value_GEC.shape[-1]) < slots_G11, value_GEC.shape)
+    return Ranked(token_GEC, full_GEC, jnp.sum(cut_GE1 * tokens_G11, axis=(0, 2)))
 
 
 class Active(NamedTuple):
@@ -67,6 +67,11 @@ def activate(score_BTE: Array, weight_BTE: Array, threshold_E: Array, slots: int
 
 def initial(value: float, num_experts: int) -> State:
     return {"threshold_E": jnp.full(num_experts, value, jnp.float32), "updates_E": jnp.zeros(num_experts, jnp.float32)}
+
+
+# A threshold is a mean over batches, and `updates_E` counts the batches that it remembers: the mean of replicas is at
+# least as old as the oldest of them, so that a young one does not begin the average again.
+MERGES = {"threshold_E": "mean", "updates_E": "maximum"}
 
 
 def follow(state: State, stats: Mapping[str, Array], decay: float) -> State:

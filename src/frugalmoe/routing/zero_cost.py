@@ -44,10 +44,11 @@ def finish(
     logits_BTX: Array,
     choice: Choice,
     weight_BTK: Array,
-    balanced_BX: Array,
-    added_BTD: Array | None,
     inputs: Inputs,
     config: MoE,
+    *,
+    balanced_BX: Array,
+    added_BTD: Array | None = None,
     scored_BX: Array | None = None,
 ) -> Routing:
     """The routing; `balanced_BX` is the load as the strategy's balance losses see it, `scored_BX` that by scores alone.

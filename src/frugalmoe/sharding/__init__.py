@@ -14,8 +14,10 @@ from frugalmoe.sharding.mesh import (
 from frugalmoe.sharding.on_device import local, own_part, own_tokens, whole_sequences
 from frugalmoe.sharding.parameters import (
     GATHERED,
+    ROLES,
     Declaration,
     Declarations,
+    broken_rule,
     declaration,
     declarations,
     declared,
@@ -32,10 +34,12 @@ __all__ = [
     "BATCH_AXES",
     "GATHERED",
     "GPUS",
+    "ROLES",
     "TOKEN_AXES",
     "Declaration",
     "Declarations",
     "axis_size",
+    "broken_rule",
     "declaration",
     "declarations",
     "declared",

@@ -1,7 +1,7 @@
 """One table from shape letters to mesh axes, and arrays on the mesh by their letters.
 
-Letters: A micro-batch of a step, B batch, T time, V vocabulary, D model, F expert hidden, E experts, H heads,
-K key-value heads, L layers; '.' any unsharded dimension.
+`LETTERS` is the legend of the whole package: a letter in the name of an array, in a declaration or in a docstring has
+this one meaning, and a docstring's own "Letters:" repeats the few that its file uses.
 
 | axis | what is spread over it |
 |---|---|
@@ -30,32 +30,52 @@ from jax.sharding import PartitionSpec as P
 from frugalmoe.sharding.mesh import AXES, BATCH_AXES, axis_size, make_mesh
 
 LETTERS = {
-    "B": "batch: sequences",
-    "T": "time: tokens of a sequence",
-    "V": "vocabulary",
+    "A": "micro-batches of a step",
+    "B": "batch: sequences, or rows of a batch",
+    "T": "time: tokens of a sequence, queries",
+    "t": "tokens of one chunk of T",
+    "N": "tokens of all sequences, B*T; of a part of the batch where that is said",
+    "V": "vocabulary: token ids",
     "D": "model: channels of the residual stream",
-    "F": "hidden channels of a feed-forward",
-    "E": "experts",
+    "F": "hidden channels of a feed-forward, as of an expert",
+    "2": "a pair: gate and up of a feed-forward; x and v of a constant expert",
+    "L": "layers, as the MoE ones",
     "H": "query heads",
-    "K": "key-value heads; choices of a token",
-    "d": "channels of a head",
-    "2": "gate and up",
-    "X": "choices: the experts, then what is no expert",
-    "P": "channels in which a router compares tokens and experts",
-    "R": "hidden channels of a router",
-    "G": "the three gates of a recurrent router's hidden channels",
-    ".": "any other, never spread",
+    "h": "key-value heads: heads of keys and values",
+    "d": "channels of a head, as of its query and its key",
+    "e": "channels of a head's value, where they are others",
+    "n": "channels of a head without rotation",
+    "r": "channels of a head with rotation: rotated",
+    "E": "experts",
+    "K": "choices of a token: slots, experts per token",
+    "X": "choices that there are: the experts, then what is no expert, E + Z",
+    "Z": "choices that are no experts: zero-cost, identity, null, constant",
+    "C": "capacity: slots that tokens fill, of an expert, a routed block, a cache; keys that a query may see",
+    "Q": "slots, or samples, of an expert in all sequences, B*C",
+    "P": "channels inside: of a router's projection, latent space, hidden layer or GRU; of attention's latent",
+    "W": "gates of a recurrent router, 3P",
+    "R": "rows of any origin, as those sorted by expert",
+    "c": "slots of one chunk of C",
+    "M": "devices of an axis",
+    "G": "groups: of experts, layers, sequences, tokens (pools, chunks), rows (tiles), slots; domains",
+    "g": "members of one group: experts, tokens, rows of a block, query heads with the same keys and values",
+    "S": "steps of a run: logged ones, checkpoints, batches",
+    "U": "units that are resampled, documents or seeds",
+    "Y": "draws: bootstrap samples, shuffles",
+    "I": "any axis of two axes, the contracted one of a product; outputs, parameters, places, candidates, values ...",
+    "J": "the other axis of two axes, the produced one of a product",
+    ".": "any axis, never spread",
 }
 _AXES_OF_LETTER = {
     "B": BATCH_AXES,
     "T": ("context",),
     "E": ("expert",),
     "H": ("tensor",),
-    "K": ("tensor",),
+    "h": ("tensor",),
     "F": ("tensor",),
     "V": ("tensor",),
 }
-STORED = ("fsdp", "expert", "context")  # of the letter D of a parameter: a layer gathers it for the time of its use
+STORED = ("fsdp", "expert", "context")  # of D, or else P, of a parameter: a layer gathers it for the time of its use
 
 
 def spec(letters: str, stored: bool = False, mesh: Mesh | None = None) -> P:
@@ -65,7 +85,7 @@ def spec(letters: str, stored: bool = False, mesh: Mesh | None = None) -> P:
     """
     free, entries = {axis for axis in AXES if axis_size(axis, mesh=mesh) > 1}, []
     for letter in letters:
-        wanted = STORED if stored and letter == "D" else _AXES_OF_LETTER.get(letter, ())
+        wanted = STORED if stored and letter in "DP" else _AXES_OF_LETTER.get(letter, ())
         taken = tuple(axis for axis in wanted if axis in free)
         free -= set(taken)
         entries.append(taken[0] if len(taken) == 1 else taken or None)

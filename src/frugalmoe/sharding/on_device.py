@@ -16,21 +16,27 @@ from frugalmoe.sharding.letters import spec
 from frugalmoe.sharding.mesh import axis_size
 
 
-def local(fn: Callable, in_letters: tuple[str, ...], out_letters: tuple[str, ...] | str) -> Callable:
+def local(fn: Callable, in_letters: tuple, out_letters: Any) -> Callable:
     """`fn` as seen by one device: its arguments are local shards, and collectives are allowed in it.
 
-    An entry of the letters may stand for a whole pytree of arrays of that shape. Kernels (sorting, loops, Pallas) run
-    inside this, where every shape is static and local. An output must be equal on all devices of the axes that its
-    letters do not name.
+    in_letters: an entry per argument. An argument may be a structure of arrays (a NamedTuple, a dict), and its letters
+    the same structure of strings; a string may stand for all arrays inside. out_letters: likewise, of the result.
+    Kernels (sorting, loops, Pallas) run inside this, where every shape is static and local. An output must be equal on
+    all devices of the axes that its letters do not name.
     """
-    out = spec(out_letters) if isinstance(out_letters, str) else tuple(map(spec, out_letters))
+    out = jax.tree.map(spec, out_letters)
 
     def apply(*args):
         args = jax.tree.map(_with_value_gradient, args)
-        entries = [jax.tree.map(functools.partial(_typed, letters), arg) for letters, arg in zip(in_letters, args)]
-        return jax.shard_map(fn, in_specs=tuple(entries), out_specs=out, check_vma=False)(*args)
+        entries = jax.tree.map(lambda letters, part: _each(_typed, letters, part), in_letters, args)
+        return jax.shard_map(fn, in_specs=entries, out_specs=out, check_vma=False)(*args)
 
     return apply
+
+
+def _each(function: Callable[[str, Array], Any], letters: str, part: Any) -> Any:
+    """The arrays that one string of letters stands for, each through a function of letters and array."""
+    return jax.tree.map(functools.partial(function, letters), part)
 
 
 @jax.custom_vjp
@@ -55,11 +61,15 @@ def _typed(letters: str, array: Array) -> P:
     return P(*spec(letters), reduced=jax.typeof(array).sharding.spec.reduced)
 
 
-def whole_sequences(tree: Any) -> Any:
-    """Inside `local`: arrays [B, T, ...] of this device's tokens -> of all tokens of their sequences."""
+def whole_sequences(tree: Any, letters: Any = "BT") -> Any:
+    """Inside `local`: arrays of this device's tokens -> of all tokens of their sequences.
+
+    letters: as `local` takes them; arrays without a T have no tokens and stay.
+    """
     if axis_size("context") == 1:
         return tree
-    return jax.tree.map(lambda a: jax.lax.all_gather(a, "context", axis=1, tiled=True), tree)
+    gather = lambda letters, a: jax.lax.all_gather(a, "context", axis=letters.index("T"), tiled=True)
+    return jax.tree.map(lambda letters, part: _each(gather, letters, part) if "T" in letters else part, letters, tree)
 
 
 def own_tokens(tree: Any) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
@@ -50,16 +51,30 @@ def parameter(value: Array, letters: str, role: str) -> nnx.Param:
 
     letters: one per axis of `value`, of `letters.LETTERS`; those of a matrix as "D->Hd", from inputs to outputs.
     """
-    declared = Declaration(letters, role)
-    if unknown := [letter for letter in declared.axes if letter not in LETTERS]:
-        raise ValueError(f"parameter {letters!r}: unknown letter {unknown[0]!r}; known: {' '.join(LETTERS)}")
-    if len(declared.axes) != value.ndim:
-        raise ValueError(f"parameter {letters!r}: {len(declared.axes)} letters for an array of {value.ndim} axes")
-    if role not in ROLES:
-        raise ValueError(f"parameter {letters!r}: unknown role {role!r}; known: {', '.join(ROLES)}")
-    if ("->" in letters) != (role == "matrix"):
-        raise ValueError(f"parameter {letters!r}: a matrix, and nothing else, is declared as INPUTS->OUTPUTS")
-    return nnx.Param(value, letters=letters, role=role)
+    made = nnx.Param(value, letters=letters, role=role)
+    if rule := broken_rule(made):
+        raise ValueError(f"parameter {letters!r}: {rule}")
+    return made
+
+
+def broken_rule(value: Any, name: str = "") -> str | None:
+    """The rule that a new parameter's declaration breaks, or None; its name too, whose last part are its letters."""
+    if not _is_parameter(value) or "letters" not in value.get_metadata():
+        return "an array that does not say what it is; it must be declared with its letters and its role"
+    declared, known = declaration(value), " ".join(LETTERS)
+    axes = declared.axes
+    if unknown := [letter for letter in axes if letter not in LETTERS]:
+        return f"unknown letter {unknown[0]!r} in {declared.letters!r}; known: {known}"
+    if len(axes) != jnp.ndim(value[...]):
+        return f"{len(axes)} letters, {declared.letters!r}, for an array of {jnp.ndim(value[...])} axes"
+    if declared.role not in ROLES:
+        return f"unknown role {declared.role!r}; known: {', '.join(ROLES)}"
+    if ("->" in declared.letters) != (declared.role == "matrix"):
+        return f"declared as {declared.letters!r}: a matrix, and nothing else, is declared as INPUTS->OUTPUTS"
+    of_name = name.rpartition("_")[2]
+    if name and of_name != of_name.lower() and of_name != axes:
+        return f"its name says {of_name!r}, its declaration {axes!r}"
+    return None
 
 
 def declaration(variable: nnx.Variable) -> Declaration:
@@ -104,7 +119,7 @@ def parameter_spec(declared: Declaration | None, ndim: int, stored: bool = True)
     if declared.role == "router":
         letters = "".join(letter if letter == "D" and stored else "." for letter in letters)
     if declared.role == "vector":
-        letters = letters.replace("D", ".")
+        letters = letters.replace("D", ".").replace("P", ".")
     return spec("." * (ndim - len(letters)) + letters, stored)
 
 

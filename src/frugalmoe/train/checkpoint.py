@@ -1,9 +1,12 @@
 """Checkpoints: the only file that knows Orbax. Saves are asynchronous; a step becomes visible only when it is whole."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -12,6 +15,24 @@ from frugalmoe.schema import Checkpoint
 from frugalmoe.train.step import State, finite
 
 _ITEMS = ("params", "router_state", "opt_state", "step")
+
+# Arrays that had another name in older checkpoints, which are read with today's: one letter of a name, one meaning.
+RENAMED = {
+    "key_DKd": "key_Dhd",
+    "value_DKd": "value_Dhd",
+    "key_bias_Kd": "key_bias_hd",
+    "value_bias_Kd": "value_bias_hd",
+    "proj_DH": "proj_DP",
+    "kernel_HE": "kernel_PE",
+    "input_HG": "input_PW",
+    "state_HG": "state_PW",
+    "input_bias_G": "input_bias_W",
+    "new_bias_H": "new_bias_P",
+    "up_DH": "up_DP",
+    "out_H": "out_P",
+    "mix_CDM": "mix_ZD2",
+    "constant_CD": "constant_ZD",
+}
 
 
 def open_manager(workdir: Path, config: Checkpoint, cleanup: bool = False) -> ocp.CheckpointManager:
@@ -31,7 +52,7 @@ def open_manager(workdir: Path, config: Checkpoint, cleanup: bool = False) -> oc
 
 
 def saved_steps(workdir: Path) -> list[int]:
-    """Steps of whole checkpoints, in order; those still being written have other names."""
+    """Returns the steps of whole checkpoints, in order; those still being written have other names."""
     return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdecimal())
 
 
@@ -65,27 +86,34 @@ def check_space_for(directory: Path, arrays: int, freed: int = 0) -> None:
 
 
 def restore(manager: ocp.CheckpointManager, step: int, abstract: State, items: tuple[str, ...] = _ITEMS) -> State:
-    """The saved state placed as `abstract` is, whatever mesh it was saved from.
+    """Returns the saved state placed as `abstract` is, whatever mesh it was saved from.
 
     Items that are not asked for come back as in `abstract`.
     """
     wanted = {k: v for k, v in _nonempty(abstract).items() if k in items}
     _check_same_model(manager, step, wanted)
+    if "step" in wanted and "position" not in manager.item_metadata(step)["step"]:  # of before there were two clocks
+        del wanted["step"]["position"]
+    as_saved = _renamed(wanted, _names_in(manager, step))
     restored = manager.restore(
-        step, args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in wanted.items()})
+        step, args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in as_saved.items()})
     )
+    restored = _renamed({k: restored[k] for k in wanted}, RENAMED)
     # Through a jitted function, so that the arrays' types are written as those of a step's results are (P(None, None)
     # and P() mean the same but compare unequal): else the first step and the others would each be compiled.
     typed = lambda values: jax.tree.map(lambda a, like: jax.sharding.reshard(a, like.sharding.spec), values, wanted)
-    values = jax.jit(typed, donate_argnums=0)({k: restored[k] for k in wanted})
-    return abstract._replace(**values | ({"step": values["step"]["step"]} if "step" in values else {}))
+    values = jax.jit(typed, donate_argnums=0)(restored)
+    clocks = values.pop("step", {})
+    if clocks and "position" not in clocks:
+        clocks["position"] = jnp.copy(clocks["step"])  # an array of its own: the step donates both
+    return abstract._replace(**values, **clocks)
 
 
 def restore_newest(
     manager: ocp.CheckpointManager, abstract: State, items: tuple[str, ...] = _ITEMS
 ) -> tuple[State | None, int | None, list[int]]:
-    """(the newest saved state whose numbers are all finite, its step, the later steps that hold others); None, None
-    where there is none.
+    """Returns (the newest saved state whose numbers are all finite, its step, the later steps that hold others); None,
+    None where there is none.
     """
     broken = []
     for step in sorted(manager.all_steps(), reverse=True):
@@ -102,27 +130,55 @@ def is_finite(state: State, items: tuple[str, ...] = _ITEMS) -> bool:
 
 
 def _nonempty(state: State) -> dict:
-    """The items to save; Orbax wants trees, not a bare scalar, and no empty ones."""
-    items = state._asdict() | {"step": {"step": state.step}}
-    return {k: v for k, v in items.items() if jax.tree.leaves(v)}
+    """The items to save; Orbax wants trees, not a bare scalar, and no empty ones. Both clocks are one item."""
+    items = state._asdict() | {"step": {"step": state.step, "position": state.position}}
+    return {k: items[k] for k in _ITEMS if jax.tree.leaves(items[k])}
+
+
+def _renamed(tree: Any, names: Mapping[str, str]) -> Any:
+    """A tree of dicts and tuples in which the arrays named in `names` have the names given there."""
+    if isinstance(tree, Mapping):
+        return {names.get(name, name): _renamed(value, names) for name, value in tree.items()}
+    if isinstance(tree, tuple):
+        inner = [_renamed(value, names) for value in tree]
+        return type(tree)(*inner) if hasattr(tree, "_fields") else tuple(inner)
+    return tree
+
+
+def _names_in(manager: ocp.CheckpointManager, step: int) -> dict[str, str]:
+    """Of arrays that are renamed today: today's name -> the one in this checkpoint."""
+    leaves = jax.tree_util.tree_leaves_with_path(manager.item_metadata(step)["params"], is_leaf=_is_array)
+    saved = {path[-1].key for path, _ in leaves}
+    return {new: old for old, new in RENAMED.items() if old in saved}
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape")
 
 
 def _check_same_model(manager: ocp.CheckpointManager, step: int, wanted: dict) -> None:
     """One line for a checkpoint of another model, where Orbax would raise a page."""
     saved = manager.item_metadata(step)
-    for item in ("params", "router_state"):
-        if item not in wanted:
-            continue
+    another = {
+        "params": "another model",
+        "router_state": "another model",
+        "opt_state": "another optimizer (optim.name, or optim.clip_norm with and without)",
+    }
+    for item in (item for item in another if item in wanted):
         ours = _shapes(wanted[item])
         theirs = _shapes(saved[item]) if saved[item] is not None else {}
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
                 raise UserError(
-                    f"{manager.directory}/{step}: checkpoint of another model: {item}{name} has shape "
+                    f"{manager.directory}/{step}: checkpoint of {another[item]}: {item}{name} has shape "
                     f"{theirs.get(name, 'none')} there and {ours.get(name, 'none')} in this config"
                 )
 
 
 def _shapes(tree: object) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
+    """In the names of today."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_array)
+    # Orbax makes dicts of named tuples.
+    names = lambda path: [getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path]
+    today = lambda path: "".join(f"[{RENAMED.get(name, name)!r}]" for name in names(path))
+    return {today(path): tuple(leaf.shape) for path, leaf in leaves}

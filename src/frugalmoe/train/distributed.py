@@ -26,9 +26,9 @@ from frugalmoe.train.rundir import differences
 EXIT_PEER_LOST = 1
 _SECONDS_OF_SILENCE = 60  # after which a process counts as dead, and JAX ends those that wait for it
 _SECONDS_TO_SPEAK = 2.0  # in which the others find out by themselves that one of them is gone, and say so
-_FLAGS = "--coordinator=HOST:PORT --num_processes=N --process_id=I"
+_FLAGS = "--coordinator=HOST:PORT --num-processes=N --process-id=I"
 _PERHAPS_A_POD = "TPU VM"
-_ALONE = "--num_processes=1 trains in this process alone"
+_ALONE = "--num-processes=1 trains in this process alone"
 
 
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> None:
@@ -44,7 +44,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     # With flags nothing is looked up: all devices that the process sees are its own.
     flags = dict(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)
     where = flags | {"cluster_detection_method": "deactivate"} if given else {}
-    with _time_limit(timeout, f"{told_by}: the processes did not all meet within {timeout} s (--connect_timeout)"):
+    with _time_limit(timeout, f"{told_by}: the processes did not all meet within {timeout} s (--connect-timeout)"):
         try:
             limits = dict(initialization_timeout=timeout + 60, heartbeat_timeout_seconds=_SECONDS_OF_SILENCE)
             jax.distributed.initialize(**where, **limits)
@@ -57,11 +57,11 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 def _check(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> bool:
     """Whether flags name the processes; all three or none do."""
-    flags = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
+    flags = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     given = [f"{name}={value}" for name, value in flags.items() if value is not None]
     if timeout <= 0:
-        raise UserError(f"--connect_timeout={timeout}: must be positive, in seconds")
-    if not given or given == ["--num_processes=1"]:
+        raise UserError(f"--connect-timeout={timeout}: must be positive, in seconds")
+    if not given or given == ["--num-processes=1"]:
         return False
     if len(given) < len(flags):
         missing = ", ".join(name for name, value in flags.items() if value is None)
@@ -70,9 +70,9 @@ def _check(coordinator: str | None, num_processes: int | None, process_id: int |
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(f"--coordinator={coordinator}: must be HOST:PORT, the host of process 0 and a port free there")
     if num_processes < 1:
-        raise UserError(f"--num_processes={num_processes}: must be at least 1")
+        raise UserError(f"--num-processes={num_processes}: must be at least 1")
     if not 0 <= process_id < num_processes:
-        raise UserError(f"--process_id={process_id}: must be from 0 to {num_processes - 1} (--num_processes - 1)")
+        raise UserError(f"--process-id={process_id}: must be from 0 to {num_processes - 1} (--num-processes - 1)")
     return True
 
 
@@ -131,7 +131,7 @@ def is_main() -> bool:
 
 
 def exchange(value: Any) -> list[Any]:
-    """The JSON-able values of all processes, in the order of their ids. All must call it."""
+    """Returns the JSON-able values of all processes, in the order of their ids. All must call it."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -142,7 +142,7 @@ def exchange(value: Any) -> list[Any]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """A block that every process runs by itself, without collectives: an error in one is an error in all."""
+    """Wraps a block that every process runs by itself: an error in one is an error in all. No collectives inside."""
     try:
         yield
     except Exception as e:
@@ -163,7 +163,8 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 @contextmanager
 def all_or_none(shared: type[Exception]) -> Iterator[None]:
-    """A block of steps: an error ends this process at once, and with it the others, unless all have it (`shared`).
+    """Wraps a block of steps: an error ends this process at once, and with it the others, unless all have it
+    (`shared`).
 
     The devices of the others wait for ours in the middle of a step, and would do so for as long as this process waits
     for them to end in order. With one process errors are just raised.
@@ -219,7 +220,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """`stop(step)`, asked after each step: whether a signal ends the run there, in all processes.
+    """Gives `stop(step)`, asked after each step: whether a signal ends the run there, in all processes.
 
     One process's signal is enough: JAX's coordination service, which listens for SIGTERM, picks a step that none has
     reached. Asking costs a look at a number.

@@ -14,25 +14,26 @@ import jax
 import numpy as np
 
 from frugalmoe import sharding
-from frugalmoe.config import Config, check_devices, with_vocabulary
+from frugalmoe.config import Config, outside, settle
 from frugalmoe.data import Dataset, open_data
 from frugalmoe.data.batches import Batch
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
-from frugalmoe.fields import to_dict
+from frugalmoe.fields import check_integer, to_dict
 from frugalmoe.files import read_json, write_json
-from frugalmoe.model import depths
+from frugalmoe.model import depths, pattern
 from frugalmoe.model.causality import causality
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
 from frugalmoe.train import checkpoint, distributed, rundir
 from frugalmoe.train.evaluate import Scores, evaluate, write_probe
+from frugalmoe.train.objective import StepReport, knobs
 from frugalmoe.train.placing import own_rows
 from frugalmoe.train.preflight import check_directory
 from frugalmoe.train.program import Program, compiled_eval_step
 from frugalmoe.train.progress import Progress
-from frugalmoe.train.step import State, abstract, init, knobs
+from frugalmoe.train.step import State, abstract, init
 from frugalmoe.train.trackers import Trackers
 from frugalmoe.train.weights import Weights
 
@@ -61,14 +62,14 @@ def train(
     """
     config = config if fresh else rundir.as_begun(config, workdir)
     flags = {"--workdir": str(workdir), "--resume": resume, "--fresh": fresh}
-    distributed.check_same(to_dict(config) | flags)
-    axes = check_devices(config, jax.device_count())
+    distributed.check_same(to_dict(config) | outside.hashes(config) | flags)
+    layout = to_dict(settle(config, None, jax.device_count()).mesh)
     with distributed.together():
         if distributed.is_main():
             check_directory(config, workdir, resume=resume, fresh=fresh)
     if distributed.exchange(rundir.is_complete(workdir))[0] and resume != "force" and not fresh:
         return read_json(workdir / "summary.json")
-    with jax.set_mesh(sharding.make_mesh(axes)), opened(config, workdir, force=resume == "force", fresh=fresh) as run:
+    with jax.set_mesh(sharding.make_mesh(layout)), opened(config, workdir, force=resume == "force", fresh=fresh) as run:
         return train_runs([run], progress, sample)[0]
 
 
@@ -81,14 +82,15 @@ def opened(
     fresh: bool = False,
     done: Callable[[], bool] = lambda: False,
 ) -> Iterator["Run"]:
-    """The run of a directory, new or continued and locked, on the mesh in context; `fresh` replaces the one there.
+    """Opens the run of a directory, new or continued and locked, on the mesh in context; `fresh` replaces the one
+    there.
 
     Raises `rundir.Busy` if another process has it, or had it until it was `done`.
     """
-    main = distributed.is_main()
+    main, mesh = distributed.is_main(), jax.sharding.get_mesh()
     with distributed.together():
         data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed, progress=main)
-        model_config = with_vocabulary(config, data.tokenizer.size)
+        settled = settle(config, data.tokenizer.size, mesh.size)
     distributed.check_same({"fingerprint of the data": data.fingerprint})
     with ExitStack() as held:
         with distributed.together():
@@ -99,10 +101,10 @@ def opened(
                 if fresh:
                     rundir.check_fresh(workdir)
                 else:
-                    rundir.check_config(workdir, to_dict(config), force=force)
+                    rundir.check_config(workdir, settled, force=force)
                     _check_data(workdir, data)
                 freed = rundir.size_of_run(workdir) if fresh else 0
-                checkpoint.check_space(workdir, abstract(model_config), freed)
+                checkpoint.check_space(workdir, abstract(settled), freed)
                 if fresh:
                     rundir.start_over(workdir)
         with distributed.together():
@@ -110,10 +112,10 @@ def opened(
                 rule = "all processes must share it, but what process 0 wrote is not there"
                 raise UserError(f"--workdir={workdir}: {rule}")
         with distributed.all_or_none(shared=NotFinite):
-            run = held.enter_context(closing(Run(model_config, workdir, data, jax.sharding.get_mesh())))
+            run = held.enter_context(closing(Run(settled, workdir, data, mesh)))
             with distributed.together():
                 if main:
-                    _describe(workdir, config, data, run.start)
+                    _describe(run, config)
             yield run
 
 
@@ -125,8 +127,9 @@ def _check_data(workdir: Path, data: Dataset) -> None:
         )
 
 
-def _describe(workdir: Path, config: Config, data: Dataset, start: int) -> None:
-    """Everything that makes the run directory self-describing."""
+def _describe(run: "Run", config: Config) -> None:
+    """Writes everything that makes the run directory self-describing."""
+    workdir, data = run.workdir, run.data
     described = {
         "fingerprint": data.fingerprint,
         "domains": list(data.domains),
@@ -138,7 +141,7 @@ def _describe(workdir: Path, config: Config, data: Dataset, start: int) -> None:
     (workdir / "tokenizer").mkdir(exist_ok=True)
     data.tokenizer.save_into(workdir / "tokenizer")
     write_json(workdir / "data.json", described)
-    rundir.describe(workdir, to_dict(config), start)  # last: it marks the directory as a run
+    rundir.describe(workdir, config, run.config, run.start)  # last: it marks the directory as a run
 
 
 def train_runs(
@@ -169,27 +172,28 @@ def _loop(runs: Sequence["Run"], stop_requests: Callable[[], Callable[[int], boo
     pending, clock, stopped = None, _Clock(), False
 
     def log_pending() -> None:
-        """Reads the metrics of the step before, which waits for it."""
+        """Reads the report of the step before, which waits for it."""
         if pending is None:
             return
-        logged, metrics = pending
-        values = program.of_each_run(jax.device_get(metrics))
+        logged, report = pending
+        reports = program.of_each_run(jax.device_get(report))
         seconds = clock.tick()
-        for run, own in zip(runs, values):
+        for run, own in zip(runs, reports):
             run.check(logged, own)
-        shown.update(logged, float(values[0]["loss/ce"]), sum(float(v["count/tokens"]) for v in values), seconds)
-        for run, own in zip(runs, values):
+        loss, tokens = float(reports[0].metrics["loss/ce"]), sum(float(own.tokens) for own in reports)
+        shown.update(logged, loss, tokens, seconds)
+        for run, own in zip(runs, reports):
             run.log(logged, own, seconds / len(runs))
 
     while step < config.steps and not (stopped := stop(step)):
         batch = program.next_batch()
         with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
-            metrics = program.step(batch)
+            report = program.step(batch)
         if step == runs[0].start:
             stop = stop_requests()
         log_pending()
         step += 1
-        pending = (step, metrics)
+        pending = (step, report)
         last = step == config.steps
         eval_due = config.eval_every and step % config.eval_every == 0 and not last
         save_due = save_every and step % save_every == 0 and not last
@@ -215,8 +219,7 @@ class Run:
     def __init__(self, config: Config, workdir: Path, data: Dataset, mesh: jax.sharding.Mesh):
         self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
         model = config.model
-        self.layers = list(range(model.num_dense_layers, model.num_layers))
-        self.routed_blocks = [layer for layers in depths.routed_layers(model) for layer in layers]
+        self.layers, self.routed_blocks = pattern.moe_layers(model), pattern.wrapped_layers(model)
         self.manager = checkpoint.open_manager(workdir, config.checkpoint, cleanup=True)
         self.notes: list[str] = []  # for whoever started the run
         self.state = self._restored() or init(config)
@@ -227,7 +230,7 @@ class Run:
         self.metrics_log, self.load_log = log("metrics.jsonl"), log("expert_load.jsonl")
         self.trackers = Trackers(config, workdir, self.start, quiet=not main)
         self.eval_step = compiled_eval_step(config)
-        self.batches = data.train_batches(self.start, own_rows(mesh, config))
+        self.batches = data.train_batches(int(self.state.position), own_rows(mesh, config))
         self.tokens_per_second: list[float] = []
 
     def _restored(self) -> State | None:
@@ -241,11 +244,11 @@ class Run:
             self.notes.append(f"checkpoint of step {step}: not finite; deleted, the one of step {saved} is taken")
         return state
 
-    def check(self, step: int, values: dict[str, Any]) -> None:
+    def check(self, step: int, report: StepReport) -> None:
         """Raises `NotFinite` unless a step's loss and gradient and the state after it are finite."""
-        names = ("loss/total", "optim/gradient_norm", "optim/parameter_norm")
+        names, values = ("loss/total", "optim/gradient_norm", "optim/parameter_norm"), report.metrics
         broken = [f"{name}={values[name]}" for name in names if not np.isfinite(values[name])]
-        broken += [name for name, finite in values.pop("finite").items() if not finite]
+        broken += [name for name, finite in report.finite.items() if not finite]
         if broken:
             self.metrics_log.write({"step": step, **{name: float(values[name]) for name in names}})
             raise NotFinite(self._broken(f"{', '.join(broken)} at step {step}"))
@@ -282,25 +285,35 @@ class Run:
             raise NotFinite(self._broken(f"the state after step {self.step}"))
         checkpoint.save(self.manager, self.step, self.state)
 
+    def seek(self, position: int) -> None:
+        """Goes on with the batch of another position: one more skips a batch, a smaller one comes back to it.
+
+        The number of updates stays, and with it the learning rate and the noise. To be called where the loop is not
+        under way. Raises `UserError` for a position that is no int32.
+        """
+        check_integer("position", position, least=0)
+        self.state = self.state._replace(position=sharding.put(self.mesh, np.int32(position), ""))
+        self.batches = self.data.train_batches(position, own_rows(self.mesh, self.config))
+
     def next_batch(self) -> Batch:
-        """[A, B / A, T] on the host, of B / A what is this process's: a micro-batch per entry of the first axis."""
+        """Returns the next batch on the host: A micro-batches [A, B / A, T], of which this process has its own rows."""
         a = self.config.train.accumulate_steps
         return Batch(*(x.reshape(a, x.shape[0] // a, *x.shape[1:]) for x in next(self.batches)))
 
-    def log(self, step: int, values: dict[str, Any], seconds: float) -> None:
-        """The host's copy of a step's metrics; `seconds` is 0 for a step without a time."""
-        tokens = float(values.pop("count/tokens"))
-        counts_LE = values.pop("counts_LE", None)
+    def log(self, step: int, report: StepReport, seconds: float) -> None:
+        """Logs the host's copy of a step's report; `seconds` is 0 for a step without a time."""
         if step % self.config.train.log_every and step != self.config.train.steps:
             return
-        of_blocks = {name: values.pop(name) for name in list(values) if name.startswith("depth/")}
-        row = _flatten(values, self.layers) | _flatten(of_blocks, self.routed_blocks)
+        row = _flatten(report.metrics, self.layers) | _flatten(report.depths, self.routed_blocks)
+        if report.position != step:
+            row["data/position"] = float(report.position)
         if seconds:  # absent at the first step, which compiles
+            tokens = float(report.tokens)
             self.tokens_per_second.append(tokens / seconds)
             row |= {"speed/tokens_per_second": tokens / seconds, "speed/step_seconds": seconds}
         self._write(step, row)
-        if counts_LE is not None:
-            self.load_log.write({"step": step, "layers": self.layers, "counts": counts_LE.tolist()})
+        if report.counts_LE is not None:
+            self.load_log.write({"step": step, "layers": self.layers, "counts": report.counts_LE.tolist()})
 
     def _write(self, step: int, row: Mapping[str, float]) -> None:
         self.metrics_log.write({"step": step, **row})
@@ -339,13 +352,13 @@ class Run:
         }
 
     def _causality(self) -> dict[str, str]:
-        """Of router, executor and exchange together, mixture of depths too."""
+        """Returns the causality of router, executor and exchange together, mixture of depths too."""
         devices = self.mesh.shape["expert"]
         level = lambda train: causality(self.config.model, train, devices)
         return {"causal": level(True), "causal_in_evaluation": level(False)}
 
     def _sample(self, sample: Sampler) -> dict[str, str]:
-        """On one device: decoding is the work of one, and knows no mesh that splits sequences."""
+        """Returns the sample, drawn on one device: decoding knows no mesh that splits sequences."""
         weights = Weights(self.state.params, self.state.router_state)
         if self.mesh.size > 1 and not sharding.fits_one_device(weights):
             return {"prompt": "", "text": "", "why": "no sample: the parameters do not fit on one device"}
@@ -354,7 +367,7 @@ class Run:
 
 
 def _by_layer(metrics: Callable, stats: Mapping[str, Any], layers: list[int]) -> dict[str, dict[str, float]]:
-    """Metrics of summed statistics [L, ...] under layer_03 -> name."""
+    """Returns {layer_03: {name: metric}} from summed statistics [L, ...]."""
     found = {f"layer_{layer:02d}": {} for layer in layers}
     if stats:
         for name, value in _flatten(jax.device_get(jax.vmap(metrics)(stats)), layers).items():

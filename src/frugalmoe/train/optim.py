@@ -1,12 +1,12 @@
-"""Learning-rate schedules and the optimizer."""
+"""Learning-rate schedules, a run's optimizer, and the bytes that it needs."""
 
-import functools
+from typing import NamedTuple
 
 import jax
 import optax
 
-from frugalmoe import sharding
-from frugalmoe.model.transformer import declarations
+from frugalmoe.model.transformer import declarations, structure
+from frugalmoe.optimizers import OPTIMIZERS, with_rates
 from frugalmoe.schema import Config
 
 
@@ -46,15 +46,24 @@ def _decaying_updates(config: Config) -> int:
     return min(wanted, max(steps - 1, 1))
 
 
-def decay_mask(params: dict, declarations: sharding.Declarations) -> dict:
-    """True for what multiplies activations; False for norms, biases and other vectors."""
-    is_matrix = lambda path, leaf: sharding.declared(path, declarations).is_matrix
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
-
-
 def optimizer(config: Config) -> optax.GradientTransformation:
-    """AdamW with decoupled weight decay (arXiv 1711.05101) after clipping by the global norm."""
-    o = config.optim
-    mask = functools.partial(decay_mask, declarations=declarations(config.model))
-    adamw = optax.adamw(schedule(config), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=mask)
-    return optax.chain(optax.clip_by_global_norm(o.clip_norm), adamw) if o.clip_norm else adamw
+    """The optimizer that the config names, after clipping by the global norm, with the rates of each role."""
+    o, declared = config.optim, declarations(config.model)
+    tx = OPTIMIZERS[o.name](o, schedule(config), declared)
+    tx = optax.chain(optax.clip_by_global_norm(o.clip_norm), tx) if o.clip_norm else tx
+    return with_rates(tx, o.rates, declared)
+
+
+class Bytes(NamedTuple):
+    """What a run's numbers take, without padding."""
+
+    parameters: int  # as much as their gradients
+    optimizer: int  # its state
+
+
+def bytes_of(config: Config) -> Bytes:
+    """From shapes alone; of a config with the size of its vocabulary."""
+    _, params, _ = structure(config.model)
+    state = jax.eval_shape(optimizer(config).init, params)
+    total = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return Bytes(total(params), total(state))

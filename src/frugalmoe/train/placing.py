@@ -12,23 +12,23 @@ from frugalmoe.data.batches import Batch
 
 
 def own_rows(mesh: jax.sharding.Mesh, config: Config) -> np.ndarray:
-    """The rows of a step's batch that this process's devices work on: of each micro-batch the same ones."""
+    """Returns the rows of a step's batch that this process's devices work on; the same ones of each micro-batch."""
     shape = (config.train.accumulate_steps, micro_batch(config), config.data.sequence_length)
     rows_AB = np.arange(config.train.batch_size).reshape(shape[:2])
     return rows_AB[:, sharding.own_indices(mesh, shape, "ABT", "B")].reshape(-1)
 
 
 def put_rows(mesh: jax.sharding.Mesh, batch: Batch, letters: str, config: Config) -> Batch:
-    """Micro-batches of which each process has the rows that are its own."""
+    """Puts micro-batches, of which each process has its own rows, on the mesh."""
     b, size = letters.index("B"), micro_batch(config)
     return Batch(*(sharding.put(mesh, a, letters, (*a.shape[:b], size, *a.shape[b + 1 :])) for a in batch))
 
 
 def put_batch(mesh: jax.sharding.Mesh, batch: Batch, letters: str) -> Batch:
-    """A batch that this process has whole, on the mesh; `letters` are those of its arrays, as "BT"."""
+    """Puts a batch that this process has whole on the mesh; `letters` are those of its arrays, as "BT"."""
     return Batch(*(sharding.put(mesh, a, letters) for a in batch))
 
 
 def micro_batch(config: Config) -> int:
-    """Sequences of a micro-batch, over all devices."""
+    """Returns the sequences of a micro-batch, over all devices."""
     return config.train.batch_size // config.train.accumulate_steps

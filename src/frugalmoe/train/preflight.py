@@ -10,22 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from frugalmoe.config import RECORD, Config, check_devices, with_vocabulary
+from frugalmoe.config import RECORD, Config, settle
 from frugalmoe.data.look import Look, look
 from frugalmoe.data.tokenizer import parse
 from frugalmoe.errors import UserError
-from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json
-from frugalmoe.model.transformer import count_parameters
 from frugalmoe.train import checkpoint, distributed, rundir, trackers
-
-BYTES_PER_PARAMETER = 12  # of a checkpoint: the parameter and Adam's two moments, float32
+from frugalmoe.train.optim import bytes_of
 
 
 class Ready(NamedTuple):
     """A run that can begin, as far as is known."""
 
-    config: Config  # with the size of its vocabulary
+    config: Config  # settled, as far as tokenizer and devices are known
     notes: tuple[str, ...]
 
 
@@ -45,8 +42,7 @@ def check(
     package is missing; the layout does not fit `num_devices`, where they are known. `workdir` None and `unseen`, the
     fields that name data, are for machines whose disks are not this one's.
     """
-    if num_devices is not None:
-        check_devices(config, num_devices)
+    config = settle(config, None, num_devices)
     if distributed.is_main():  # the one that tells them
         trackers.check(config)
     if workdir is not None:
@@ -54,17 +50,20 @@ def check(
         config = config if fresh else rundir.as_begun(config, workdir)
         check_directory(config, workdir, resume=resume, fresh=fresh)
         if rundir.is_complete(workdir) and not fresh and resume != "force":
-            return Ready(config, (f"--workdir={workdir}: this run is complete",))  # whatever became of its data
+            config = settle(config, rundir.vocabulary(workdir), None)  # whatever became of its data
+            return Ready(config, (f"--workdir={workdir}: this run is complete",))
     if unseen:
         return Ready(config, tuple(f"{field} cannot be seen from here, and was not checked" for field in unseen))
     found = look(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
-    settled, notes = settle(config, found)
+    settled, notes = _with_vocabulary(config, found)
     if workdir is None:
         return Ready(settled, notes)
     if not fresh:
         _check_same_data(workdir, found)
+        if found.fingerprint is not None:  # else the tokenizer may still become smaller
+            rundir.check_config(workdir, settled, force=resume == "force")
     freed = rundir.size_of_run(workdir) if fresh else 0
-    return Ready(settled, (*notes, *check_size(settled, workdir, count_parameters(settled.model)["total"], freed)))
+    return Ready(settled, (*notes, *check_size(settled, workdir, freed)))
 
 
 def check_directory(config: Config, workdir: Path, *, resume: str = "auto", fresh: bool = False) -> None:
@@ -76,24 +75,24 @@ def check_directory(config: Config, workdir: Path, *, resume: str = "auto", fres
         return
     if resume == "never" and (workdir / RECORD).is_file():
         raise UserError(f"--workdir={workdir}: holds a run and --resume=never was given")
-    rundir.check_config(workdir, to_dict(config), force=resume == "force")
+    rundir.check_config(workdir, config, force=resume == "force")
 
 
-def settle(config: Config, found: Look) -> Ready:
-    """With the vocabulary that the data will have; raises `UserError` where the model's is smaller."""
+def _with_vocabulary(config: Config, found: Look) -> Ready:
+    """The config settled for the tokenizer that the data will have; raises `UserError` where it has more tokens."""
     size, trained = config.model.vocab_size, found.domains is None and isinstance(parse(config.data.tokenizer), int)
     if trained and 0 < size < found.vocabulary:
         note = f"model.vocab_size={size}: too small where data.tokenizer finds {found.vocabulary} tokens in the data"
         return Ready(config, (*found.notes, note))
-    return Ready(with_vocabulary(config, found.vocabulary), found.notes)
+    return Ready(settle(config, found.vocabulary, None), found.notes)
 
 
-def check_size(config: Config, workdir: Path, parameters: int, freed: int = 0) -> list[str]:
+def check_size(config: Config, workdir: Path, freed: int = 0) -> list[str]:
     """Raises `UserError` for a disk that is too small for a checkpoint; returns what may become too small.
 
-    `freed`: bytes that will be deleted before.
+    `config`: with the size of its vocabulary. `freed`: bytes that will be deleted before.
     """
-    arrays = BYTES_PER_PARAMETER * parameters
+    arrays = sum(bytes_of(config))
     directory = _existing_parent(workdir)
     checkpoint.check_space_for(directory, arrays, freed)
     at_once, free = _checkpoints_at_once(config), shutil.disk_usage(directory).free + freed

@@ -1,6 +1,6 @@
 """The compiled step of one run, or of several at once.
 
-Letters: A micro-batches of a step, B sequences, T time; '.' the runs.
+Letters: A micro-batches of a step, B sequences, T time; '.' any axis (that of the runs).
 """
 
 import functools
@@ -14,13 +14,15 @@ import numpy as np
 from frugalmoe.data.batches import Batch
 from frugalmoe.schema import Config
 from frugalmoe.sharding import AXES, GPUS, axis_size, platform
+from frugalmoe.train.objective import StepReport, without_knobs
 from frugalmoe.train.placing import put_rows
-from frugalmoe.train.step import make_eval_step, make_train_step, without_knobs
+from frugalmoe.train.step import make_eval_step, make_train_step
 
 PROGRAMS_KEPT = 4  # of each kind. On CPUs one is mapped in thousands of pieces, and Linux gives a process 65,530
 
 
-# Else XLA orders a GPU program for little memory: shared experts were done before rows were exchanged, not meanwhile.
+# Without this, XLA orders GPU programs for little memory, and runs shared experts before the exchange of rows instead
+# of meanwhile.
 _OVERLAP = (("xla_gpu_enable_latency_hiding_scheduler", True),)
 
 
@@ -51,11 +53,13 @@ def compiled_train_step(config: Config, together: bool = False) -> Callable:
 
 class Program:
     """Steps `loop.Run`s that differ in `Knobs` alone. Several are one vmapped program: their states, batches and knobs
-    are stacked along a new first axis.
+    are stacked along a new first axis. Raises `ValueError` for runs that differ in more, as in their optimizers.
     """
 
     def __init__(self, runs: Sequence[Any]):
         self.runs, self.together = runs, len(runs) > 1
+        if len({without_knobs(run.config) for run in runs}) > 1:
+            raise ValueError("runs of several programs cannot be trained as one; see ablate.together.groups")
         self.train_step = compiled_train_step(runs[0].config, self.together)
         self.compiled_before = self.train_step._cache_size()
         self.state, self.knobs = runs[0].state, runs[0].knobs
@@ -72,9 +76,9 @@ class Program:
             return put_rows(run.mesh, Batch(*map(np.stack, zip(*batches))), ".ABT", run.config)
         return put_rows(run.mesh, batches[0], "ABT", run.config)
 
-    def step(self, batch: Batch) -> dict[str, jax.Array]:
-        self.state, metrics = self.train_step(self.state, batch, self.knobs)
-        return metrics
+    def step(self, batch: Batch) -> StepReport:
+        self.state, report = self.train_step(self.state, batch, self.knobs)
+        return report
 
     def of_each_run(self, values: Any) -> list[Any]:
         if not self.together:
@@ -82,7 +86,7 @@ class Program:
         return [jax.tree.map(lambda a, i=i: a[i], values) for i in range(len(self.runs))]
 
     def settle(self, step: int) -> None:
-        """Hands each run its state."""
+        """Hands each run its state after a step."""
         for run, state in zip(self.runs, self.of_each_run(self.state)):
             run.state, run.step = state, step
 

@@ -19,18 +19,22 @@ from typing import Any, TextIO
 
 import jax
 
-from frugalmoe.config import RECORD, Config, completed, record
+from frugalmoe.config import RECORD, Config, completed, outside, record, recorded, settle
+from frugalmoe.config.settle import left_open, open_again
+from frugalmoe.data.tokenizer import load_from
 from frugalmoe.errors import UserError
+from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json, to_json, write_atomically, write_json
 
 # What a run writes, by the order in which it may appear: files before config.json, which marks a directory as a run.
 _BEGINNING = ("checkpoints", "metrics.jsonl", "expert_load.jsonl", "tensorboard", "tokenizer", "environment.json",
-              "data.json", "history.jsonl", "trackers.json", "wandb")  # fmt: skip
+              "data.json", "history.jsonl", "trackers.json", "wandb", "outside", "outside.json")  # fmt: skip
 _OWN = ("config.json", "environment.json", "data.json", "history.jsonl", "metrics.jsonl", "expert_load.jsonl",
         "summary.json", "probe.npz", "cross.json", ".*.json.*.tmp", ".*.jsonl.*.tmp",
         "tensorboard/events.out.tfevents.*", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
-        "report/index.html", "report/*.png", "trace/step_*.npz", "trackers.json", "wandb", "profile")  # fmt: skip
-_FOLDERS = ("checkpoints", "tensorboard", "tokenizer", "report", "trace")
+        "report/index.html", "report/*.png", "trace/step_*.npz", "trackers.json", "wandb", "profile",
+        "outside.json", "outside/*/*.py")  # fmt: skip
+_FOLDERS = ("checkpoints", "tensorboard", "tokenizer", "report", "trace", "outside/*", "outside")
 
 
 def is_complete(workdir: Path) -> bool:
@@ -56,13 +60,13 @@ def start_over(workdir: Path) -> None:
     check_fresh(workdir)
     for path in _own(workdir):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    for name in _FOLDERS:
-        with contextlib.suppress(OSError):  # absent, or it holds files of somebody else's
-            (workdir / name).rmdir()
+    for folder in (folder for pattern in _FOLDERS for folder in workdir.glob(pattern)):
+        with contextlib.suppress(OSError):  # it holds files of somebody else's
+            folder.rmdir()
 
 
 def size_of_run(workdir: Path) -> int:
-    """Bytes that `start_over` sets free."""
+    """Returns the bytes that `start_over` sets free."""
     files = [file for path in _own(workdir) for file in (path, *path.rglob("*"))]
     return sum(file.lstat().st_size for file in files if file.is_file())
 
@@ -82,17 +86,27 @@ def _holds_something(workdir: Path) -> bool:
     return bool(others or any((workdir / "checkpoints").glob("[0-9]*")))
 
 
-def check_config(workdir: Path, config: Mapping[str, Any], force: bool) -> None:
-    """Refuses to continue a run of another config, and names what differs. Mesh and trackers change no answer."""
+def check_config(workdir: Path, config: Config, force: bool) -> None:
+    """Refuses to continue a run of another config, and names what differs. Mesh and trackers change no answer.
+
+    A vocabulary that is not settled yet is not compared: a run's begin settles it, and asks again. A file outside the
+    package that the config names is the same where its text is, and another where that changed.
+    """
     if not (workdir / RECORD).is_file():
         if _holds_something(workdir):
             raise UserError(f"--workdir={workdir}: holds files but no {RECORD}; give an empty or new directory")
         return
-    saved = record(workdir / RECORD) | {"mesh": config["mesh"]}
-    saved["train"]["trackers"] = config["train"]["trackers"]
+    here, ours = completed(to_dict(config)), config.model.vocab_size
+    saved = record(workdir / RECORD) | {"mesh": here["mesh"]}
+    changed = outside.compared(workdir, saved, config)
+    if changed and not force:
+        rule = "give another --workdir, or --resume=force to go on with it as it is now"
+        raise UserError(f"--workdir={workdir}: {changed[0]}; {rule}")
+    saved["model"]["vocab_size"] = ours and (vocabulary(workdir) or ours)
+    saved["train"]["trackers"] = config.train.trackers
     if "eval_batches" in read_json(workdir / RECORD)["train"]:  # an older run goes on with the held-out rows of today
-        saved["train"]["eval_rows"] = config["train"]["eval_rows"]
-    differing = differences(saved, completed(config), "there", "here")
+        saved["train"]["eval_rows"] = config.train.eval_rows
+    differing = differences(saved, here, "there", "here")
     if differing and not force:
         shown = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
         raise UserError(
@@ -101,8 +115,20 @@ def check_config(workdir: Path, config: Mapping[str, Any], force: bool) -> None:
         )
 
 
+def vocabulary(workdir: Path) -> int:
+    """Returns the `model.vocab_size` of the run in a directory, 0 where it is not known.
+
+    Records that are older than `settle` leave it to the tokenizer, which lies beside them.
+    """
+    if size := record(workdir / RECORD)["model"]["vocab_size"]:
+        return size
+    with contextlib.suppress(UserError):
+        return settle(Config(), load_from(workdir / "tokenizer").size, None).model.vocab_size
+    return 0
+
+
 def as_begun(config: Config, workdir: Path) -> Config:
-    """The config with what a run in the directory does where it is older than a field: it goes on as it began.
+    """Returns the config, with the value that the directory's run began with where it is older than a field.
 
     Nobody can have asked for that with a flag: the same command meant it then.
     """
@@ -116,13 +142,13 @@ def as_begun(config: Config, workdir: Path) -> Config:
 
 
 def differences(ours: Any, theirs: Any, where: str, elsewhere: str) -> list[str]:
-    """The fields in which two nested mappings differ, with both values and where each is."""
+    """Returns the fields in which two nested mappings differ, with both values and where each is."""
     found = changes(ours, theirs)
     return [f"{path}: {a!r} {where}, {b!r} {elsewhere}" for path, (a, b) in found.items()]
 
 
 def changes(ours: Any, theirs: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted field -> (our value, their value) of the fields in which two nested mappings differ."""
+    """Returns {dotted field: (our value, their value)} of the fields in which two nested mappings differ."""
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         keys, prefix = sorted(ours.keys() | theirs.keys()), f"{path}." if path else ""
         found = [changes(ours.get(k), theirs.get(k), f"{prefix}{k}") for k in keys]
@@ -133,27 +159,38 @@ def changes(ours: Any, theirs: Any, path: str = "") -> dict[str, tuple[Any, Any]
 _OF_A_START = ("command", "versions", "git_commit", "platform", "devices", "processes")
 
 
-def describe(workdir: Path, config: Mapping[str, Any], step: int) -> None:
-    """Writes what the run is from this start on, at `step`: config.json and environment.json, and a row in
-    history.jsonl, which keeps what they said before.
+def describe(workdir: Path, config: Config, settled: Config, step: int) -> None:
+    """Writes what the run is from this start on, at `step`: config.json, environment.json, copies of the files outside
+    the package that the config names, and a row in history.jsonl, which keeps what they said before.
+
+    `config` is what was asked for, `settled` what runs.
 
     A row holds the time (UTC), the step, what `_OF_A_START` names of the environment, and `changes` of the config
     since the start before: field -> [then, now]. A run that is older than its history has a first row without time.
     """
-    known = workdir / RECORD
-    before = record(known) if known.is_file() else completed(config)
+    known, here = workdir / RECORD, completed(to_dict(settled))
+    before = record(known) if known.is_file() else here
+    unknown = left_open(before)  # by a run that is older than `settle`
     path, now = workdir / "history.jsonl", environment()
     rows = read_rows(path) if path.is_file() else []
     if not rows and known.is_file() and (workdir / "environment.json").is_file():
         first = read_json(workdir / "environment.json")
         rows = [{"time": None, "step": 0, **{k: first.get(k) for k in _OF_A_START}, "changes": {}}]
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    rows += [
-        {"time": time, "step": step, **{k: now[k] for k in _OF_A_START}, "changes": changes(before, completed(config))}
-    ]
+    found = changes(open_again(before, unknown), open_again(here, unknown)) | _changed_files(workdir, config)
+    rows += [{"time": time, "step": step, **{k: now[k] for k in _OF_A_START}, "changes": found}]
     write_rows(path, rows)
     write_json(workdir / "environment.json", now)
-    write_json(known, config)
+    outside.keep(workdir, config)
+    write_json(known, recorded(config, settled))
+
+
+def _changed_files(workdir: Path, config: Config) -> dict[str, tuple[str, str]]:
+    """`FIELD sha256` -> the hashes then and now of files outside the package whose text has changed."""
+    before = {field: row["sha256"] for field, row in outside.kept(workdir).items()}
+    now = outside.hashes(config)
+    changed = [field for field in before if now.get(field, before[field]) != before[field]]
+    return {f"{field} sha256": (before[field], now[field]) for field in changed}
 
 
 class Busy(UserError):
@@ -178,7 +215,7 @@ def _take(workdir: Path, lock: TextIO, kind: int = fcntl.LOCK_EX) -> None:
 
 @contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """One process per run directory: two would leave a mixture of both runs' checkpoints."""
+    """Locks a run directory for one process: two would leave a mixture of both runs' checkpoints."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / ".lock").open("a+")
@@ -193,7 +230,7 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit and devices, so that a result can be traced."""
+    """Returns versions, commit and devices, so that a result can be traced."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     devices = jax.devices()
     return {

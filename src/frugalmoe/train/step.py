@@ -1,9 +1,8 @@
-"""`train_step(state, batch) -> (state, metrics)` and `eval_step`: pure functions, jitted once.
+"""`train_step(state, batch) -> (state, report)` and `eval_step`: pure functions, jitted once.
 
 Letters: A micro-batches of a step, B sequences, T time, D model, L MoE layers, E experts.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,33 +16,25 @@ from jax import Array
 
 from frugalmoe import sharding
 from frugalmoe.data.batches import Batch
-from frugalmoe.model import depths
-from frugalmoe.model.cross_entropy import cross_entropy
-from frugalmoe.model.moe import Context
-from frugalmoe.model.transformer import Output, Transformer, declarations, split, structure
-from frugalmoe.routing import losses as aux_losses
-from frugalmoe.routing import stats as routing_stats
+from frugalmoe.model.transformer import Transformer, declarations, split, structure
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import TokenPlan
-from frugalmoe.schema import Config, FrozenDict
-from frugalmoe.train import optim
+from frugalmoe.schema import Config
+from frugalmoe.train import objective, optim
+from frugalmoe.train.objective import Knobs, OfStep, StepReport, Sums, knobs, without_knobs
 
 EVAL_SEED = 0  # the same for every run, so that runs compare and share a compiled program
 
 
-class Knobs(NamedTuple):
-    """Numbers of a config that are arguments of the step: runs that differ in them alone share its program, and can be
-    trained at once under `jax.vmap`.
+class State(NamedTuple):
+    """Everything that a run carries from step to step, with two clocks.
+
+    `step` counts updates: schedules, noise and logs go by it. `position` counts batches taken from the data, and the
+    next batch is that of its number. They are equal until a batch is skipped or comes again: see `loop.Run.seek`.
     """
 
-    seed: Array  # uint32 []
-    losses: Mapping[str, Array]  # float32 []: coefficient of each auxiliary loss
-
-
-class State(NamedTuple):
-    """Everything that a run carries from step to step; `step` is the only clock."""
-
     step: Array  # int32 []
+    position: Array  # int32 []
     params: dict  # float32
     router_state: dict  # float32
     opt_state: optax.OptState
@@ -69,28 +60,12 @@ def abstract(config: Config) -> State:
     return sharding.placed(jax.eval_shape(lambda: _fresh(config, config.train.seed)), declarations(config.model))
 
 
-def knobs(config: Config) -> Knobs:
-    """The config's own, on the host."""
-    return Knobs(np.uint32(config.train.seed), {k: np.float32(v) for k, v in config.model.moe.losses.items()})
-
-
 def _fresh(config: Config, seed: int | Array) -> State:
     _, params, router_state = split(Transformer(config.model, jax.random.key(seed)))
-    return State(jnp.int32(0), params, router_state, optim.optimizer(config).init(params))
+    return State(jnp.int32(0), jnp.int32(0), params, router_state, optim.optimizer(config).init(params))
 
 
-def without_knobs(config: Config) -> Config:
-    """What a compiled program depends on: equal for runs that differ in name and `Knobs` only.
-
-    The names of losses that are computed only where a config names them stay.
-    """
-    named = FrozenDict.fromkeys(config.model.moe.losses.keys() - aux_losses.REPORTED, 0.0)
-    moe = dataclasses.replace(config.model.moe, losses=named)
-    model, train = dataclasses.replace(config.model, moe=moe), dataclasses.replace(config.train, seed=0)
-    return dataclasses.replace(config, name="", model=model, train=train)
-
-
-def make_train_step(config: Config) -> Callable[..., tuple[State, dict]]:
+def make_train_step(config: Config) -> Callable[..., tuple[State, StepReport]]:
     """The step for batches [A, B, T]; A micro-batches are accumulated before the one update.
 
     Its third argument replaces the config's own `Knobs`.
@@ -98,22 +73,30 @@ def make_train_step(config: Config) -> Callable[..., tuple[State, dict]]:
     own, gradient = knobs(config), make_gradient(config)
     tx, rate = optim.optimizer(config), optim.schedule(config)
 
-    def train_step(state: State, batch: Batch, knobs: Knobs = own) -> tuple[State, dict]:
-        grads, sums, denominators = gradient(state.params, state.router_state, batch, state.step, knobs)
+    def train_step(state: State, batch: Batch, knobs: Knobs = own) -> tuple[State, StepReport]:
+        grads, sums, of_step = gradient(state.params, state.router_state, batch, state.step, knobs)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         new_state = State(
             step=state.step + 1,
+            position=state.position + 1,
             params=optax.apply_updates(state.params, updates),
-            router_state=update_router_state(state.router_state, sums["stats"], config),
+            router_state=update_router_state(state.router_state, sums.stats, config),
             opt_state=opt_state,
         )
-        metrics = _metrics(sums, denominators, knobs, config)
+        metrics = objective.metrics(sums, of_step, config)
         metrics["optim/gradient_norm"] = optax.tree.norm(grads)
         metrics["optim/parameter_norm"] = optax.tree.norm(new_state.params)
         metrics["optim/learning_rate"] = rate(state.step)
-        # Adam's moments are finite where the norms are; they are looked at before they are saved, not at every step.
-        metrics["finite"] = {"router_state": finite(new_state.router_state)}
-        return new_state, metrics
+        report = StepReport(
+            metrics=metrics,
+            depths=objective.depth_metrics(sums),
+            counts_LE=sums.stats.get("counts"),
+            tokens=of_step.units["token"],
+            position=new_state.position,
+            # The optimizer's state is finite where the norms are; it is looked at before it is saved, not every step.
+            finite={"router_state": finite(new_state.router_state)},
+        )
+        return new_state, report
 
     return train_step
 
@@ -124,39 +107,38 @@ def finite(tree: Any) -> Array:
     return functools.reduce(jnp.logical_and, (jnp.all(jnp.isfinite(leaf)) for leaf in leaves), jnp.bool_(True))
 
 
-def make_gradient(config: Config) -> Callable[..., tuple[dict, dict, dict]]:
+def make_gradient(config: Config) -> Callable[..., tuple[dict, Sums, OfStep]]:
     """`gradient(params, router_state, batch[A, B, T], step, knobs)`: the gradient of a step's loss before clipping,
-    with the sums and the denominators that metrics are made of.
+    with the sums and the units that metrics are made of.
     """
-    graphdef, _, _ = structure(config.model)
+    share = objective.make_objective(config)
 
     def gradient(
         params: dict, router_state: dict, batch: Batch, step: Array, knobs: Knobs
-    ) -> tuple[dict, dict, dict[str, Array]]:
-        denominators = _denominators(batch, config)
-        of_step = (step, knobs, denominators, config)
+    ) -> tuple[dict, Sums, OfStep]:
+        of_step = OfStep(step, knobs, objective.units(batch, config))
 
-        def loss(params: dict, index: Array, micro_batch: Batch) -> tuple[Array, dict]:
-            return _micro_loss(params, router_state, graphdef, micro_batch, index, *of_step)
+        def loss(params: dict, index: Array, micro_batch: Batch) -> tuple[Array, Sums]:
+            return share(params, router_state, micro_batch, index, of_step)
 
         if config.train.accumulate_steps == 1:
             first = jax.tree.map(lambda a: a[0], batch)
             (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, jnp.int32(0), first)
         else:
             grads, sums = _accumulate(loss, params, config.train.accumulate_steps, batch)
-        return grads, sums, denominators
+        return grads, sums, of_step
 
     return gradient
 
 
-def _accumulate(loss: Callable, params: dict, count: int, batch: Batch) -> tuple[dict, dict]:
+def _accumulate(loss: Callable, params: dict, count: int, batch: Batch) -> tuple[dict, Sums]:
     """Sums of gradients and statistics over micro-batches, one after the other.
 
     A micro-batch has no gradients of its own: its backward pass adds to the sums in place, layer by layer.
     """
     totals = jax.tree.map(lambda a: jax.new_ref(jnp.zeros_like(a)), params)
 
-    def micro(index: Array, micro_batch: Batch) -> dict:
+    def micro(index: Array, micro_batch: Batch) -> Sums:
         _, backward, sums = jax.vjp(lambda params: loss(params, index, micro_batch), params, has_aux=True)
         backward.with_refs(totals)(jnp.float32(1))
         return sums
@@ -164,75 +146,11 @@ def _accumulate(loss: Callable, params: dict, count: int, batch: Batch) -> tuple
     shapes = jax.eval_shape(micro, jnp.int32(0), jax.tree.map(lambda a: a[0], batch))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec), shapes)
 
-    def body(total: dict, xs: tuple) -> tuple[dict, None]:
+    def body(total: Sums, xs: tuple) -> tuple[Sums, None]:
         return jax.tree.map(jnp.add, total, micro(*xs)), None
 
     sums, _ = jax.lax.scan(body, zeros, (jnp.arange(count, dtype=jnp.int32), batch))
     return jax.tree.map(jax.freeze, totals), sums
-
-
-def _denominators(batch: Batch, config: Config) -> dict[str, Array]:
-    """How many units of each kind the whole step has: sums over micro-batches and shards are divided by these."""
-    valid_ABT = batch.segment_ids_BT > 0
-    per_micro_batch = jax.vmap(lambda valid_BT: aux_losses.denominators(valid_BT, config.model.moe))(valid_ABT)
-    targets = jnp.maximum(jnp.sum(batch.loss_mask_BT, dtype=jnp.int32), 1)
-    return {"target": targets, **jax.tree.map(jnp.sum, per_micro_batch)}
-
-
-def _forward(
-    model: Transformer,
-    batch: Batch,
-    first_row: Array | int,
-    step: Array,
-    seed: int | Array,
-    train: bool,
-    trace: bool = False,
-    intervention: Callable | None = None,
-) -> Output:
-    """Keys follow the sequence's place in the step or in the held-out set, not in the batch or on the device."""
-    rows_B = sharding.reshard(jnp.arange(batch.tokens_BT.shape[0], dtype=jnp.int32), "B")
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B + first_row)
-    of_batch = (batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, keys_B)
-    return model(Context(*of_batch, step, train, trace, intervention))
-
-
-def _losses(model: Transformer, hidden_BTD: Array, batch: Batch, config: Config) -> tuple[Array, Array, Array]:
-    """(sum over targets of ce + z-loss, ce of every token [B, T], sum of squared log-normalisers)."""
-    coefficient, chunk = config.optim.logit_z_loss, config.train.loss_chunk
-
-    def on_shard(hidden_BTD, head_DV, targets_BT, mask_BT):
-        hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-        targets_N, weights_N = targets_BT.reshape(-1), mask_BT.reshape(-1).astype(jnp.float32)
-        out = cross_entropy(
-            hidden_ND, head_DV, targets_N, weights_N, z_coefficient=coefficient, chunk=chunk, axis="tensor"
-        )
-        loss, lse_sq = jax.lax.psum((out.loss, out.lse_sq_sum), (*sharding.TOKEN_AXES, "tensor"))
-        return loss, out.ce_N.reshape(targets_BT.shape), lse_sq
-
-    apply = sharding.local(on_shard, ("BTD", "DV", "BT", "BT"), ("", "BT", ""))
-    return apply(hidden_BTD, model.head(), batch.targets_BT, batch.loss_mask_BT)
-
-
-def _micro_loss(params, router_state, graphdef, batch: Batch, index, step, knobs: Knobs, denominators, config: Config):
-    """A micro-batch's share of the step's loss, and the sums that the metrics are made of."""
-    model = nnx.merge(graphdef, params, router_state)
-    out = _forward(model, batch, index * batch.tokens_BT.shape[0], step, knobs.seed, train=True)
-    loss, ce_BT, lse_sq = _losses(model, out.hidden_BTD, batch, config)
-    total = loss / denominators["target"]
-    routed = {"losses": {}, "stats": {}}
-    if out.routed is not None:
-        total += aux_losses.total(out.routed.losses, knobs.losses, denominators).loss
-        routed = {"losses": out.routed.losses, "stats": out.routed.stats}
-    if out.depths is not None:
-        total += _depth_losses(out.depths, denominators, config).loss
-    ce = jnp.sum(ce_BT * batch.loss_mask_BT)
-    return total, jax.lax.stop_gradient({"total": total, "ce": ce, "lse_sq": lse_sq, "depths": out.depths, **routed})
-
-
-def _depth_losses(report: depths.Report, denominators: dict, config: Config) -> aux_losses.Total:
-    coefficients = {"depth_predictor": config.model.mixture_of_depths.predictor_loss}
-    return aux_losses.total(report.losses, coefficients, denominators)
 
 
 def update_router_state(router_state: dict, stats: Mapping[str, Array], config: Config) -> dict:
@@ -243,26 +161,6 @@ def update_router_state(router_state: dict, stats: Mapping[str, Array], config: 
     update = jax.vmap(lambda state, stats: strategies.get(moe.router).update(state, stats, moe))
     state = router_state["moe_blocks"]["moe"]["router_state"]
     return {"moe_blocks": {"moe": {"router_state": update(state, stats)}}}
-
-
-def _metrics(sums: dict, denominators: dict, knobs: Knobs, config: Config) -> dict[str, Array]:
-    """Device arrays under the names of metrics.jsonl; those of layers, or of routed blocks, have a leading axis."""
-    metrics = {
-        "loss/total": sums["total"],
-        "loss/ce": sums["ce"] / denominators["target"],
-        "loss/logit_z": sums["lse_sq"] / denominators["target"],
-        "count/tokens": denominators["token"],
-    }
-    if sums["stats"]:
-        auxiliary = aux_losses.total(sums["losses"], knobs.losses, denominators)
-        metrics |= {f"loss/{name}": mean for name, mean in auxiliary.metrics.items()}
-        for name, value_L in jax.vmap(routing_stats.metrics)(sums["stats"]).items():
-            metrics[f"router/{name}"] = value_L
-        metrics["counts_LE"] = sums["stats"]["counts"]
-    if sums["depths"] is not None:
-        metrics |= {f"loss/{k}": v for k, v in _depth_losses(sums["depths"], denominators, config).metrics.items()}
-        metrics |= {f"depth/{k}": v for k, v in depths.metrics(sums["depths"].stats).items()}
-    return metrics
 
 
 class Evaluated(NamedTuple):
@@ -295,8 +193,10 @@ def make_eval_step(
         first_row: Array | int = 0,
     ) -> Evaluated:
         model = nnx.merge(graphdef, params, router_state)
-        out = _forward(model, batch, first_row, jnp.int32(at), EVAL_SEED, train, trace, intervention)
-        _, ce_BT, _ = _losses(model, out.hidden_BTD, batch, config)
+        out = objective.forward(
+            model, batch, first_row, jnp.int32(at), EVAL_SEED, train=train, trace=trace, intervention=intervention
+        )
+        _, ce_BT, _ = objective.token_losses(model, out.hidden_BTD, batch.targets_BT, batch.loss_mask_BT, config)
         routed = out.routed
         stats, *traced = (routed.stats, routed.selected_BTE, routed.plan) if routed is not None else ({}, None, None)
         passed = {} if out.depths is None else out.depths.stats

@@ -7,9 +7,11 @@ from typing import NamedTuple
 import jax
 
 from frugalmoe import sharding
-from frugalmoe.config import RECORD, Config, record, resolve
+from frugalmoe.config import RECORD, Config, resolve, runnable, settle
 from frugalmoe.data.tokenizer import Tokenizer, load_from
 from frugalmoe.errors import UserError
+from frugalmoe.fields import to_dict
+from frugalmoe.schema import Mesh
 from frugalmoe.train import checkpoint
 from frugalmoe.train.step import abstract
 
@@ -22,15 +24,12 @@ class Weights(NamedTuple):
 
 
 def load_model(run: Path, step: int | None = None) -> tuple[Config, Weights, Tokenizer, jax.sharding.Mesh]:
-    """The config, weights and tokenizer of a run directory's checkpoint, the newest by default, on one device."""
+    """Returns config, weights, tokenizer and mesh of a run's checkpoint, the newest by default, on one device."""
     if not (run / RECORD).is_file():
         raise UserError(f"{run}: not a run directory (it holds no {RECORD})")
-    config = resolve(record(run / RECORD))
-    tokenizer = load_from(run / "tokenizer")
-    if not config.model.vocab_size:
-        size = -(-tokenizer.size // 64) * 64
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
-    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
+    config, tokenizer = resolve(runnable(run / RECORD)), load_from(run / "tokenizer")
+    config = settle(dataclasses.replace(config, mesh=Mesh()), tokenizer.size, 1)
+    mesh = sharding.make_mesh(to_dict(config.mesh), jax.devices()[:1])
     with checkpoint.open_manager(run, config.checkpoint) as manager, jax.set_mesh(mesh):
         if manager.latest_step() is None:
             raise UserError(f"{run}: holds no checkpoint yet")

@@ -31,7 +31,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     load_BX = stats.load_of_choices(choice.expert_BTK, inputs, num_experts + num_null).astype(jnp.float32)
     nulls_BX = jnp.broadcast_to(load_BX[:, num_experts:].mean(-1, keepdims=True), load_BX.shape)
     balanced_BX = jnp.where(jnp.arange(load_BX.shape[1]) < num_experts, load_BX, nulls_BX)
-    return zero_cost.finish(logits_BTX, choice, weight_BTK, balanced_BX, None, inputs, config)
+    return zero_cost.finish(logits_BTX, choice, weight_BTK, inputs, config, balanced_BX=balanced_BX)
 
 
 def check(config: MoE) -> str | None:

@@ -14,7 +14,7 @@ tokens at the start of documents tie across sequences there, and rounding, hence
 
 | evaluate | a token's experts in evaluation |
 |---|---|
-| threshold | those whose threshold its probability reaches, the FAN_OUT * K of largest margin at most: causal |
+| threshold | those whose threshold its probability reaches, at most the 4 * K of largest margin: causal |
 | choice | as in training: where a study wants to compare |
 
 The threshold of an expert is the running mean of the probability of its C-th token (as in Sun et al., 2603.11535; a
@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.routing import losses, rules, stats, threshold
+from frugalmoe.routing import dynamic, losses, rules, stats, threshold
 from frugalmoe.routing.contract import (
     About,
     ExpertPlan,
@@ -43,8 +43,6 @@ from frugalmoe.routing.contract import (
     linear_logits,
 )
 from frugalmoe.schema import MoE
-
-FAN_OUT = 4  # slots of a token in evaluation, over num_experts_per_token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +60,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
         plan, cut_E = choose(probs_BTE, inputs, config)
         extra = {"cut_sum": cut_E}
     else:
-        slots = min(FAN_OUT * config.num_experts_per_token, config.num_experts)
+        slots = min(dynamic.FAN_OUT * config.num_experts_per_token, config.num_experts)
         active = threshold.activate(probs_BTE, probs_BTE, state["threshold_E"], slots, inputs)
         plan, extra = active.plan, {"overflow": active.overflow}
     load_BE = stats.load(plan, inputs, config.num_experts)
@@ -87,7 +85,7 @@ def _rank_sequences(probs_BTE: Array, inputs: Inputs, share: float) -> tuple[Arr
     batch, time, num_experts = probs_BTE.shape
     ranked = threshold.rank(probs_BTE, inputs.valid_BT, share)
     first_B11 = time * jnp.arange(batch, dtype=jnp.int32)[:, None, None]
-    token_BEC = jnp.where(ranked.full_PEC, ranked.token_PEC + first_B11, batch * time)
+    token_BEC = jnp.where(ranked.full_GEC, ranked.token_GEC + first_B11, batch * time)
     return token_BEC.swapaxes(0, 1).reshape(num_experts, -1), ranked.cut_E
 
 
@@ -98,8 +96,8 @@ def _rank_batch(probs_BTE: Array, inputs: Inputs, share: float) -> tuple[Array, 
         probs_BTE, valid_BT = jax.lax.all_gather((probs_BTE, valid_BT), axes, tiled=True)
         shard, shards = jax.lax.axis_index(axes), jax.lax.axis_size(axes)
     ranked = threshold.rank(probs_BTE.reshape(1, -1, probs_BTE.shape[-1]), valid_BT.reshape(1, -1), share)
-    token_EC = ranked.token_PEC[0] - shard * num_tokens
-    own_EC = ranked.full_PEC[0] & (token_EC >= 0) & (token_EC < num_tokens)
+    token_EC = ranked.token_GEC[0] - shard * num_tokens
+    own_EC = ranked.full_GEC[0] & (token_EC >= 0) & (token_EC < num_tokens)
     token_EC = jax.lax.sort(jnp.where(own_EC, token_EC, num_tokens), dimension=1)
     return token_EC[:, :num_tokens], ranked.cut_E / shards
 
@@ -141,5 +139,7 @@ ROUTER = Router(
     init=linear_init,
     init_state=init_state,
     update=update,
+    merges=threshold.MERGES,
     check=check,
+    cases=((1, {"capacity_factor": 1.3, "evaluate": "choice"}), (2, {"pool": "batch"})),
 )

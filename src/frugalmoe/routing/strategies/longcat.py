@@ -43,7 +43,8 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     load_BX = stats.load_of_choices(choice.expert_BTK, inputs, num_choices)
     by_score = select.top_k(probs_BTX, config.num_experts_per_token)
     scored_BX = stats.load_of_choices(by_score.expert_BTK, inputs, num_choices)
-    return zero_cost.finish(logits_BTX, choice, weight_BTK, load_BX, added_BTD, inputs, config, scored_BX)
+    named = {"balanced_BX": load_BX, "added_BTD": added_BTD, "scored_BX": scored_BX}
+    return zero_cost.finish(logits_BTX, choice, weight_BTK, inputs, config, **named)
 
 
 def mean_experts(config: MoE) -> float:
@@ -87,5 +88,8 @@ ROUTER = Router(
     init=lambda key, dim, config: zero_cost.linear_init(key, dim, config.num_experts + config.options.num_identity),
     init_state=lambda dim, config: {"bias_E": jnp.zeros(config.num_experts, jnp.float32)},
     update=update,
+    # A step adds to it: the mean of replicas adds the mean step.
+    merges={"bias_E": "mean"},
     check=check,
+    cases=((3, {"num_identity": 6, "mean_experts": 1.5, "scale": 2.0}),),
 )

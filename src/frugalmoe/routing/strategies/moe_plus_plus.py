@@ -9,7 +9,7 @@ over K tokens: larger by a factor of at most 1 / tau. The paper's capacities, sp
 and zero-cost choices in the same proportion, have no counterpart: no token is dropped.
 
 Letters: B batch, T time, D model, E experts, Z zero-cost choices (zero, copy, constant), X = E + Z, K choices,
-C constant experts; M = (x, v), the two parts of a constant expert.
+2 parts of a constant expert (x, v).
 """
 
 import dataclasses
@@ -54,7 +54,10 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     load_BX = stats.load_of_choices(choice.expert_BTK, inputs, num_choices)
     eta_X = jnp.where(jnp.arange(num_choices) < num_experts, 1.0, options.tau)
     added_BTD = added(params, clean(inputs), g_BTZ, options)
-    routing = zero_cost.finish(logits_BTX, choice, weight_BTK, load_BX * eta_X, added_BTD, inputs, config)
+    balanced_BX = load_BX * eta_X
+    routing = zero_cost.finish(
+        logits_BTX, choice, weight_BTK, inputs, config, balanced_BX=balanced_BX, added_BTD=added_BTD
+    )
     return routing._replace(carry={"logits_BTX": logits_BTX})
 
 
@@ -65,10 +68,10 @@ def added(params: Params, x_BTD: Array, g_BTZ: Array, options: Options) -> Array
     g_BTZ = g_BTZ[..., options.num_zero :]
     if not options.num_constant:
         return g_BTZ.sum(-1, keepdims=True) * x_BTD
-    g_BTC = g_BTZ[..., options.num_copy :]
-    mix_BTCM = jax.nn.softmax(jnp.einsum("btd,cdm->btcm", x_BTD, params["mix_CDM"], precision="highest"), axis=-1)
-    on_x_BT = g_BTZ[..., : options.num_copy].sum(-1) + jnp.sum(g_BTC * mix_BTCM[..., 0], axis=-1)
-    return on_x_BT[..., None] * x_BTD + project(g_BTC * mix_BTCM[..., 1], params["constant_CD"])
+    constant_BTZ = g_BTZ[..., options.num_copy :]
+    mix_BTZ2 = jax.nn.softmax(jnp.einsum("btd,zdm->btzm", x_BTD, params["mix_ZD2"], precision="highest"), axis=-1)
+    on_x_BT = g_BTZ[..., : options.num_copy].sum(-1) + jnp.sum(constant_BTZ * mix_BTZ2[..., 0], axis=-1)
+    return on_x_BT[..., None] * x_BTD + project(constant_BTZ * mix_BTZ2[..., 1], params["constant_ZD"])
 
 
 def _num_choices(config: MoE) -> int:
@@ -82,9 +85,9 @@ def init(key: Array, dim: int, config: MoE) -> NewParams:
     params = zero_cost.linear_init(gate_key, dim, num_choices)
     params["residual_XX"] = declare(jnp.zeros((num_choices, num_choices), jnp.float32), "XX")
     if num_constant:
-        mix_CDM = jax.random.normal(mix_key, (num_constant, dim, 2), jnp.float32) * dim**-0.5
-        params["mix_CDM"] = declare(mix_CDM, "XD.")
-        params["constant_CD"] = declare(jax.random.normal(constant_key, (num_constant, dim), jnp.float32), "XD")
+        mix_ZD2 = jax.random.normal(mix_key, (num_constant, dim, 2), jnp.float32) * dim**-0.5
+        params["mix_ZD2"] = declare(mix_ZD2, "ZD2")
+        params["constant_ZD"] = declare(jax.random.normal(constant_key, (num_constant, dim), jnp.float32), "ZD")
     return params
 
 
@@ -122,4 +125,5 @@ ROUTER = Router(
     init=init,
     init_carry=init_carry,
     check=check,
+    cases=((3, {"num_zero": 2, "num_constant": 0}),),
 )

@@ -5,7 +5,7 @@ consecutive experts, with their probabilities as weights. One group per device m
 token, whatever the gate does. With G = K it is the k top-1 prototyping of M6-T (Yang et al., 2105.15082), which has a
 softmax of its own in each group.
 
-Letters: B batch, T time, E experts, K choices, G groups, e experts of a group.
+Letters: B batch, T time, E experts, K choices, G groups, g experts of a group.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     choice = choose(logits_BTE, config.num_experts_per_token, options.num_groups)
     weight_BTK = gate.weights(logits_BTE, probs_BTE, choice.expert_BTK, options.renormalize)
     by_score = select.top_k(logits_BTE, config.num_experts_per_token)
-    return gate.routing(logits_BTE, probs_BTE, choice, weight_BTK, inputs, config, by_score)
+    return gate.routing(logits_BTE, probs_BTE, choice, weight_BTK, inputs, config, by_score=by_score)
 
 
 def choose(logits_BTE: Array, k: int, num_groups: int) -> select.Choice:
@@ -69,4 +69,5 @@ ROUTER = Router(
     options=Options,
     init=linear_init,
     check=check,
+    cases=((2, {"renormalize": True}), (4, {"num_groups": 2})),
 )

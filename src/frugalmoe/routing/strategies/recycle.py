@@ -80,8 +80,8 @@ def _queue(ranked_TE: Array, draw_TK: Array, order_T: Array, valid_T: Array, slo
             expert_K = expert_K.at[k].set(jnp.where(load_E[expert_K[k]] < slots, expert_K[k], other))
         return load_E.at[expert_K].add(valid_T[t].astype(jnp.int32), mode="drop"), expert_K
 
-    _, expert_OK = jax.lax.scan(token, jnp.zeros(num_experts, jnp.int32), order_T)
-    return jnp.zeros_like(expert_OK).at[order_T].set(expert_OK)
+    _, queued_TK = jax.lax.scan(token, jnp.zeros(num_experts, jnp.int32), order_T)
+    return jnp.zeros_like(queued_TK).at[order_T].set(queued_TK)
 
 
 ROUTER = Router(
@@ -100,4 +100,5 @@ ROUTER = Router(
     options=Options,
     init=linear_init,
     check=lambda config: rules.at_least("capacity_factor", config.options.capacity_factor, 1),
+    cases=((1, {"capacity_factor": 1.3}),),
 )

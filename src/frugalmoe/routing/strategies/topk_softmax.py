@@ -39,7 +39,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     choice = groups.top_k(logits_BTE, k, options.num_groups, options.groups_per_token, best=1)
     weight_BTK = gate.weights(logits_BTE, probs_BTE, choice.expert_BTK, options.renormalize)
     by_score = select.top_k(logits_BTE, k) if options.groups_per_token < options.num_groups else None
-    return gate.routing(logits_BTE, probs_BTE, choice, weight_BTK * options.scale, inputs, config, by_score)
+    return gate.routing(logits_BTE, probs_BTE, choice, weight_BTK * options.scale, inputs, config, by_score=by_score)
 
 
 def weight_sum(config: MoE) -> float | str:
@@ -82,4 +82,9 @@ ROUTER = Router(
     options=Options,
     init=linear_init,
     check=check,
+    cases=(
+        (3, {"softmax": "after", "scale": 2.5}),
+        (1, {"renormalize": False}),
+        (2, {"num_groups": 4, "groups_per_token": 2}),
+    ),
 )

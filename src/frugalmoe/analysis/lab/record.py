@@ -1,0 +1,111 @@
+"""`frugalmoe trace RUN`: routes the same held-out tokens through each checkpoint, one file per checkpoint.
+
+RUN/trace/step_00000100.npz holds the columns of `train.evaluate.probe_columns` but the bits of the selection, and
+
+| array | |
+|---|---|
+| expert, weight | [L, N, K] uint16 and float32: the plan, token-major; expert E fills up tokens of fewer than K |
+| router/NAME | [L] `routing.stats.metrics` of the traced tokens |
+| step, domains, tokens | the checkpoint, names of the domains, what --tokens asked for |
+| config, data, tokenizer | fingerprints of what the trace depends on |
+
+Letters: L MoE layers, N tokens, E experts, K experts per token.
+"""
+
+import io
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.progress import track
+
+from frugalmoe.analysis.lab.lab import TOKENS, limited, moe_layers, open_run_data
+from frugalmoe.analysis.stored.probe import read_columns
+from frugalmoe.analysis.stored.trace import FOLDER, check_file, fingerprints, trace_files
+from frugalmoe.errors import UserError
+from frugalmoe.fields import check_integer
+from frugalmoe.files import write_atomically
+from frugalmoe.routing import stats
+from frugalmoe.train import checkpoint
+from frugalmoe.train.evaluate import Traced, evaluate, probe_columns
+from frugalmoe.train.step import make_eval_step
+from frugalmoe.train.weights import load_model
+
+
+def write_trace(
+    run: str | Path, *, checkpoints: str = "all", tokens: int = TOKENS, progress: bool = True
+) -> list[Path]:
+    """Writes the missing files of a trace and returns their paths. Each is written whole or not at all."""
+    run = Path(run)
+    if tokens < 1:
+        raise UserError(f"--tokens={tokens}: must be positive")
+    check_integer("--tokens", tokens)
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run}: not a run directory (it holds no config.json)")
+    steps = checkpoint.saved_steps(run)
+    if not steps:
+        raise UserError(f"{run}: holds no checkpoint yet")
+    made_from = fingerprints(run)
+    for path in trace_files(run):
+        _check_existing(path, made_from, tokens)
+    files = {step: run / FOLDER / f"step_{step:08d}.npz" for step in (steps if checkpoints == "all" else steps[-1:])}
+    missing = {step: path for step, path in files.items() if not path.is_file()}
+    if not missing:
+        return []
+    (run / FOLDER).mkdir(exist_ok=True)
+    recorder = Recorder(run, tokens)
+    for step in track(missing, "tracing checkpoints", disable=not progress):
+        columns = recorder.columns(step) | {n: np.array(v) for n, v in made_from.items()}
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **columns, step=np.array(step), tokens=np.array(tokens))
+        write_atomically(missing[step], buffer.getvalue())
+    return list(missing.values())
+
+
+def _check_existing(path: Path, made_from: dict[str, str], tokens: int) -> None:
+    columns = read_columns(path, "trace")
+    check_file(path, columns, made_from)
+    if int(columns["tokens"]) != tokens:
+        raise UserError(
+            f"--tokens={tokens}: {path.parent} was traced with --tokens={int(columns['tokens'])}; "
+            "give that, or delete the directory"
+        )
+
+
+class Recorder:
+    """The data and the one compiled evaluation that all checkpoints share."""
+
+    def __init__(self, run: Path, tokens: int):
+        self.run = run
+        config, _, _, self.mesh = load_model(run)
+        self.layers = moe_layers(run, config)
+        self.data = open_run_data(run, config)
+        self.config = limited(config, len(self.data.domains), tokens)
+        self.eval_step = jax.jit(make_eval_step(self.config, trace=True, vocabulary=self.data.tokenizer.size))
+
+    def columns(self, step: int) -> dict[str, np.ndarray]:
+        """The arrays of one checkpoint's file that follow from its weights."""
+        _, weights, _, _ = load_model(self.run, step)
+        seen: list[Traced] = []
+        with jax.set_mesh(self.mesh):
+            scores = evaluate(self.eval_step, weights, self.data, self.config, self.mesh, seen)
+            router = jax.device_get(jax.vmap(stats.metrics)(scores.stats))
+        layers, num_experts = self.layers, self.config.model.moe.num_experts
+        columns = probe_columns(seen, layers, num_experts)
+        del columns["selected"]  # the plan says it too
+        plan = [np.concatenate([x.reshape(len(layers), -1, x.shape[-1]) for x in a], 1) for a in _plans(seen)]
+        columns["expert"], columns["weight"] = _compact(*plan, num_experts)
+        columns["domains"] = np.array(self.data.domains)
+        return columns | {f"router/{name}": value for name, value in router.items()}
+
+
+def _plans(seen: list[Traced]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    return [t.out.plan.expert_NK for t in seen], [t.out.plan.weight_NK for t in seen]
+
+
+def _compact(expert_LNK: np.ndarray, weight_LNK: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Null slots behind the others, and no more columns than the token with the most experts needs."""
+    empty_LNK = expert_LNK >= num_experts
+    order_LNK = np.argsort(empty_LNK, axis=-1, kind="stable")[..., : (~empty_LNK).sum(-1).max()]
+    take = lambda a: np.take_along_axis(a, order_LNK, axis=-1)
+    return take(expert_LNK).astype(np.uint16), take(weight_LNK).astype(np.float32)

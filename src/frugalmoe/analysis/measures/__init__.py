@@ -1,0 +1,1 @@
+"""Measures of routing: pure functions on arrays; each docstring has the formula and what chance alone gives."""

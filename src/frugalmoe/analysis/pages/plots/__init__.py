@@ -1,0 +1,60 @@
+"""Pictures of a run. Each function returns a matplotlib Figure, or None where the run lacks what it shows."""
+
+from frugalmoe.analysis.pages.plots.change import effects, saturation
+from frugalmoe.analysis.pages.plots.experts import (
+    co_activation,
+    domain_heatmaps,
+    domain_intervals,
+    vocabulary_specialisation,
+)
+from frugalmoe.analysis.pages.plots.style import (
+    GREY,
+    INK,
+    NARROW,
+    OKABE_ITO,
+    STYLE,
+    UNNAMED,
+    WIDE,
+    emphasis,
+    legend,
+    lines,
+    short,
+    styled,
+)
+from frugalmoe.analysis.pages.plots.training import (
+    auxiliary_losses,
+    balance,
+    expert_load,
+    loss_curves,
+    noise_floor,
+    optimization,
+    speed,
+)
+
+__all__ = [
+    "GREY",
+    "INK",
+    "NARROW",
+    "OKABE_ITO",
+    "STYLE",
+    "UNNAMED",
+    "WIDE",
+    "auxiliary_losses",
+    "balance",
+    "co_activation",
+    "domain_heatmaps",
+    "domain_intervals",
+    "effects",
+    "emphasis",
+    "expert_load",
+    "legend",
+    "lines",
+    "loss_curves",
+    "noise_floor",
+    "optimization",
+    "saturation",
+    "short",
+    "speed",
+    "styled",
+    "vocabulary_specialisation",
+]

@@ -1,0 +1,165 @@
+"""Reads a run directory into numpy arrays. Analysis needs nothing but that directory.
+
+Letters: S logged steps, L MoE layers, E experts.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from frugalmoe.analysis.stored.probe import Probe, load_probe
+from frugalmoe.data.tokenizer import Tokenizer, load_from
+from frugalmoe.errors import UserError, did_you_mean
+
+
+class Series(NamedTuple):
+    """One metric over training."""
+
+    steps: np.ndarray  # int64
+    values: np.ndarray  # float64
+
+    def tail(self, fraction: float = 0.1) -> float:
+        """Mean of the last values (at least one), less noisy than the last one; NaN where there are none."""
+        return float(self.values[-max(1, round(fraction * len(self.values))) :].mean()) if len(self.values) else np.nan
+
+
+class Loads(NamedTuple):
+    """Token slots that each expert received at the logged steps."""
+
+    steps_S: np.ndarray
+    layers_L: np.ndarray  # index in the whole network
+    counts_SLE: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    path: Path
+    config: Mapping[str, Any]
+    metrics: Mapping[str, Series]
+    environment: Mapping[str, Any]  # empty where the file is absent, as the next three
+    summary: Mapping[str, Any]
+    loads: Loads | None
+    probe: Probe | None
+    tokenizer: Tokenizer | None
+    # A row per start: time (UTC), step, command, versions, git_commit, platform, devices, processes, and the changes
+    # of the config since the start before, field -> [then, now]. Empty for runs that are older than their history.
+    history: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def name(self) -> str:
+        return self.config["name"]
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the validation domains, indexed by the probe's domain ids."""
+        if "domains" in self.summary:
+            return list(self.summary["domains"])
+        prefix = "eval/loss/"
+        return [n.removeprefix(prefix) for n in self.metrics if n.startswith(prefix) and n != prefix + "mean"]
+
+    def series(self, name: str) -> Series:
+        """A metric's column; raises `UserError` for a name that the run does not have."""
+        if name not in self.metrics:
+            raise UserError(f"{self.path / 'metrics.jsonl'}: no metric {name!r}; {did_you_mean(name, self.metrics)}")
+        return self.metrics[name]
+
+    def layers(self, metric: str) -> dict[int, Series]:
+        """`router/<metric>/layer_XX` of every layer that has it, by layer index."""
+        prefix = f"router/{metric}/layer_"
+        return {int(n.removeprefix(prefix)): s for n, s in sorted(self.metrics.items()) if n.startswith(prefix)}
+
+
+def load_run(path: str | Path) -> Run:
+    """Reads a run, finished or not. Raises `UserError` naming the file (and line) that is missing or damaged."""
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        near = sorted(p.parent.name for p in path.parent.glob("*/config.json"))
+        raise UserError(f"{path}: not a run directory (no config.json); {did_you_mean(path.name, near)}")
+    if not (path / "metrics.jsonl").is_file():
+        raise UserError(f"{path / 'metrics.jsonl'}: missing; the run has not logged a step")
+    summary = _json(path / "summary.json")
+    return Run(
+        path=path,
+        config={"name": path.name, **_json(path / "config.json")},
+        metrics=_metrics(path / "metrics.jsonl"),
+        environment=_json(path / "environment.json"),
+        summary=summary,
+        loads=_loads(path / "expert_load.jsonl"),
+        probe=load_probe(path / "probe.npz") if (path / "probe.npz").exists() else None,
+        tokenizer=_tokenizer(path / "tokenizer"),
+        history=tuple(row for _, row in _rows(path / "history.jsonl")) if (path / "history.jsonl").exists() else (),
+    )
+
+
+def _tokenizer(path: Path) -> Tokenizer | None:
+    if not path.is_dir():
+        return None
+    try:
+        return load_from(path)
+    except UserError:
+        raise
+    except ValueError as e:
+        raise UserError(f"{path}: not a readable tokenizer ({e})") from e
+
+
+def _json(path: Path) -> dict:
+    """A JSON object; empty where the file is absent."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{path}: not valid JSON ({e})") from e
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yields (where, object) of each line. A last line without a newline is still being written and is left out."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    for number, line in enumerate(lines, 1):
+        where = f"{path} line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise UserError(f"{where}: not valid JSON ({e})") from e
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise UserError(f"{where}: expected a JSON object with an integer 'step'")
+        yield where, row
+
+
+def _metrics(path: Path) -> dict[str, Series]:
+    columns: dict[str, tuple[list, list]] = {}
+    for where, row in _rows(path):
+        for name, value in row.items():
+            if name == "step":
+                continue
+            if value is not None and type(value) not in (int, float):
+                raise UserError(f"{where}: {name}={value!r}: expected a number")
+            steps, values = columns.setdefault(name, ([], []))
+            steps.append(row["step"])
+            values.append(np.nan if value is None else value)
+    return {n: Series(np.array(s, np.int64), np.array(v, np.float64)) for n, (s, v) in columns.items()}
+
+
+def _loads(path: Path) -> Loads | None:
+    if not path.exists():
+        return None
+    steps, counts, layers = [], [], None
+    for where, row in _rows(path):
+        layers = row.get("layers") if layers is None else layers
+        try:
+            table_LE = np.array(row["counts"])
+            whole = table_LE.dtype.kind == "i" and table_LE.shape == (len(layers), table_LE.shape[-1])
+        except (KeyError, ValueError, TypeError, IndexError):  # numpy raises ValueError for ragged lists
+            whole = False
+        if not whole or row["layers"] != layers or (counts and table_LE.shape != counts[0].shape):
+            raise UserError(f"{where}: 'counts' must hold one equally long list of integers per entry of 'layers'")
+        steps.append(row["step"])
+        counts.append(table_LE)
+    return Loads(np.array(steps), np.array(layers), np.array(counts)) if steps else None

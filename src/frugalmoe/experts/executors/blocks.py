@@ -1,0 +1,170 @@
+"""The grouped executor in plain XLA, made for CPUs: a loop over blocks of rows that share an expert.
+
+Each block gathers its tokens, runs gate, up and down while they are in cache, and adds its weighted outputs to the
+tokens' rows: no array of R rows by D or F columns ever exists (on CPUs such arrays cost more in page faults than the
+backward pass spends on computing the hidden layer again, which it therefore does). The number of blocks is a run-time
+value: experts without tokens cost nothing, no token is dropped, nothing is padded in memory.
+
+An expert's rows are covered greedily by a few block sizes: few large blocks, because the product for the weight
+gradient is slow on short blocks, and a small last one, because its unused rows are wasted work (`cover`).
+
+Letters: N tokens, D model, E experts, F expert hidden, R sorted rows, g rows of one block,
+I and J any two axes of a matrix (J is 2F: gate, then up).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from frugalmoe.experts.contract import Call, Executor
+from frugalmoe.experts.rows import Rows, held_rows
+from frugalmoe.routing.contract import Plan
+
+SMALLEST, LARGEST = 32, 512  # rows of a block
+CACHED = 2**17  # a block's hidden activations per half (g*F): 1 MiB for gate and up in float32, one core's L2 cache
+NOWHERE = 2**31 - 1  # a token id out of every range: gathers zeros, scatters nothing
+
+
+def block_sizes(num_rows: int, num_experts: int, hidden: int) -> tuple[int, ...]:
+    """Rows of the blocks, descending, from the mean group and the cache (tuned by benchmarks/experts_bench.py)."""
+    mean = max(num_rows // num_experts, 1)
+    limit = min(max(CACHED // hidden, 2 * SMALLEST), LARGEST)
+    top = 1 << (min(max(mean, 2 * SMALLEST), limit).bit_length() - 1)
+    return tuple(sorted({top, top // 2, max(top // 8, SMALLEST)}, reverse=True))
+
+
+def cover(group_sizes_E: Array, sizes: tuple[int, ...]) -> list[tuple[int, Array, Array]]:
+    """[(block size, number of blocks of each expert, first row of them)]: every row of every group in one block.
+
+    A block is at least three quarters full, except each expert's last one of the smallest size. So the rows computed
+    are at most 4/3 of the rows routed, plus (smallest size - 1) for each expert that has any.
+    """
+    end_E = jnp.cumsum(group_sizes_E)
+    start_E = end_E - group_sizes_E
+    table = []
+    for size in sizes:
+        spare = size - 1 if size == sizes[-1] else size // 4
+        count_E = (end_E - start_E + spare) // size
+        table.append((size, count_E, start_E))
+        start_E = jnp.minimum(start_E + count_E * size, end_E)
+    return table
+
+
+def for_blocks(rows: Rows, sizes: tuple[int, ...], body: Callable[..., Any], carry: Any) -> Any:
+    """Fold `body(carry, expert, start, token_g, weight_g)` over all blocks. An unused row: token NOWHERE, weight 0."""
+    end_E = jnp.cumsum(rows.group_sizes_E)
+    for size, count_E, start_E in cover(rows.group_sizes_E, sizes):
+        last_E = jnp.cumsum(count_E)
+
+        def step(state, size=size, count_E=count_E, start_E=start_E, last_E=last_E):
+            i, carry = state
+            e = jnp.minimum(jnp.sum(last_E <= i), last_E.size - 1)  # the bound is for lanes of a vmap that are done
+            start = start_E[e] + (i - last_E[e] + count_E[e]) * size
+            live_g = start + lax.iota(jnp.int32, size) < end_E[e]
+            token_g = jnp.where(live_g, lax.dynamic_slice_in_dim(rows.token_R, start, size), NOWHERE)
+            weight_g = jnp.where(live_g, lax.dynamic_slice_in_dim(rows.weight_R, start, size), 0)
+            return i + 1, body(carry, e, start, token_g, weight_g)
+
+        _, carry = lax.while_loop(lambda s, last_E=last_E: s[0] < last_E[-1], step, (jnp.int32(0), carry))
+    return carry
+
+
+def _pad(rows: Rows, size: int) -> Rows:
+    """Room for the last block to read past the end."""
+    return rows._replace(
+        token_R=jnp.pad(rows.token_R, (0, size), constant_values=NOWHERE), weight_R=jnp.pad(rows.weight_R, (0, size))
+    )
+
+
+def _take(x_ND: Array, token_g: Array) -> Array:
+    return x_ND.at[token_g].get(mode="fill", fill_value=0)
+
+
+def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
+    """Contract one axis of each matrix, in the dtype of `b`, summed in float32."""
+    dims = (((axis_a,), (axis_b,)), ((), ()))
+    return lax.dot_general(a.astype(b.dtype), b, dims, preferred_element_type=jnp.float32)
+
+
+def run(plan: Plan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, call: Call) -> tuple[Array, Array]:
+    """-> (y[N, D] in x's dtype, dropped rows). Gradients for x, both weights and the plan's weights."""
+    num_experts, hidden, dim = down_EFD.shape
+    rows, dropped = held_rows(plan, num_experts, call.room)
+    sizes = block_sizes(rows.token_R.size, num_experts, hidden)
+    gate_up_EDJ = gate_up_ED2F.reshape(num_experts, dim, 2 * hidden)
+    return _blocks(sizes, rows, x_ND, gate_up_EDJ, down_EFD), dropped
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocks(sizes, rows: Rows, x_ND, gate_up_EDJ, down_EFD):
+    hidden = down_EFD.shape[1]
+
+    def body(y_ND, e, start, token_g, weight_g):
+        h_gJ = _dot(_take(x_ND, token_g), gate_up_EDJ[e], 1, 0)
+        a_gF = jax.nn.silu(h_gJ[:, :hidden]) * h_gJ[:, hidden:]
+        y_gD = _dot(a_gF, down_EFD[e], 1, 0) * weight_g[:, None]
+        return y_ND.at[token_g].add(y_gD, mode="drop")
+
+    return for_blocks(_pad(rows, sizes[0]), sizes, body, jnp.zeros(x_ND.shape, jnp.float32)).astype(x_ND.dtype)
+
+
+def _forward(sizes, *args):
+    return _blocks(sizes, *args), args
+
+
+def _backward(sizes, args, dy_ND):
+    """For y = w * (a @ down): da_raw = dy @ down', dw = sum(da_raw * a), da = w * da_raw; no output is needed."""
+    given, x_ND, gate_up_EDJ, down_EFD = args
+    hidden, dtype = down_EFD.shape[1], x_ND.dtype
+
+    def body(carry, e, start, token_g, weight_g):
+        dweight_R, dx_ND, dgate_up_EDJ, ddown_EFD = carry
+        gate_up_DJ, down_FD = gate_up_EDJ[e], down_EFD[e]
+        x_gD, dy_gD = _take(x_ND, token_g), _take(dy_ND, token_g)
+        h_gJ = _dot(x_gD, gate_up_DJ, 1, 0)
+        gate_gF, up_gF = h_gJ[:, :hidden], h_gJ[:, hidden:]
+        sigmoid_gF = jax.nn.sigmoid(gate_gF)
+        silu_gF = gate_gF * sigmoid_gF
+        a_gF = silu_gF * up_gF
+        da_raw_gF = _dot(dy_gD, down_FD, 1, 1)
+        da_gF = da_raw_gF * weight_g[:, None]
+        dgate_gF = da_gF * up_gF * (sigmoid_gF + silu_gF * (1 - sigmoid_gF))
+        dh_gJ = jnp.concatenate([dgate_gF, da_gF * silu_gF], axis=1).astype(dtype)
+        weighted_gF = (a_gF * weight_g[:, None]).astype(dtype)
+
+        dweight_g = jnp.sum(da_raw_gF * a_gF, axis=1)
+        others_g = lax.dynamic_slice_in_dim(dweight_R, start, token_g.size)
+        dweight_g = jnp.where(token_g == NOWHERE, others_g, dweight_g)  # past the end of the group: others' rows
+        return (
+            lax.dynamic_update_slice_in_dim(dweight_R, dweight_g, start, 0),
+            dx_ND.at[token_g].add(_dot(dh_gJ, gate_up_DJ, 1, 1), mode="drop"),
+            _add_at(dgate_up_EDJ, e, _dot(x_gD, dh_gJ, 0, 0)),
+            _add_at(ddown_EFD, e, _dot(weighted_gF, dy_gD, 0, 0)),
+        )
+
+    rows = _pad(given, sizes[0])
+    shapes = (rows.weight_R.shape, x_ND.shape, gate_up_EDJ.shape, down_EFD.shape)
+    grads = for_blocks(rows, sizes, body, tuple(jnp.zeros(shape, jnp.float32) for shape in shapes))
+    dweight_R, *others = grads
+    dtypes = (dtype, gate_up_EDJ.dtype, down_EFD.dtype)
+    return Rows(None, dweight_R[: given.weight_R.size], None), *(g.astype(t) for g, t in zip(others, dtypes))
+
+
+def _add_at(total_EIJ: Array, e: Array, value_IJ: Array) -> Array:
+    """In place inside the loop: only one expert's matrix is read and written."""
+    old_IJ = lax.dynamic_index_in_dim(total_EIJ, e, 0, keepdims=False)
+    return lax.dynamic_update_index_in_dim(total_EIJ, old_IJ + value_IJ, e, 0)
+
+
+_blocks.defvjp(_forward, _backward)
+
+EXECUTOR = Executor(
+    run=run,
+    work="1 (at most 4/3, plus a partial block per expert)",
+    purpose="plain XLA on any platform, made for CPUs",
+    default_on=("*",),
+)

@@ -1,0 +1,36 @@
+"""What one device computes of its experts: `execute_here` runs the executor of a config, a file of `executors/`.
+
+Letters: N tokens, D model, E experts, F expert hidden; 2 = (gate, up).
+"""
+
+from jax import Array
+
+from frugalmoe.errors import UserError
+from frugalmoe.experts.contract import Call
+from frugalmoe.experts.executors import pick
+from frugalmoe.routing.contract import Plan
+from frugalmoe.schema import MoE
+from frugalmoe.sharding import platform
+
+
+def execute_here(
+    plan: Plan,
+    x_ND: Array,
+    gate_up_ED2F: Array,
+    down_EFD: Array,
+    config: MoE,
+    num_sequences: int,
+    *,
+    room: int | None = None,
+) -> tuple[Array, Array]:
+    """What the executor of the config makes of a plan with the experts that this device holds.
+
+    -> (y[N, D] in x's dtype, int32 [] dropped rows). Weights are float32 or of x's dtype.
+
+    room: the most rows of a token-major plan that the executor holds.
+    """
+    executor, here = pick(config, platform()), platform()
+    if executor.platforms and here not in executor.platforms:
+        rule = f"runs on {', '.join(executor.platforms)}, and this is {here}; model.moe.executor=auto runs anywhere"
+        raise UserError(f"model.moe.executor={config.executor!r}: {rule}")
+    return executor.run(plan, x_ND, gate_up_ED2F, down_EFD, Call(config, num_sequences, room))

@@ -1,0 +1,92 @@
+"""The network as a pattern: which kind of block each layer is, and how layers are gathered into scans.
+
+Everything that asks which layers are dense, have experts or are wrapped asks here. No array, no parameter.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from frugalmoe.schema import Model
+
+FEED_FORWARDS = ("dense", "moe")  # in the order of depth
+DEPTHS = "mixture_of_depths"
+
+# The parameters of blocks, and of what wraps them, are stacked in order of depth under these names.
+NAMES = {
+    ("dense", ""): "dense_blocks",
+    ("moe", ""): "moe_blocks",
+    ("dense", DEPTHS): "dense_depths",
+    ("moe", DEPTHS): "moe_depths",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockKind:
+    """What a block is made of."""
+
+    attention: str  # a name of `attention.kinds`
+    feed_forward: str  # one of FEED_FORWARDS
+    wrapper: str = ""  # what decides which tokens pass it; empty: all do
+
+
+class Segment(NamedTuple):
+    """Layers that are one scan: `repeats` times the blocks of `unit`, one after the other."""
+
+    first: int  # index in the whole network of the first layer
+    unit: tuple[BlockKind, ...]
+    repeats: int
+
+    @property
+    def feed_forward(self) -> str:
+        """The same in all layers."""
+        return self.unit[0].feed_forward
+
+
+def attention_names(attention: str) -> tuple[str, ...]:
+    """The names in model.attention, in its order; a name may come more than once."""
+    return tuple(name.strip() for name in attention.split(","))
+
+
+def short(name: str) -> str:
+    """The name under which a kind's options and parameters are kept: the last part of a path or a dotted module."""
+    return name.removesuffix(".py").replace("/", ".").split(".")[-1]
+
+
+def layers(config: Model) -> list[BlockKind]:
+    """The kind of every layer, from the first to the last.
+
+    The last of each `every` dense blocks is wrapped by mixture of depths, and the last of each `every` MoE blocks.
+    """
+    attention, depths, dense = attention_names(config.attention), config.mixture_of_depths, config.num_dense_layers
+    found = []
+    for layer in range(config.num_layers):
+        feed_forward, index = ("dense", layer) if layer < dense else ("moe", layer - dense)
+        wrapper = DEPTHS if depths.capacity and (index + 1) % depths.every == 0 else ""
+        found.append(BlockKind(attention[layer % len(attention)], feed_forward, wrapper))
+    return found
+
+
+def segments(config: Model) -> list[Segment]:
+    """The network in order of depth, in as few scans as its shortest repeating units allow."""
+    found, kinds, first = [], layers(config), 0
+    while first < len(kinds):
+        same = [kind for kind in kinds[first:] if kind.feed_forward == kinds[first].feed_forward]
+        size = next(n for n in range(1, len(same) + 1) if same[n:] == same[:-n])
+        found.append(Segment(first, tuple(same[:size]), len(same) // size))
+        first += size * (len(same) // size)
+    return found
+
+
+def has_experts(config: Model) -> bool:
+    """Whether any layer has."""
+    return config.num_dense_layers < config.num_layers
+
+
+def moe_layers(config: Model) -> list[int]:
+    """Index in the whole network of each layer with experts."""
+    return [i for i, kind in enumerate(layers(config)) if kind.feed_forward == "moe"]
+
+
+def wrapped_layers(config: Model) -> list[int]:
+    """Index in the whole network of each block that some tokens skip."""
+    return [i for i, kind in enumerate(layers(config)) if kind.wrapper]

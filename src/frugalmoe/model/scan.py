@@ -1,0 +1,196 @@
+"""Blocks one after the other, in scans: compile time does not grow with depth.
+
+A segment is one scan over its repeats. The unit that is repeated is unrolled inside it, but for runs of equal blocks,
+which are a scan again.
+
+Letters: L layers, G groups of layers (repeats of a unit), g members of one group (blocks of a unit).
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from frugalmoe import sharding
+from frugalmoe.model import pattern
+from frugalmoe.model.block import Parts, Place, Stream, apply_block
+from frugalmoe.model.moe import Context
+
+
+class Run(NamedTuple):
+    """Equal blocks, one after the other, in a unit."""
+
+    kind: pattern.BlockKind
+    count: int
+
+
+def runs(segment: pattern.Segment) -> list[Run]:
+    """The unit of a segment in runs, in order."""
+    return [Run(kind, len(list(equal))) for kind, equal in itertools.groupby(segment.unit)]
+
+
+def leading_axes(segment: pattern.Segment, count: int) -> tuple[int, ...]:
+    """Of what a run of `count` blocks takes from outside: repeats, and the blocks of a run that is a scan."""
+    return (segment.repeats,) if count == 1 else (segment.repeats, count)
+
+
+class Layers(NamedTuple):
+    """What the scan gives to blocks: parameters, numbers of layers, caches."""
+
+    parts: Parts  # its attention by name, as the pattern has it
+    wrapper: Mapping[str, Any]  # what decides who passes, by name
+    layer: Array
+    cache: Any  # None but in generation
+
+
+@dataclasses.dataclass
+class Segment:
+    """The blocks of a segment of `model`, and what all of them see."""
+
+    model: Any
+    segment: pattern.Segment
+    context: Context
+    prepared: Mapping[str, Any]
+    start: Array | None
+
+    def __call__(self, stream: Stream, caches: tuple | None) -> tuple[Stream, tuple]:
+        """-> (stream, (routed, caches, reports)); routed and reports with a leading axis over layers, or None."""
+        stacks, of_runs = self._stacks(), runs(self.segment)
+        if len(of_runs) == 1:
+            layers = stacks._replace(cache=None if caches is None else caches[0])
+            stream, (routed, cache, report) = jax.lax.scan(self._body(of_runs[0].kind), stream, layers)
+            return stream, (routed, None if caches is None else (cache,), report)
+
+        def unit(stream: Stream, xs: tuple) -> tuple[Stream, tuple]:
+            stacks, caches = xs
+            found = []
+            for run, layers, cache in zip(of_runs, _split(stacks, of_runs), caches or [None] * len(of_runs)):
+                stream, out = self._run(run, stream, layers._replace(cache=cache))
+                found.append(out)
+            routed, new_caches, reports = zip(*found)
+            return stream, (joined(routed), new_caches, joined(reports))
+
+        stacks = jax.tree.map(
+            lambda a: _reshape(a, (self.segment.repeats, a.shape[0] // self.segment.repeats), 1), stacks
+        )
+        stream, (routed, new_caches, reports) = jax.lax.scan(unit, stream, (stacks, caches))
+        flat = lambda a: _reshape(a, (a.shape[0] * a.shape[1],), 2)
+        routed, reports = jax.tree.map(flat, (routed, reports))
+        return stream, (routed, None if caches is None else new_caches, reports)
+
+    def _run(self, run: Run, stream: Stream, layers: Layers) -> tuple[Stream, tuple]:
+        """The same of the blocks of a run."""
+        body = self._body(run.kind)
+        if run.count > 1:
+            return jax.lax.scan(body, stream, layers)
+        one = jax.tree.map(lambda a: a[0], layers._replace(cache=None))
+        stream, (routed, cache, report) = body(stream, one._replace(cache=layers.cache))
+        return stream, (jax.tree.map(lambda a: a[None], routed), cache, jax.tree.map(lambda a: a[None], report))
+
+    def _body(self, kind: pattern.BlockKind) -> Callable[[Stream, Layers], tuple[Stream, tuple]]:
+        """One block, as a scan wants it."""
+        dtype = self.model.config.compute_dtype
+
+        def body(stream: Stream, layers: Layers) -> tuple[Stream, tuple]:
+            wrapper, parts = sharding.gather(layers.wrapper, dtype), sharding.gather(layers.parts, dtype)
+            parts = parts._replace(attention=parts.attention[kind.attention])
+            rest = (stream, self.context, self.prepared, Place(layers.layer, layers.cache, self.start))
+            if kind.wrapper:
+                passed = wrapper[kind.wrapper](functools.partial(parts.branches, kind), *rest)
+            else:
+                passed = apply_block(parts, kind, *rest)
+            return passed.stream, (passed.routed, passed.cache, passed.report)
+
+        return _remat(body, self.model.config.remat)
+
+    def _stacks(self) -> Layers:
+        """The segment's part of the model's stacks, and the numbers of its layers among those of their feed-forward.
+
+        Attention of several kinds is a stack for each, under its name.
+        """
+        segment, names, kind_of = self.segment, pattern.NAMES, pattern.layers(self.model.config)
+        end = segment.first + segment.repeats * len(segment.unit)
+        same = [i for i, kind in enumerate(kind_of) if kind.feed_forward == segment.feed_forward]
+        own = kind_of[segment.first : end]
+
+        def part(stack: Any, belongs: Callable[[pattern.BlockKind], bool]) -> Any:
+            """Of a stack of all layers that belong, those of the segment."""
+            before, count = (sum(map(belongs, of)) for of in ([kind_of[i] for i in same if i < segment.first], own))
+            whole = lambda a: count == a.shape[0]
+            return jax.tree.map(lambda a: a if whole(a) else a[before : before + count], stack)
+
+        parts = getattr(self.model, names[segment.feed_forward, ""]).parts
+        attention = parts.attention
+        if len({kind_of[i].attention for i in same}) > 1:
+            attention = {
+                name: part(attention[pattern.short(name)], lambda kind, name=name: kind.attention == name)
+                for name in dict.fromkeys(kind.attention for kind in own)
+            }
+        else:
+            attention = {own[0].attention: part(attention, lambda kind: True)}
+        parts = part(parts._replace(attention=None), lambda kind: True)._replace(attention=attention)
+        wrappers = {
+            name: part(getattr(self.model, names[segment.feed_forward, name]), lambda kind: bool(kind.wrapper))
+            for name in dict.fromkeys(kind.wrapper for kind in own if kind.wrapper)
+        }
+        first = segment.first - same[0]
+        return Layers(parts, wrappers, jnp.arange(first, first + len(own), dtype=jnp.int32), None)
+
+
+def _split(stacks: Layers, of_runs: Sequence[Run]) -> list[Layers]:
+    """What each run of a unit has of the unit's stacks."""
+    belongs = lambda attribute, name: [run for run in of_runs if getattr(run.kind, attribute) == name]
+    attention = {n: iter(_pieces(stack, belongs("attention", n))) for n, stack in stacks.parts.attention.items()}
+    wrapper = {n: iter(_pieces(stack, belongs("wrapper", n))) for n, stack in stacks.wrapper.items()}
+    rest = _pieces((stacks.parts._replace(attention=None), stacks.layer), of_runs)
+    found = []
+    for run, (parts, layer) in zip(of_runs, rest):
+        own = {run.kind.attention: next(attention[run.kind.attention])}
+        wrapped = {run.kind.wrapper: next(wrapper[run.kind.wrapper])} if run.kind.wrapper else {}
+        found.append(Layers(parts._replace(attention=own), wrapped, layer, None))
+    return found
+
+
+def _pieces(tree: Any, of_runs: Sequence[Run]) -> list[Any]:
+    """A stack in the order of some runs, cut into them."""
+    leaves, structure = jax.tree.flatten(tree)
+    sizes = [run.count for run in of_runs]
+    return [jax.tree.unflatten(structure, pieces) for pieces in zip(*(jax.lax.split(a, sizes) for a in leaves))]
+
+
+def joined(trees: Sequence[Any]) -> Any:
+    """Stacks as one, in their order; those that are None are left out."""
+    trees = [tree for tree in trees if tree is not None]
+    if len(trees) < 2:
+        return trees[0] if trees else None
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
+
+
+def _reshape(a: Array, leading: tuple[int, ...], replaced: int) -> Array:
+    """Other leading axes, none of them sharded. JAX would lose the sharding of an axis of size 1: it has to be told."""
+    spec = P(*[None] * len(leading), *jax.typeof(a).sharding.spec[replaced:])
+    return jnp.reshape(a, (*leading, *a.shape[replaced:]), out_sharding=spec)
+
+
+def _remat(body: Callable, policy: str) -> Callable:
+    """`dots` keeps matrix products without a batch dimension; `full` keeps a layer's input and its routing plan.
+
+    None keeps parameters that were gathered from other devices.
+    """
+    if policy == "none" and not sharding.gathers():
+        return body
+    keep = {
+        "none": jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED),
+        "dots": jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names("routing_plan"),
+        ),
+        "full": jax.checkpoint_policies.save_only_these_names("routing_plan"),
+    }[policy]
+    return jax.checkpoint(body, policy=keep, prevent_cse=False)

@@ -1,0 +1,243 @@
+"""The training loss: every term of it with its coefficient is an entry of `TERMS`; and what a step reports.
+
+A term is formed for each micro-batch as a share of the step's loss: sums over its tokens, divided by how many units of
+a kind the whole step has. So shares add up, over micro-batches and over devices.
+
+Letters: A micro-batches of a step, B sequences, T time, D model, V vocabulary, L MoE layers, E experts.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from frugalmoe import sharding
+from frugalmoe.data.batches import Batch
+from frugalmoe.model import depths
+from frugalmoe.model.cross_entropy import cross_entropy
+from frugalmoe.model.moe import Context
+from frugalmoe.model.transformer import Output, Transformer, structure
+from frugalmoe.routing import losses as aux_losses
+from frugalmoe.routing import stats as routing_stats
+from frugalmoe.routing.contract import Loss
+from frugalmoe.schema import Config, FrozenDict
+
+
+class Knobs(NamedTuple):
+    """Numbers of a config that are arguments of the step: runs that differ in them alone share its program, and can be
+    trained at once under `jax.vmap`.
+    """
+
+    seed: Array  # uint32 []
+    losses: Mapping[str, Array]  # float32 []: coefficient of each auxiliary loss
+
+
+def knobs(config: Config) -> Knobs:
+    """The config's own, on the host."""
+    return Knobs(np.uint32(config.train.seed), {k: np.float32(v) for k, v in config.model.moe.losses.items()})
+
+
+def without_knobs(config: Config) -> Config:
+    """What a compiled program depends on: equal for runs that differ in name and `Knobs` only.
+
+    The names of losses that are computed only where a config names them stay.
+    """
+    named = FrozenDict.fromkeys(config.model.moe.losses.keys() - aux_losses.REPORTED, 0.0)
+    moe = dataclasses.replace(config.model.moe, losses=named)
+    model, train = dataclasses.replace(config.model, moe=moe), dataclasses.replace(config.train, seed=0)
+    return dataclasses.replace(config, name="", model=model, train=train)
+
+
+class OfStep(NamedTuple):
+    """What all micro-batches of a step share."""
+
+    step: Array  # int32 []
+    knobs: Knobs
+    units: Mapping[str, Array]  # see `units`
+
+
+class Micro(NamedTuple):
+    """A micro-batch that went through the model: what terms of the loss are made from."""
+
+    model: Transformer
+    out: Output
+    batch: Batch
+    of_step: OfStep
+    config: Config
+
+
+class Term(NamedTuple):
+    """A term of the training loss.
+
+    `share(micro)` -> (the micro-batch's share of the step's loss, float32 [], coefficient included; a pytree of sums),
+    or None where the model has nothing of the kind. The sums, added up over micro-batches, are what
+    `metrics(sums, of_step, config)` makes the values of metrics.jsonl from, by name.
+    """
+
+    share: Callable[[Micro], tuple[Array, Any] | None]
+    metrics: Callable[[Any, OfStep, Config], dict[str, Array]]
+
+
+def _language(micro: Micro) -> tuple[Array, dict[str, Array]]:
+    """Cross-entropy of the next token, and `optim.logit_z_loss` times the squared log-normaliser of the logits."""
+    batch = micro.batch
+    targets = (batch.targets_BT, batch.loss_mask_BT)
+    loss, ce_BT, lse_sq = token_losses(micro.model, micro.out.hidden_BTD, *targets, micro.config)
+    ce = jnp.sum(ce_BT * batch.loss_mask_BT)
+    return loss / micro.of_step.units["target"], {"ce": ce, "lse_sq": lse_sq}
+
+
+def _language_metrics(sums: Mapping[str, Array], of_step: OfStep, config: Config) -> dict[str, Array]:
+    targets = of_step.units["target"]
+    return {"loss/ce": sums["ce"] / targets, "loss/logit_z": sums["lse_sq"] / targets}
+
+
+def _auxiliary(
+    losses: Callable[[Output], Mapping[str, Loss] | None],
+    coefficients: Callable[[Knobs, Config], Mapping[str, float | Array]],
+) -> Term:
+    """Named losses that parts of the model return as sums, each with a coefficient: see `routing.losses.total`."""
+
+    def total(sums: Mapping[str, Loss], of_step: OfStep, config: Config) -> aux_losses.Total:
+        return aux_losses.total(sums, coefficients(of_step.knobs, config), of_step.units)
+
+    def share(micro: Micro) -> tuple[Array, Mapping[str, Loss]] | None:
+        sums = losses(micro.out)
+        return None if sums is None else (total(sums, micro.of_step, micro.config).loss, sums)
+
+    def metrics(sums: Mapping[str, Loss], of_step: OfStep, config: Config) -> dict[str, Array]:
+        return {f"loss/{name}": mean for name, mean in total(sums, of_step, config).metrics.items()}
+
+    return Term(share, metrics)
+
+
+TERMS = {
+    "language": Term(_language, _language_metrics),
+    "routers": _auxiliary(lambda out: out.routed and out.routed.losses, lambda knobs, config: knobs.losses),
+    "depths": _auxiliary(
+        lambda out: out.depths and out.depths.losses,
+        lambda knobs, config: {"depth_predictor": config.model.mixture_of_depths.predictor_loss},
+    ),
+}
+
+
+class Sums(NamedTuple):
+    """What is known of a micro-batch, or of several, for these add up; no gradient passes through."""
+
+    total: Array  # the share of the step's loss
+    terms: Mapping[str, Any]  # the sums of each term that has a part in the loss
+    stats: Mapping[str, Array]  # of each MoE layer's routing [L, ...]; empty without
+    depths: Mapping[str, Array]  # of each block that mixture of depths routes; empty without
+
+
+class StepReport(NamedTuple):
+    """What a step says of itself: arrays on the device, which the loop reads one step late."""
+
+    metrics: dict[str, Array]  # under the names of metrics.jsonl; those of routers have a leading axis L
+    depths: dict[str, Array]  # likewise, of each block that mixture of depths routes; empty without
+    counts_LE: Array | None  # int32, slots that name each expert; None without MoE layers
+    tokens: Array  # int32 [], without padding
+    position: Array  # int32 [], see `step.State`
+    finite: dict[str, Array]  # bool [], of what no metric shows
+
+
+def make_objective(config: Config) -> Callable[..., tuple[Array, Sums]]:
+    """`objective(params, router_state, batch[B, T], index, of_step)`: a micro-batch's share of the step's loss.
+
+    `index` is the micro-batch's number in the step.
+    """
+    graphdef, _, _ = structure(config.model)
+
+    def objective(params: dict, router_state: dict, batch: Batch, index: Array, of_step: OfStep) -> tuple[Array, Sums]:
+        model = nnx.merge(graphdef, params, router_state)
+        first_row = index * batch.tokens_BT.shape[0]
+        out = forward(model, batch, first_row, of_step.step, of_step.knobs.seed, train=True)
+        micro = Micro(model, out, batch, of_step, config)
+        found = {name: term.share(micro) for name, term in TERMS.items()}
+        found = {name: share for name, share in found.items() if share is not None}
+        total = functools.reduce(jnp.add, (share for share, _ in found.values()))
+        stats = out.routed.stats if out.routed is not None else {}
+        passed = out.depths.stats if out.depths is not None else {}
+        sums = Sums(total, {name: sums for name, (_, sums) in found.items()}, stats, passed)
+        return total, jax.lax.stop_gradient(sums)
+
+    return objective
+
+
+def metrics(sums: Sums, of_step: OfStep, config: Config) -> dict[str, Array]:
+    """The step's losses and its routers' metrics, under their names."""
+    values = {"loss/total": sums.total}
+    for name, of_term in sums.terms.items():
+        values |= TERMS[name].metrics(of_term, of_step, config)
+    if sums.stats:
+        values |= {f"router/{k}": v for k, v in jax.vmap(routing_stats.metrics)(sums.stats).items()}
+    return values
+
+
+def depth_metrics(sums: Sums) -> dict[str, Array]:
+    """What mixture of depths reports of its blocks."""
+    return {f"depth/{k}": v for k, v in depths.metrics(sums.depths).items()} if sums.depths else {}
+
+
+def units(batch: Batch, config: Config) -> dict[str, Array]:
+    """How many units of each kind the whole step has: sums over micro-batches and shards are divided by these."""
+    valid_ABT = batch.segment_ids_BT > 0
+    per_micro_batch = jax.vmap(lambda valid_BT: aux_losses.denominators(valid_BT, config.model.moe))(valid_ABT)
+    targets = jnp.maximum(jnp.sum(batch.loss_mask_BT, dtype=jnp.int32), 1)
+    return {"target": targets, **jax.tree.map(jnp.sum, per_micro_batch)}
+
+
+def forward(
+    model: Transformer,
+    batch: Batch,
+    first_row: Array | int,
+    step: Array,
+    seed: int | Array,
+    *,
+    train: bool,
+    trace: bool = False,
+    intervention: Callable | None = None,
+) -> Output:
+    """The model on a batch. Keys follow the sequence's place in the step or in the held-out set, not in the batch or on
+    the device.
+    """
+    rows_B = sharding.reshard(jnp.arange(batch.tokens_BT.shape[0], dtype=jnp.int32), "B")
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B + first_row)
+    of_batch = (batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, keys_B)
+    return model(Context(*of_batch, step, train, trace, intervention))
+
+
+def token_losses(
+    model: Transformer,
+    hidden_BTD: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    config: Config,
+    z_coefficient: float | None = None,
+) -> tuple[Array, Array, Array]:
+    """-> (weighted sum over tokens of ce + z-loss, ce of every token [B, T], weighted sum of squared log-normalisers).
+
+    There may be axes before B, in all arrays alike. z_coefficient: by default `optim.logit_z_loss`.
+    """
+    chunk = config.train.loss_chunk
+    z_coefficient = config.optim.logit_z_loss if z_coefficient is None else z_coefficient
+
+    def on_shard(hidden_BTD, head_DV, targets_BT, weights_BT):
+        hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+        targets_N, weights_N = targets_BT.reshape(-1), weights_BT.reshape(-1).astype(jnp.float32)
+        out = cross_entropy(
+            hidden_ND, head_DV, targets_N, weights_N, z_coefficient=z_coefficient, chunk=chunk, axis="tensor"
+        )
+        loss, lse_sq = jax.lax.psum((out.loss, out.lse_sq_sum), (*sharding.TOKEN_AXES, "tensor"))
+        return loss, out.ce_N.reshape(targets_BT.shape), lse_sq
+
+    tokens = "." * (targets_BT.ndim - 2) + "BT"
+    apply = sharding.local(on_shard, (tokens + "D", "DV", tokens, tokens), ("", tokens, ""))
+    return apply(hidden_BTD, model.head(), targets_BT, weights_BT)
