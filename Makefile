@@ -13,10 +13,8 @@ NO_NEWEST_PYTHON = test-newest: no Python 3.12 or 3.13 runs on this machine, so 
 run: .venv/run.stamp
 	$(BIN)/frugalmoe train --config=$(CONFIG) $(if $(FRESH),--fresh) $(ARGS)
 
-laws: .venv/laws.stamp
-	@test -z "$(ROUTER)" || test -f src/frugalmoe/routing/strategies/$(ROUTER).py || \
-		{ echo "ROUTER=$(ROUTER): no such file in src/frugalmoe/routing/strategies" >&2; exit 2; }
-	$(BIN)/python -m pytest tests/test_routing_laws.py $(if $(ROUTER),-k "test_law[$(ROUTER)-") $(ARGS)
+laws: .venv/$(if $(ROUTER),run,laws).stamp
+	$(BIN)/$(if $(ROUTER),frugalmoe laws $(ROUTER),python -m pytest tests/test_routing_laws.py) $(ARGS)
 
 test: .venv/dev.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

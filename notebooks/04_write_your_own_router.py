@@ -137,6 +137,6 @@ plots.learning_curves(comparison)
 # Save the function with its `ROUTER = Router(...)` as `src/frugalmoe/routing/strategies/half_hash.py`, without a name
 # (the file is its name). Configs and the command line find it, and the laws hold it to its claims:
 #
-#     make test ARGS="tests/test_routing_laws.py -k half_hash"
+#     frugalmoe laws half_hash
 #
 # How studies of a strategy are read is the subject of `02_compare_routers`.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("frugalmoe.laws")  # so that a broken law shows its values
 flags = "--xla_backend_optimization_level=0"
 if version("jaxlib").startswith("0.10."):  # XLA ends the process over a flag that it does not know
     flags += " --xla_cpu_use_fusion_emitters=false"  # halves the time of compilation

@@ -174,18 +174,18 @@ def test_naming_another_router_drops_the_options_of_the_old_one():
 
 
 def test_a_field_that_is_younger_than_a_run_leaves_it_as_it_was(tmp_path):
-    config = to_dict(Config())
-    old = json.loads(json.dumps(config))
+    config = resolve(default())
+    old = json.loads(json.dumps(to_dict(config)))
     del old["model"]["mixture_of_depths"], old["model"]["moe"]["load_balance_devices"]
     (tmp_path / "config.json").write_text(json.dumps(old))
     rundir.check_config(tmp_path, config, force=False)
-    config["model"]["mixture_of_depths"]["capacity"] = 0.5
+    config = resolve(override(default(), {"model.mixture_of_depths.capacity": 0.5}))
     with pytest.raises(UserError, match=r"\(model.mixture_of_depths.capacity: 0.0 there, 0.5 here\)"):
         rundir.check_config(tmp_path, config, force=False)
     del old["model"]["moe"]["losses"]["z"]  # a user's own entry, no field
     (tmp_path / "config.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match=r"model\.moe\.losses\.z: None there, 0\.001 here"):
-        rundir.check_config(tmp_path, to_dict(Config()), force=False)
+        rundir.check_config(tmp_path, resolve(default()), force=False)
 
 
 def test_a_run_from_before_documents_had_a_start_goes_on_without_one(tmp_path):
@@ -198,9 +198,9 @@ def test_a_run_from_before_documents_had_a_start_goes_on_without_one(tmp_path):
     assert resolve(record(tmp_path / "config.json")).data.document_start == "none"
     begun = rundir.as_begun(config, tmp_path)
     assert begun == resolve(override(default(), {"data.document_start": "none"}))
-    rundir.check_config(tmp_path, to_dict(begun), force=False)
+    rundir.check_config(tmp_path, begun, force=False)
     with pytest.raises(UserError, match=r"\(data\.document_start: 'none' there, 'end_of_text' here\)"):
-        rundir.check_config(tmp_path, to_dict(config), force=False)
+        rundir.check_config(tmp_path, config, force=False)
     for saved in (to_dict(config), {"data": 3}, [], None, {}):  # a run of today, and what is none
         (tmp_path / "config.json").write_text(json.dumps(saved))
         assert rundir.as_begun(config, tmp_path) is config
@@ -208,9 +208,9 @@ def test_a_run_from_before_documents_had_a_start_goes_on_without_one(tmp_path):
 
 def test_a_run_continues_on_another_mesh_and_not_with_another_seed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(resolve(default()))))
-    rundir.check_config(tmp_path, to_dict(resolve(override(default(), {"mesh.fsdp": 4}))), force=False)
+    rundir.check_config(tmp_path, resolve(override(default(), {"mesh.fsdp": 4})), force=False)
     with pytest.raises(UserError, match=r"\(train.seed: 0 there, 1 here\)"):
-        rundir.check_config(tmp_path, to_dict(resolve(override(default(), {"train.seed": 1}))), force=False)
+        rundir.check_config(tmp_path, resolve(override(default(), {"train.seed": 1})), force=False)
 
 
 HEADS = {"model.num_heads": 8, "model.num_kv_heads": 2}  # of the default config beside: E=8, D=256, T=256, batch 16

@@ -72,3 +72,9 @@ def test_its_studies_and_templates_are_found_by_name(frugalmoe, tmp_path):
 
 def test_it_says_its_version(frugalmoe, wheel):
     assert frugalmoe("--version").split()[1] == wheel.name.split("-")[1]
+
+
+def test_its_laws_need_no_clone(frugalmoe, tmp_path):
+    (tmp_path / "mine.py").write_text("from frugalmoe.routing.strategies.hash import ROUTER\n")
+    for what in (tmp_path / "mine.py", "--executor=blocks"):
+        assert "all hold" in frugalmoe("laws", str(what))

@@ -26,11 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from routing_cases import Case, all_cases
 
 from frugalmoe import sharding
 from frugalmoe.config import Config
 from frugalmoe.data import Batch
+from frugalmoe.laws.cases import Case, all_cases
 from frugalmoe.model import depths
 from frugalmoe.schema import MixtureOfDepths, Model, Optim, Train
 from frugalmoe.train.step import init, make_train_step

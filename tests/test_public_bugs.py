@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 import test_routing_laws
-from routing_cases import make_case, make_inputs, route
 
 from frugalmoe import routing
+from frugalmoe.laws.cases import make_case, make_inputs, route
 from frugalmoe.model.transformer import _remat
 from frugalmoe.routing import losses, select, stats, strategies
 from frugalmoe.routing.contract import combine_matrix, linear_logits
@@ -178,19 +178,19 @@ BUGS = (
     Bug(
         "padded rows put NaN into gradients",
         "MaxText PR 3699",
-        "test_routing_laws::law_padding",
+        "frugalmoe.laws.routing::law_padding",
         breaks="unmasked_padding",
     ),
     Bug(
         "random experts are drawn with replacement",
         "MaxText random_routing",
-        "test_routing_laws::law_no_duplicates",
+        "frugalmoe.laws.routing::law_no_duplicates",
         breaks="with_replacement",
     ),
     Bug(
         "a gate whose weight is constant learns nothing",
         "EasyDeL switch, any k = 1 with normalised weights",
-        "test_routing_laws::law_learned",
+        "frugalmoe.laws.routing::law_learned",
         breaks="topk_softmax",
     ),
     Bug(

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from routing_cases import make_case, make_inputs, probe, route
-from test_routing_laws import LAWS
 
+from frugalmoe.laws.cases import make_case, make_inputs, probe, route
+from frugalmoe.laws.routing import LAWS
 from frugalmoe.routing import losses, stats
 from frugalmoe.routing.contract import Inputs, Loss, TokenPlan
 from frugalmoe.schema import FrozenDict, MoE

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from routing_cases import make_case, make_inputs, route
 
+from frugalmoe.laws.cases import make_case, make_inputs, route
 from frugalmoe.routing import stats
 from frugalmoe.routing.contract import ExpertPlan, TokenPlan
 

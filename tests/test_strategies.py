@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
-from routing_cases import B, D, T, combine, make_case, make_inputs, make_params, route, selections
 
 from frugalmoe.catalogue import catalogue, format_table
 from frugalmoe.cli import main
 from frugalmoe.config import default, override, resolve
 from frugalmoe.errors import UserError
+from frugalmoe.laws.cases import B, D, T, combine, make_case, make_inputs, make_params, route, selections
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import Inputs, linear_logits
 from frugalmoe.routing.strategies import hash as hash_strategy

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from routing_cases import B, D, T, combine, make_case, make_inputs, make_params, route, selections
 from scipy.optimize import linear_sum_assignment
 
+from frugalmoe.laws.cases import B, D, T, combine, make_case, make_inputs, make_params, route, selections
 from frugalmoe.routing import stats, threshold
 from frugalmoe.routing.contract import Inputs, linear_logits
 from frugalmoe.routing.strategies import base, recycle, sinkhorn

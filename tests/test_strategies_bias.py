@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from routing_cases import D, combine, make_case, make_inputs, make_params, route, selections
-from test_routing_laws import LAWS
 from test_train_step import trained
 
+from frugalmoe.laws.cases import D, combine, make_case, make_inputs, make_params, route, selections
+from frugalmoe.laws.routing import LAWS
 from frugalmoe.routing import groups, select
 from frugalmoe.routing.contract import Inputs, combine_matrix, linear_logits
 from frugalmoe.routing.strategies import quantile_balance
@@ -247,7 +247,7 @@ def test_prices_are_means_over_tokens_centred_and_averaged() -> None:
     sums = {"beta_sum": jnp.asarray([4.0, 0.0]), "tokens": jnp.int32(10)}
     old = {"beta_E": jnp.asarray([1.0, -1.0])}
     for ema, expected in ((0.0, [0.2, -0.2]), (0.75, [0.8, -0.8])):  # 0.85, -0.75 less their mean 0.05
-        case = make_case("quantile_balance", 2, 1, normalize=False, ema=ema)
+        case = make_case("quantile_balance", 2, 1, renormalize=False, ema=ema)
         np.testing.assert_allclose(case.router.update(old, sums, case.config)["beta_E"], expected, rtol=1e-6)
 
 

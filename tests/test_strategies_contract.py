@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from routing_cases import (
+from test_strategies import logits_of, softmax
+from test_train_step import batch, config_of, mesh_of, router, trained
+
+from frugalmoe import sharding
+from frugalmoe.errors import UserError
+from frugalmoe.laws.cases import (
     WEIGHT,
     B,
     D,
@@ -22,11 +27,6 @@ from routing_cases import (
     run_linear_experts,
     selections,
 )
-from test_strategies import logits_of, softmax
-from test_train_step import batch, config_of, mesh_of, router, trained
-
-from frugalmoe import sharding
-from frugalmoe.errors import UserError
 from frugalmoe.model.moe import Context, apply_routing
 from frugalmoe.model.transformer import count_parameters, declarations, structure
 from frugalmoe.routing.contract import Inputs, Routing, TokenPlan

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from routing_cases import D, T, combine, make_case, make_inputs, make_params, probe, route
 from test_strategies_bias import logits_of, refused_in_one_line, softmax
 from test_train_step import largest_difference, trained
 
+from frugalmoe.laws.cases import D, T, combine, make_case, make_inputs, make_params, probe, route
 from frugalmoe.routing import losses, select
 from frugalmoe.routing.contract import Inputs
 from frugalmoe.routing.strategies import noisy_topk

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from routing_cases import B, D, T, combine, make_case, make_inputs, make_params, probe, route, selections
 
 from frugalmoe.errors import UserError
+from frugalmoe.laws.cases import B, D, T, combine, make_case, make_inputs, make_params, probe, route, selections
 from frugalmoe.routing import stats
 from frugalmoe.routing.contract import Inputs, linear_logits
 from frugalmoe.routing.strategies import cosine

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from routing_cases import make_case, route
 from test_strategies import softmax
 
+from frugalmoe.laws.cases import make_case, route
 from frugalmoe.routing.contract import Inputs, arrays
 from frugalmoe.schema import FrozenDict
 

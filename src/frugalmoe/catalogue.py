@@ -19,7 +19,7 @@ HEADER = """# Routing strategies
 
 Written by `frugalmoe routers --format=markdown > docs/routers.md` from what each file of
 `src/frugalmoe/routing/strategies` declares. Claims that vary with the options are given at the defaults; the laws in
-`tests/test_routing_laws.py` check them. `causal`: safe, a token's experts depend on no later token; batch, on other
+`frugalmoe laws NAME` check them. `causal`: safe, a token's experts depend on no later token; batch, on other
 sequences; leak, on later tokens of its own; executor and exchange may add to that, and a run's summary says what holds
 for all together. `form`: token, tokens choose experts; expert, experts choose tokens.
 `state`: what is carried from step to step beside the parameters.

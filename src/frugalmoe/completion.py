@@ -15,6 +15,8 @@ from frugalmoe.shipped import CONFIGS, STUDIES
 
 REQUESTED = "_ARGCOMPLETE"  # the variable by which a shell asks
 _STRATEGIES = Path(__file__).parent / "routing/strategies"
+_EXECUTORS = Path(__file__).parent / "experts/executors"
+_FOLDERS = {"model.moe.router": (_STRATEGIES,), "model.moe.executor": (_EXECUTORS, "auto", "grouped")}
 
 
 def complete(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +41,23 @@ def _add_completers(parser: argparse.ArgumentParser) -> None:
             _add_fields(parser)
         elif action.dest == "study":
             action.completer = _shipped_or_file(STUDIES)
+        elif action.dest == "router":
+            action.completer = _found(_STRATEGIES)
+        elif action.dest == "executor":
+            action.completer = _found(_EXECUTORS)
         elif action.dest == "scheduler":
             action.completer = lambda **_: ("slurm", "jobset", "skypilot", "ssh")
+
+
+def _found(folder: Path, *others: str):
+    """The files of a folder, which are not imported, other values, and Python files of the user's."""
+
+    def names(prefix: str, **_) -> list[str]:
+        from argcomplete.completers import FilesCompleter
+
+        return [*others, *(m.name for m in pkgutil.iter_modules([str(folder)])), *FilesCompleter([".py"])(prefix)]
+
+    return names
 
 
 def _shipped_or_file(folder):
@@ -63,5 +80,5 @@ def _add_fields(parser: argparse.ArgumentParser) -> None:
 
     for name, meaning in field_meanings().items():
         action = parser.add_argument(f"--config.{name}", help=meaning)
-        if name == "model.moe.router":
-            action.completer = lambda **_: [module.name for module in pkgutil.iter_modules([str(_STRATEGIES)])]
+        if name in _FOLDERS:
+            action.completer = _found(*_FOLDERS[name])

@@ -10,10 +10,12 @@ A file outside is read once in a process, so that a run does not change while so
 without an import, and only what is asked for is imported: a file that somebody is still writing stops nobody else.
 """
 
+import ast
 import dataclasses
 import hashlib
 import importlib
 import importlib.util
+import os
 import pkgutil
 import sys
 import traceback
@@ -128,10 +130,10 @@ def find(spec: str, what: str) -> Path:
     Raises `UserError` that begins with `what` for one that is not there.
     """
     if _is_path(spec):
-        path = Path(spec).expanduser()
+        path = Path(os.path.expanduser(spec))
         if path.suffix != ".py":
             raise UserError(f"{what}: must be a Python file, NAME.py")
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"{what}: no such file" + ("" if path.is_absolute() else f" in {Path.cwd()}"))
         return path
     with one_line_errors(what, spec), _from_here():
@@ -217,3 +219,19 @@ def _where(error: BaseException, file: str, message: str) -> str:
         file, lines, message = error.filename or file, [error.lineno], error.msg
     line = f", line {lines[-1]}" if lines[-1] else ""
     return f"{file}{line}: {type(error).__name__}: {' '.join(message.split())}"
+
+
+def defines(spec: str, name: str) -> bool:
+    """Returns whether a path or a dotted module names a Python file that assigns `name` at its top level.
+
+    The file is read, not run. False for what names no Python file.
+    """
+    if not is_outside(spec) or (_is_path(spec) and not spec.endswith(".py")):
+        return False
+    try:
+        body = ast.parse(find(spec, spec).read_bytes()).body
+    except (UserError, OSError, SyntaxError, ValueError):
+        return False
+    assigned = [node.targets for node in body if isinstance(node, ast.Assign)]
+    assigned += [[node.target] for node in body if isinstance(node, ast.AnnAssign) and node.value is not None]
+    return any(isinstance(target, ast.Name) and target.id == name for targets in assigned for target in targets)

@@ -14,6 +14,9 @@ Frozen = dataclasses.dataclass(frozen=True, kw_only=True)
 BY_NAME = "by_name"  # metadata of a field that from Python may hold the object itself, which has a `name`
 
 
+OUTSIDE = "outside"  # metadata of a field that may name a Python file outside the package: see `frugalmoe.found`
+
+
 class FrozenDict(dict):
     """A mapping that refuses to be written to: configs share their defaults, and are the keys of caches."""
 
@@ -38,7 +41,7 @@ class MoE:
     """A mixture-of-experts feed-forward layer."""
 
     # A strategy that `frugalmoe routers` lists, path/to/file.py or package.module; from Python also a `Router` itself.
-    router: str = dataclasses.field(default="topk_softmax", metadata={BY_NAME: True})
+    router: str = dataclasses.field(default="topk_softmax", metadata={BY_NAME: True, OUTSIDE: True})
     options: Any = FrozenDict()  # the strategy's own options; after `resolve`, an instance of its `Options`
     num_experts: int = 8  # routed experts of a layer
     num_experts_per_token: int = 2  # experts that a token is sent to
@@ -50,7 +53,7 @@ class MoE:
     load_balance_devices: int = 1  # loss device_balance: devices that hold equal shares of consecutive experts
     # auto or grouped: this platform's grouped products; a name in frugalmoe/experts/executors, as dense or capacity;
     # path/to/file.py; package.module.
-    executor: str = "auto"
+    executor: str = dataclasses.field(default="auto", metadata={OUTSIDE: True})
     capacity_factor: float = 1.25  # executor=capacity: slots per expert = factor * tokens * k / experts, per sequence
     exchange: str = "auto"  # of tokens between devices that hold experts: auto | all_gather | all_to_all
     # Rows a device has room for, times its fair share; 0: for all, none is dropped. Rows lost depend on later tokens.
@@ -131,7 +134,8 @@ class Source:
     """One named source of text."""
 
     # A file or directory of .txt .md .jsonl .ndjson .json .csv .tsv (.gz .zst .bz2 .xz) or .parquet; a glob takes any
-    # text; hf:NAME[:SPLIT]; quickstart[:DOMAIN] or mixed[:DOMAIN], the built-in corpora.
+    # text; hf:NAME[:SPLIT]; quickstart[:DOMAIN] or mixed[:DOMAIN], the built-in corpora; path/to/file.py or
+    # package.module that defines CORPUS, a source of your own.
     path: str = ""
     weight: float = 0.0  # share of the mixture; 0 for all sources: in proportion to their tokens
     text_field: str = "text"  # field or column that holds a record's text; meta.text: `text` inside `meta`
@@ -144,8 +148,8 @@ class Source:
 
 @Frozen
 class Data:
-    # A file, directory or glob of text, hf:NAME[:SPLIT], quickstart[:DOMAIN] or mixed[:DOMAIN], as Source.path, or a
-    # prepared directory; ignored where `sources` is given.
+    # A file, directory or glob of text, hf:NAME[:SPLIT], quickstart[:DOMAIN], mixed[:DOMAIN] or a Python file that
+    # defines CORPUS, as Source.path, or a prepared directory; ignored where `sources` is given.
     path: str = "quickstart"
     sources: Mapping[str, Source] = FrozenDict()  # several named sources, data.sources.NAME.path=... and so on
     # bytes | bpe:SIZE (trained on the data) | the path of a published vocabulary or of the directory that it is in:

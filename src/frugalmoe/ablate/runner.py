@@ -24,7 +24,6 @@ from frugalmoe.ablate.study import Study
 from frugalmoe.ablate.together import groups
 from frugalmoe.config import check_devices
 from frugalmoe.errors import UserError
-from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json, write_json
 from frugalmoe.train import preflight, rundir, trackers
 from frugalmoe.train.checkpoint import saved_steps
@@ -67,7 +66,7 @@ def check(plan: Plan, workdir: Path, fresh: bool = False) -> list[str]:
         results.check(workdir, plan.study.name)
         for pair in plan.pairs:
             directory = pair.directory(workdir)
-            rundir.check_config(directory, to_dict(plan.config(pair)), force=False)
+            rundir.check_config(directory, plan.config(pair), force=False)
             if plan.study.keep_checkpoints and status(directory) == "complete" and not saved_steps(directory):
                 rule = "is complete and kept no checkpoint; --fresh trains it again"
                 raise UserError(f"keep_checkpoints=True: {directory} {rule}")

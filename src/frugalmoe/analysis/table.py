@@ -6,7 +6,7 @@ from rich.text import Text
 from frugalmoe import metrics
 from frugalmoe.analysis.page import count, number, percent
 from frugalmoe.analysis.runs import Run
-from frugalmoe.config import RECORD, record, resolve, with_vocabulary
+from frugalmoe.config import RECORD, resolve, runnable, with_vocabulary
 from frugalmoe.cost import TRAIN_FACTOR, forward_flops
 from frugalmoe.errors import UserError
 
@@ -77,7 +77,7 @@ def tokens_seen(run: Run) -> int:
 def training_flops(run: Run) -> float:
     """Forward and backward, with the experts that tokens really used; 0 where the config is of other code than this."""
     try:
-        config = with_vocabulary(resolve(record(run.path / RECORD)), run.tokenizer.size if run.tokenizer else 0)
+        config = with_vocabulary(resolve(runnable(run.path / RECORD)), run.tokenizer.size if run.tokenizer else 0)
     except UserError:
         return 0.0
     if not config.model.vocab_size:

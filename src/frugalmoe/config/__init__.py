@@ -11,6 +11,7 @@ from frugalmoe.config.load import (
     read,
     record,
     resolve,
+    runnable,
     with_vocabulary,
 )
 from frugalmoe.config.modes import with_mode
@@ -28,6 +29,7 @@ __all__ = [
     "read",
     "record",
     "resolve",
+    "runnable",
     "with_mode",
     "with_vocabulary",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from frugalmoe import schema
+from frugalmoe.config import outside
 from frugalmoe.config.checks import check
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.fields import build, check_integer, to_dict
@@ -23,6 +24,8 @@ RECORD = "config.json"  # of a run's directory: the config that it was trained w
 
 # What runs did that are older than a field, where its default makes new ones do something else.
 _BEFORE = {"data": {"document_start": "none"}}
+# Router -> what its options were called before.
+_RENAMED = {router: {"normalize": "renormalize"} for router in ("sigmoid_bias", "quantile_balance")}
 
 
 def default() -> ConfigDict:
@@ -55,9 +58,24 @@ def record(path: Path) -> dict[str, Any]:
             micro_batch = train["batch_size"] // train["accumulate_steps"]
             train["eval_rows"] = train.pop("eval_batches") * micro_batch
         older = {section: {**fields, **saved[section]} for section, fields in _BEFORE.items()}
-        return completed({**saved, **older, "train": train})
+        return completed({**saved, **older, "model": _renamed(saved["model"]), "train": train})
     except (ArithmeticError, AttributeError, LookupError, TypeError) as e:
         raise UserError(f"{path}: a damaged config ({type(e).__name__}: {e})") from e
+
+
+def _renamed(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The section with the options of its router, and of a router that it wraps, as they are called today."""
+    moe = dict(model["moe"])
+    names = lambda router, options: {_RENAMED.get(router, {}).get(name, name): v for name, v in options.items()}
+    options = names(moe.get("router"), moe.get("options", {}))
+    if isinstance(options.get("base_options"), Mapping):
+        options["base_options"] = names(options.get("base"), options["base_options"])
+    return {**model, "moe": {**moe, "options": options}}
+
+
+def runnable(path: Path) -> dict[str, Any]:
+    """As `record`, to run with: the run's copies stand for files outside the package that are gone or have changed."""
+    return outside.with_copies(path.parent, record(path))
 
 
 _SECTIONS = ("model", "data", "optim", "train", "checkpoint", "mesh")
@@ -111,7 +129,7 @@ def read(spec: str) -> ConfigDict:
     """
     run = Path(spec) / RECORD
     if os.path.isfile(run) or spec.endswith(".json"):
-        return _open(ConfigDict(record(run if os.path.isfile(run) else Path(spec))))
+        return _open(ConfigDict(runnable(run if os.path.isfile(run) else Path(spec))))
     file, _, arg = spec.partition(":")
     get_config = python_file(CONFIGS, file, f"--config={spec}", "get_config")
     with one_line_errors(f"--config={spec}", str(CONFIGS.find(file, f"--config={spec}")), _message):

@@ -1,9 +1,11 @@
-"""Built-in corpora: directories of the cache that are made once from texts that packages ship.
+"""Corpora: those that are built in, and those that a Python file of the user's defines (`Corpus`).
 
-One holds a DOMAIN.jsonl.zst per domain, with records of text, domain and id, and a `manifest.json` that says where each
-domain comes from, its licence, its size and hash, and what is missing.
+A built-in one is a directory of the cache that is made once from texts that packages ship. It holds a DOMAIN.jsonl.zst
+per domain, with records of text, domain and id, and a `manifest.json` that says where each domain comes from, its
+licence, its size and hash, and what is missing.
 """
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -20,6 +22,19 @@ from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.files import locked
 
 SUFFIX = ".jsonl.zst"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """A source of text in Python: `data.path` or `data.sources.NAME.path` names a file with CORPUS = Corpus(...).
+
+    `documents` gives the documents in an order that is always the same, for they are read twice: each a text, or an
+    object with the source's `text_field` and, if it likes, a `domain`. `fingerprint` changes when the documents do;
+    prepared data are used again while it and the file are as they were.
+    """
+
+    documents: Callable[[], Iterable[str | Mapping[str, Any]]]
+    fingerprint: Callable[[], str] = lambda: ""
 
 
 def build(cache: Path, name: str, fill: Callable[[Path, Path, Console], None], progress: bool) -> Path:

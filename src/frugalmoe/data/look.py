@@ -76,6 +76,8 @@ def _look_at(data: Data, name: str, source: Source) -> list[str]:
         return [f"{where} is fetched from the hub, which takes a network"]
     _check_readable(opened, where)
     next(documents(opened))
+    if opened.outside:
+        return [f"{where}: its documents are still to be read and tokenised"]
     size = sum(file.stat().st_size for file in opened.files)
     todo = f"{where}: {len(opened.files):,} files, {size / 1e6:,.1f} MB, are still to be read and tokenised"
     return [todo, *filter(None, [opened.left_out])]

@@ -8,11 +8,13 @@ name, takes any text. What was left out is told.
 import collections
 import dataclasses
 import glob
+import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from frugalmoe import found
 from frugalmoe.data import corpus, mixed, quickstart, readers
 from frugalmoe.data.cache import cache_root
 from frugalmoe.errors import UserError, needs_package
@@ -39,6 +41,8 @@ class Input:
     files: tuple[Path, ...] = ()
     left_out: str = ""  # what was found but is not read
     built_in: bool = False
+    outside: found.Outside | None = None  # the Python file that defines CORPUS
+    digests: set[str] = dataclasses.field(default_factory=set)  # of what it gave, each time that it was read
 
     @property
     def where(self) -> str:
@@ -54,7 +58,21 @@ class Input:
         place = Path(self.hf[0] if self.hf else self.root)
         place = str(place.resolve() if place.exists() else place)
         options = dataclasses.asdict(dataclasses.replace(self.source, path="", weight=0.0))
+        if self.outside:
+            return [self.name, options, self.outside.sha256, self.fingerprint()]
         return [self.name, options, self.hf, place, files]
+
+    @property
+    def corpus(self) -> corpus.Corpus:
+        return self.outside.module.CORPUS
+
+    def fingerprint(self) -> str:
+        """What the user's corpus says that it is."""
+        with found.one_line_errors(self.where, str(self.outside.path)):
+            value = self.corpus.fingerprint()
+        if not isinstance(value, str):
+            raise UserError(f"{self.where}: fingerprint() gives {type(value).__name__}, must be a string")
+        return value
 
 
 class Notes:
@@ -105,9 +123,19 @@ def _open_input(field: str, name: str, source: Source, data: Data, progress: boo
         root = BUILT_IN[kind](cache_root(data), progress)
         files = corpus.files(root, rest, f"{field}={source.path!r}")
         return Input(field, name or kind, source, root=root, files=files, built_in=True)
+    if found.defines(source.path, "CORPUS"):
+        return _open_corpus(field, name, source)
     root, files, left_out = _find(source, field)
     folder = root.parent if root.is_file() else root
     return Input(field, name or root.resolve().stem, source, root=folder, files=files, left_out=left_out)
+
+
+def _open_corpus(field: str, name: str, source: Source) -> Input:
+    where = f"{field}={source.path!r}"
+    outside = found.outside(source.path, where)
+    if not isinstance(outside.module.CORPUS, corpus.Corpus):
+        raise UserError(f"{where}: {outside.path}: CORPUS must be a frugalmoe.data.corpus.Corpus(...)")
+    return Input(field, name or outside.path.stem, source, root=outside.path.parent, outside=outside)
 
 
 def _find(source: Source, field: str) -> tuple[Path, tuple[Path, ...], str]:
@@ -127,7 +155,7 @@ def _find(source: Source, field: str) -> tuple[Path, tuple[Path, ...], str]:
     elif path and os.path.exists(root):
         raise UserError(f"{field}={path!r}: is no regular file, and must be read more than once; write it into one")
     else:
-        valid = ", ".join(("a glob", "hf:NAME[:SPLIT]", *BUILT_IN))
+        valid = ", ".join(("a glob", "hf:NAME[:SPLIT]", *BUILT_IN, "a Python file that defines CORPUS"))
         raise UserError(f"{field}={path!r}: no such file or directory; also valid: {valid}")
     others = collections.Counter(str(readers.kind(file)) for file in set(found).difference(chosen))
     told, hint = _told(others + left_out), ""
@@ -191,6 +219,8 @@ def documents(source: Input, notes: Notes | None = None) -> Iterator[Document]:
     notes = notes or Notes()
     if source.hf:
         yield from _documents(_hf_records(source), source, notes)
+    if source.outside:
+        yield from _documents(_corpus_records(source), source, notes)
     for file in source.files:
         if source.built_in:
             corpus.check(source.root, file)
@@ -225,6 +255,28 @@ def _documents(found: Iterable[readers.Found], source: Input, notes: Notes) -> I
             notes.documents += 1
             notes.carriage_returns += "\r\n" in text
             yield Document(text, source.source.domain or domain or source.name, record.id)
+
+
+def _corpus_records(source: Input) -> Iterator[readers.Found]:
+    """What the user's corpus gives; raises `UserError` where it raises, or gives something else than the last time."""
+    content, number = hashlib.sha256(), 0
+    with found.one_line_errors(source.where, str(source.outside.path)):
+        documents = iter(source.corpus.documents())
+    end = object()
+    while True:
+        with found.one_line_errors(source.where, str(source.outside.path)):
+            record = next(documents, end)
+        if record is end:
+            break
+        number += 1
+        if isinstance(record, Mapping):
+            record = dict(record)
+        content.update(repr(record).encode(errors="surrogatepass"))
+        yield readers.Found(record, f"{source.where}: document {number}", f"{source.name}:{number}")
+    source.digests.add(content.hexdigest())
+    if len(source.digests) > 1:
+        rule = "documents() gives others each time that it is called; they are read twice"
+        raise UserError(f"{source.where}: {rule}")
 
 
 def _hf_records(source: Input) -> Iterator[readers.Found]:

@@ -13,7 +13,7 @@ executor is tested against that matrix.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from frugalmoe.schema import MoE
+from frugalmoe.routing import merging
+from frugalmoe.schema import FrozenDict, MoE
 from frugalmoe.sharding import parameter
 
 Params = Mapping[str, Array]
@@ -185,8 +186,25 @@ class Router:
     init_state: Callable[[int, MoE], State] = no_state  # (dim, config); float32, no gradient, checkpointed
     update: Callable[[State, Mapping[str, Array], MoE], State] = keep_state  # once per step, stats of the whole batch
     init_carry: Callable[[MoE, int, int], Carry] = lambda config, batch, time: None  # before the first MoE layer
+    # Entry of the state -> its rule of `merging.RULES`.
+    merges: Mapping[str, str] = dataclasses.field(default=FrozenDict(), compare=False)
+    # Where the entries do not merge one by one: (states, weights, config) -> State, of host arrays that were checked.
+    merge_state: Callable[[Sequence[State], Sequence[float], MoE], State] | None = None
     check: Callable[[MoE], str | None] = lambda config: None  # the rule that a config breaks, or None
+    # (K, options of 8 experts), beside the defaults, that the laws run with.
+    cases: tuple[tuple[int, Mapping[str, Any]], ...] = dataclasses.field(default=(), compare=False)
     name: str = ""  # set by `strategies.get` to the file's name
+
+    def merge(self, states: Sequence[State], weights: Sequence[float], config: MoE) -> State:
+        """One state of replicas that trained apart, as host arrays: see `merging`. Leading axes (layers) are kept.
+
+        `weights`: what each replica counts for, say its tokens; a common factor changes nothing. Raises `UserError`
+        for no states, for weights that are no weights, and for states that differ in form or are not finite.
+        """
+        held = merging.checked(states, weights)
+        if self.merge_state is not None:
+            return self.merge_state(held, weights, config)
+        return merging.by_rules(self.merges, held, weights)
 
     def claim(self, field: str, config: MoE) -> Any:
         """The value of a field of `about` under this config."""

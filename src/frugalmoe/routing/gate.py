@@ -1,4 +1,4 @@
-"""What token-choice gates share: features, weights, and a routing with the losses and statistics of any gate.
+"""What token-choice gates share: weights, and a routing with the losses and statistics of any gate.
 
 Letters: B batch, T time, E experts, K choices.
 """
@@ -44,9 +44,25 @@ def routing(
     )
 
 
-def features(inputs: Inputs) -> Array:
-    """The layer's input in float32, zeros at padding, so that garbage there reaches no gradient."""
-    return jnp.where(inputs.valid_BT[..., None], inputs.x_BTD, 0).astype(jnp.float32)
+def by_scores(logits_BTE: Array, choice: select.Choice, inputs: Inputs, config: MoE) -> Routing:
+    """The routing of experts that a bias or a price helped to choose, weighted by their scores alone.
+
+    Of the options: `score`, a name of `select.SCORES`; `renormalize`, whether weights are the scores over their sum;
+    `scale`, a factor on all weights.
+    """
+    options = config.options
+    log_BTE = select.LOG_SCORES[options.score](logits_BTE)
+    if options.renormalize:
+        weight_BTK = select.shares(select.at(log_BTE, choice.expert_BTK))
+    else:
+        weight_BTK = select.at(select.SCORES[options.score](logits_BTE), choice.expert_BTK)
+    probs_BTE, by_score = select.shares(log_BTE), select.top_k(logits_BTE, config.num_experts_per_token)
+    return routing(logits_BTE, probs_BTE, choice, weight_BTK * options.scale, inputs, config, by_score)
+
+
+def weight_sum(config: MoE) -> float | str:
+    """What the weights of `by_scores` add up to."""
+    return config.options.scale if config.options.renormalize else "free"
 
 
 def on_sphere(x: Array, axis: int = -1) -> Array:

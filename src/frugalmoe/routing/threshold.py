@@ -69,6 +69,11 @@ def initial(value: float, num_experts: int) -> State:
     return {"threshold_E": jnp.full(num_experts, value, jnp.float32), "updates_E": jnp.zeros(num_experts, jnp.float32)}
 
 
+# A threshold is a mean over batches, and `updates_E` counts the batches that it remembers: the mean of replicas is at
+# least as old as the oldest of them, so that a young one does not begin the average again.
+MERGES = {"threshold_E": "mean", "updates_E": "maximum"}
+
+
 def follow(state: State, stats: Mapping[str, Array], decay: float) -> State:
     """The exponential mean of the batches' cuts; a plain mean until there are more of them than `decay` remembers."""
     cut_E = stats["cut_sum"] / jnp.maximum(stats["tokens"], 1)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from frugalmoe import sharding
-from frugalmoe.config import Config, check_devices, with_vocabulary
+from frugalmoe.config import Config, check_devices, outside, with_vocabulary
 from frugalmoe.data import Dataset, open_data
 from frugalmoe.data.batches import Batch
 from frugalmoe.data.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ def train(
     """
     config = config if fresh else rundir.as_begun(config, workdir)
     flags = {"--workdir": str(workdir), "--resume": resume, "--fresh": fresh}
-    distributed.check_same(to_dict(config) | flags)
+    distributed.check_same(to_dict(config) | outside.hashes(config) | flags)
     axes = check_devices(config, jax.device_count())
     with distributed.together():
         if distributed.is_main():
@@ -100,7 +100,7 @@ def opened(
                 if fresh:
                     rundir.check_fresh(workdir)
                 else:
-                    rundir.check_config(workdir, to_dict(config), force=force)
+                    rundir.check_config(workdir, config, force=force)
                     _check_data(workdir, data)
                 freed = rundir.size_of_run(workdir) if fresh else 0
                 checkpoint.check_space(workdir, abstract(model_config), freed)
@@ -139,7 +139,7 @@ def _describe(workdir: Path, config: Config, data: Dataset, start: int) -> None:
     (workdir / "tokenizer").mkdir(exist_ok=True)
     data.tokenizer.save_into(workdir / "tokenizer")
     write_json(workdir / "data.json", described)
-    rundir.describe(workdir, to_dict(config), start)  # last: it marks the directory as a run
+    rundir.describe(workdir, config, start)  # last: it marks the directory as a run
 
 
 def train_runs(

@@ -14,7 +14,6 @@ from frugalmoe.config import RECORD, Config, check_devices, with_vocabulary
 from frugalmoe.data.look import Look, look
 from frugalmoe.data.tokenizer import parse
 from frugalmoe.errors import UserError
-from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.train import checkpoint, distributed, rundir, trackers
@@ -76,7 +75,7 @@ def check_directory(config: Config, workdir: Path, *, resume: str = "auto", fres
         return
     if resume == "never" and (workdir / RECORD).is_file():
         raise UserError(f"--workdir={workdir}: holds a run and --resume=never was given")
-    rundir.check_config(workdir, to_dict(config), force=resume == "force")
+    rundir.check_config(workdir, config, force=resume == "force")
 
 
 def settle(config: Config, found: Look) -> Ready:

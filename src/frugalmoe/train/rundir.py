@@ -19,18 +19,20 @@ from typing import Any, TextIO
 
 import jax
 
-from frugalmoe.config import RECORD, Config, completed, record
+from frugalmoe.config import RECORD, Config, completed, outside, record
 from frugalmoe.errors import UserError
+from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json, to_json, write_atomically, write_json
 
 # What a run writes, by the order in which it may appear: files before config.json, which marks a directory as a run.
 _BEGINNING = ("checkpoints", "metrics.jsonl", "expert_load.jsonl", "tensorboard", "tokenizer", "environment.json",
-              "data.json", "history.jsonl", "trackers.json", "wandb")  # fmt: skip
+              "data.json", "history.jsonl", "trackers.json", "wandb", "outside", "outside.json")  # fmt: skip
 _OWN = ("config.json", "environment.json", "data.json", "history.jsonl", "metrics.jsonl", "expert_load.jsonl",
         "summary.json", "probe.npz", "cross.json", ".*.json.*.tmp", ".*.jsonl.*.tmp",
         "tensorboard/events.out.tfevents.*", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
-        "report/index.html", "report/*.png", "trace/step_*.npz", "trackers.json", "wandb", "profile")  # fmt: skip
-_FOLDERS = ("checkpoints", "tensorboard", "tokenizer", "report", "trace")
+        "report/index.html", "report/*.png", "trace/step_*.npz", "trackers.json", "wandb", "profile",
+        "outside.json", "outside/*/*.py")  # fmt: skip
+_FOLDERS = ("checkpoints", "tensorboard", "tokenizer", "report", "trace", "outside/*", "outside")
 
 
 def is_complete(workdir: Path) -> bool:
@@ -56,9 +58,9 @@ def start_over(workdir: Path) -> None:
     check_fresh(workdir)
     for path in _own(workdir):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    for name in _FOLDERS:
-        with contextlib.suppress(OSError):  # absent, or it holds files of somebody else's
-            (workdir / name).rmdir()
+    for folder in (folder for pattern in _FOLDERS for folder in workdir.glob(pattern)):
+        with contextlib.suppress(OSError):  # it holds files of somebody else's
+            folder.rmdir()
 
 
 def size_of_run(workdir: Path) -> int:
@@ -82,17 +84,25 @@ def _holds_something(workdir: Path) -> bool:
     return bool(others or any((workdir / "checkpoints").glob("[0-9]*")))
 
 
-def check_config(workdir: Path, config: Mapping[str, Any], force: bool) -> None:
-    """Refuses to continue a run of another config, and names what differs. Mesh and trackers change no answer."""
+def check_config(workdir: Path, config: Config, force: bool) -> None:
+    """Refuses to continue a run of another config, and names what differs. Mesh and trackers change no answer.
+
+    A file outside the package that the config names is the same where its text is, and another where that changed.
+    """
     if not (workdir / RECORD).is_file():
         if _holds_something(workdir):
             raise UserError(f"--workdir={workdir}: holds files but no {RECORD}; give an empty or new directory")
         return
-    saved = record(workdir / RECORD) | {"mesh": config["mesh"]}
-    saved["train"]["trackers"] = config["train"]["trackers"]
+    plain = to_dict(config)
+    saved = record(workdir / RECORD) | {"mesh": plain["mesh"]}
+    changed = outside.compared(workdir, saved, config)
+    if changed and not force:
+        rule = "give another --workdir, or --resume=force to go on with it as it is now"
+        raise UserError(f"--workdir={workdir}: {changed[0]}; {rule}")
+    saved["train"]["trackers"] = plain["train"]["trackers"]
     if "eval_batches" in read_json(workdir / RECORD)["train"]:  # an older run goes on with the held-out rows of today
-        saved["train"]["eval_rows"] = config["train"]["eval_rows"]
-    differing = differences(saved, completed(config), "there", "here")
+        saved["train"]["eval_rows"] = plain["train"]["eval_rows"]
+    differing = differences(saved, completed(plain), "there", "here")
     if differing and not force:
         shown = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
         raise UserError(
@@ -133,27 +143,35 @@ def changes(ours: Any, theirs: Any, path: str = "") -> dict[str, tuple[Any, Any]
 _OF_A_START = ("command", "versions", "git_commit", "platform", "devices", "processes")
 
 
-def describe(workdir: Path, config: Mapping[str, Any], step: int) -> None:
-    """Writes what the run is from this start on, at `step`: config.json and environment.json, and a row in
-    history.jsonl, which keeps what they said before.
+def describe(workdir: Path, config: Config, step: int) -> None:
+    """Writes what the run is from this start on, at `step`: config.json, environment.json, copies of the files outside
+    the package that the config names, and a row in history.jsonl, which keeps what they said before.
 
     A row holds the time (UTC), the step, what `_OF_A_START` names of the environment, and `changes` of the config
     since the start before: field -> [then, now]. A run that is older than its history has a first row without time.
     """
-    known = workdir / RECORD
-    before = record(known) if known.is_file() else completed(config)
+    known, plain = workdir / RECORD, to_dict(config)
+    before, after = record(known) if known.is_file() else completed(plain), completed(plain)
     path, now = workdir / "history.jsonl", environment()
     rows = read_rows(path) if path.is_file() else []
     if not rows and known.is_file() and (workdir / "environment.json").is_file():
         first = read_json(workdir / "environment.json")
         rows = [{"time": None, "step": 0, **{k: first.get(k) for k in _OF_A_START}, "changes": {}}]
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    rows += [
-        {"time": time, "step": step, **{k: now[k] for k in _OF_A_START}, "changes": changes(before, completed(config))}
-    ]
+    found = changes(before, after) | _changed_files(workdir, config)
+    rows += [{"time": time, "step": step, **{k: now[k] for k in _OF_A_START}, "changes": found}]
     write_rows(path, rows)
     write_json(workdir / "environment.json", now)
-    write_json(known, config)
+    outside.keep(workdir, config)
+    write_json(known, plain)
+
+
+def _changed_files(workdir: Path, config: Config) -> dict[str, tuple[str, str]]:
+    """`FIELD sha256` -> the hashes then and now of files outside the package whose text has changed."""
+    before = {field: row["sha256"] for field, row in outside.kept(workdir).items()}
+    now = outside.hashes(config)
+    changed = [field for field in before if now.get(field, before[field]) != before[field]]
+    return {f"{field} sha256": (before[field], now[field]) for field in changed}
 
 
 class Busy(UserError):

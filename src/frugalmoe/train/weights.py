@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 
 from frugalmoe import sharding
-from frugalmoe.config import RECORD, Config, record, resolve
+from frugalmoe.config import RECORD, Config, resolve, runnable
 from frugalmoe.data.tokenizer import Tokenizer, load_from
 from frugalmoe.errors import UserError
 from frugalmoe.train import checkpoint
@@ -25,7 +25,7 @@ def load_model(run: Path, step: int | None = None) -> tuple[Config, Weights, Tok
     """The config, weights and tokenizer of a run directory's checkpoint, the newest by default, on one device."""
     if not (run / RECORD).is_file():
         raise UserError(f"{run}: not a run directory (it holds no {RECORD})")
-    config = resolve(record(run / RECORD))
+    config = resolve(runnable(run / RECORD))
     tokenizer = load_from(run / "tokenizer")
     if not config.model.vocab_size:
         size = -(-tokenizer.size // 64) * 64

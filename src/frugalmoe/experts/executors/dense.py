@@ -13,9 +13,10 @@ from frugalmoe.routing.contract import Plan, combine_matrix
 def run(plan: Plan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, call: Call) -> tuple[Array, Array]:
     """y_n = sum_e G[n, e] * expert_e(x_n), by definition. Holds an [N, E, 2F] array."""
     g_NE = combine_matrix(plan, x_ND.shape[0], down_EFD.shape[0])
-    h_NE2F = jnp.einsum("nd,edgf->negf", x_ND, gate_up_ED2F, preferred_element_type=jnp.float32)
+    full = lambda a: a.astype(jnp.float32)  # exact; not every backend multiplies bfloat16 into float32
+    h_NE2F = jnp.einsum("nd,edgf->negf", full(x_ND), full(gate_up_ED2F))
     a_NEF = swiglu(h_NE2F[..., 0, :], h_NE2F[..., 1, :]).astype(x_ND.dtype)
-    y_NED = jnp.einsum("nef,efd->ned", a_NEF, down_EFD, preferred_element_type=jnp.float32)
+    y_NED = jnp.einsum("nef,efd->ned", full(a_NEF), full(down_EFD))
     return jnp.einsum("ned,ne->nd", y_NED, g_NE).astype(x_ND.dtype), jnp.int32(0)
 
 

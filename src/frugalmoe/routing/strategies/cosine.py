@@ -15,7 +15,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from frugalmoe.routing import gate, losses, rules, select
-from frugalmoe.routing.contract import About, Inputs, NewParams, Params, Router, Routing, State, declare, linear_logits
+from frugalmoe.routing.contract import (
+    About,
+    Inputs,
+    NewParams,
+    Params,
+    Router,
+    Routing,
+    State,
+    clean,
+    declare,
+    linear_logits,
+)
 from frugalmoe.schema import MoE
 
 
@@ -38,7 +49,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
 
 def logits(params: Params, inputs: Inputs, options: Options) -> Array:
     high = jax.lax.Precision.HIGHEST
-    z_BTP = jnp.einsum("btd,dp->btp", gate.features(inputs), params["projection_DP"], precision=high)
+    z_BTP = jnp.einsum("btd,dp->btp", clean(inputs), params["projection_DP"], precision=high)
     inverse = jnp.exp(jnp.minimum(params["log_inverse_temperature"], -math.log(options.min_temperature)))
     kernel = {"kernel_DE": gate.on_sphere(params["expert_PE"], axis=0) * inverse}
     return linear_logits(kernel, inputs._replace(x_BTD=gate.on_sphere(z_BTP)))
@@ -80,4 +91,5 @@ ROUTER = Router(
     options=Options,
     init=init,
     check=check,
+    cases=((1, {"projection": 4, "renormalize": False}),),
 )

@@ -116,5 +116,7 @@ ROUTER = Router(
     init=linear_init,
     init_state=lambda dim, config: {"output_ED": jnp.zeros((config.num_experts, dim), jnp.float32)},
     update=update,
+    # A running mean of outputs.
+    merges={"output_ED": "mean"},
     check=check,
 )

@@ -14,7 +14,7 @@ tokens at the start of documents tie across sequences there, and rounding, hence
 
 | evaluate | a token's experts in evaluation |
 |---|---|
-| threshold | those whose threshold its probability reaches, the FAN_OUT * K of largest margin at most: causal |
+| threshold | those whose threshold its probability reaches, at most the 4 * K of largest margin: causal |
 | choice | as in training: where a study wants to compare |
 
 The threshold of an expert is the running mean of the probability of its C-th token (as in Sun et al., 2603.11535; a
@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.routing import losses, rules, stats, threshold
+from frugalmoe.routing import dynamic, losses, rules, stats, threshold
 from frugalmoe.routing.contract import (
     About,
     ExpertPlan,
@@ -43,8 +43,6 @@ from frugalmoe.routing.contract import (
     linear_logits,
 )
 from frugalmoe.schema import MoE
-
-FAN_OUT = 4  # slots of a token in evaluation, over num_experts_per_token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +60,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
         plan, cut_E = choose(probs_BTE, inputs, config)
         extra = {"cut_sum": cut_E}
     else:
-        slots = min(FAN_OUT * config.num_experts_per_token, config.num_experts)
+        slots = min(dynamic.FAN_OUT * config.num_experts_per_token, config.num_experts)
         active = threshold.activate(probs_BTE, probs_BTE, state["threshold_E"], slots, inputs)
         plan, extra = active.plan, {"overflow": active.overflow}
     load_BE = stats.load(plan, inputs, config.num_experts)
@@ -141,5 +139,7 @@ ROUTER = Router(
     init=linear_init,
     init_state=init_state,
     update=update,
+    merges=threshold.MERGES,
     check=check,
+    cases=((1, {"capacity_factor": 1.3, "evaluate": "choice"}), (2, {"pool": "batch"})),
 )

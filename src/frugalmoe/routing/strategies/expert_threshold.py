@@ -109,5 +109,7 @@ ROUTER = Router(
     init=linear_init,
     init_state=init_state,
     update=update,
+    merges=threshold.MERGES,
     check=check,
+    cases=((1, {"max_experts": 4, "update": "sign"}),),
 )

@@ -15,12 +15,23 @@ import jax.numpy as jnp
 from jax import Array
 
 from frugalmoe.routing import gate, losses, rules, select
-from frugalmoe.routing.contract import About, Inputs, NewParams, Params, Router, Routing, State, declare, linear_logits
+from frugalmoe.routing.contract import (
+    About,
+    Inputs,
+    NewParams,
+    Params,
+    Router,
+    Routing,
+    State,
+    clean,
+    declare,
+    linear_logits,
+)
 from frugalmoe.schema import MoE
 
 
 def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
-    direction_BTD = gate.on_sphere(gate.features(inputs))  # x / rms(x) / sqrt(D)
+    direction_BTD = gate.on_sphere(clean(inputs))  # x / rms(x) / sqrt(D)
     logits_BTE = linear_logits(params, inputs._replace(x_BTD=direction_BTD * params["scale_D"]))
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     choice = select.top_k(logits_BTE, config.num_experts_per_token)

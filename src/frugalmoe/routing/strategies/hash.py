@@ -82,4 +82,5 @@ ROUTER = Router(
     options=Options,
     init=init,
     check=check,
+    cases=((2, {"gate": "learned"}),),
 )

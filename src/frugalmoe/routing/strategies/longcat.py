@@ -87,5 +87,8 @@ ROUTER = Router(
     init=lambda key, dim, config: zero_cost.linear_init(key, dim, config.num_experts + config.options.num_identity),
     init_state=lambda dim, config: {"bias_E": jnp.zeros(config.num_experts, jnp.float32)},
     update=update,
+    # A step adds to it: the mean of replicas adds the mean step.
+    merges={"bias_E": "mean"},
     check=check,
+    cases=((3, {"num_identity": 6, "mean_experts": 1.5, "scale": 2.0}),),
 )

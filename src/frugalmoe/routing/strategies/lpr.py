@@ -44,6 +44,7 @@ from frugalmoe.routing.contract import (
     Router,
     Routing,
     State,
+    clean,
     declare,
     linear_logits,
 )
@@ -77,7 +78,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
 
 
 def encode(params: Params, inputs: Inputs) -> Array:
-    x_BTD = gate.features(inputs)
+    x_BTD = clean(inputs)
     x_BTD = x_BTD - x_BTD.mean(-1, keepdims=True)
     x_BTD = x_BTD * jax.lax.rsqrt(jnp.mean(jnp.square(x_BTD), axis=-1, keepdims=True) + EPS)
     high = jax.lax.Precision.HIGHEST
@@ -136,4 +137,5 @@ ROUTER = Router(
     options=Options,
     init=init,
     check=check,
+    cases=((3, {"latent": 4, "temperature": 0.1}),),
 )

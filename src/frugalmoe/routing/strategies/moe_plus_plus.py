@@ -122,4 +122,5 @@ ROUTER = Router(
     init=init,
     init_carry=init_carry,
     check=check,
+    cases=((3, {"num_zero": 2, "num_constant": 0}),),
 )

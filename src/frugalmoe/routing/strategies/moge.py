@@ -69,4 +69,5 @@ ROUTER = Router(
     options=Options,
     init=linear_init,
     check=check,
+    cases=((2, {"renormalize": True}), (4, {"num_groups": 2})),
 )

@@ -103,5 +103,8 @@ ROUTER = Router(
     init=linear_init,
     init_state=init_state,
     update=update,
+    # An average over steps of what the drop rate asks for.
+    merges={"strength_1": "mean"},
     check=check,
+    cases=((1, {"renormalize": False, "logit_std": 2.0}),),
 )

@@ -33,7 +33,7 @@ from frugalmoe.schema import MoE
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     score: str = "sigmoid"  # sigmoid | softmax | sqrt_softplus
-    normalize: bool = True  # weights of the K experts sum to `scale`
+    renormalize: bool = True  # weights of the K experts sum to `scale`
     scale: float = 1.0  # factor on all weights
     ema: float = 0.0  # share of the old prices that a step keeps
 
@@ -44,13 +44,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     score_BTE = select.SCORES[options.score](logits_BTE)
     net_BTE = jax.lax.stop_gradient(score_BTE) - state["beta_E"]
     choice = select.top_k(net_BTE, config.num_experts_per_token)
-    log_BTE = select.LOG_SCORES[options.score](logits_BTE)
-    if options.normalize:
-        weight_BTK = select.shares(select.at(log_BTE, choice.expert_BTK))
-    else:
-        weight_BTK = select.at(score_BTE, choice.expert_BTK)
-    probs_BTE, by_score = select.shares(log_BTE), select.top_k(logits_BTE, config.num_experts_per_token)
-    routing = gate.routing(logits_BTE, probs_BTE, choice, weight_BTK * options.scale, inputs, config, by_score)
+    routing = gate.by_scores(logits_BTE, choice, inputs, config)
     tokens_B1 = inputs.valid_BT.sum(-1, dtype=jnp.int32)[:, None]
     beta_BE = state["beta_E"] + quantiles(net_BTE, inputs.valid_BT, config.num_experts_per_token)
     return routing._replace(stats={**routing.stats, "beta_sum": jnp.sum(beta_BE * tokens_B1, axis=0)})
@@ -91,14 +85,9 @@ def check(config: MoE) -> str | None:
         rules.one_of("score", o.score, select.SCORES),
         rules.positive("scale", o.scale),
         rules.decay("ema", o.ema),
-        rules.gradient_at_one(config, o.normalize, "set options.normalize=False"),
+        rules.gradient_at_one(config, o.renormalize, "set options.renormalize=False"),
         None if k < num_experts else f"num_experts_per_token={k}: must be less than num_experts={num_experts}",
     )
-
-
-def weight_sum(config: MoE) -> float | str:
-    options: Options = config.options
-    return options.scale if options.normalize else "free"
 
 
 ROUTER = Router(
@@ -109,7 +98,7 @@ ROUTER = Router(
         selection="K largest of score - price",
         weights="scores without the price, normalised over the K or as they are",
         balance="price per expert, a quantile of the last step's scores",
-        weight_sum=weight_sum,
+        weight_sum=gate.weight_sum,
         stateful=True,
         losses=losses.GATE_LOSSES,
     ),
@@ -118,5 +107,8 @@ ROUTER = Router(
     init=linear_init,
     init_state=init_state,
     update=update,
+    # As over sequences: a mean by tokens of what each part alone would have.
+    merges={"beta_E": "mean"},
     check=check,
+    cases=((1, {"renormalize": False, "score": "softmax"}), (3, {"score": "sqrt_softplus", "ema": 0.5})),
 )

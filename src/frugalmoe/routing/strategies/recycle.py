@@ -100,4 +100,5 @@ ROUTER = Router(
     options=Options,
     init=linear_init,
     check=lambda config: rules.at_least("capacity_factor", config.options.capacity_factor, 1),
+    cases=((1, {"capacity_factor": 1.3}),),
 )

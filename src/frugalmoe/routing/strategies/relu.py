@@ -119,5 +119,8 @@ ROUTER = Router(
     init=init,
     init_state=init_state,
     update=update,
+    # Steps are factors on lambda: its geometric mean.
+    merges={"log_lambda": "mean"},
     check=check,
+    cases=((2, {}), (2, {"max_experts": 3, "rms_norm": True})),
 )

@@ -14,7 +14,7 @@ from jax import Array
 
 from frugalmoe.errors import UserError
 from frugalmoe.routing import gate, rules, select
-from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State
+from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, clean
 from frugalmoe.schema import MoE
 
 
@@ -24,7 +24,7 @@ class Options:
 
 
 def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
-    logits_BTE = gate.features(inputs)[..., : config.num_experts]
+    logits_BTE = clean(inputs)[..., : config.num_experts]
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     choice = select.top_k(logits_BTE, config.num_experts_per_token)
     weight_BTK = gate.weights(logits_BTE, probs_BTE, choice.expert_BTK, config.options.renormalize)
@@ -52,4 +52,5 @@ ROUTER = Router(
     options=Options,
     init=init,
     check=lambda config: rules.gradient_at_one(config, config.options.renormalize, "set options.renormalize=False"),
+    cases=((1, {"renormalize": False}),),
 )

@@ -39,7 +39,7 @@ UPDATES = ("sign", "zero_mean", "proportional", "momentum")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     score: str = "sigmoid"  # sigmoid | softmax | sqrt_softplus (DeepSeek-V4)
-    normalize: bool = True  # weights of the K experts sum to `scale`
+    renormalize: bool = True  # weights of the K experts sum to `scale`
     scale: float = 1.0  # factor on all weights (2.5 in DeepSeek-V3 and Ling 2.0, 1.5 in DeepSeek-V4)
     num_groups: int = 1  # equal groups of consecutive experts
     groups_per_token: int = 1  # groups that a token may choose from
@@ -56,13 +56,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     logits_BTE = linear_logits(params, inputs)
     score_BTE = select.SCORES[options.score](logits_BTE)
     choice = choose(score_BTE + state["bias_E"], inputs, config)
-    log_BTE = select.LOG_SCORES[options.score](logits_BTE)
-    if options.normalize:
-        weight_BTK = select.shares(select.at(log_BTE, choice.expert_BTK))
-    else:
-        weight_BTK = select.at(score_BTE, choice.expert_BTK)
-    probs_BTE, by_score = select.shares(log_BTE), select.top_k(logits_BTE, config.num_experts_per_token)
-    routing = gate.routing(logits_BTE, probs_BTE, choice, weight_BTK * options.scale, inputs, config, by_score)
+    routing = gate.by_scores(logits_BTE, choice, inputs, config)
     if not options.hash_layers:
         return routing
     hashed = inputs.layer < options.hash_layers
@@ -126,14 +120,9 @@ def check(config: MoE) -> str | None:
         rules.positive("sharpness", o.sharpness),
         rules.positive("scale", o.scale),
         rules.at_least("hash_layers", o.hash_layers, 0),
-        rules.gradient_at_one(config, o.normalize, "set options.normalize=False"),
+        rules.gradient_at_one(config, o.renormalize, "set options.renormalize=False"),
         groups.check(config),
     )
-
-
-def weight_sum(config: MoE) -> float | str:
-    options: Options = config.options
-    return options.scale if options.normalize else "free"
 
 
 ROUTER = Router(
@@ -144,7 +133,7 @@ ROUTER = Router(
         selection="K largest of score + bias, in the best groups",
         weights="scores without the bias, normalised over the K or as they are",
         balance="bias, moved against the load",
-        weight_sum=weight_sum,
+        weight_sum=gate.weight_sum,
         stateful=True,
         losses=losses.GATE_LOSSES,
     ),
@@ -153,5 +142,13 @@ ROUTER = Router(
     init=linear_init,
     init_state=init_state,
     update=update,
+    # A step adds to them: the mean of replicas adds the mean step.
+    merges={"bias_E": "mean", "momentum_E": "mean"},
     check=check,
+    cases=(
+        (2, {"num_groups": 4, "groups_per_token": 2, "scale": 2.5, "update": "zero_mean"}),
+        (1, {"renormalize": False}),
+        (2, {"score": "softmax", "num_groups": 2, "group_score": "max", "update": "proportional"}),
+        (2, {"score": "sqrt_softplus", "update": "momentum"}),
+    ),
 )

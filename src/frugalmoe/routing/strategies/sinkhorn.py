@@ -74,4 +74,5 @@ ROUTER = Router(
     options=Options,
     init=linear_init,
     check=lambda config: rules.at_least("iterations", config.options.iterations, 1),
+    cases=((1, {"iterations": 2}),),
 )

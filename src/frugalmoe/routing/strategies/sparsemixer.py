@@ -87,4 +87,5 @@ ROUTER = Router(
     options=Options,
     init=linear_init,
     check=lambda config: rules.positive("epsilon", config.options.epsilon),
+    cases=((1, {"epsilon": 10.0}),),
 )

@@ -15,16 +15,17 @@ Letters: B batch, T time, E experts.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.fields import build
-from frugalmoe.routing import losses, rules, select, strategies
+from frugalmoe.routing import losses, merging, rules, select, strategies
 from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
 from frugalmoe.schema import FrozenDict, MoE
 
@@ -100,6 +101,18 @@ def update(state: State, batch_stats: Mapping[str, Array], config: MoE) -> State
     return running | dict(router.update(base_state, batch_stats, base_config))
 
 
+def merge_state(states: Sequence[State], weights: Sequence[float], config: MoE) -> State:
+    """The base's entries by its own rules; mean and variance of all replicas' logits taken together.
+
+    The square is the mean of the replicas' squares and of their means' squared distances from the common mean.
+    """
+    router, base_config = unwrap(config)
+    base = [{name: value for name, value in state.items() if name not in RUNNING} for state in states]
+    own = merging.by_rules({"logit_mean": "mean"}, [{"logit_mean": state["logit_mean"]} for state in states], weights)
+    apart = [state["logit_square"] + np.square(state["logit_mean"] - own["logit_mean"]) for state in states]
+    return {**own, "logit_square": merging.mean(apart, weights), **router.merge(base, weights, base_config)}
+
+
 def check(config: MoE) -> str | None:
     o: Options = config.options
     try:
@@ -138,5 +151,7 @@ ROUTER = Router(
     init=linear_init,
     init_state=init_state,
     update=update,
+    merge_state=merge_state,
     check=check,
+    cases=((2, {"base": "default_moe", "base_options": FrozenDict(samples=3), "steps": 1500}),),
 )

@@ -59,4 +59,5 @@ ROUTER = Router(
     options=Options,
     init=linear_init,
     check=check,
+    cases=((1, {"jitter": 0.5}),),
 )

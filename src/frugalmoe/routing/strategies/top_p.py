@@ -77,4 +77,5 @@ ROUTER = Router(
     options=Options,
     init=linear_init,
     check=check,
+    cases=((2, {"threshold": 0.7, "max_experts": 3, "renormalize": True}),),
 )

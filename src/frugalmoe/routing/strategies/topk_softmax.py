@@ -82,4 +82,9 @@ ROUTER = Router(
     options=Options,
     init=linear_init,
     check=check,
+    cases=(
+        (3, {"softmax": "after", "scale": 2.5}),
+        (1, {"renormalize": False}),
+        (2, {"num_groups": 4, "groups_per_token": 2}),
+    ),
 )

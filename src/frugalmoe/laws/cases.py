@@ -1,4 +1,4 @@
-"""The small routing problems that the laws run over: every strategy in the folder, at a few shapes and options.
+"""The small routing problems that the laws run over: a strategy at a few shapes and options.
 
 Letters: B batch, T time, N tokens (B*T), D model, E experts, K choices, R rows of any origin.
 """
@@ -10,47 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from frugalmoe.errors import UserError
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import ExpertPlan, Inputs, Router, Routing, TokenPlan, arrays, combine_matrix
-from frugalmoe.schema import FrozenDict, MoE
+from frugalmoe.schema import MoE
 
 B, T, D, VOCAB = 2, 8, 8, 16
 N = B * T
 SHAPES = ((8, 2), (8, 1))  # (E, K): a strategy runs at the first that its own check allows
-OPTIONS = {  # strategy -> (K, options) of 8 experts, beside its defaults
-    "topk_softmax": (
-        (3, {"softmax": "after", "scale": 2.5}),
-        (1, {"renormalize": False}),
-        (2, {"num_groups": 4, "groups_per_token": 2}),
-    ),
-    "switch_top1": ((1, {"jitter": 0.5}),),
-    "sigmoid_bias": (
-        (2, {"num_groups": 4, "groups_per_token": 2, "scale": 2.5, "update": "zero_mean"}),
-        (1, {"normalize": False}),
-        (2, {"score": "softmax", "num_groups": 2, "group_score": "max", "update": "proportional"}),
-        (2, {"score": "sqrt_softplus", "update": "momentum"}),
-    ),
-    "expert_choice": ((1, {"capacity_factor": 1.3, "evaluate": "choice"}), (2, {"pool": "batch"})),
-    "expert_threshold": ((1, {"max_experts": 4, "update": "sign"}),),
-    "recycle": ((1, {"capacity_factor": 1.3}),),
-    "sinkhorn": ((1, {"iterations": 2}),),
-    "quantile_balance": ((1, {"normalize": False, "score": "softmax"}), (3, {"score": "sqrt_softplus", "ema": 0.5})),
-    "norm_logits": ((1, {"renormalize": False, "logit_std": 2.0}),),
-    "hash": ((2, {"gate": "learned"}),),
-    "moe_plus_plus": ((3, {"num_zero": 2, "num_constant": 0}),),
-    "longcat": ((3, {"num_identity": 6, "mean_experts": 1.5, "scale": 2.0}),),
-    "stochastic_warmup": ((2, {"base": "default_moe", "base_options": FrozenDict(samples=3), "steps": 1500}),),
-    "moge": ((2, {"renormalize": True}), (4, {"num_groups": 2})),
-    "cosine": ((1, {"projection": 4, "renormalize": False}),),
-    "lpr": ((3, {"latent": 4, "temperature": 0.1}),),
-    "self_routing": ((1, {"renormalize": False}),),
-    "sparsemixer": ((1, {"epsilon": 10.0}),),
-    "top_p": ((2, {"threshold": 0.7, "max_experts": 3, "renormalize": True}),),
-    "relu": ((2, {}), (2, {"max_experts": 3, "rms_norm": True})),
-}
 
 
 class Case(NamedTuple):
@@ -71,28 +39,19 @@ def make_case(router: str | Router, num_experts: int = 8, k: int = 2, moe: dict 
     return Case(router, config)
 
 
-# Of every kind one: their laws belong to the fast tests, those of the others to the whole suite.
-FAST = ("expert_choice", "hash", "random", "sigmoid_bias", "switch_top1", "topk_softmax")
-
-
-def case_parameters() -> list:
-    """`all_cases` as parameters of a test; a file that is no strategy yet fails under its own name alone."""
-    sound = [
-        pytest.param(case, id=str(case), marks=() if case.router.name in FAST else pytest.mark.slow)
-        for case in all_cases()
-    ]
-    return sound + [pytest.param(UserError(what), id=name) for name, what in strategies.broken().items()]
-
-
 def all_cases() -> list[Case]:
     return [case for name in strategies.sound() for case in cases_of(name)]
 
 
-def cases_of(name: str) -> list[Case]:
-    default = [make_case(name, *shape) for shape in SHAPES]
-    cases = [case for case in default if case.router.check(case.config) is None][:1]
-    cases += [make_case(name, 8, k, **options) for k, options in OPTIONS.get(name, ())]
-    assert cases, f"no shape suits {name}: add one to OPTIONS"
+def cases_of(router: str | Router) -> list[Case]:
+    """The default options at the first of `SHAPES` that its check allows, and the cases that it names itself."""
+    router = strategies.get(router)
+    default = [make_case(router, *shape) for shape in SHAPES]
+    cases = [case for case in default if router.check(case.config) is None][:1]
+    cases += [make_case(router, 8, k, **options) for k, options in router.cases]
+    if not cases:
+        rule = "its check refuses 8 experts with 2 or 1 per token at the default options, which the laws run with"
+        raise UserError(f"{router.name}: {rule}; name others: Router(cases=((K, {{option: value}}), ...))")
     return cases
 
 
