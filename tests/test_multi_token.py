@@ -4,20 +4,23 @@ Letters: B sequences, T tokens, M modules, L MoE layers, E experts.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from test_parity_transformers import FAMILIES, B, L, T, V, by_our_names, our_config, randomized, relative_error
-from test_train_step import EVERY_LOSS, STATEFUL, batch, config_of, largest_difference, mesh_of, trained
+from test_parity_transformers import FAMILIES, B, D, L, T, V, by_our_names, our_config, randomized, relative_error
+from test_train_step import DEPTHS, EVERY_LOSS, STATEFUL, batch, config_of, largest_difference, mesh_of, trained
 
 from frugalmoe.data import Batch
 from frugalmoe.errors import UserError
+from frugalmoe.generate import Drafts, Sampling, generate
 from frugalmoe.model import multi_token
 from frugalmoe.schema import FrozenDict
 from frugalmoe.train import objective
 from frugalmoe.train.objective import knobs
 from frugalmoe.train.placing import put_batch
 from frugalmoe.train.step import init, make_eval_step, make_gradient
+from frugalmoe.train.weights import Weights
 
 MODULES = {"model.multi_token_prediction.depth": 2}
 
@@ -204,3 +207,36 @@ def test_documents_too_short_for_a_module_give_it_no_loss_and_no_gradient():
 def test_values_that_cannot_be(field, value, rule):
     with pytest.raises(UserError, match=rf"model\.multi_token_prediction\.{field}=.*{rule}"):
         config_of({f"model.multi_token_prediction.{field}": value})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("length", [1, pytest.param(2, marks=pytest.mark.slow), 40])
+def test_drafts_change_no_token(length, temperature):
+    """Whatever the temperature: the noise of a position is that of its draft and of its check.
+
+    Some drafts stand: a module that hands on the embedding is near a network whose blocks add little to it.
+    """
+    config = config_of(MODULES | STATEFUL)
+    prompt = np.random.default_rng(length).integers(0, V, length)
+    sampling, drafts = Sampling(temperature=temperature, max_tokens=48), Drafts()
+    with jax.set_mesh(mesh_of()):
+        state = init(config)
+        own = state.params["multi_token"]["project_CD"]
+        state.params["multi_token"]["project_CD"] = jnp.zeros_like(own).at[:, :D].set(jnp.eye(D))
+        weights = Weights(state.params, state.router_state)
+        plain = list(generate(config, weights, prompt, sampling))
+        drafted = list(generate(config, weights, prompt, sampling, drafts=drafts))
+    assert drafted == plain and len(plain) == 48
+    assert drafts.made + drafts.accepted in (47, 48), "a token at the beginning, then one or two at each step"
+    assert drafts.accepted and (drafts.accepted < drafts.made or not temperature)
+
+
+def test_what_cannot_draft_says_so():
+    with jax.set_mesh(mesh_of()):
+        for fields, message in (
+            ({}, r"--drafts: model\.multi_token_prediction\.depth=0: the model has no module to draft with"),
+            (MODULES | DEPTHS, r"--drafts: model\.mixture_of_depths\.capacity=0\.4: .* cannot take back a draft"),
+        ):
+            config = config_of(fields)
+            with pytest.raises(UserError, match=message):
+                generate(config, None, np.zeros(1, np.int32), Sampling(), drafts=Drafts())

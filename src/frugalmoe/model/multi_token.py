@@ -11,7 +11,7 @@ state of its own. W has the embedding's rows first, as released weights have (`M
 paper writes them last. Where t_{i+m} is beyond the row or the document, token i is padding to module m.
 
 The loss is the mean over modules of their mean cross-entropy, each over its own targets; eq. 24 divides by all tokens.
-In evaluation, and in generation, the network does as if there were no modules.
+Evaluation does as if there were no modules; generation may let the first one draft tokens that the network checks.
 
 Letters: B batch, T time, D model, M modules, C channels of both (2 D).
 """
@@ -27,6 +27,7 @@ from jax import Array
 
 from frugalmoe import sharding
 from frugalmoe.model import pattern
+from frugalmoe.model.attention import kinds
 from frugalmoe.model.block import Block, Passed, Place, Stream, prepare
 from frugalmoe.model.layers import RMSNorm, normal
 from frugalmoe.model.moe import Context, Routed
@@ -58,13 +59,13 @@ class Module(nnx.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps, "D")
 
     def __call__(
-        self, embedded_BTD: Array, stream: Stream, context: Context, prepared: dict[str, Any], layer: Array
+        self, embedded_BTD: Array, stream: Stream, context: Context, prepared: dict[str, Any], place: Place
     ) -> Passed:
         """`context`: of the tokens ahead, whose embeddings these are; `stream` has the hidden states before."""
         both_BTC = jnp.concatenate([self.embedding_norm(embedded_BTD), self.hidden_norm(stream.x_BTD)], axis=-1)
         project_CD = self.project_CD.astype(both_BTC.dtype)
         x_BTD = jnp.einsum("btc,cd->btd", both_BTC, project_CD, out_sharding=sharding.spec("BTD"))
-        passed = self.block(stream._replace(x_BTD=x_BTD), context, prepared, Place(layer))
+        passed = self.block(stream._replace(x_BTD=x_BTD), context, prepared, place)
         return passed._replace(stream=passed.stream._replace(x_BTD=self.norm(passed.stream.x_BTD)))
 
 
@@ -89,12 +90,28 @@ def run(
         module, layer, ids_BT, segments_BT = xs
         module = sharding.gather(module, config.compute_dtype)
         ahead = context._replace(token_ids_BT=ids_BT, segment_ids_BT=segments_BT)
-        passed = module(look_up(ids_BT), stream, ahead, prepared, layer)
+        passed = module(look_up(ids_BT), stream, ahead, prepared, Place(layer))
         return passed.stream, (passed.stream.x_BTD, passed.routed)
 
     layers = first + jnp.arange(depth, dtype=jnp.int32)
     _, found = jax.lax.scan(remat(body, config.remat), stream, (modules, layers, ids_MBT, segments_MBT))
     return found
+
+
+def draft(
+    modules: Module, config: Model, context: Context, stream: Stream, look_up: Callable[[Array], Array], place: Place
+) -> Passed:
+    """The first module alone, in generation. `context` is of the tokens ahead, at the positions of those before."""
+    first = sharding.gather(jax.tree.map(lambda a: a[0], modules), config.compute_dtype)
+    prepared = prepare(context.positions_BT, config, (kind(config).attention,))
+    return first(look_up(context.token_ids_BT), stream, context, prepared, place)
+
+
+def empty_cache(config: Model, batch: int, slots: int) -> Any:
+    """Of the first module."""
+    name = kind(config).attention
+    cache = kinds.get(name).empty_cache(config, kinds.options_of(config, name), batch, slots)
+    return jax.tree.map(lambda a: sharding.reshard(jnp.zeros(a.shape, a.dtype), "B" + "." * (a.ndim - 1)), cache)
 
 
 def look_ahead(of_tokens: Any, segment_ids_BT: Array, depth: int) -> Any:

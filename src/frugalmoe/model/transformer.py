@@ -16,7 +16,7 @@ from jax import Array
 from frugalmoe import sharding
 from frugalmoe.model import depths, multi_token, pattern, scan
 from frugalmoe.model.attention import kinds
-from frugalmoe.model.block import Report, Stream, prepare, stacked
+from frugalmoe.model.block import Place, Report, Stream, prepare, stacked
 from frugalmoe.model.layers import RMSNorm, normal
 from frugalmoe.model.moe import Context, Routed, RouterState
 from frugalmoe.routing import strategies
@@ -101,6 +101,15 @@ class Transformer(nnx.Module):
         stream = Stream(out.hidden_BTD, carry)
         further_MBTD, routed = multi_token.run(self.multi_token, config, context, stream, self._look_up())
         return out._replace(routed=scan.joined([out.routed, routed]), further_MBTD=further_MBTD)
+
+    def draft(self, context: Context, hidden_BTD: Array, cache: Any, start: Array) -> tuple[Array, Any]:
+        """Of the first module in generation -> (hidden states, cache); see `multi_token.draft`."""
+        config = self.config
+        context, carry = self._before_experts(context) if pattern.has_experts(config) else (context, None)
+        place = Place(jnp.int32(len(pattern.moe_layers(config))), cache, start)
+        rest = (Stream(hidden_BTD, carry), self._look_up(), place)
+        passed = multi_token.draft(self.multi_token, config, context, *rest)
+        return passed.stream.x_BTD, passed.cache
 
     def _look_up(self) -> Callable[[Array], Array]:
         """ids [B, T] -> their embeddings in compute dtype."""
