@@ -84,6 +84,7 @@ FORMS = {
         "model.qk_norm": "none",
         "model.remat": "full",
     },
+    "multi_token": STATEFUL | {"model.multi_token_prediction.depth": 2, "model.remat": "full"} | HALVED,
 }
 # Which form is trained on which layouts: each layout has a form, each form meets each axis, and the expert axis twice
 # where it has an exchange of its own. ALL_LAYOUTS=1 trains every form on every layout, inverted too.
@@ -100,6 +101,7 @@ LAYOUTS_OF = {
     "muon": "12221 22112",
     "window, sinks": "22121 11222",
     "latent": "22121 11222",
+    "multi_token": "22112 11222",
 }
 
 
@@ -165,7 +167,7 @@ def trained(form: str, layout: str, num_kv_heads: int) -> dict:
             metrics.append(jax.device_get(of_step))
         assert step._cache_size() == 1, "compiled twice"
         assert all(map(replicas_agree, jax.tree.leaves(state)))
-    of_devices = [m.pop("router/device_load") for m in metrics if "router/device_load" in m]
+    of_devices = [m.metrics.pop("router/device_load") for m in metrics if "router/device_load" in m.metrics]
     assert len(of_devices) == STEPS * (sizes[2] > 1)
     parts = {"gradient": first, "parameters": state.params, "optimizer": state.opt_state, "metrics": metrics}
     return jax.device_get(parts | {"router state": state.router_state})
