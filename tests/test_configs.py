@@ -90,7 +90,7 @@ BAD = [
     ("optim.warmup_steps=5000", "optim.warmup_steps=5000", "train.steps=1000"),
     ("model.num_dense_layers=1", "model.dense_dim=0", "width"),
     ("model=3", "model=3", "section"),
-    ("model={}", "model={}", "is a section; set its fields: compute_dtype"),  # would put every field at its default
+    ("model={}", "model={}", "is a section; set its fields: attention"),  # would put every field at its default
     ("model.moe.losses=()", "model.moe.losses=()", "section"),
     ("mesh={1:2}", "mesh={1: 2}", "section"),
     ("model.moe.losses={1:2}", "model.moe.losses={1: 2}", "names as keys"),
@@ -270,7 +270,7 @@ def test_a_missing_config_file_lists_the_ones_there_are(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"did you mean 'configs/quickstart\.py'"):
         load("configs/quickstrat.py")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"did you mean 'quickstart'\? valid: ling_1t, .*, study$"):
+    with pytest.raises(UserError, match=r"did you mean 'quickstart'\? valid: deepseek_v3, .*, study$"):
         load("quickstrat")
 
 
