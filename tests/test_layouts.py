@@ -165,7 +165,7 @@ def trained(form: str, layout: str, num_kv_heads: int) -> dict:
             metrics.append(jax.device_get(of_step))
         assert step._cache_size() == 1, "compiled twice"
         assert all(map(replicas_agree, jax.tree.leaves(state)))
-    of_devices = [m.pop("router/device_load") for m in metrics if "router/device_load" in m]
+    of_devices = [m.metrics.pop("router/device_load") for m in metrics if "router/device_load" in m.metrics]
     assert len(of_devices) == STEPS * (sizes[2] > 1)
     parts = {"gradient": first, "parameters": state.params, "optimizer": state.opt_state, "metrics": metrics}
     return jax.device_get(parts | {"router state": state.router_state})

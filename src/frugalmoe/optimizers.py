@@ -109,34 +109,21 @@ def dimension_numbers(params: Any, declarations: Declarations) -> Any:
     return jax.tree_util.tree_map_with_path(numbers, params)
 
 
-def _dividing(size: int, axes: list[str]) -> tuple[str, ...] | None:
-    """Mesh axes, in order, that together divide a number."""
-    taken = []
-    for axis in axes:
-        if sharding.axis_size(axis) > 1 and size % sharding.axis_size(*taken, axis) == 0:
-            taken.append(axis)
-    return tuple(taken) or None
-
-
 def _on_whole_matrices(
     transformation: optax.GradientTransformation, declarations: Declarations
 ) -> optax.GradientTransformation:
     """The transformation, which looks at no parameters, on matrices that no mesh axis cuts.
 
-    For the time of the update a device holds the gradient and the momentum of whole matrices: of its own experts, and
-    of a part of the layers where mesh axes divide their number. Where they do not, devices do the same work. Between
-    updates both are spread as parameters are.
+    For the time of the update a device holds the gradient and the momentum of all layers' matrices whole, of experts
+    those that are its own; devices that hold the same matrices all do the same work. Between updates both are spread as
+    parameters are.
     """
 
     def whole(path: tuple, a: jax.Array) -> P:
         declared = sharding.declared(path, declarations)
-        if declared is None:
-            return P()
-        letters = "".join(letter if letter == "E" else "." for letter in declared.axes)
-        of_layer = sharding.spec(letters)
-        if a.ndim == len(letters):
-            return of_layer
-        return P(_dividing(a.shape[0], [axis for axis in sharding.AXES if axis not in of_layer]), *of_layer)
+        axes = declared.axes if declared else ""
+        letters = "".join(letter if letter == "E" else "." for letter in axes)
+        return sharding.spec("." * (a.ndim - len(letters)) + letters)
 
     def update(updates: dict, state: optax.OptState, params: dict | None = None) -> tuple[dict, optax.OptState]:
         both = updates, state
