@@ -77,10 +77,10 @@ class Training:
 
     def step(self, batch: Batch) -> dict[str, float]:
         began = time.perf_counter()
-        self.state, metrics = self.train_step(self.state, batch)
+        self.state, report = self.train_step(self.state, batch)
         dispatch = time.perf_counter() - began  # the call returned; the devices may still compute
-        jax.block_until_ready((self.state, metrics))
-        return {"dispatch_seconds": dispatch, "loss": float(metrics.metrics["loss/ce"])}
+        jax.block_until_ready((self.state, report))
+        return {"dispatch_seconds": dispatch, "loss": float(report.metrics["loss/ce"])}
 
     def gradients(self) -> dict:
         return jax.block_until_ready(jax.tree.map(jax.numpy.ones_like, self.state.params))

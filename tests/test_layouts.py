@@ -84,6 +84,7 @@ FORMS = {
         "model.qk_norm": "none",
         "model.remat": "full",
     },
+    "multi_token": STATEFUL | {"model.multi_token_prediction.depth": 2, "model.remat": "full"} | HALVED,
 }
 # Which form is trained on which layouts: each layout has a form, each form meets each axis, and the expert axis twice
 # where it has an exchange of its own. ALL_LAYOUTS=1 trains every form on every layout, inverted too.
@@ -100,6 +101,7 @@ LAYOUTS_OF = {
     "muon": "12221 22112",
     "window, sinks": "22121 11222",
     "latent": "22121 11222",
+    "multi_token": "22112 11222",
 }
 
 

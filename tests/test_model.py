@@ -111,5 +111,5 @@ def test_golden_step(name):
 
     If you meant to, say so in the commit, and write the new values here.
     """
-    _, metrics = trained({"optim.eps": 1e-8}, steps=3)
-    np.testing.assert_allclose([float(m[name]) for m in metrics], GOLDEN[name], rtol=2e-5)
+    _, reports = trained({"optim.eps": 1e-8}, steps=3)
+    np.testing.assert_allclose([float(m.metrics[name]) for m in reports], GOLDEN[name], rtol=2e-5)

@@ -18,7 +18,7 @@ from frugalmoe.train.program import compiled_train_step
 from frugalmoe.train.step import abstract, init
 
 FIELDS = {
-    "train.steps": 2,
+    "train.steps": 4,
     "optim.schedule": "constant",  # a run that is lengthened has the rates of a longer one
     "optim.warmup_steps": 3,  # the rate tells which update it is
     "model.num_layers": 2,
@@ -78,26 +78,26 @@ def same_bits(a, b) -> bool:
 
 @pytest.mark.slow
 def test_batches_that_are_skipped_stay_skipped_and_may_come_back(make, tmp_path):
-    """Batches 3 and 4; the saved run goes on with 5 and 6; batch 0 comes after all, and the seventh update has 1."""
+    """Batches 3 to 6; the saved run goes on with 7 and 8; then batch 0 comes after all, and 1."""
     config, workdir = make(), tmp_path / "run"
     with jax.set_mesh(mesh_of(config)), opened(config, workdir) as run:
         run.seek(3)
         train_runs([run], Quiet)
-    longer = make(train__steps=4)
+    longer = make(train__steps=6)
     train(longer, workdir, resume="force", progress=Quiet)
     state = newest(config, workdir)
-    assert (state.step, state.position) == (4, 7)
-    assert same_bits(state, stepped(longer, [3, 4, 5, 6])) and not same_bits(state, stepped(longer, [0, 1, 2, 3]))
-    longest = make(train__steps=6)
+    assert (state.step, state.position) == (6, 9)
+    assert same_bits(state, stepped(longer, [3, 4, 5, 6, 7, 8]))
+    longest = make(train__steps=8)
     with jax.set_mesh(mesh_of(longest)), opened(longest, workdir, force=True) as run:
         run.seek(0)
         train_runs([run], Quiet)
-    assert same_bits(newest(config, workdir), stepped(longest, [3, 4, 5, 6, 0, 1]))
+    assert same_bits(newest(config, workdir), stepped(longest, [3, 4, 5, 6, 7, 8, 0, 1]))
     logged = [row for row in rows(workdir) if "loss/ce" in row]
-    assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6]
-    assert [row.get("data/position") for row in logged] == [4, 5, 6, 7, 1, 2]
+    assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [row.get("data/position") for row in logged] == [4, 5, 6, 7, 8, 9, 1, 2]
     rates = [row["optim/learning_rate"] / config.optim.learning_rate for row in logged]
-    np.testing.assert_allclose(rates, [1 / 3, 2 / 3, 1, 1, 1, 1], rtol=1e-5)
+    np.testing.assert_allclose(rates, [1 / 3, 2 / 3, *[1] * 6], rtol=1e-5)
 
 
 def test_a_position_must_be_one(make, tmp_path):
@@ -118,10 +118,10 @@ def test_a_checkpoint_of_one_clock_goes_on_with_the_batch_of_its_step(make, tmp_
     items = {"params": state.params, "router_state": state.router_state, "opt_state": state.opt_state}
     items["step"] = {"step": state.step}
     with checkpoint.open_manager(old, config.checkpoint) as manager:
-        manager.delete(2)
-        manager.save(2, args=ocp.args.Composite(**{k: ocp.args.StandardSave(v) for k, v in items.items()}), force=True)
-    longer = make(train__steps=4)
+        manager.delete(4)
+        manager.save(4, args=ocp.args.Composite(**{k: ocp.args.StandardSave(v) for k, v in items.items()}), force=True)
+    longer = make(train__steps=6)
     train(longer, old, resume="force", progress=Quiet)
     state = newest(config, old)
-    assert (state.step, state.position) == (4, 4)
-    assert same_bits(state, stepped(longer, [0, 1, 2, 3]))
+    assert (state.step, state.position) == (6, 6)
+    assert same_bits(state, stepped(longer, [0, 1, 2, 3, 4, 5]))

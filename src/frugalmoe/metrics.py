@@ -40,6 +40,7 @@ ROWS = (
     Metric("loss/load_balance", "load balance loss", "", LESS, TRAINING),
     Metric("loss/sequence_balance", "sequence balance loss", "", LESS, TRAINING),
     Metric("loss/z", "squared log-normaliser of the router", "nats²", NEITHER, TRAINING),
+    Metric("loss/mtp", "loss of the tokens further ahead", NATS, LESS, TRAINING),
     Metric("loss/depth_predictor", "loss of the depth predictor", "nats", LESS, TRAINING),
     Metric("loss/", "auxiliary loss", "", NEITHER, TRAINING),
     Metric("optim/gradient_norm", "gradient norm", "", NEITHER, TRAINING),

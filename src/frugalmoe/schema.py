@@ -88,6 +88,14 @@ class RopeScaling:
 
 
 @Frozen
+class MultiTokenPrediction:
+    """Modules that learn to predict tokens further ahead, beside the network: see model/multi_token.py."""
+
+    depth: int = 0  # modules, each with a block of its own: number m predicts the token m + 1 places ahead; 0: none
+    coefficient: float = 0.1  # of the mean of their cross-entropies in the training loss
+
+
+@Frozen
 class Model:
     """A decoder-only transformer."""
 
@@ -118,6 +126,7 @@ class Model:
     remat: str = "none"  # none | dots (keep matrix products) | full (keep layer inputs and routing plans)
     moe: MoE = MoE()
     mixture_of_depths: MixtureOfDepths = MixtureOfDepths()
+    multi_token_prediction: MultiTokenPrediction = MultiTokenPrediction()
 
 
 @Frozen

@@ -29,13 +29,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="end before this text, in which \\n is a line's end and \\\\ a backslash; may be repeated",
     )
+    parser.add_argument(
+        "--drafts",
+        action="store_true",
+        help="the same text in fewer steps: multi-token prediction proposes tokens, which the network checks",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the prompt and its continuation, as it is sampled."""
     import jax
 
-    from frugalmoe.generate import Sampling, stream
+    from frugalmoe.generate import Drafts, Sampling, stream
     from frugalmoe.train.weights import load_model
 
     sampling = Sampling(
@@ -50,11 +55,14 @@ def run(args: argparse.Namespace) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character
     with jax.set_mesh(mesh):
-        pieces = stream(config, weights, tokenizer, args.prompt, sampling)
+        drafts = Drafts() if args.drafts else None
+        pieces = stream(config, weights, tokenizer, args.prompt, sampling, drafts)
         print(args.prompt, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
     print()
+    if drafts is not None and drafts.made:
+        print(f"{drafts.accepted} of {drafts.made} drafts stood ({drafts.accepted / drafts.made:.0%})", file=sys.stderr)
     return 0
 
 

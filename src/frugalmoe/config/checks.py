@@ -17,7 +17,7 @@ def check(config: Config) -> None:
     """Raises `UserError` for the first rule that the config breaks."""
     for part in config.name.split("/"):  # a study's runs are STUDY/ARM/SEED
         check_name("name" if part == config.name else f"name={config.name!r}: a part of it", part)
-    for rules in (_model, _rope_scaling, _attention, _depths, _moe, _data, _optim, _train):
+    for rules in (_model, _rope_scaling, _attention, _depths, _multi_token, _moe, _data, _optim, _train):
         rules(config)
 
 
@@ -109,6 +109,14 @@ def _depths(config: Config) -> None:
         depths.every,
         f"routes no block of {m.num_dense_layers} dense and {m.num_layers - m.num_dense_layers} MoE ones",
     )
+
+
+def _multi_token(config: Config) -> None:
+    section, path = config.model.multi_token_prediction, "model.multi_token_prediction"
+    length = config.data.sequence_length
+    rule = f"must be from 0 to {length - 1}, below data.sequence_length"
+    _each(path, section, "depth", lambda v: 0 <= v < length, rule)
+    _each(path, section, "coefficient", lambda v: v >= 0, "must not be negative")
 
 
 def _moe(config: Config) -> None:

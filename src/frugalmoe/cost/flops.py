@@ -8,7 +8,7 @@ import math
 
 import jax
 
-from frugalmoe.model import depths, pattern
+from frugalmoe.model import depths, multi_token, pattern
 from frugalmoe.model.attention import kinds
 from frugalmoe.routing import strategies, threshold
 from frugalmoe.schema import Model
@@ -19,7 +19,8 @@ TRAIN_FACTOR = 3  # a backward pass multiplies each weight twice: with the input
 def forward_flops(model: Model, sequence_length: int, active_experts: float | None = None) -> dict[str, float]:
     """FLOPs of one token's forward pass, by part. `active_experts`: of a layer, where they are not K exactly.
 
-    Mixture of depths is counted as it trains: a routed block costs a token the share of a sequence that passes.
+    Mixture of depths is counted as it trains: a routed block costs a token the share of a sequence that passes. So is
+    multi-token prediction, of which evaluation and generation need nothing.
     """
     moe, of_layers = model.moe, pattern.layers(model)
     passing = threshold.slots(sequence_length, model.mixture_of_depths.capacity)
@@ -54,6 +55,16 @@ def forward_flops(model: Model, sequence_length: int, active_experts: float | No
     }
     if num_routed:
         parts["mixture of depths"] = num_routed * depths.flops(model)
+    if depth := model.multi_token_prediction.depth:
+        kind = multi_token.kind(model)
+        attention, options = kinds.get(kind.attention), kinds.options_of(model, kind.attention)
+        per_token, per_key = attention.flops(model, options)
+        block = per_token + per_key * attention.seen(model, options, sequence_length)
+        if kind.feed_forward == "dense":
+            block += feed_forward(model.dense_dim)
+        else:
+            block += 2 * _router_weights(model) + (active + moe.num_shared_experts) * feed_forward(moe.expert_dim)
+        parts["multi-token prediction"] = depth * (block + 2 * 2 * model.dim**2 + parts["head"])
     return parts
 
 

@@ -107,7 +107,7 @@ class Segment:
                 passed = apply_block(parts, kind, *rest)
             return passed.stream, (passed.routed, passed.cache, passed.report)
 
-        return _remat(body, self.model.config.remat)
+        return remat(body, self.model.config.remat)
 
     def _stacks(self) -> Layers:
         """The segment's part of the model's stacks, and the numbers of its layers among those of their feed-forward.
@@ -178,7 +178,7 @@ def _reshape(a: Array, leading: tuple[int, ...], replaced: int) -> Array:
     return jnp.reshape(a, (*leading, *a.shape[replaced:]), out_sharding=spec)
 
 
-def _remat(body: Callable, policy: str) -> Callable:
+def remat(body: Callable, policy: str) -> Callable:
     """`dots` keeps matrix products without a batch dimension; `full` keeps a layer's input and its routing plan.
 
     None keeps parameters that were gathered from other devices.

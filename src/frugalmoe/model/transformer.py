@@ -5,6 +5,7 @@ Letters: B batch, T time, D model, V vocabulary, L layers.
 
 import collections
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +14,13 @@ from flax import nnx
 from jax import Array
 
 from frugalmoe import sharding
-from frugalmoe.model import depths, pattern, scan
+from frugalmoe.model import depths, multi_token, pattern, scan
 from frugalmoe.model.attention import kinds
-from frugalmoe.model.block import Report, Stream, prepare, stacked
+from frugalmoe.model.block import Place, Report, Stream, prepare, stacked
 from frugalmoe.model.layers import RMSNorm, normal
 from frugalmoe.model.moe import Context, Routed, RouterState
 from frugalmoe.routing import strategies
+from frugalmoe.routing.contract import Carry
 from frugalmoe.schema import Model
 
 Caches = tuple[tuple[Any, ...], ...]  # of each segment, of each of its runs
@@ -35,6 +37,7 @@ class Output(NamedTuple):
     routed: Routed | None  # every leaf with a leading axis L over the MoE layers
     caches: Caches | None  # in generation only
     depths: Report | None  # of the blocks that some tokens skip, in order of depth
+    further_MBTD: Array | None = None  # of modules that predict further ahead; theirs end `routed`
 
 
 class Transformer(nnx.Module):
@@ -51,6 +54,8 @@ class Transformer(nnx.Module):
             router = strategies.get(config.moe.router)
             shared = router.new_params(shared_key, config.dim, config.moe, shared=True)
             self.shared_router = nnx.Dict(dict(shared))
+        if config.multi_token_prediction.depth:
+            self.multi_token = multi_token.stacked(jax.random.fold_in(head_key, config.num_layers), config)
         self.final_norm = RMSNorm(config.dim, config.norm_eps, "D")
         if not config.tie_embeddings:
             self.head_DV = normal(head_key, "DV", (config.dim, config.vocab_size), config.init_std, "head")
@@ -70,18 +75,12 @@ class Transformer(nnx.Module):
     def __call__(self, context: Context, caches: Caches | None = None, start: Array | None = None) -> Output:
         """Hidden states of every token; `caches` and `start` are given in generation only."""
         config = self.config
-        batch, time = context.token_ids_BT.shape
-        embed_VD = sharding.gather(self.embed_VD, config.compute_dtype)[...]
-        look_up = sharding.local(_look_up, ("VD", "BT"), "BTD")
-        stream = Stream(look_up(embed_VD.astype(config.compute_dtype), context.token_ids_BT))
+        stream = Stream(self._look_up()(context.token_ids_BT))
         prepared = prepare(context.positions_BT, config, pattern.attention_names(config.attention))
         of_segments = []
         for i, segment in enumerate(pattern.segments(config)):
             if segment.feed_forward == "moe" and segment.first == config.num_dense_layers:
-                carry = strategies.get(config.moe.router).init_carry(config.moe, batch, time)
-                carry = jax.tree.map(lambda a: sharding.reshard(a, "BT" + "." * (a.ndim - 2)), carry)
-                shared = sharding.gather(self.shared_router, config.compute_dtype)
-                context = context._replace(shared_router={k: v[...] for k, v in shared.items()})
+                context, carry = self._before_experts(context)
                 stream = stream._replace(carry=carry)
             run = scan.Segment(self, segment, context, prepared, start)
             stream, found = run(stream, None if caches is None else caches[i])
@@ -93,6 +92,39 @@ class Transformer(nnx.Module):
             None if caches is None else new_caches,
             scan.joined(reports),
         )
+
+    def further(self, context: Context, out: Output) -> Output:
+        """What the network made of a batch, and what its modules that predict further ahead make of that, if any."""
+        config = self.config
+        if not config.multi_token_prediction.depth:
+            return out
+        context, carry = self._before_experts(context) if pattern.has_experts(config) else (context, None)
+        stream = Stream(out.hidden_BTD, carry)
+        further_MBTD, routed = multi_token.run(self.multi_token, config, context, stream, self._look_up())
+        return out._replace(routed=scan.joined([out.routed, routed]), further_MBTD=further_MBTD)
+
+    def draft(self, context: Context, hidden_BTD: Array, cache: Any, start: Array) -> tuple[Array, Any]:
+        """Of the first module in generation -> (hidden states, cache); see `multi_token.draft`."""
+        config = self.config
+        context, carry = self._before_experts(context) if pattern.has_experts(config) else (context, None)
+        place = Place(jnp.int32(len(pattern.moe_layers(config))), cache, start)
+        rest = (Stream(hidden_BTD, carry), self._look_up(), place)
+        passed = multi_token.draft(self.multi_token, config, context, *rest)
+        return passed.stream.x_BTD, passed.cache
+
+    def _look_up(self) -> Callable[[Array], Array]:
+        """ids [B, T] -> their embeddings in compute dtype."""
+        dtype = self.config.compute_dtype
+        embed_VD = sharding.gather(self.embed_VD, dtype)[...].astype(dtype)
+        return functools.partial(sharding.local(_look_up, ("VD", "BT"), "BTD"), embed_VD)
+
+    def _before_experts(self, context: Context) -> tuple[Context, Carry]:
+        """What a first layer with experts is given: the parameters that all routers share, and a carry of nothing."""
+        config, (batch, time) = self.config, context.token_ids_BT.shape
+        carry = strategies.get(config.moe.router).init_carry(config.moe, batch, time)
+        carry = jax.tree.map(lambda a: sharding.reshard(a, "BT" + "." * (a.ndim - 2)), carry)
+        shared = sharding.gather(self.shared_router, config.compute_dtype)
+        return context._replace(shared_router={k: v[...] for k, v in shared.items()}), carry
 
     def head(self) -> Array:
         """The matrix [D, V] in compute dtype that turns hidden states into logits.
@@ -162,7 +194,8 @@ def structure(config: Model) -> tuple[nnx.GraphDef, dict, dict]:
 def count_parameters(config: Model) -> dict[str, int]:
     """Totals from shapes alone: `total`, `active` (used for one token), and the embedding and head among them.
 
-    A block that mixture of depths routes counts as active for the share of tokens that it takes in training.
+    A block that mixture of depths routes counts as active for the share of tokens that it takes in training. Modules
+    that predict tokens further ahead are not active: the network is used without them.
     """
     _, params, _ = structure(config)
     size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
@@ -182,7 +215,7 @@ def count_parameters(config: Model) -> dict[str, int]:
             rest = (size(blocks) - idle[feed_forward]) * len(passed) / len(of_layers)
             active = rest + sum(map(per_layer.get, passed))
             skipped += round(active * (1 - config.mixture_of_depths.capacity))
-    idle = sum(idle.values()) + skipped
+    idle = sum(idle.values()) + skipped + size(params.get("multi_token", {}))
     embedding = params["embed_VD"].size
     return {
         "total": total,

@@ -21,7 +21,7 @@ from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
 from frugalmoe.fields import check_integer, to_dict
 from frugalmoe.files import read_json, write_json
-from frugalmoe.model import depths, pattern
+from frugalmoe.model import depths, multi_token, pattern
 from frugalmoe.model.causality import causality
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import stats as routing_stats
@@ -220,6 +220,7 @@ class Run:
         self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
         model = config.model
         self.layers, self.routed_blocks = pattern.moe_layers(model), pattern.wrapped_layers(model)
+        self.trained_layers = self.layers + multi_token.moe_layers(model)
         self.manager = checkpoint.open_manager(workdir, config.checkpoint, cleanup=True)
         self.notes: list[str] = []  # for whoever started the run
         self.state = self._restored() or init(config)
@@ -304,7 +305,7 @@ class Run:
         """Logs the host's copy of a step's report; `seconds` is 0 for a step without a time."""
         if step % self.config.train.log_every and step != self.config.train.steps:
             return
-        row = _flatten(report.metrics, self.layers) | _flatten(report.depths, self.routed_blocks)
+        row = _flatten(report.metrics, self.trained_layers) | _flatten(report.depths, self.routed_blocks)
         if report.position != step:
             row["data/position"] = float(report.position)
         if seconds:  # absent at the first step, which compiles
@@ -313,7 +314,7 @@ class Run:
             row |= {"speed/tokens_per_second": tokens / seconds, "speed/step_seconds": seconds}
         self._write(step, row)
         if report.counts_LE is not None:
-            self.load_log.write({"step": step, "layers": self.layers, "counts": report.counts_LE.tolist()})
+            self.load_log.write({"step": step, "layers": self.trained_layers, "counts": report.counts_LE.tolist()})
 
     def _write(self, step: int, row: Mapping[str, float]) -> None:
         self.metrics_log.write({"step": step, **row})

@@ -19,7 +19,7 @@ from jax import Array
 
 from frugalmoe import sharding
 from frugalmoe.data.batches import Batch
-from frugalmoe.model import depths
+from frugalmoe.model import depths, multi_token
 from frugalmoe.model.cross_entropy import cross_entropy
 from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import Output, Transformer, structure
@@ -117,6 +117,29 @@ def _auxiliary(
     return Term(share, metrics)
 
 
+def _further(micro: Micro) -> tuple[Array, Array] | None:
+    """Cross-entropy of the tokens further ahead: the mean over modules, times its coefficient."""
+    if micro.out.further_MBTD is None:
+        return None
+    section, targets_M = micro.config.model.multi_token_prediction, micro.of_step.units["further"]
+    targets_MBT, mask_MBT = _targets_further(micro.batch, section.depth)
+    weight_MBT = mask_MBT / (section.depth * targets_M[:, None, None])
+    where = (micro.out.further_MBTD, targets_MBT, weight_MBT)
+    loss, ce_MBT, _ = token_losses(micro.model, *where, micro.config, z_coefficient=0.0)
+    return section.coefficient * loss, jnp.sum(ce_MBT * mask_MBT, axis=(1, 2))
+
+
+def _further_metrics(ce_M: Array, of_step: OfStep, config: Config) -> dict[str, Array]:
+    return {"loss/mtp": jnp.mean(ce_M / of_step.units["further"])}
+
+
+def _targets_further(batch: Batch, depth: int) -> tuple[Array, Array]:
+    """(target, whether it is one) of each token for module m = 1 .. depth, [M, ..., B, T]: the token m + 1 ahead."""
+    of_tokens = (batch.targets_BT, batch.loss_mask_BT.astype(jnp.int32))
+    targets_MBT, mask_MBT = multi_token.look_ahead(of_tokens, batch.segment_ids_BT, depth)
+    return targets_MBT, mask_MBT > 0
+
+
 TERMS = {
     "language": Term(_language, _language_metrics),
     "routers": _auxiliary(lambda out: out.routed and out.routed.losses, lambda knobs, config: knobs.losses),
@@ -124,6 +147,7 @@ TERMS = {
         lambda out: out.depths and out.depths.losses,
         lambda knobs, config: {"depth_predictor": config.model.mixture_of_depths.predictor_loss},
     ),
+    "multi_token": Term(_further, _further_metrics),
 }
 
 
@@ -157,7 +181,7 @@ def make_objective(config: Config) -> Callable[..., tuple[Array, Sums]]:
     def objective(params: dict, router_state: dict, batch: Batch, index: Array, of_step: OfStep) -> tuple[Array, Sums]:
         model = nnx.merge(graphdef, params, router_state)
         first_row = index * batch.tokens_BT.shape[0]
-        out = forward(model, batch, first_row, of_step.step, of_step.knobs.seed, train=True)
+        out = forward(model, batch, first_row, of_step.step, of_step.knobs.seed, train=True, further=True)
         micro = Micro(model, out, batch, of_step, config)
         found = {name: term.share(micro) for name, term in TERMS.items()}
         found = {name: share for name, share in found.items() if share is not None}
@@ -190,7 +214,11 @@ def units(batch: Batch, config: Config) -> dict[str, Array]:
     valid_ABT = batch.segment_ids_BT > 0
     per_micro_batch = jax.vmap(lambda valid_BT: aux_losses.denominators(valid_BT, config.model.moe))(valid_ABT)
     targets = jnp.maximum(jnp.sum(batch.loss_mask_BT, dtype=jnp.int32), 1)
-    return {"target": targets, **jax.tree.map(jnp.sum, per_micro_batch)}
+    found = {"target": targets, **jax.tree.map(jnp.sum, per_micro_batch)}
+    if depth := config.model.multi_token_prediction.depth:
+        _, mask_MABT = _targets_further(batch, depth)
+        found["further"] = jnp.maximum(jnp.sum(mask_MABT, axis=(1, 2, 3), dtype=jnp.int32), 1)
+    return found
 
 
 def forward(
@@ -203,15 +231,19 @@ def forward(
     train: bool,
     trace: bool = False,
     intervention: Callable | None = None,
+    further: bool = False,
 ) -> Output:
-    """The model on a batch. Keys follow the sequence's place in the step or in the held-out set, not in the batch or on
-    the device.
+    """The model on a batch, and with `further` its modules that predict further ahead.
+
+    Keys follow the sequence's place in the step or in the held-out set, not in the batch or on the device.
     """
     rows_B = sharding.reshard(jnp.arange(batch.tokens_BT.shape[0], dtype=jnp.int32), "B")
     key = jax.random.fold_in(jax.random.key(seed), step)
     keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B + first_row)
     of_batch = (batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, keys_B)
-    return model(Context(*of_batch, step, train, trace, intervention))
+    context = Context(*of_batch, step, train, trace, intervention)
+    out = model(context)
+    return model.further(context, out) if further else out
 
 
 def token_losses(

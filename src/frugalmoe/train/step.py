@@ -16,6 +16,7 @@ from jax import Array
 
 from frugalmoe import sharding
 from frugalmoe.data.batches import Batch
+from frugalmoe.model import pattern
 from frugalmoe.model.transformer import Transformer, declarations, split, structure
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import TokenPlan
@@ -159,8 +160,12 @@ def update_router_state(router_state: dict, stats: Mapping[str, Array], config: 
         return router_state
     moe = config.model.moe
     update = jax.vmap(lambda state, stats: strategies.get(moe.router).update(state, stats, moe))
-    state = router_state["moe_blocks"]["moe"]["router_state"]
-    return {"moe_blocks": {"moe": {"router_state": update(state, stats)}}}
+    count = len(pattern.moe_layers(config.model))
+    of_blocks = lambda blocks, stats: {"moe": {"router_state": update(blocks["moe"]["router_state"], stats)}}
+    found = {"moe_blocks": of_blocks(router_state["moe_blocks"], jax.tree.map(lambda a: a[:count], stats))}
+    if modules := router_state.get("multi_token"):
+        found["multi_token"] = {"block": of_blocks(modules["block"], jax.tree.map(lambda a: a[count:], stats))}
+    return found
 
 
 class Evaluated(NamedTuple):

@@ -20,9 +20,10 @@ from frugalmoe.analysis.lab.lab import Lab
 from frugalmoe.analysis.measures.uncertainty import Estimate, bootstrap
 from frugalmoe.data.batches import Batch
 from frugalmoe.errors import UserError
+from frugalmoe.train import checkpoint as checkpoints
 from frugalmoe.train.objective import knobs
 from frugalmoe.train.placing import put_batch
-from frugalmoe.train.step import make_gradient
+from frugalmoe.train.step import abstract, make_gradient
 
 
 class Gradients(NamedTuple):
@@ -92,13 +93,15 @@ def load_gradients(
     config, own = lab.config, knobs(lab.config)
     gradient, measure = jax.jit(make_gradient(config)), jax.jit(_norms)
     a, found = config.train.accumulate_steps, []
-    with jax.set_mesh(lab.mesh):
+    with jax.set_mesh(lab.mesh), checkpoints.open_manager(Path(run), config.checkpoint) as manager:
+        skipped = int(checkpoints.restore(manager, lab.step, abstract(config), ("step",)).position) - lab.step
         for step in track(range(lab.step, lab.step + batches), "gradients", disable=not progress):
-            rows = Batch(*(x.reshape(a, x.shape[0] // a, *x.shape[1:]) for x in lab.data.batch(step)))
+            rows = Batch(*(x.reshape(a, x.shape[0] // a, *x.shape[1:]) for x in lab.data.batch(step + skipped)))
             inputs = (*lab.weights, put_batch(lab.mesh, rows, "ABT"), jnp.int32(step))
             whole, sums, _ = gradient(*inputs, own)
             language, _, _ = gradient(*inputs, own._replace(losses={name: np.float32(0) for name in own.losses}))
-            found.append(jax.device_get((*measure(whole, language), sums.stats["counts"])))
+            counts_LE = sums.stats["counts"][: len(lab.layers)]  # without modules that predict further ahead
+            found.append(jax.device_get((*measure(whole, language), counts_LE)))
     language, auxiliary, product, expert, counts = map(np.stack, zip(*found))
     size = sum(leaf[0].size for leaf in jax.tree.leaves(router))
     return Gradients(np.array(lab.layers), language, auxiliary, product, size, expert, counts)

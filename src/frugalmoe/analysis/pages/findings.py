@@ -73,6 +73,7 @@ def auxiliary_losses(run: Run) -> str:
     coefficients = dict(run.config["model"]["moe"].get("losses", {}))
     coefficients["logit_z"] = run.config.get("optim", {}).get("logit_z_loss", 0)
     coefficients["depth_predictor"] = run.config["model"].get("mixture_of_depths", {}).get("predictor_loss", 0)
+    coefficients["mtp"] = run.config["model"].get("multi_token_prediction", {}).get("coefficient", 0)
     names = sorted(n for n in run.metrics if n.startswith("loss/") and n not in ("loss/ce", "loss/total"))
     each = [
         f"{metrics.find(name).label} {number(run.metrics[name].tail())} "

@@ -1,0 +1,242 @@
+"""Multi-token prediction: the equations by transformers' own module, and how the modules take part in a step.
+
+Letters: B sequences, T tokens, M modules, L MoE layers, E experts.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from test_parity_transformers import FAMILIES, B, D, L, T, V, by_our_names, our_config, randomized, relative_error
+from test_train_step import DEPTHS, EVERY_LOSS, STATEFUL, batch, config_of, largest_difference, mesh_of, trained
+
+from frugalmoe.data import Batch
+from frugalmoe.errors import UserError
+from frugalmoe.generate import Drafts, Sampling, generate
+from frugalmoe.model import multi_token
+from frugalmoe.schema import FrozenDict
+from frugalmoe.train import objective
+from frugalmoe.train.objective import knobs
+from frugalmoe.train.placing import put_batch
+from frugalmoe.train.step import init, make_eval_step, make_gradient
+from frugalmoe.train.weights import Weights
+
+MODULES = {"model.multi_token_prediction.depth": 2}
+
+
+def test_tokens_ahead_end_with_their_document_and_with_the_row():
+    """Documents of 3 and 2 tokens, then padding; a second row without padding."""
+    tokens = np.array([[5, 6, 7, 8, 9, 4], [1, 2, 3, 4, 5, 6]], np.int32)
+    segments = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]], np.int32)
+    with jax.set_mesh(mesh_of()):
+        ahead = jax.jit(lambda *a: multi_token.look_ahead(*a, 3))(tokens, segments)
+        np.testing.assert_array_equal(ahead[:, 0], [[6, 7, 0, 9, 0, 0], [7, 0, 0, 0, 0, 0], [0] * 6])
+        np.testing.assert_array_equal(ahead[:, 1], [[2, 3, 4, 5, 6, 0], [3, 4, 5, 6, 0, 0], [4, 5, 6, 0, 0, 0]])
+
+
+def their_layers(theirs, depth: int) -> list[torch.nn.Module]:
+    from transformers.modeling_layers import MtpLayer
+
+    decoder, norm = type(theirs.model.layers[-1]), type(theirs.model.norm)
+    layers = [MtpLayer(theirs.config, decoder, norm, 0) for _ in range(depth)]
+    with torch.no_grad():
+        for layer in layers:
+            for name, tensor in layer.named_parameters():
+                tensor.normal_(mean=1.0 if "norm" in name else 0.0, std=0.2)
+    return layers
+
+
+def their_losses(theirs, layers, ids) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cross-entropy of the next token, the mean over modules of that of the tokens further ahead)."""
+    ce = lambda logits, targets: torch.nn.functional.cross_entropy(logits.reshape(-1, V), targets.reshape(-1))
+    hidden = theirs.model(input_ids=ids, use_cache=False).last_hidden_state
+    first, further = ce(theirs.lm_head(hidden)[:, :-1], ids[:, 1:]), []
+    for m, layer in enumerate(layers, 1):
+        hidden = hidden[:, : T - m]
+        positions = torch.arange(T - m)[None]
+        mask = torch.full((T - m, T - m), float("-inf")).triu(1)[None, None]
+        angles = theirs.model.rotary_emb(hidden, positions)
+        hidden = layer(theirs.model.embed_tokens(ids[:, m:]), hidden, angles, mask, positions, None)
+        further.append(ce(theirs.lm_head(hidden)[:, :-1], ids[:, m + 1 :]))
+    return first, torch.stack(further).mean()
+
+
+@pytest.mark.filterwarnings("default")  # transformers' own
+def test_loss_and_gradients_are_those_of_transformers_modules():
+    """Three modules after three layers of Qwen3-MoE, whose weights therefore have the same stacked shapes."""
+    family, coefficient = FAMILIES["qwen3_moe"], 0.3
+    theirs = randomized(family)
+    layers = their_layers(theirs, L)
+    tokens = np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)
+    first, further = their_losses(theirs, layers, torch.from_numpy(tokens).long())
+    (first + coefficient * further).backward()
+
+    def ours(pick) -> dict:
+        """Our tree of what `pick` takes from each of their parameters."""
+        of_network = {name: pick(p) for name, p in theirs.named_parameters()}
+        of_module = {
+            f"model.layers.{i}.{name.removeprefix('mtp_block.')}": pick(p)
+            for i, layer in enumerate(layers)
+            for name, p in layer.named_parameters()
+        }
+        stack = lambda name: np.stack([of_module[f"model.layers.{i}.{name}"] for i in range(L)])
+        tree = by_our_names(of_network.__getitem__, model, family)
+        return tree | {
+            "multi_token": {
+                "block": by_our_names((of_network | of_module).__getitem__, model, family)["moe_blocks"],
+                "embedding_norm": {"scale": stack("enorm.weight")},
+                "hidden_norm": {"scale": stack("hnorm.weight")},
+                "norm": {"scale": stack("post_norm.weight")},
+                "project_CD": stack("eh_proj.weight").swapaxes(1, 2),
+            }
+        }
+
+    model = our_config(family)
+    fields = {"model.multi_token_prediction.depth": L, "model.multi_token_prediction.coefficient": coefficient}
+    config = config_of(fields | {"data.sequence_length": T, "train.batch_size": B})
+    moe = model.moe.__class__(**vars(model.moe) | {"losses": FrozenDict()})
+    model = model.__class__(**vars(model) | {"moe": moe, "multi_token_prediction": config.model.multi_token_prediction})
+    config = config.__class__(**vars(config) | {"model": model})
+    ones, places = np.ones((B, T), np.int32), np.tile(np.arange(T, dtype=np.int32), (B, 1))
+    following = np.roll(tokens, -1, axis=1)
+    rows = Batch(tokens, following, ones, places, places < T - 1, 0 * ones)
+    mesh = mesh_of()
+    with jax.set_mesh(mesh):
+        placed = put_batch(mesh, Batch(*(a[None] for a in rows)), "ABT")
+        state = init(config)
+        params = jax.tree.map(np.asarray, ours(lambda p: p.detach().numpy()))
+        assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, state.params)
+        gradient = jax.jit(make_gradient(config))
+        grads, sums, of_step = gradient(params, state.router_state, placed, np.int32(0), knobs(config))
+        found = objective.metrics(sums, of_step, config)
+    assert float(found["loss/mtp"]) == pytest.approx(further.item(), rel=1e-5)
+    assert float(found["loss/ce"]) == pytest.approx(first.item(), rel=1e-5)
+    assert float(found["loss/total"]) == pytest.approx(first.item() + coefficient * further.item(), rel=1e-5)
+    errors = jax.tree.map(relative_error, grads, ours(lambda p: p.grad.numpy()))
+    assert max(jax.tree.leaves(errors)) < 1e-5, errors
+
+
+def test_modules_are_further_layers_of_a_step():
+    """Their experts are counted, their losses added, their router state moves; each token has its place in one module.
+
+    A module's tokens are those whose token ahead is in the same document of the row.
+    """
+    state, reports = trained(MODULES | STATEFUL | EVERY_LOSS | {"model.moe.options.update_rate": 0.01}, steps=1)
+    m = reports[0].metrics
+    segments = batch(0).segment_ids_BT
+    tokens = [np.sum(segments > 0)] * 2
+    tokens += [np.sum((segments[:, k:] == segments[:, :-k]) & (segments[:, k:] > 0)) for k in (1, 2)]
+    np.testing.assert_array_equal(reports[0].counts_LE.sum(1), 2 * np.array(tokens))
+    layers = 4  # two of the network and two modules
+    auxiliary = 0.01 * m["loss/load_balance"] + 0.001 * m["loss/z"] + 0.01 * m["loss/sequence_balance"]
+    language = m["loss/ce"] + 0.001 * m["loss/logit_z"] + 0.1 * m["loss/mtp"]
+    np.testing.assert_allclose(m["loss/total"], language + layers * auxiliary, rtol=1e-5)
+    bias_ME = state.router_state["multi_token"]["block"]["moe"]["router_state"]["bias_E"]
+    counts_ME = reports[0].counts_LE[2:]
+    np.testing.assert_allclose(bias_ME, 0.01 * np.sign(counts_ME.mean(1, keepdims=True) - counts_ME), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "otherwise",
+    [
+        {"train.accumulate_steps": 4},
+        pytest.param({"model.remat": "full"}, marks=pytest.mark.slow),
+        pytest.param({"train.accumulate_steps": 2, "model.remat": "dots"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_micro_batches_and_rematerialisation_change_nothing(otherwise):
+    whole, whole_reports = trained(MODULES | STATEFUL)
+    parts, parts_reports = trained(MODULES | STATEFUL | otherwise)
+    np.testing.assert_array_equal(whole_reports[0].counts_LE, parts_reports[0].counts_LE)
+    assert largest_difference(whole_reports, parts_reports) < 2e-4
+    assert largest_difference(whole.params, parts.params) < 1e-4
+    assert largest_difference(whole.router_state, parts.router_state) == 0
+
+
+def test_evaluation_does_not_look_at_the_modules():
+    """Held-out losses, routing and predictions are those of the network alone, to the bit."""
+    mesh, found = mesh_of(), []
+    with jax.set_mesh(mesh):
+        state = init(config_of(MODULES | STATEFUL))
+        for fields in (MODULES, {}):
+            evaluate = jax.jit(make_eval_step(config_of(fields | STATEFUL), trace=True))
+            alone = {name: tree for name, tree in state.params.items() if fields or name != "multi_token"}
+            of_routers = {name: tree for name, tree in state.router_state.items() if fields or name != "multi_token"}
+            found.append(jax.device_get(evaluate(alone, of_routers, put_batch(mesh, batch(0), "BT"))))
+    assert jax.tree.all(jax.tree.map(np.array_equal, *found))
+
+
+def test_other_parameters_start_as_without_modules():
+    with jax.set_mesh(mesh_of()):
+        with_modules, without = init(config_of(MODULES)).params, init(config_of()).params
+    del with_modules["multi_token"]
+    assert jax.tree.all(jax.tree.map(np.array_equal, with_modules, without))
+
+
+@pytest.mark.slow
+def test_documents_too_short_for_a_module_give_it_no_loss_and_no_gradient():
+    """Documents of two tokens: module 2 has no target, module 1 none either, for it needs three."""
+    config, mesh = config_of(MODULES), mesh_of()
+    rows = batch(0)
+    segments = np.tile(1 + np.arange(32, dtype=np.int32) // 2, (8, 1))
+    mask = np.tile(np.arange(32) % 2 == 0, (8, 1))
+    rows = rows._replace(segment_ids_BT=segments, positions_BT=np.tile(np.arange(32, dtype=np.int32) % 2, (8, 1)))
+    rows = rows._replace(loss_mask_BT=mask)
+    with jax.set_mesh(mesh):
+        state = init(config)
+        placed = put_batch(mesh, Batch(*(a[None] for a in rows)), "ABT")
+        none = knobs(config)._replace(losses={name: np.float32(0) for name in config.model.moe.losses})
+        gradient = jax.jit(make_gradient(config))
+        grads, sums, of_step = gradient(state.params, state.router_state, placed, state.step, none)
+    assert float(objective.metrics(sums, of_step, config)["loss/mtp"]) == 0
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads["multi_token"]))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("depth", -1, r"must be from 0 to 31"),
+        ("depth", 32, r"must be from 0 to 31"),
+        ("coefficient", -0.5, "must not be negative"),
+        ("coefficient", float("inf"), "must"),
+    ],
+)
+def test_values_that_cannot_be(field, value, rule):
+    with pytest.raises(UserError, match=rf"model\.multi_token_prediction\.{field}=.*{rule}"):
+        config_of({f"model.multi_token_prediction.{field}": value})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("length", [1, pytest.param(2, marks=pytest.mark.slow), 40])
+def test_drafts_change_no_token(length, temperature):
+    """Whatever the temperature: the noise of a position is that of its draft and of its check.
+
+    Some drafts stand: a module that hands on the embedding is near a network whose blocks add little to it.
+    """
+    config = config_of(MODULES | STATEFUL)
+    prompt = np.random.default_rng(length).integers(0, V, length)
+    sampling, drafts = Sampling(temperature=temperature, max_tokens=48), Drafts()
+    with jax.set_mesh(mesh_of()):
+        state = init(config)
+        own = state.params["multi_token"]["project_CD"]
+        state.params["multi_token"]["project_CD"] = jnp.zeros_like(own).at[:, :D].set(jnp.eye(D))
+        weights = Weights(state.params, state.router_state)
+        plain = list(generate(config, weights, prompt, sampling))
+        drafted = list(generate(config, weights, prompt, sampling, drafts=drafts))
+    assert drafted == plain and len(plain) == 48
+    assert drafts.made + drafts.accepted in (47, 48), "a token at the beginning, then one or two at each step"
+    assert drafts.accepted and (drafts.accepted < drafts.made or not temperature)
+
+
+def test_what_cannot_draft_says_so():
+    with jax.set_mesh(mesh_of()):
+        for fields, message in (
+            ({}, r"--drafts: model\.multi_token_prediction\.depth=0: the model has no module to draft with"),
+            (MODULES | DEPTHS, r"--drafts: model\.mixture_of_depths\.capacity=0\.4: .* cannot take back a draft"),
+        ):
+            config = config_of(fields)
+            with pytest.raises(UserError, match=message):
+                generate(config, None, np.zeros(1, np.int32), Sampling(), drafts=Drafts())
