@@ -2,17 +2,15 @@
 
 import itertools
 import os
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("frugalmoe.laws")  # so that a broken law shows its values
-flags = "--xla_backend_optimization_level=0"
-if version("jaxlib").startswith("0.10."):  # XLA ends the process over a flag that it does not know
-    flags += " --xla_cpu_use_fusion_emitters=false"  # halves the time of compilation
+from frugalmoe.laws import xla_flags
+
+pytest.register_assert_rewrite("frugalmoe.laws.executors", "frugalmoe.laws.routing")  # a broken law shows its values
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", flags)
+os.environ.setdefault("XLA_FLAGS", xla_flags())
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 MAPS = Path("/proc/self/maps")

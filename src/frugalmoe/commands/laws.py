@@ -40,10 +40,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("laws: name one strategy, as in `frugalmoe laws my_router.py`, or one --executor; or --list")
     if args.router == "":
         raise UserError("laws: '' names no strategy; `frugalmoe routers` lists them")
-    # Much is compiled and little run. The flag counts until JAX has started.
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from frugalmoe.laws import run as laws
+    from frugalmoe.laws import xla_flags
+
+    os.environ.setdefault("XLA_FLAGS", xla_flags())
 
     if args.list:
         return _list(laws)

@@ -5,6 +5,8 @@ traced wherever they are gone or have changed:
 
     outside.json           field -> {"spec": as in the config, "sha256": of the text, "file": the copy}
     outside/FIELD/NAME.py  the copy
+
+So whoever reads such a run runs its Python files, as with a config: look at them before you read a stranger's.
 """
 
 import dataclasses
@@ -63,7 +65,8 @@ def kept(workdir: Path) -> dict[str, dict[str, str]]:
     path = workdir / RECORD
     record = read_json(path) if path.is_file() else {}
     sound = isinstance(record, dict) and all(
-        isinstance(row, dict) and {"spec", "sha256", "file"} <= row.keys() for row in record.values()
+        isinstance(row, dict) and all(isinstance(row.get(name), str) for name in ("spec", "sha256", "file"))
+        for row in record.values()
     )
     if not sound:
         raise UserError(f"{path}: damaged; it holds no record of the files that the run's config names")

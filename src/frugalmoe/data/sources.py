@@ -42,7 +42,8 @@ class Input:
     left_out: str = ""  # what was found but is not read
     built_in: bool = False
     outside: found.Outside | None = None  # the Python file that defines CORPUS
-    digests: set[str] = dataclasses.field(default_factory=set)  # of what it gave, each time that it was read
+    # Of what it gave, each time that it was read.
+    digests: set[str] = dataclasses.field(default_factory=set, compare=False)
 
     @property
     def where(self) -> str:

@@ -1,1 +1,13 @@
 """Laws that every routing strategy and every executor obeys: `frugalmoe laws`, and what the tests enumerate."""
+
+from importlib.metadata import version
+
+
+def xla_flags() -> str:
+    """Flags of XLA, which count until JAX starts, for programs that are compiled fast rather than well: laws compile
+    much and run little.
+    """
+    flags = "--xla_backend_optimization_level=0"
+    if version("jaxlib").startswith("0.10."):  # XLA ends the process over a flag that it does not know
+        flags += " --xla_cpu_use_fusion_emitters=false"  # halves the time of compilation
+    return flags

@@ -6,6 +6,8 @@ Letters: B batch, T time, N tokens (B*T), D model, E experts, K choices.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,7 @@ from frugalmoe.laws.cases import (
     selections,
 )
 from frugalmoe.model.moe import apply_routing
-from frugalmoe.routing.contract import ExpertPlan, Inputs, Routing, TokenPlan, combine_matrix
+from frugalmoe.routing.contract import ExpertPlan, Inputs, Loss, Routing, TokenPlan, combine_matrix
 from frugalmoe.schema import FrozenDict, MoE
 from frugalmoe.sharding import platform
 
@@ -101,7 +103,8 @@ def law_causal_by_perturbation(case: Case) -> None:
                 )
                 before, after = (effects(case, route(case, i))[:, :cut] for i in (here, moved))
                 changes += np.sum(before != after)
-        assert (changes > 0) == (case.router.causality(case.config, train) == "leak")
+        claim, when = case.router.causality(case.config, train), "training" if train else "evaluation"
+        assert (changes > 0) == (claim == "leak"), f"{changes} earlier values change in {when}; it claims {claim!r}"
 
 
 def law_causal_by_gradient(case: Case) -> None:
@@ -129,7 +132,9 @@ def law_batch_independent(case: Case) -> None:
         )
         before, after = (effects(case, route(case, i))[0] for i in (first, mixed))
         claim, pool = case.router.causality(case.config, train), getattr(case.config.options, "pool", "sequence")
-        assert np.array_equal(before, after) == (claim == "safe" or (claim == "leak" and pool == "sequence"))
+        same, when = np.array_equal(before, after), "training" if train else "evaluation"
+        told = f"another sequence of the batch changes {'nothing' if same else 'a decision'} in {when}"
+        assert same == (claim == "safe" or (claim == "leak" and pool == "sequence")), f"{told}; it claims {claim!r}"
 
 
 def law_decoding(case: Case) -> None:
@@ -193,7 +198,8 @@ def law_counts(case: Case) -> None:
     inputs = make_inputs()
     routing = route(case, inputs)
     chosen_BTE = selections(case, routing)
-    assert np.array_equal(routing.stats["counts"], chosen_BTE.sum((0, 1)))
+    counts_E, chosen_E = np.asarray(routing.stats["counts"]), chosen_BTE.sum((0, 1))
+    assert np.array_equal(counts_E, chosen_E), f"stats count {counts_E} slots per expert, the plan has {chosen_E}"
     assert routing.stats["assigned"] == chosen_BTE.sum()
     assert routing.stats["tokens"] == inputs.valid_BT.sum()
     assert isinstance(routing.plan, TokenPlan) == (case.router.about.form == "token")
@@ -206,22 +212,23 @@ def law_counts(case: Case) -> None:
 def law_no_duplicates(case: Case) -> None:
     """No token has the same expert twice."""
     for seed in range(3):
-        assert selections(case, route(case, make_inputs(seed))).max() == 1
+        most = selections(case, route(case, make_inputs(seed))).max()
+        assert most == 1, f"a token names an expert {most} times"
 
 
 def law_learned(case: Case) -> None:
     """The layer's output gives every parameter a gradient, if and only if the router declares itself learned."""
     norms = [float(jnp.linalg.norm(g)) for g in jax.tree.leaves(probe(case, make_inputs()).params)]
     if case.router.claim("learned", case.config):
-        assert norms and min(norms) > 1e-3
+        assert norms and min(norms) > 1e-3, f"norms of the parameters' gradients: {norms}; it claims to be learned"
     else:
-        assert all(norm == 0 for norm in norms)
+        assert all(norm == 0 for norm in norms), f"norms of the parameters' gradients: {norms}; it claims not to learn"
 
 
 def law_no_gradient_into_state(case: Case) -> None:
     """There is state if and only if declared; neither the output nor a loss gives it a gradient."""
     gradients = probe(case, make_inputs(), **dict.fromkeys(case.router.about.losses, 1.0)).state
-    assert bool(gradients) == case.router.about.stateful
+    assert bool(gradients) == case.router.about.stateful, f"state: {sorted(gradients)}, claimed or not otherwise"
     assert all(np.all(gradient == 0) for gradient in jax.tree.leaves(gradients))
 
 
@@ -251,11 +258,17 @@ def linear_like(params: dict, seed: int) -> dict:
 
 def law_declared_losses(case: Case) -> None:
     """A router returns the losses that it declares, no others, if the config names them; each finite, not negative."""
-    named = FrozenDict.fromkeys(case.router.about.losses, 1.0)
-    routing = eager_route(case._replace(config=dataclasses.replace(case.config, losses=named)), make_inputs())
-    assert set(routing.losses) == set(case.router.about.losses)
-    for loss in routing.losses.values():
-        assert loss.sum.shape == () and np.isfinite(loss.sum) and loss.sum >= 0
+    routing = route(with_all_losses(case), make_inputs())
+    returned, declared = sorted(routing.losses), sorted(case.router.about.losses)
+    assert returned == declared, f"route returns the losses {returned}, About(losses=...) declares {declared}"
+    for name, loss in routing.losses.items():
+        assert loss.sum.shape == () and np.isfinite(loss.sum) and loss.sum >= 0, f"{name} is {loss.sum}"
+
+
+def with_all_losses(case: Case) -> Case:
+    """The case with every loss that its router declares named in the config."""
+    names = FrozenDict.fromkeys(case.router.about.losses, 1.0)
+    return case._replace(config=dataclasses.replace(case.config, losses=names, load_balance_devices=2))
 
 
 # What a loss is when all choices of a token have equal probabilities, whatever the load; X choices.
@@ -269,22 +282,22 @@ AT_EQUAL_LOGITS = {
 }
 
 
-def from_stats(routing: Routing, in_evaluation_E: np.ndarray) -> dict[str, tuple[float, ...]]:
-    """What each loss of a gate is for one sequence, by its definition from the statistics; some have several forms.
+def of_load(counts_E: Any, stats: Mapping[str, Any]) -> tuple[float]:
+    """E * sum_e f_e P_e, with f from these counts."""
+    counts_E, mean_E = (np.asarray(a, np.float64) for a in (counts_E, stats["prob_sum"] / stats["tokens"]))
+    return (counts_E.size * np.dot(counts_E / counts_E.sum(), mean_E),)
 
-    `in_evaluation_E`: the load of the same tokens in evaluation.
-    """
+
+def from_stats(routing: Routing) -> dict[str, tuple[float, ...]]:
+    """What each loss of a gate is for equal sequences, by its definition from the statistics; some have two forms."""
     stats = {name: np.asarray(value, np.float64) for name, value in routing.stats.items()}
     mean_E, num_experts = np.maximum(stats["prob_sum"] / stats["tokens"], 1e-20), stats["counts"].size
     marginal = np.log(num_experts) + np.sum(mean_E * np.log(mean_E))
     first_E = np.bincount(np.asarray(routing.plan.ids)[:, 0], minlength=num_experts)[:num_experts]
     variation = lambda amount_E: (np.var(amount_E) / np.mean(amount_E) ** 2,)
     return {
-        # f counts all choices, the first alone (GShard), or those that the gate alone would make.
-        "load_balance": tuple(
-            num_experts * np.dot(count_E / count_E.sum(), mean_E)
-            for count_E in (stats["counts"], first_E, in_evaluation_E)
-        ),
+        # f counts all choices, or the first alone (GShard).
+        "load_balance": (*of_load(stats["counts"], stats), *of_load(first_E, stats)),
         # Of probabilities, or of weights (Shazeer et al.).
         "importance": (*variation(mean_E), *variation(weight_of_experts(routing.plan, num_experts))),
         "marginal_entropy": (marginal,),
@@ -301,35 +314,52 @@ def weight_of_experts(plan: TokenPlan, num_experts: int) -> np.ndarray:
 
 def law_loss_values(case: Case) -> None:
     """A loss of gates has the value that its definition gives it: 1 for a balance loss at uniform probabilities."""
-    names = {name: 1.0 for name in case.router.about.losses}
-    case = case._replace(config=dataclasses.replace(case.config, losses=FrozenDict(names), load_balance_devices=2))
-    whole = make_inputs(padded=False)
-    flat = route(case, whole._replace(x_BTD=jnp.zeros_like(whole.x_BTD)))
-    per = lambda loss: float(loss.sum) / {"token": B * T, "sequence": B, "group": B, "batch": 1}[loss.per]
-    stats = flat.stats
-    if "entropy_sum" in stats and "lse_sum" in stats:
-        num_choices = round(float(np.exp(stats["lse_sum"] / stats["tokens"])))
-        uniform = np.isclose(stats["entropy_sum"] / stats["tokens"], np.log(num_choices), rtol=1e-5)
-        for name in AT_EQUAL_LOGITS.keys() & flat.losses.keys() if uniform else ():
-            value, expected = per(flat.losses[name]), AT_EQUAL_LOGITS[name](num_choices)
-            assert np.isclose(value, expected, rtol=1e-4, atol=1e-5), f"{name} is {value:.6g}, not {expected:.6g}"
-    routing = route(case, whole)
-    if "z" in routing.losses and "lse_sq_sum" in routing.stats:
-        value, expected = float(routing.losses["z"].sum), float(routing.stats["lse_sq_sum"])
-        assert np.isclose(value, expected, rtol=1e-5), f"z sums to {value:.6g}, not {expected:.6g}"
-    one = route_one(case, whole)
-    if "entropy_sum" not in one.stats or not np.isclose(one.stats["prob_sum"].sum(), one.stats["tokens"], rtol=1e-5):
-        return  # it has no probabilities, or some are of choices that are no experts
-    in_evaluation_E = np.asarray(route_one(case, whole._replace(train=False)).stats["counts"])
-    for name, forms in from_stats(one, in_evaluation_E).items():
-        if name in one.losses:
-            value = float(one.losses[name].sum) / (T if one.losses[name].per == "token" else 1)
-            assert np.any(np.isclose(value, forms, rtol=1e-4, atol=1e-5)), f"{name} is {value:.6g}, not {forms[0]:.6g}"
+    check_equal_logits(with_all_losses(case))
+    check_equal_sequences(with_all_losses(case))
 
 
-def route_one(case: Case, inputs: Inputs) -> Routing:
-    """The first sequence alone."""
-    return route(case, inputs.of_sequences(lambda a: a[:1]))
+def units(loss: Loss) -> int:
+    """How many of the units that it is divided by the test inputs hold, without padding."""
+    return {"token": B * T, "sequence": B, "group": B, "batch": 1}[loss.per]
+
+
+def assert_value(name: str, value: float, *forms: float) -> None:
+    close = np.isclose(value, forms, rtol=1e-4, atol=1e-5)
+    assert np.any(close), f"{name} is {value:.6g}, by its definition {forms[0]:.6g}"
+
+
+def check_equal_logits(case: Case) -> None:
+    """Tokens of zeros, for which a gate without offsets has equal logits and so every balance loss its least value."""
+    inputs = make_inputs(padded=False)
+    routing = route(case, inputs._replace(x_BTD=jnp.zeros_like(inputs.x_BTD)))
+    if not {"entropy_sum", "lse_sum"} <= routing.stats.keys():
+        return
+    num_choices = round(float(np.exp(routing.stats["lse_sum"] / routing.stats["tokens"])))
+    if not np.isclose(routing.stats["entropy_sum"] / routing.stats["tokens"], np.log(num_choices), rtol=1e-5):
+        return
+    for name in AT_EQUAL_LOGITS.keys() & routing.losses.keys():
+        loss = routing.losses[name]
+        assert_value(name, float(loss.sum) / units(loss), AT_EQUAL_LOGITS[name](num_choices))
+
+
+def check_equal_sequences(case: Case) -> None:
+    """A sequence and its twin, against what the statistics say; of probabilities only where all are of experts."""
+    inputs = make_inputs(padded=False)
+    twins = inputs.of_sequences(lambda a: jnp.stack([a[0], a[0]]))
+    routing = route(case, twins)
+    stats = routing.stats
+    if "z" in routing.losses and "lse_sq_sum" in stats:
+        assert_value("z", float(routing.losses["z"].sum) / (B * T), float(stats["lse_sq_sum"]) / (B * T))
+    if "entropy_sum" not in stats or not np.isclose(stats["prob_sum"].sum(), stats["tokens"], rtol=1e-5):
+        return
+    for name, forms in from_stats(routing).items():
+        if name not in routing.losses:
+            continue
+        value = float(routing.losses[name].sum) / units(routing.losses[name])
+        if name == "load_balance" and not np.any(np.isclose(value, forms, rtol=1e-4)):
+            # f may count what the gate alone would choose, as it does in evaluation.
+            forms += of_load(route(case, twins._replace(train=False)).stats["counts"], stats)
+        assert_value(name, value, *forms)
 
 
 def law_balance_direction(case: Case) -> None:
@@ -343,7 +373,8 @@ def law_balance_direction(case: Case) -> None:
     after = route(case, inputs, params).stats["prob_sum"]
     before = before.routing.stats
     loaded = int(jnp.argmax(before["counts"] * 1e6 + before["prob_sum"]))
-    assert after[loaded] < before["prob_sum"][loaded] - 1e-6
+    drop = float(before["prob_sum"][loaded] - after[loaded])
+    assert drop > 1e-6, f"a step down load_balance changes the busiest expert's probability by {-drop:.3g}"
 
 
 def law_state(case: Case) -> None:
@@ -354,7 +385,7 @@ def law_state(case: Case) -> None:
     assert jax.tree.structure(moved) == jax.tree.structure(state)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((state, moved)))
     changed = any(np.any(a != b) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(moved), strict=True))
-    assert changed == case.router.about.stateful
+    assert changed == case.router.about.stateful, "state moves" if changed else "claims a state, and none moves"
 
 
 def law_merge(case: Case) -> None:
@@ -401,7 +432,8 @@ def law_noise(case: Case) -> None:
         plain, again, other, deeper = (effects(case, route(case, i)) for i in (inputs, inputs, rekeyed, relayered))
         noisy = case.router.claim("random", case.config) and (train or not case.router.claim("learned", case.config))
         assert np.array_equal(plain, again)
-        assert np.array_equal(plain, other) == (not noisy)
+        matter = not np.array_equal(plain, other)
+        assert matter == noisy, f"keys {'change' if matter else 'do not change'} the plan, train={train}"
         assert not noisy or not np.array_equal(plain, deeper)
 
 

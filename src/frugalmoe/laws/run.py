@@ -89,8 +89,9 @@ def _name(case: Any) -> str:
 
 def _one_line(error: Exception) -> str:
     """What an assertion says, or else its text; of any other error its kind, text and place."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    text = str(error).strip()
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "site-packages" not in frame.filename]
+    frame, text = (ours or frames)[-1], str(error).strip()
     if isinstance(error, AssertionError):
         return str(UserError(text or frame.line))
     return str(UserError(f"{type(error).__name__}: {text} ({frame.filename}, line {frame.lineno})"))

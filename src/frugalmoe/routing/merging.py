@@ -49,17 +49,25 @@ def checked(states: Sequence[Arrays], weights: Sequence[float]) -> list[dict[str
     """The states as host arrays. Raises `UserError` for what cannot be merged."""
     if not states or len(states) != len(weights):
         raise UserError(f"{len(states)} states and {len(weights)} weights: there must be one weight for each state")
-    if any(not math.isfinite(w) or w < 0 for w in weights) or not 0 < math.fsum(weights) < math.inf:
-        shown = ", ".join(f"{w:g}" for w in weights)
-        raise UserError(f"weights of replicas {shown}: must be finite, not negative, and not all 0")
+    if not _are_weights(weights):
+        raise UserError(f"weights of replicas {weights!r}: must be finite numbers, none negative, and not all 0")
     held = [{name: np.asarray(value) for name, value in state.items()} for state in states]
     for name in sorted({name for state in held for name in state}):
         kinds = {(state[name].dtype, state[name].shape) if name in state else None for state in held}
         if len(kinds) > 1:
             raise UserError(f"router state {name!r}: replicas hold it in different types or shapes, or not at all")
+        if held[0][name].dtype != np.float32:
+            raise UserError(f"router state {name!r}: is {held[0][name].dtype}, must be float32")
         if not all(np.all(np.isfinite(state[name])) for state in held):
             raise UserError(f"router state {name!r}: a replica holds a value that is not finite")
     return held
+
+
+def _are_weights(weights: Sequence[float]) -> bool:
+    try:
+        return all(0 <= w < math.inf for w in weights) and 0 < math.fsum(weights) < math.inf
+    except (TypeError, OverflowError):  # no numbers, or more than a float holds
+        return False
 
 
 def by_rules(rules: Mapping[str, str], states: Sequence[Arrays], weights: Sequence[float]) -> dict[str, np.ndarray]:
