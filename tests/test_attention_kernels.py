@@ -247,19 +247,23 @@ def test_attention_to_a_cache_equals_attention_to_the_whole_sequence():
         np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("slots", [24, 40])
+@pytest.mark.parametrize("slots", [24, 44])
 def test_a_ring_of_slots_holds_the_window(slots):
-    """Tokens come in pieces of 9, the last of which are padding and are written over; 24 slots are fewer than 40."""
-    shape, window, sinks = (2, 40, 4, 2, 8, [40]), 12, jnp.array([0.5, -1.0, 2.0, 0.0])
+    """Tokens come in pieces of 9, of which 2 are padding and come again as they are; 24 slots are fewer than 44."""
+    shape, sinks = (2, 44, 4, 2, 8, [44]), jnp.array([0.5, -1.0, 2.0, 0.0])
     q, k, v, _ = inputs(shape)
-    form, whole = Form(8**-0.5, window), oracle(q, k, v, segment_ids(shape), sinks, window)
-    cache = [jnp.zeros((2, slots, 2, 8))] * 2
-    for at in range(0, 40, 7):
-        piece = slice(at, min(at + 9, 40))
-        with jax.set_mesh(mesh_of()):
-            cache = [write(old, new[:, piece], jnp.int32(at)) for old, new in zip(cache, (k, v))]
-        got = cache_attention(q[:, piece], *cache, jnp.int32(at), form=form, sink_H=sinks)
-        np.testing.assert_allclose(got, whole[:, piece], rtol=2e-5, atol=2e-5)
-        if at + 9 < 40:  # what follows real tokens in a piece is rubbish
-            with jax.set_mesh(mesh_of()):
-                cache = [write(old, jnp.full((2, 2, 2, 8), 99.0), jnp.int32(at + 7)) for old in cache]
+    form, whole = Form(8**-0.5, window=12), oracle(q, k, v, segment_ids(shape), sinks, 12)
+
+    @jax.jit
+    def step(cache, q, k, v, start):
+        cache = [write(old, new, start) for old, new in zip(cache, (k, v))]
+        return cache, cache_attention(q, *cache, start, form=form, sink_H=sinks)
+
+    with jax.set_mesh(mesh_of()):
+        cache = [jnp.zeros((2, slots, 2, 8))] * 2
+        for at in range(0, 44 - 8, 7):
+            real = (jnp.arange(at, at + 9) < (at + 7 if at < 35 else 44))[:, None, None]
+            piece = [jnp.where(real, a[:, at : at + 9], 99.0) for a in (q, k, v)]
+            cache, got = step(cache, *piece, jnp.int32(at))
+            count = int(real.sum())
+            np.testing.assert_allclose(got[:, :count], whole[:, at : at + count], rtol=2e-5, atol=2e-5)

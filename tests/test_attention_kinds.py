@@ -177,7 +177,7 @@ def test_same_outputs_and_gradients_as_transformers(case):
     error = lambda a, b: float(np.abs(np.asarray(a) - b).max() / np.abs(b).max())
     assert error(y_BTD, out.detach().numpy()) < 1e-5
     assert error(dx_BTD, x.grad.numpy()) < 2e-5
-    errors = jax.tree.map(error, nnx.to_pure_dict(ours), names(grads.__getitem__))
+    errors = jax.tree.map(error, ours, names(grads.__getitem__))
     assert max(jax.tree.leaves(errors)) < 2e-5, errors
 
 

@@ -65,12 +65,15 @@ def test_a_size_that_is_none_and_a_name_of_old_are_told_what_there_is(spec, mess
 # Billions: total; activated without embedding and head, and with both. Arithmetic from the published configurations
 # (Ling 1: arXiv 2503.05139 and its config files; Ling 2.0: arXiv 2510.22115, table 1, without MTP), norm scales left
 # out, which are below 1e-4 of the whole. The reports round to 16.8/2.75, 290/28.8, 16.26/1.43, 103/6.1 and 1000/51.0.
+# DeepSeek-V3 (arXiv 2412.19437, 671/37) and gpt-oss-20b (arXiv 2508.10925, 20.91/3.61 without the embedding) likewise.
 PUBLISHED = {
     "ling_1:lite": (16.802, 2.235, 2.753),
     "ling_1:plus": (290.60, 27.64, 29.00),
     "ling_2:mini": (16.256, 0.789, 1.433),
     "ling_2:flash": (102.89, 4.864, 6.152),
     "ling_2:1t": (999.7, 48.48, 51.05),
+    "deepseek_v3": (671.03, 35.70, 37.55),
+    "gpt_oss": (20.908, 3.028, 4.186),
 }
 
 
@@ -349,7 +352,7 @@ def test_a_missing_config_file_lists_the_ones_there_are(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"did you mean 'configs/quickstart\.py'"):
         load("configs/quickstrat.py")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"did you mean 'quickstart'\? valid: ling_1:lite, .*, study$"):
+    with pytest.raises(UserError, match=r"did you mean 'quickstart'\? valid: deepseek_v3, .*, study$"):
         load("quickstrat")
 
 

@@ -26,12 +26,12 @@ def forward_flops(model: Model, sequence_length: int, active_experts: float | No
     passing = threshold.slots(sequence_length, model.mixture_of_depths.capacity)
     share, num_routed = passing / sequence_length, len(pattern.wrapped_layers(model))
 
-    def times(attribute: str, name: str) -> float:
+    def times(feed_forward: str, attention: str | None = None) -> float:
         """Layers of a kind, a routed one for its share."""
-        own = [kind for kind in of_layers if getattr(kind, attribute) == name]
+        own = [k for k in of_layers if k.feed_forward == feed_forward and attention in (None, k.attention)]
         return len(own) - sum(bool(kind.wrapper) for kind in own) * (1 - share)
 
-    num_dense, num_moe = (times("feed_forward", name) for name in pattern.FEED_FORWARDS)
+    num_dense, num_moe = map(times, pattern.FEED_FORWARDS)
     projections = products = 0
     for name in dict.fromkeys(kind.attention for kind in of_layers):
         attention, options = kinds.get(name), kinds.options_of(model, name)
@@ -40,7 +40,7 @@ def forward_flops(model: Model, sequence_length: int, active_experts: float | No
         if passing:
             lengths += routed.count(True) * share * attention.seen(model, options, passing)
         per_token, per_key = attention.flops(model, options)
-        projections += times("attention", name) * per_token
+        projections += sum(times(feed_forward, name) for feed_forward in pattern.FEED_FORWARDS) * per_token
         products += per_key * lengths
     active = moe.num_experts_per_token if active_experts is None else active_experts
     feed_forward = lambda hidden: 2 * 3 * model.dim * hidden  # gate, up, down

@@ -4,6 +4,7 @@ Everything that asks which layers are dense, have experts or are wrapped asks he
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 from frugalmoe.schema import Model
@@ -52,7 +53,8 @@ def short(name: str) -> str:
     return name.removesuffix(".py").replace("/", ".").split(".")[-1]
 
 
-def layers(config: Model) -> list[BlockKind]:
+@functools.lru_cache(64)
+def layers(config: Model) -> tuple[BlockKind, ...]:
     """The kind of every layer, from the first to the last.
 
     The last of each `every` dense blocks is wrapped by mixture of depths, and the last of each `every` MoE blocks.
@@ -63,7 +65,7 @@ def layers(config: Model) -> list[BlockKind]:
         feed_forward, index = ("dense", layer) if layer < dense else ("moe", layer - dense)
         wrapper = DEPTHS if depths.capacity and (index + 1) % depths.every == 0 else ""
         found.append(BlockKind(attention[layer % len(attention)], feed_forward, wrapper))
-    return found
+    return tuple(found)
 
 
 def segments(config: Model) -> list[Segment]:
