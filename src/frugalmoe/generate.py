@@ -242,7 +242,7 @@ class Drafting(Decoding):
         following = np.append(self._last[1:stand], token).astype(np.int32)
         padded = np.pad(following, (0, self._hidden_BTD.shape[1] - stand))
         numbers = np.int32(self._length), np.int32(stand)
-        logits_V, self._caches = self._propose(*self._weights, padded, self._hidden_BTD, self._caches, *numbers)
+        logits_V, self._caches = self._propose(self._weights, padded, self._hidden_BTD, self._caches, *numbers)
         self._length += stand
         return logits_V
 
@@ -302,13 +302,13 @@ def _draft_steps(config: Model, batch: int):
         last_2D = jnp.stack([_at(out.hidden_BTD, jnp.maximum(count - n, 0)) for n in (2, 1)])
         return model.logits(last_2D), out.hidden_BTD, (out.caches, caches[1])
 
-    def propose(params, router_state, ahead_T: Array, hidden_BTD: Array, caches, start: Array, count: Array):
-        model = nnx.merge(graphdef, params, router_state)
+    def propose(weights, ahead_T: Array, hidden_BTD: Array, caches, start: Array, count: Array):
+        model = nnx.merge(graphdef, *weights)
         hidden_BTD, cache = model.draft(_context(ahead_T, start, count, batch), hidden_BTD, caches[1], start)
         return model.logits(_at(hidden_BTD, count - 1)), (caches[0], cache)
 
     widen = jax.jit(functools.partial(_widen, empty), static_argnums=1)
-    return jax.jit(empty, static_argnums=0), widen, jax.jit(check, donate_argnums=3), jax.jit(propose, donate_argnums=4)
+    return jax.jit(empty, static_argnums=0), widen, jax.jit(check, donate_argnums=3), jax.jit(propose, donate_argnums=3)
 
 
 @jax.jit
