@@ -233,16 +233,16 @@ class Drafting(Decoding):
     def check(self, tokens: np.ndarray) -> Array:
         """int32 [T], at most `_PIECE` -> the network's logits [2, V] of what follows the last token but one, and it."""
         self._grow(self._length + len(tokens) + _BUCKET)
-        self._last, numbers = tokens, (np.int32(self._length), np.int32(len(tokens)))
-        logits_2V, self._hidden_BTD, self._caches = self._check(*self._weights, _padded(tokens), self._caches, *numbers)
+        self._last, span = tokens, (np.int32(self._length), np.int32(len(tokens)))
+        logits_2V, self._hidden_BTD, self._caches = self._check(*self._weights, _padded(tokens), self._caches, span)
         return logits_2V
 
     def propose(self, stand: int, token: int) -> Array:
         """The module's logits [V] of what follows `token`, which follows the first `stand` of the last tokens."""
         following = np.append(self._last[1:stand], token).astype(np.int32)
         padded = np.pad(following, (0, self._hidden_BTD.shape[1] - stand))
-        numbers = np.int32(self._length), np.int32(stand)
-        logits_V, self._caches = self._propose(*self._weights, padded, self._hidden_BTD, self._caches, *numbers)
+        span = np.int32(self._length), np.int32(stand)
+        logits_V, self._caches = self._propose(*self._weights, padded, self._hidden_BTD, self._caches, span)
         self._length += stand
         return logits_V
 
@@ -290,20 +290,23 @@ def _steps(config: Model, batch: int):
 
 @functools.lru_cache(8)
 def _draft_steps(config: Model, batch: int):
-    """As `_steps`, of caches of the network and of the module: `empty`, `widen`, `check` and `propose`."""
+    """As `_steps`, of caches of the network and of the module: `empty`, `widen`, `check` and `propose`.
+
+    A span is the first position of the tokens and how many of them are real.
+    """
     graphdef, _, _ = structure(config)
 
     def empty(slots: int):
         return empty_caches(config, batch, slots), multi_token.empty_cache(config, batch, slots)
 
-    def check(params, router_state, tokens_T: Array, caches, start: Array, count: Array):
-        model = nnx.merge(graphdef, params, router_state)
+    def check(params, router_state, tokens_T: Array, caches, span: tuple[Array, Array]):
+        model, (start, count) = nnx.merge(graphdef, params, router_state), span
         out = model(_context(tokens_T, start, count, batch), caches[0], start)
         last_2D = jnp.stack([_at(out.hidden_BTD, jnp.maximum(count - n, 0)) for n in (2, 1)])
         return model.logits(last_2D), out.hidden_BTD, (out.caches, caches[1])
 
-    def propose(params, router_state, ahead_T: Array, hidden_BTD: Array, caches, start: Array, count: Array):
-        model = nnx.merge(graphdef, params, router_state)
+    def propose(params, router_state, ahead_T: Array, hidden_BTD: Array, caches, span: tuple[Array, Array]):
+        model, (start, count) = nnx.merge(graphdef, params, router_state), span
         hidden_BTD, cache = model.draft(_context(ahead_T, start, count, batch), hidden_BTD, caches[1], start)
         return model.logits(_at(hidden_BTD, count - 1)), (caches[0], cache)
 
