@@ -168,6 +168,7 @@ def test_evaluation_does_not_look_at_the_modules():
     assert jax.tree.all(jax.tree.map(np.array_equal, *found))
 
 
+@pytest.mark.slow
 def test_other_parameters_start_as_without_modules():
     with jax.set_mesh(mesh_of()):
         with_modules, without = init(config_of(MODULES)).params, init(config_of()).params
@@ -210,7 +211,7 @@ def test_values_that_cannot_be(field, value, rule):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("length", [1, pytest.param(2, marks=pytest.mark.slow), 40])
+@pytest.mark.parametrize("length", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 40])
 def test_drafts_change_no_token(length, temperature):
     """Whatever the temperature: the noise of a position is that of its draft and of its check.
 

@@ -260,6 +260,7 @@ def test_the_reported_cross_entropy_has_no_auxiliary_loss_in_it():
         assert layer > 0.01  # an auxiliary loss in `ce` would have been seen
 
 
+@pytest.mark.slow
 def test_a_new_term_of_the_loss_is_one_entry(monkeypatch):
     """The mean square of the hidden states, times 0.5: reported, added to the total, and the gradient's business."""
     squares = lambda micro: jnp.sum(jnp.square(micro.out.hidden_BTD), where=micro.batch.segment_ids_BT[..., None] > 0)
