@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
+from frugalmoe import schema
 from frugalmoe.cli import main
 from frugalmoe.commands import names
-from frugalmoe.config import Config, default, load, resolve, schema
+from frugalmoe.config import Config, default, load, resolve
 from frugalmoe.config.describe import describe, meanings
 from frugalmoe.config.load import typed
 from frugalmoe.fields import to_dict
