@@ -66,7 +66,7 @@ def with_sinks(get) -> dict:
     return grouped_names(get) | biases | {"sink_H": get("sinks")}
 
 
-BIASES = (("query", "H"), ("key", "K"), ("value", "K"))
+BIASES = (("query", "H"), ("key", "h"), ("value", "h"))
 RANK, QUERY_RANK, ROTATED, VALUE = 16, 12, 4, 6
 PAIRS = np.r_[0:ROTATED:2, 1:ROTATED:2]  # DeepSeek rotates channel 2 i with 2 i + 1
 

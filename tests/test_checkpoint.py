@@ -99,6 +99,7 @@ def test_the_state_of_every_optimizer_comes_back_and_is_looked_at_for_what_is_no
             assert_same(newest, state)
 
 
+@pytest.mark.slow
 def test_muon_goes_on_bit_for_bit(tmp_path):
     config, mesh = config_of({"optim.name": "muon"}), mesh_of()
     with jax.set_mesh(mesh):

@@ -29,10 +29,10 @@ from frugalmoe.laws.cases import (
 )
 from frugalmoe.model.moe import Context, apply_routing
 from frugalmoe.model.transformer import count_parameters, declarations, structure
+from frugalmoe.optimizers import decay_mask
 from frugalmoe.routing.contract import Inputs, Routing, TokenPlan
 from frugalmoe.routing.strategies import recurrent, stochastic_warmup
 from frugalmoe.schema import FrozenDict, MoE
-from frugalmoe.train.optim import decay_mask
 from frugalmoe.train.step import init
 
 

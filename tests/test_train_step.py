@@ -139,6 +139,7 @@ def assert_same_run(router: dict, otherwise: dict) -> None:
     assert_same_state(whole, parts, router)
 
 
+@pytest.mark.slow
 def test_muon_trains_several_runs_at_once_as_one_by_one():
     """Two seeds under `jax.vmap`, as a study trains them on an accelerator."""
     configs = [config_of({"optim.name": "muon", "train.seed": seed}) for seed in (0, 1)]
