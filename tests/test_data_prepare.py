@@ -307,6 +307,32 @@ def test_a_manifest_is_as_it_was_written(copied):
         assert "is no name of a shard" in refused(data, directory)
 
 
+def _without(value, *keys):
+    """JSON with one entry gone."""
+    if len(keys) == 1:
+        return {k: v for k, v in value.items() if k != keys[0]}
+    new = value.copy()
+    new[keys[0]] = _without(value[keys[0]], *keys[1:])
+    return new
+
+
+def test_a_manifest_of_another_shape_is_one_line_whatever_its_digest_says(copied):
+    data, directory = copied
+    path = directory / "manifest.json"
+    manifest = {k: v for k, v in json.loads(path.read_text()).items() if k != "digest"}
+    domain = manifest["domains"][0]
+    broken = [{**manifest, name: wrong} for name in manifest for wrong in (None, [None], {"": {}}, "1")]
+    broken += [{k: v for k, v in manifest.items() if k != name} for name in manifest]
+    cuts = (("tokenizer", "spec"), ("counts", domain), ("counts", domain, "train"), ("sources", 0, "weight"))
+    broken += [_without(manifest, *cut) for cut in (*cuts, ("shards", "shard-00000", "bytes"))]
+    for forged in broken:
+        path.write_text(json.dumps(forged | {"digest": digest(forged)}))
+        try:
+            open_directory(data, directory)
+        except UserError as error:  # any other error fails the test
+            assert "\n" not in str(error)
+
+
 def test_an_index_and_records_are_those_that_were_written(prepared, copied, tmp_path):
     data, directory = copied
     index = directory / "shard-00000.npz"

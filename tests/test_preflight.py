@@ -183,5 +183,7 @@ def test_a_study_is_checked_without_preparing_its_data(place, capsys):
         (f"--workdir={place / 'text'}", "holds files but no study.json"),
         ("--config.train.trackers=none", "train.trackers='none': unknown"),
     ]:
-        assert main(["ablate", "balance", "--dry-run", *flags, wrong]) == 2
-        assert said in capsys.readouterr().err
+        for dry in (["--dry-run"], []):
+            assert main(["ablate", "balance", *dry, *flags, wrong]) == 2
+            assert said in capsys.readouterr().err
+            assert not (place / "cache/prepared").exists()

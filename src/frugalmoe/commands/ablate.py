@@ -65,16 +65,20 @@ def run(args: argparse.Namespace) -> int:
     study = shrunk(load_study(args.study), steps=args.steps, laptop=args.laptop)
     study = dataclasses.replace(study, keep_checkpoints=study.keep_checkpoints or args.keep_checkpoints)
     workdir = args.workdir or Path("runs") / study.name
-    plan = make_plan(study, args.overrides, args.arms, args.seeds, dry=args.dry_run)
+    chosen = (study, args.overrides, args.arms, args.seeds)
+    plan = make_plan(*chosen, dry=True)  # what can be refused is, before data is prepared
     set_up_training(plan.arms[plan.study.baseline].config)
-    if args.dry_run:
+    if not args.worker:
         from frugalmoe.ablate import runner
-        from frugalmoe.ablate.table import budget_table
 
         notes = dict.fromkeys((*plan.notes, *runner.check(plan, workdir, args.fresh)))
-        _print(budget_table(plan, workdir))
-        print("".join(f"note: {note}\n" for note in notes), end="")
-        return 0
+        if args.dry_run:
+            from frugalmoe.ablate.table import budget_table
+
+            _print(budget_table(plan, workdir))
+            print("".join(f"note: {note}\n" for note in notes), end="")
+            return 0
+    plan = make_plan(*chosen)
     return _work(args, plan, workdir) if args.worker else _lead(args, plan, workdir)
 
 

@@ -69,15 +69,15 @@ def _show(args: argparse.Namespace) -> int:
     """Prints `count` rows of the first training batches, or of each domain's validation rows."""
     from frugalmoe.console import Console
     from frugalmoe.data.batches import open_data
+    from frugalmoe.fields import check_integer
 
-    if args.count < 1:
-        raise UserError(f"--count={args.count}: must be at least 1")
+    check_integer("--count", args.count, least=1)
     config = load_config(args)
     dataset = open_data(config.data, batch_size=1, seed=config.train.seed)
     console = Console()
     console.print(f"domains {', '.join(dataset.domains)}; {dataset.train_tokens:,} training tokens")
     if args.split == "train":
-        batches = [dataset.batch(step) for step in range(args.count)]
+        batches = map(dataset.batch, range(args.count))
     else:
         by_domain = [dataset.eval_batches(domain, 1, args.count) for domain in dataset.domains]
         batches = itertools.chain.from_iterable(by_domain)

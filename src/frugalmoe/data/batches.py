@@ -26,7 +26,7 @@ import numpy as np
 
 from frugalmoe.data.cache import digest
 from frugalmoe.data.prepare import prepare, say
-from frugalmoe.data.shards import Sizes, Store, is_prepared
+from frugalmoe.data.shards import AGAIN, Sizes, Store, is_prepared
 from frugalmoe.data.split import check_domain
 from frugalmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_json, parse
 from frugalmoe.errors import UserError
@@ -139,6 +139,8 @@ class Dataset:
         self.domains: tuple[str, ...] = tuple(self.manifest["domains"])  # sorted; position = domain id
         for domain in self.domains:
             check_domain(domain)
+            if domain not in self.manifest["counts"]:
+                raise UserError(f"domain {domain!r}: prepared without its counts; {AGAIN}")
         made_from = [self.manifest["data"], self.tokenizer.fingerprint, self.manifest["validation_fraction"]]
         made_from += [list(weights), data.sequence_length]
         if data.document_start != "none":  # data from before there was a choice has the fingerprint that it had

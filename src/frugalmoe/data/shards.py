@@ -16,7 +16,7 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,18 @@ COLUMNS = {
     "validation": np.bool_,
     "same": np.bool_,  # decoding the document's tokens gives its text back
     "check": np.uint64,  # hash of the stored record
+}
+_NUMBERS = {"documents": int, "tokens": int, "bytes": int}
+_MANIFEST = {  # what must be in one, and of what type; "*" stands for every key
+    "key": str,
+    "data": str,
+    "tokenizer": {"spec": str, "fingerprint": str},
+    "validation_fraction": float,
+    "sources": [{"name": str, "weight": float}],
+    "domains": [str],
+    "counts": {"*": {"train": _NUMBERS, "validation": _NUMBERS}},
+    "notes": [str],
+    "shards": {"*": {"bytes": int, "index": str}},
 }
 HEADER = struct.Struct("<IIHH")  # domain, offset of the first token in the document, bytes of the id, odd sizes
 ODD = np.dtype([("at", "<u2"), ("size", "<u4")])  # a token of the piece that counts other bytes than by itself
@@ -170,6 +182,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path}: prepared in {found}, need {FORMAT}; {AGAIN}")
     if digest({name: value for name, value in manifest.items() if name != "digest"}) != manifest.get("digest"):
         raise UserError(f"{path}: changed after it was written; {AGAIN}")
+    if wrong := next(_misshapen(manifest, _MANIFEST), None):
+        raise UserError(f"{path}: damaged at {wrong}; {AGAIN}")
     for name, shard in manifest["shards"].items():
         if not re.fullmatch(r"shard-\d{5,}", name):
             raise UserError(f"{path}: {name!r} is no name of a shard, as in shard-00000; {AGAIN}")
@@ -179,6 +193,21 @@ def read_manifest(directory: Path) -> dict[str, Any]:
                 state = f"has {file.stat().st_size} bytes, not {size}" if file.is_file() else "is missing"
                 raise UserError(f"{file}: {state}; {AGAIN}")
     return manifest
+
+
+def _misshapen(value: Any, wanted: Any, at: str = "") -> Iterator[str]:
+    """Where a value from JSON has not the keys and types that it must have."""
+    if isinstance(wanted, type):
+        if type(value) is not wanted:
+            yield at
+    elif type(value) is not type(wanted):
+        yield at
+    elif isinstance(wanted, list):
+        for number, item in enumerate(value):
+            yield from _misshapen(item, wanted[0], f"{at}[{number}]")
+    else:
+        for name in value if "*" in wanted else wanted:
+            yield from _misshapen(value.get(name), wanted.get(name, wanted.get("*")), f"{at}.{name}".lstrip("."))
 
 
 def _reader(path: Path) -> ArrayRecordReader:

@@ -293,7 +293,7 @@ def from_stats(routing: Routing) -> dict[str, tuple[float, ...]]:
     stats = {name: np.asarray(value, np.float64) for name, value in routing.stats.items()}
     mean_E, num_experts = np.maximum(stats["prob_sum"] / stats["tokens"], 1e-20), stats["counts"].size
     marginal = np.log(num_experts) + np.sum(mean_E * np.log(mean_E))
-    first_E = np.bincount(np.asarray(routing.plan.ids)[:, 0], minlength=num_experts)[:num_experts]
+    first_E = np.bincount(np.asarray(routing.plan[0])[:, 0], minlength=num_experts)[:num_experts]
     variation = lambda amount_E: (np.var(amount_E) / np.mean(amount_E) ** 2,)
     return {
         # f counts all choices, or the first alone (GShard).
