@@ -2,7 +2,8 @@
 
 Command:   frugalmoe train --config=configs/deepseek_v3.py \\
     --config.data.path=TEXTS --config.data.tokenizer=tokenizer.json
-Network:   DeepSeek-AI, arXiv 2412.19437, section 4.2, and the published configuration. Without multi-token prediction.
+Network:   DeepSeek-AI, arXiv 2412.19437, section 4.2, and the published configuration. Multi-token prediction is added
+           by --config.model.multi_token_prediction.depth=1.
 Recipe:    the same section, with its largest batch from the start and a linear decay where it has a cosine.
 Cost:      `:laptop`: 0.2 M tokens, 117 s of one CPU core's time with start and report (measured beside other programs).
 Expected:  `:laptop`: 3.80 bits per byte on held-out documents (2.63 nats per token): a hundred steps on bytes.

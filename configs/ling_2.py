@@ -2,7 +2,8 @@
 
 Command:  frugalmoe train --config=configs/ling_2.py:mini \\
     --config.data.path=TEXTS --config.data.tokenizer=tokenizer.json
-Architecture and recipe: arXiv 2510.22115 table 1 and sections 2-3. Without their multi-token-prediction layer.
+Architecture and recipe: arXiv 2510.22115 table 1 and sections 2-3. Their multi-token-prediction
+layer is added by --config.model.multi_token_prediction.depth=1.
 """
 
 from ml_collections import ConfigDict

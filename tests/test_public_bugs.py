@@ -19,7 +19,7 @@ import test_routing_laws
 
 from frugalmoe import routing
 from frugalmoe.laws.cases import make_case, make_inputs, route
-from frugalmoe.model.transformer import _remat
+from frugalmoe.model.scan import remat
 from frugalmoe.routing import losses, select, stats, strategies
 from frugalmoe.routing.contract import combine_matrix, linear_logits
 from frugalmoe.routing.strategies import sinkhorn
@@ -254,7 +254,7 @@ def gradient_program(choose: Callable, policy: str) -> str:
         return jax.nn.softmax(select.at(logits_BTE, choose(logits_BTE))[..., :1] * jnp.arange(2.0))
 
     body = lambda params, _: (params, gate(params))
-    value = lambda params: _remat(body, policy)(params, None)[1].sum()
+    value = lambda params: remat(body, policy)(params, None)[1].sum()
     return str(jax.make_jaxpr(jax.grad(value))({"kernel_DE": jnp.ones((8, 8))}))
 
 
