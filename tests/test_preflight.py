@@ -62,7 +62,7 @@ WRONG = [
     ("--config.data.path=mixed:code_g", "did you mean 'code_go'?"),
     ("--config.data.tokenizer=none.json", "data.tokenizer='none.json': no such kind or file"),
     ("--config.model.vocab_size=100", "model.vocab_size=100: smaller than the 257 tokens"),
-    ("--config.model.num_layers=100000000", "No space left on device: a checkpoint takes"),
+    ("--config.model.moe.expert_dim=1000000000", "No space left on device: a checkpoint takes"),
     ("--config.mesh.expert=3", "mesh.expert=3: must divide"),
     ("--config.train.trackers=wandb,trackoi", "did you mean 'trackio'?"),
     ("--workdir=/proc/self/status/x", "/proc/self/status is a file"),
@@ -179,7 +179,7 @@ def test_a_study_is_checked_without_preparing_its_data(place, capsys):
     assert not (place / "cache/prepared").exists() and not list((place / "here").iterdir())
     for wrong, said in [
         ("--config.data.path=/no/such/place", "no such file or directory"),
-        ("--config.model.num_layers=100000000", "No space left on device"),
+        ("--config.model.moe.expert_dim=1000000000", "No space left on device"),
         (f"--workdir={place / 'text'}", "holds files but no study.json"),
         ("--config.train.trackers=none", "train.trackers='none': unknown"),
     ]:

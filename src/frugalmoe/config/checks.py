@@ -39,6 +39,7 @@ def _each(prefix: str, section: object, names: str, ok: Callable[[float], bool],
 
 ROUNDED_TO = 64  # a vocabulary that follows the tokenizer is rounded up to a multiple of this
 
+MOST_LAYERS = 10_000
 _MARKS = re.compile(r"[./~]")  # of what is meant as a path
 
 
@@ -48,6 +49,8 @@ def _model(config: Config) -> None:
     _each("model", m, positive, lambda v: v > 0, "must be positive")
     _each("model", m, "vocab_size num_dense_layers dense_dim", lambda v: v >= 0, "must not be negative")
     _require(0 < m.rope_fraction <= 1, "model.rope_fraction", m.rope_fraction, "must be in (0, 1]")
+    # Every layer is looked at by itself, at each of many places.
+    _each("model", m, "num_layers", lambda v: v <= MOST_LAYERS, f"must be at most {MOST_LAYERS}")
     _require(
         m.num_dense_layers <= m.num_layers,
         "model.num_dense_layers",
