@@ -88,7 +88,7 @@ def test_loss_and_gradients_are_those_of_transformers_modules():
                 "embedding_norm": {"scale": stack("enorm.weight")},
                 "hidden_norm": {"scale": stack("hnorm.weight")},
                 "norm": {"scale": stack("post_norm.weight")},
-                "project_CD": stack("eh_proj.weight").swapaxes(1, 2),
+                "project_ID": stack("eh_proj.weight").swapaxes(1, 2),
             }
         }
 
@@ -222,8 +222,8 @@ def test_drafts_change_no_token(length, temperature):
     sampling, drafts = Sampling(temperature=temperature, max_tokens=48), Drafts()
     with jax.set_mesh(mesh_of()):
         state = init(config)
-        own = state.params["multi_token"]["project_CD"]
-        state.params["multi_token"]["project_CD"] = jnp.zeros_like(own).at[:, :D].set(jnp.eye(D))
+        own = state.params["multi_token"]["project_ID"]
+        state.params["multi_token"]["project_ID"] = jnp.zeros_like(own).at[:, :D].set(jnp.eye(D))
         weights = Weights(state.params, state.router_state)
         plain = list(generate(config, weights, prompt, sampling))
         drafted = list(generate(config, weights, prompt, sampling, drafts=drafts))

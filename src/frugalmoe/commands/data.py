@@ -69,9 +69,9 @@ def _show(args: argparse.Namespace) -> int:
     """Prints `count` rows of the first training batches, or of each domain's validation rows."""
     from frugalmoe.console import Console
     from frugalmoe.data.batches import open_data
-    from frugalmoe.fields import check_integer
 
-    check_integer("--count", args.count, least=1)
+    if args.count < 1:
+        raise UserError(f"--count={args.count}: must be at least 1")
     config = load_config(args)
     dataset = open_data(config.data, batch_size=1, seed=config.train.seed)
     console = Console()

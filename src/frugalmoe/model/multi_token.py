@@ -13,7 +13,7 @@ paper writes them last. Where t_{i+m} is beyond the row or the document, token i
 The loss is the mean over modules of their mean cross-entropy, each over its own targets; eq. 24 divides by all tokens.
 Evaluation does as if there were no modules; generation may let the first one draft tokens that the network checks.
 
-Letters: B batch, T time, D model, M modules, C channels of both (2 D).
+Letters: B batch, T time, D model, L layers (the modules), I contracted axis (2 D).
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ class Module(nnx.Module):
         project_key, block_key = jax.random.split(key)
         self.embedding_norm = RMSNorm(config.dim, config.norm_eps, "D")
         self.hidden_norm = RMSNorm(config.dim, config.norm_eps, "D")
-        self.project_CD = normal(project_key, ".->D", (2 * config.dim, config.dim), config.init_std)
+        self.project_ID = normal(project_key, "I->D", (2 * config.dim, config.dim), config.init_std)
         self.block = Block(block_key, config, kind(config))
         self.norm = RMSNorm(config.dim, config.norm_eps, "D")
 
@@ -62,9 +62,9 @@ class Module(nnx.Module):
         self, embedded_BTD: Array, stream: Stream, context: Context, prepared: dict[str, Any], place: Place
     ) -> Passed:
         """`context`: of the tokens ahead, whose embeddings these are; `stream` has the hidden states before."""
-        both_BTC = jnp.concatenate([self.embedding_norm(embedded_BTD), self.hidden_norm(stream.x_BTD)], axis=-1)
-        project_CD = self.project_CD.astype(both_BTC.dtype)
-        x_BTD = jnp.einsum("btc,cd->btd", both_BTC, project_CD, out_sharding=sharding.spec("BTD"))
+        both_BTI = jnp.concatenate([self.embedding_norm(embedded_BTD), self.hidden_norm(stream.x_BTD)], axis=-1)
+        project_ID = self.project_ID.astype(both_BTI.dtype)
+        x_BTD = jnp.einsum("bti,id->btd", both_BTI, project_ID, out_sharding=sharding.spec("BTD"))
         passed = self.block(stream._replace(x_BTD=x_BTD), context, prepared, place)
         return passed._replace(stream=passed.stream._replace(x_BTD=self.norm(passed.stream.x_BTD)))
 
@@ -77,13 +77,13 @@ def stacked(key: Array, config: Model) -> Module:
 def run(
     modules: Module, config: Model, context: Context, stream: Stream, look_up: Callable[[Array], Array]
 ) -> tuple[Array, Routed | None]:
-    """-> (the modules' hidden states [M, B, T, D], what their MoE layers report, stacked).
+    """-> (the modules' hidden states [L, B, T, D], what their MoE layers report, stacked).
 
     stream: the network's hidden states, and the carry before a first MoE layer. look_up: embeddings [B, T, D] of ids.
     """
     depth, first = config.multi_token_prediction.depth, len(pattern.moe_layers(config))
     of_tokens = (context.token_ids_BT, context.segment_ids_BT)
-    ids_MBT, segments_MBT = look_ahead(of_tokens, context.segment_ids_BT, depth)
+    ids_LBT, segments_LBT = look_ahead(of_tokens, context.segment_ids_BT, depth)
     prepared = prepare(context.positions_BT, config, (kind(config).attention,))
 
     def body(stream: Stream, xs: tuple) -> tuple[Stream, tuple[Array, Routed | None]]:
@@ -94,7 +94,7 @@ def run(
         return passed.stream, (passed.stream.x_BTD, passed.routed)
 
     layers = first + jnp.arange(depth, dtype=jnp.int32)
-    _, found = jax.lax.scan(remat(body, config.remat), stream, (modules, layers, ids_MBT, segments_MBT))
+    _, found = jax.lax.scan(remat(body, config.remat), stream, (modules, layers, ids_LBT, segments_LBT))
     return found
 
 
@@ -115,7 +115,7 @@ def empty_cache(config: Model, batch: int, slots: int) -> Any:
 
 
 def look_ahead(of_tokens: Any, segment_ids_BT: Array, depth: int) -> Any:
-    """What module m = 1 .. depth has in place of each token's own: arrays [..., B, T] -> [M, ..., B, T].
+    """What module m = 1 .. depth has in place of each token's own: arrays [..., B, T] -> [L, ..., B, T].
 
     The entry of token i + m, and 0 where the row has no such token in the same document.
     """

@@ -37,7 +37,7 @@ class Output(NamedTuple):
     routed: Routed | None  # every leaf with a leading axis L over the MoE layers
     caches: Caches | None  # in generation only
     depths: Report | None  # of the blocks that some tokens skip, in order of depth
-    further_MBTD: Array | None = None  # of modules that predict further ahead; theirs end `routed`
+    further_LBTD: Array | None = None  # of modules that predict further ahead; theirs end `routed`
 
 
 class Transformer(nnx.Module):
@@ -100,8 +100,8 @@ class Transformer(nnx.Module):
             return out
         context, carry = self._before_experts(context) if pattern.has_experts(config) else (context, None)
         stream = Stream(out.hidden_BTD, carry)
-        further_MBTD, routed = multi_token.run(self.multi_token, config, context, stream, self._look_up())
-        return out._replace(routed=scan.joined([out.routed, routed]), further_MBTD=further_MBTD)
+        further_LBTD, routed = multi_token.run(self.multi_token, config, context, stream, self._look_up())
+        return out._replace(routed=scan.joined([out.routed, routed]), further_LBTD=further_LBTD)
 
     def draft(self, context: Context, hidden_BTD: Array, cache: Any, start: Array) -> tuple[Array, Any]:
         """Of the first module in generation -> (hidden states, cache); see `multi_token.draft`."""

@@ -3,7 +3,8 @@
 A term is formed for each micro-batch as a share of the step's loss: sums over its tokens, divided by how many units of
 a kind the whole step has. So shares add up, over micro-batches and over devices.
 
-Letters: A micro-batches of a step, B sequences, T time, D model, V vocabulary, L MoE layers, E experts.
+Letters: A micro-batches of a step, B sequences, T time, D model, V vocabulary, L layers (MoE ones, or modules that
+predict further ahead), E experts.
 """
 
 import dataclasses
@@ -119,25 +120,25 @@ def _auxiliary(
 
 def _further(micro: Micro) -> tuple[Array, Array] | None:
     """Cross-entropy of the tokens further ahead: the mean over modules, times its coefficient."""
-    if micro.out.further_MBTD is None:
+    if micro.out.further_LBTD is None:
         return None
-    section, targets_M = micro.config.model.multi_token_prediction, micro.of_step.units["further"]
-    targets_MBT, mask_MBT = _targets_further(micro.batch, section.depth)
-    weight_MBT = mask_MBT / (section.depth * targets_M[:, None, None])
-    where = (micro.out.further_MBTD, targets_MBT, weight_MBT)
-    loss, ce_MBT, _ = token_losses(micro.model, *where, micro.config, z_coefficient=0.0)
-    return section.coefficient * loss, jnp.sum(ce_MBT * mask_MBT, axis=(1, 2))
+    section, targets_L = micro.config.model.multi_token_prediction, micro.of_step.units["further"]
+    targets_LBT, mask_LBT = _targets_further(micro.batch, section.depth)
+    weight_LBT = mask_LBT / (section.depth * targets_L[:, None, None])
+    where = (micro.out.further_LBTD, targets_LBT, weight_LBT)
+    loss, ce_LBT, _ = token_losses(micro.model, *where, micro.config, z_coefficient=0.0)
+    return section.coefficient * loss, jnp.sum(ce_LBT * mask_LBT, axis=(1, 2))
 
 
-def _further_metrics(ce_M: Array, of_step: OfStep, config: Config) -> dict[str, Array]:
-    return {"loss/mtp": jnp.mean(ce_M / of_step.units["further"])}
+def _further_metrics(ce_L: Array, of_step: OfStep, config: Config) -> dict[str, Array]:
+    return {"loss/mtp": jnp.mean(ce_L / of_step.units["further"])}
 
 
 def _targets_further(batch: Batch, depth: int) -> tuple[Array, Array]:
-    """(target, whether it is one) of each token for module m = 1 .. depth, [M, ..., B, T]: the token m + 1 ahead."""
+    """(target, whether it is one) of each token for module m = 1 .. depth, [L, ..., B, T]: the token m + 1 ahead."""
     of_tokens = (batch.targets_BT, batch.loss_mask_BT.astype(jnp.int32))
-    targets_MBT, mask_MBT = multi_token.look_ahead(of_tokens, batch.segment_ids_BT, depth)
-    return targets_MBT, mask_MBT > 0
+    targets_LBT, mask_LBT = multi_token.look_ahead(of_tokens, batch.segment_ids_BT, depth)
+    return targets_LBT, mask_LBT > 0
 
 
 TERMS = {
@@ -216,8 +217,8 @@ def units(batch: Batch, config: Config) -> dict[str, Array]:
     targets = jnp.maximum(jnp.sum(batch.loss_mask_BT, dtype=jnp.int32), 1)
     found = {"target": targets, **jax.tree.map(jnp.sum, per_micro_batch)}
     if depth := config.model.multi_token_prediction.depth:
-        _, mask_MABT = _targets_further(batch, depth)
-        found["further"] = jnp.maximum(jnp.sum(mask_MABT, axis=(1, 2, 3), dtype=jnp.int32), 1)
+        _, mask_LABT = _targets_further(batch, depth)
+        found["further"] = jnp.maximum(jnp.sum(mask_LABT, axis=(1, 2, 3), dtype=jnp.int32), 1)
     return found
 
 
