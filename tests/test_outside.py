@@ -11,8 +11,9 @@ from runs import TINY, run
 
 from frugalmoe import found
 from frugalmoe.cli import main
-from frugalmoe.config import default, outside, override, resolve, runnable
+from frugalmoe.config import default, outside, override, resolve, runnable, settle
 from frugalmoe.data.sources import documents, open_inputs
+from frugalmoe.data.tokenizer import load_from
 from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
 from frugalmoe.schema import Data, FrozenDict, Source
@@ -127,7 +128,8 @@ def test_a_changed_file_is_one_line_and_needs_force(own, trained):
     ):
         rundir.check_config(own / "run", config, force=False)
     rundir.check_config(own / "run", config, force=True)
-    rundir.describe(own / "run", config, 4)
+    settled = settle(config, load_from(own / "run/tokenizer").size, 1)
+    rundir.describe(own / "run", config, settled, 4)
     assert (own / "run" / outside.kept(own / "run")["model.moe.router"]["file"]).read_text().endswith("# another\n")
     last = json.loads((own / "run/history.jsonl").read_text().splitlines()[-1])
     assert list(last["changes"]) == ["model.moe.router sha256"]

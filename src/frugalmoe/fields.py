@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from frugalmoe.errors import UserError, did_you_mean
-from frugalmoe.schema import BY_NAME, FrozenDict
+from frugalmoe.schema import BY_NAME, FrozenDict, Named
 
 _SMALLEST, _LARGEST = 2.0**-126, 2.0**128 - 2.0**104  # of the normal numbers of float32
 
@@ -37,15 +37,13 @@ def check_float(path: str, value: float) -> None:
 
 def to_dict(config: Any) -> Any:
     """Plain nested dicts, ready for JSON, of a config or a part of one; what stands for its name is its name."""
+    if isinstance(config, Named):
+        return config.name
     if dataclasses.is_dataclass(config):
-        return {f.name: _plain(f, getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, Mapping):
         return {k: to_dict(v) for k, v in config.items()}
     return config
-
-
-def _plain(field: dataclasses.Field, value: Any) -> Any:
-    return value.name if BY_NAME in field.metadata and not isinstance(value, str) else to_dict(value)
 
 
 def build(cls: type, values: Any, path: str) -> Any:
@@ -60,7 +58,7 @@ def build(cls: type, values: Any, path: str) -> Any:
         if name not in hints:
             raise UserError(f"{prefix}{name}: unknown config field; {did_you_mean(name, _fields(cls))}")
     by_name = {f.name for f in dataclasses.fields(cls) if BY_NAME in f.metadata}
-    whole = {k for k in by_name & set(values) if hasattr(values[k], "name")}
+    whole = {k for k in by_name & set(values) if isinstance(values[k], Named)}
     return cls(**{k: v if k in whole else _coerce(hints[k], v, prefix + k) for k, v in values.items()})
 
 

@@ -11,10 +11,16 @@ from typing import Any
 Frozen = dataclasses.dataclass(frozen=True, kw_only=True)
 
 
-BY_NAME = "by_name"  # metadata of a field that from Python may hold the object itself, which has a `name`
+BY_NAME = "by_name"  # metadata of a field that from Python may hold the object itself, a `Named`
 
 
 OUTSIDE = "outside"  # metadata of a field that may name a Python file outside the package: see `frugalmoe.found`
+
+
+class Named:
+    """An object that may stand in a config, from Python; what is written down of it is its `name`."""
+
+    name: str
 
 
 class FrozenDict(dict):

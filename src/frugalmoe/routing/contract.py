@@ -23,7 +23,7 @@ from jax import Array
 
 from frugalmoe.errors import UserError
 from frugalmoe.routing import merging
-from frugalmoe.schema import FrozenDict, MoE
+from frugalmoe.schema import FrozenDict, MoE, Named
 from frugalmoe.sharding import broken_rule, declaration
 
 ROUTER_ROLE = "router"  # of every parameter of a strategy
@@ -176,7 +176,7 @@ def keep_state(state: State, stats: Mapping[str, Array], config: MoE) -> State:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Router:
+class Router(Named):
     """A routing strategy. `config` is always the layer's `MoE` with `config.options` an instance of `options`."""
 
     about: About
