@@ -25,6 +25,7 @@ from frugalmoe.analysis import (
     write_report,
     write_trace,
 )
+from frugalmoe.analysis.lab.lab import Lab
 from frugalmoe.data import open_data
 from frugalmoe.errors import UserError
 from frugalmoe.train.loop import train
@@ -311,7 +312,7 @@ def test_rules_that_are_the_same_have_no_gap(run_dir):
 def test_a_swap_at_one_position_is_that_of_everybody_in_the_last_layer(run_dir):
     """After the last MoE layer no token sees another, so that swapping the others too changes nothing."""
     found = try_swaps(run_dir, 2, position=3, tokens=TOKENS, progress=False)
-    lab = analysis.effects.Lab(run_dir, None, TOKENS)
+    lab = Lab(run_dir, None, TOKENS)
     before = lab.probe(analysis.interventions.Nothing())
     at_N = (before.positions_N == 3) & np.isfinite(before.loss_N)
     best_KN = np.tile(before.loss_N[at_N], (K, 1))
@@ -337,7 +338,7 @@ def test_drops_are_those_that_the_executor_counts(run_dir, tmp_path):
     path = copy(run_dir, tmp_path, executor="capacity", capacity_factor=0.75)
     found = load_drops(path, tokens=TOKENS)
     assert found.layers_L.tolist() == [1, 2] and found.lost_LNK.shape == (2, 1024, K)
-    lab = analysis.effects.Lab(path, None, TOKENS)
+    lab = Lab(path, None, TOKENS)
     counted_L = sum(t.out.stats["dropped"] for t in lab.evaluate(lab.eval_step, analysis.interventions.Nothing()))
     np.testing.assert_array_equal(np.nansum(found.lost_LNK, axis=(1, 2)), counted_L)
     assert (counted_L > 0.25 * 1024 * K - 1).all()  # at most 0.75 of the slots find room

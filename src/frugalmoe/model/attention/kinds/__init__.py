@@ -45,5 +45,6 @@ def get(name: str) -> Attention:
 
 
 def options_of(config: Model, name: str) -> Any:
-    """The options of a kind in a resolved config."""
-    return config.attention_options[pattern.short(name)]
+    """The options of a kind: those that the config names, else the kind's defaults."""
+    given = config.attention_options.get(pattern.short(name))
+    return get(name).options() if given is None else given
