@@ -78,11 +78,13 @@ class Term(NamedTuple):
 
     `share(micro)` -> (the micro-batch's share of the step's loss, float32 [], coefficient included; a pytree of sums),
     or None where the model has nothing of the kind. The sums, added up over micro-batches, are what
-    `metrics(sums, of_step, config)` makes the values of metrics.jsonl from, by name.
+    `metrics(sums, of_step, config)` makes the values of metrics.jsonl from, by name. Of these, `coefficients(knobs,
+    config)` names the losses that `share` adds up, without `loss/`, and gives what each is multiplied with.
     """
 
     share: Callable[[Micro], tuple[Array, Any] | None]
     metrics: Callable[[Any, OfStep, Config], dict[str, Array]]
+    coefficients: Callable[[Knobs, Config], Mapping[str, float | Array]]
 
 
 def _language(micro: Micro) -> tuple[Array, dict[str, Array]]:
@@ -115,7 +117,7 @@ def _auxiliary(
     def metrics(sums: Mapping[str, Loss], of_step: OfStep, config: Config) -> dict[str, Array]:
         return {f"loss/{name}": mean for name, mean in total(sums, of_step, config).metrics.items()}
 
-    return Term(share, metrics)
+    return Term(share, metrics, coefficients)
 
 
 def _further(micro: Micro) -> tuple[Array, Array] | None:
@@ -142,14 +144,24 @@ def _targets_further(batch: Batch, depth: int) -> tuple[Array, Array]:
 
 
 TERMS = {
-    "language": Term(_language, _language_metrics),
+    "language": Term(
+        _language, _language_metrics, lambda knobs, config: {"ce": 1.0, "logit_z": config.optim.logit_z_loss}
+    ),
     "routers": _auxiliary(lambda out: out.routed and out.routed.losses, lambda knobs, config: knobs.losses),
     "depths": _auxiliary(
         lambda out: out.depths and out.depths.losses,
         lambda knobs, config: {"depth_predictor": config.model.mixture_of_depths.predictor_loss},
     ),
-    "multi_token": Term(_further, _further_metrics),
+    "multi_token": Term(
+        _further, _further_metrics, lambda knobs, config: {"mtp": config.model.multi_token_prediction.coefficient}
+    ),
 }
+
+
+def coefficients(config: Config) -> dict[str, float]:
+    """Returns what the training loss multiplies each named loss with; a loss that is not in it is not trained on."""
+    own = knobs(config)
+    return {name: float(c) for term in TERMS.values() for name, c in term.coefficients(own, config).items()}
 
 
 class Sums(NamedTuple):
