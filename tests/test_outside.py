@@ -1,6 +1,4 @@
-"""A router, an executor, a kind of attention and a source of text from outside the package, through a whole run and
-what is done with it.
-"""
+"""A router, an executor and a source of text from outside the package, through a whole run and what is done with it."""
 
 import json
 import shutil
@@ -28,7 +26,6 @@ from frugalmoe.routing.strategies import topk_softmax
 ROUTER = dataclasses.replace(topk_softmax.ROUTER)
 '''
 EXECUTOR = "from frugalmoe.experts.executors.blocks import EXECUTOR\n"
-ATTENTION = "from frugalmoe.model.attention.kinds.grouped import ATTENTION\n"
 CORPUS = """
 from frugalmoe.data.corpus import Corpus
 
@@ -45,10 +42,8 @@ FIELDS = TINY | {
     "model.num_layers": 2,
     "model.moe.router": "mine.py",
     "model.moe.executor": "lab_outside.runner",
-    "model.attention": "near.py",
     "data.path": "texts.py",
 }
-FILES = {"mine.py": ROUTER, "lab_outside/runner.py": EXECUTOR, "near.py": ATTENTION, "texts.py": CORPUS}
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +57,7 @@ def nothing_read(monkeypatch):
 
 def write(folder: Path) -> Path:
     (folder / "lab_outside").mkdir(parents=True)
-    for name, text in FILES.items():
+    for name, text in {"mine.py": ROUTER, "lab_outside/runner.py": EXECUTOR, "texts.py": CORPUS}.items():
         (folder / name).write_text(text)
     return folder
 
@@ -73,7 +68,7 @@ def config_of(folder: Path, fields: Mapping = FrozenDict()):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder with the files and a run in `run`."""
+    """A folder with the three files and a run in `run`."""
     folder = write(tmp_path_factory.mktemp("outside"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -98,7 +93,6 @@ def test_a_run_keeps_what_it_was_given_and_copies(trained):
     assert {field: row["spec"] for field, row in kept.items()} == {
         "model.moe.router": "mine.py",
         "model.moe.executor": "lab_outside.runner",
-        "model.attention.near": "near.py",
         "data.path": "texts.py",
     }
     assert (trained / "run" / kept["model.moe.router"]["file"]).read_text() == ROUTER
@@ -106,7 +100,7 @@ def test_a_run_keeps_what_it_was_given_and_copies(trained):
 
 def test_it_trains_bit_for_bit_as_the_shipped_ones_do(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(trained)
-    shipped = {"model.moe.router": "topk_softmax", "model.moe.executor": "blocks", "model.attention": "grouped"}
+    shipped = {"model.moe.router": "topk_softmax", "model.moe.executor": "blocks"}
     train(config_of(trained, shipped), tmp_path / "shipped")
     losses = [
         [json.loads(line)["loss/ce"] for line in (run / "metrics.jsonl").read_text().splitlines() if "loss/ce" in line]
@@ -142,36 +136,16 @@ def test_a_changed_file_is_one_line_and_needs_force(own, trained):
 
 
 def test_a_run_is_read_sampled_and_reported_without_its_files(own, monkeypatch, capsys):
-    for name in FILES:
+    for name in ("mine.py", "texts.py", "lab_outside/runner.py"):
         (own / name).unlink()
     monkeypatch.chdir(own.parent)
     config = resolve(runnable(own / "run/config.json"))
     assert config.model.moe.router == str(own / "run/outside/model.moe.router/mine.py")
-    assert config.model.attention == str(own / "run/outside/model.attention.near/near.py")
     assert main(["generate", "own/run", "--prompt=The", "--max-tokens=4", "--temperature=0"]) == 0
     assert main(["trace", "own/run"]) == 0
     assert main(["report", "own/run"]) == 0
     assert main(["config", "--config=own/run", "--changed"]) == 0
     assert capsys.readouterr().err.count("frugalmoe:") == 0
-
-
-def test_kinds_of_attention_from_outside_stand_among_others(own):
-    """Each is kept by itself under the name that its options have, that of a package by the folder's name."""
-    (own / "lab_outside/ring").mkdir()
-    (own / "lab_outside/ring/__init__.py").write_text("from frugalmoe.model.attention.kinds.window import ATTENTION\n")
-    options = {"model.attention_options.ring.window": 4, "model.attention_options.near.sinks": True}
-    config = config_of(own, {"model.attention": "grouped, near.py,lab_outside.ring", "model.num_layers": 3} | options)
-    specs = {k: v for k, v in outside.specs(config).items() if k.startswith("model.attention")}
-    assert specs == {"model.attention.near": "near.py", "model.attention.ring": "lab_outside.ring"}
-    saved = own / "another"
-    saved.mkdir()
-    outside.keep(saved, config)
-    (own / "near.py").unlink()
-    shutil.rmtree(own / "lab_outside/ring")
-    again = resolve(outside.with_copies(saved, to_dict(config)))
-    copies = [str(saved / f"outside/model.attention.{name}/{name}.py") for name in ("near", "ring")]
-    assert again.model.attention == ",".join(["grouped", *copies])
-    assert again.model.attention_options["ring"].window == 4 and again.model.attention_options["near"].sinks
 
 
 def test_fresh_deletes_the_copies_too(own):

@@ -15,7 +15,6 @@ BY_NAME = "by_name"  # metadata of a field that from Python may hold the object 
 
 
 OUTSIDE = "outside"  # metadata of a field that may name a Python file outside the package: see `frugalmoe.found`
-SEVERAL = "several"  # metadata of such a field that may hold several names, separated by commas
 
 
 class Named:
@@ -111,10 +110,9 @@ class Model:
     num_layers: int = 4  # transformer blocks, dense and MoE
     num_dense_layers: int = 0  # the first n layers have a dense feed-forward
     dense_dim: int = 0  # hidden width of a dense layer's feed-forward
-    # Kinds of attention, files of frugalmoe/model/attention/kinds: grouped | window | latent; or path/to/file.py or
-    # package.module, a kind of your own. Several, as window,window,window,grouped, are repeated over the layers in this
-    # order.
-    attention: str = dataclasses.field(default="grouped", metadata={OUTSIDE: True, SEVERAL: True})
+    # Kinds of attention, files of frugalmoe/model/attention/kinds: grouped | window | latent. Several, as
+    # window,window,window,grouped, are repeated over the layers in this order.
+    attention: str = "grouped"
     attention_options: Mapping[str, Any] = FrozenDict()  # KIND.OPTION: each kind's own options, as window.window
     num_heads: int = 8  # query heads
     num_kv_heads: int = (

@@ -1,4 +1,4 @@
-"""Files outside the package that a config names: a router, an executor, a kind of attention, a corpus of one's own.
+"""Files outside the package that a config names: a router, an executor, a corpus of one's own.
 
 config.json says what the config says. Beside it a run keeps what these files held, so that it can be read, sampled and
 traced wherever they are gone or have changed:
@@ -18,20 +18,15 @@ from typing import Any
 from frugalmoe import found
 from frugalmoe.errors import UserError
 from frugalmoe.files import read_json, write_atomically, write_json
-from frugalmoe.model.pattern import attention_names, short
-from frugalmoe.schema import OUTSIDE, SEVERAL, Config
+from frugalmoe.schema import OUTSIDE, Config
 
 RECORD = "outside.json"
 FOLDER = "outside"
 CORPUS = "CORPUS"  # what a file that is a source of text defines
-_ATTENTION = "model.attention"
 
 
 def specs(config: Config) -> dict[str, str]:
-    """Returns dotted field -> the path or dotted module that it names, of those that lie outside the package.
-
-    A field that may hold several names has an entry for each, FIELD.NAME with the last part of the path or module.
-    """
+    """Dotted field -> the path or dotted module that it names, of those that lie outside the package."""
     named = dict(_of_section(config, ""))
     sources = {f"data.sources.{name}.path": source.path for name, source in config.data.sources.items()}
     corpora = sources or {"data.path": config.data.path}
@@ -43,11 +38,8 @@ def _of_section(section: Any, prefix: str) -> Iterator[tuple[str, str]]:
         value = getattr(section, field.name)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             yield from _of_section(value, f"{prefix}{field.name}.")
-        elif OUTSIDE in field.metadata:
-            path = prefix + field.name
-            several = SEVERAL in field.metadata
-            named = {f"{path}.{short(name)}": name for name in attention_names(value)} if several else {path: value}
-            yield from ((key, spec) for key, spec in named.items() if found.is_outside(spec))
+        elif OUTSIDE in field.metadata and found.is_outside(value):
+            yield prefix + field.name, value
 
 
 def hashes(config: Config) -> dict[str, str]:
@@ -60,7 +52,7 @@ def keep(workdir: Path, config: Config) -> None:
     kept = {}
     for field, spec in specs(config).items():
         read = found.outside(spec, f"{field}={spec!r}")
-        copy = Path(FOLDER, field, f"{short(spec)}.py")  # options of a kind of attention are named by the file
+        copy = Path(FOLDER, field, read.path.name)
         (workdir / copy).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(workdir / copy, read.text)
         kept[field] = {"spec": spec, "sha256": read.sha256, "file": copy.as_posix()}
@@ -117,12 +109,7 @@ def _sha256(spec: str) -> str | None:
 
 
 def _put(config: dict[str, Any], field: str, value: str) -> None:
-    """Sets a field of a plain config, as `specs` names it; the name of a source may hold dots."""
-    if field.startswith(f"{_ATTENTION}."):
-        old = field.removeprefix(f"{_ATTENTION}.")
-        names = attention_names(config["model"].get("attention", ""))
-        config["model"]["attention"] = ",".join(value if short(name) == old else name for name in names)
-        return
+    """Sets a dotted field of a plain config; the name of a source may hold dots."""
     source = field.removeprefix("data.sources.").removesuffix(".path")
     path = ["data", "sources", source, "path"] if field.startswith("data.sources.") else field.split(".")
     section: Mapping[str, Any] = config
