@@ -1,6 +1,7 @@
-"""What would end a run before its first step, found before it waits for devices. Nothing is written, built or fetched.
+"""Finds what would end a run before its first step, before it waits for devices.
 
-A run makes the same checks again as it begins; here they come first, and on the machine from which it is launched.
+Nothing is built or fetched, and nothing written outside the cache. A run makes the same checks again when it begins;
+here they come first, and on the machine from which it is launched.
 """
 
 import errno
@@ -60,7 +61,7 @@ def check(
         return Ready(settled, notes)
     if not fresh:
         _check_same_data(workdir, found)
-        if found.fingerprint is not None:  # else the tokenizer may still become smaller
+        if found.fingerprint is not None:  # without one the tokenizer may still become smaller
             rundir.check_config(workdir, settled, force=resume == "force")
     freed = rundir.size_of_run(workdir) if fresh else 0
     return Ready(settled, (*notes, *check_size(settled, workdir, freed)))
@@ -79,7 +80,9 @@ def check_directory(config: Config, workdir: Path, *, resume: str = "auto", fres
 
 
 def _with_vocabulary(config: Config, found: Look) -> Ready:
-    """The config settled for the tokenizer that the data will have; raises `UserError` where it has more tokens."""
+    """Returns the config settled for the tokenizer that the data will have, and notes. Raises `UserError` where the
+    tokenizer has more tokens than the model.
+    """
     size, trained = config.model.vocab_size, found.domains is None and isinstance(parse(config.data.tokenizer), int)
     if trained and 0 < size < found.vocabulary:
         note = f"model.vocab_size={size}: too small where data.tokenizer finds {found.vocabulary} tokens in the data"
@@ -103,7 +106,7 @@ def check_size(config: Config, workdir: Path, freed: int = 0) -> list[str]:
 
 
 def _checkpoints_at_once(config: Config) -> int:
-    """The most checkpoints of a run that lie on disk: one is deleted after the next is there."""
+    """Returns the most checkpoints of a run that lie on disk at one time: one is deleted after the next is there."""
     c, steps = config.checkpoint, config.train.steps
     saved = -(-steps // c.every_steps) if c.every_steps else 1
     kept = steps // c.keep_every_steps if c.keep_every_steps and c.every_steps else 0
@@ -111,7 +114,7 @@ def _checkpoints_at_once(config: Config) -> int:
 
 
 def _existing_parent(workdir: Path) -> Path:
-    """The nearest directory that is there, which must be one that can be written."""
+    """Returns the nearest directory that exists; raises `UserError` where it cannot be written."""
     for path in (workdir, *workdir.absolute().parents):
         try:
             if not path.exists():

@@ -28,7 +28,7 @@ RECORD = "trackers.json"  # in a run's directory: the id under which trackers kn
 
 
 class Tracker(Protocol):
-    """What a run tells of itself. `name` is unlike that of any other run, `start` the step that it goes on from."""
+    """Receives a run's metrics. No other run has its `name`; `start` is the step from which it goes on."""
 
     def __init__(self, config: Config, workdir: Path, name: str, start: int) -> None: ...
 
