@@ -128,7 +128,7 @@ def _lead(args: argparse.Namespace, plan, workdir: Path) -> int:
 
 
 def _worker_argv(args: argparse.Namespace, workdir: Path) -> list[str]:
-    """The command line of a worker: the same study, without what only the first process does."""
+    """Returns the command line of a worker: the same study, without what only the first process does."""
     argv = ["ablate", args.study, f"--workdir={workdir}", *(f"--config.{o}" for o in args.overrides)]
     argv += [f"--steps={args.steps}"] if args.steps else []
     argv += [f"--{flag.replace('_', '-')}" for flag in ("laptop", "keep_checkpoints") if getattr(args, flag)]

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         scheduler.check(text, job)
     except UserError as e:
         raise UserError(f"{template}: {e}") from e
-    # Of nodes with a copy of this directory neither the run directory nor what is mounted there can be seen from here.
+    # Where nodes have a copy of this directory, neither the run directory nor their mounts can be seen from here.
     unseen = check_visible(config, template.read_text()) if scheduler.copies else []
     notes = preflight.check(
         config,

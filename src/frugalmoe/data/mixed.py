@@ -88,7 +88,7 @@ ORIGINS = (
 
 
 def build(cache: Path, progress: bool) -> Path:
-    """The corpus's directory under `cache`, built at the first call; later calls use no network."""
+    """Returns the corpus's directory under `cache`, built at the first call; later calls use no network."""
     return corpus.build(cache, NAME, _fill, progress)
 
 

@@ -67,7 +67,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: State) -> None:
 
 
 def check_space(directory: Path, state: State, freed: int = 0) -> None:
-    """Raises `UserError` where a checkpoint of the state does not fit on disk, where `freed` bytes are deleted before."""
+    """Raises `UserError` where the disk has no space for a checkpoint; `freed` bytes will be deleted before."""
     check_space_for(directory, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)), freed)
 
 

@@ -230,7 +230,7 @@ def depth_metrics(sums: Sums) -> dict[str, Array]:
 
 
 def units(batch: Batch, config: Config) -> dict[str, Array]:
-    """Returns how many units of each kind the whole step has: sums over micro-batches and shards are divided by them."""
+    """Returns the number of units of each kind in the whole step, by which sums over its parts are divided."""
     valid_ABT = batch.segment_ids_BT > 0
     per_micro_batch = jax.vmap(lambda valid_BT: aux_losses.denominators(valid_BT, config.model.moe))(valid_ABT)
     targets = jnp.maximum(jnp.sum(batch.loss_mask_BT, dtype=jnp.int32), 1)
