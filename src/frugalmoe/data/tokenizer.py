@@ -211,7 +211,7 @@ def parse(spec: str) -> int | Path | None:
 
 
 def expected_size(spec: str) -> int:
-    """Returns the size of `data.tokenizer` before its text is read; one that is to be trained may become smaller."""
+    """The vocabulary of `data.tokenizer` before its text is read; a trained one may turn out smaller."""
     found = parse(spec)
     if isinstance(found, int):
         return found

@@ -80,9 +80,7 @@ def check_directory(config: Config, workdir: Path, *, resume: str = "auto", fres
 
 
 def _with_vocabulary(config: Config, found: Look) -> Ready:
-    """Returns the config settled for the tokenizer that the data will have, and notes. Raises `UserError` where the
-    tokenizer has more tokens than the model.
-    """
+    """The config settled for the tokenizer that the data will have; raises `UserError` where it has more tokens."""
     size, trained = config.model.vocab_size, found.domains is None and isinstance(parse(config.data.tokenizer), int)
     if trained and 0 < size < found.vocabulary:
         note = f"model.vocab_size={size}: too small where data.tokenizer finds {found.vocabulary} tokens in the data"
