@@ -34,7 +34,7 @@ class Plan:
     study: Study
     overrides: Mapping[str, Any] | Sequence[str]  # of the base, beside the study's own
     arms: Mapping[str, Arm]  # all that are declared
-    pairs: tuple[Pair, ...]  # those to run, seed after seed: an early look compares what is comparable
+    pairs: tuple[Pair, ...]  # those to run, seed after seed, so that an unfinished study can be compared
     flops: Mapping[str, Mapping[str, float]]  # arm -> part of the model -> forward FLOPs per token
     parameters: Mapping[str, Mapping[str, int]]
     vocabulary: int  # tokens that the data has

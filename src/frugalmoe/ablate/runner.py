@@ -81,7 +81,7 @@ def prepare(plan: Plan, workdir: Path, command: Sequence[str], fresh: bool = Fal
     with ExitStack() as held:
         if fresh and (workdir / "study.json").is_file():
             for directory in directories:
-                held.enter_context(rundir.locked(directory))  # of all, before the first is deleted
+                held.enter_context(rundir.locked(directory))  # all are locked before the first is deleted
                 rundir.check_fresh(directory)
         claim(workdir, plan, command)
         if fresh:

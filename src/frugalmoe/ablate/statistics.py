@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 ERROR = 0.05  # of all verdicts of a study together
-POWER, MOST_SEEDS = 0.8, 100  # of the number of seeds that a verdict asks for; where it stops counting
+POWER, MOST_SEEDS = 0.8, 100  # of the test that seeds are counted for; the most that are tried
 ROUNDING = 1e-12  # differences below it are those of sums in another order
 LARGEST = float(np.finfo(np.float32).max)  # beyond it a loss has overflowed
 

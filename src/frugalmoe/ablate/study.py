@@ -33,7 +33,7 @@ class Study:
     varies: tuple[str, ...]  # fields or sections in which arms may differ; a router brings its own options
     seeds: tuple[int, ...] = (0, 1, 2)
     metrics: tuple[str, ...] = METRICS  # the columns of the report; the first one, a loss, decides
-    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of every arm
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # dotted fields of every arm
     equal_flops: bool = True  # refuse arms whose active FLOPs per token differ by more than `tolerance`
     tolerance: float = 0.03
     evaluate_with: bool = False  # also evaluate each run under the routers of the other arms

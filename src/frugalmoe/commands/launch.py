@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """Fills in the template, checks it and the run, and becomes the scheduler's program; with --dry-run prints it."""
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # a device that is there is of no use here, and may be in use
+    jax.config.update("jax_platforms", "cpu")  # no device is needed here, and those that are there may be in use
     from frugalmoe.launch.checks import check_visible
     from frugalmoe.launch.job import fill, unedited
     from frugalmoe.launch.schedulers import SCHEDULERS, submit

@@ -33,7 +33,7 @@ from frugalmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_json, parse
 from frugalmoe.errors import UserError
 from frugalmoe.schema import Data
 
-EVAL_SEED = "validation"  # of the order of validation rows: the same for every run, so that runs compare
+EVAL_SEED = "validation"  # of the order of validation rows; the same in every run, so that runs can be compared
 
 
 class Batch(NamedTuple):

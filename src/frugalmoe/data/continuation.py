@@ -11,7 +11,7 @@ from frugalmoe.data.tokenizer import Tokenizer
 
 _STANDS = 4  # a text stands once so many later tokens have not changed it
 _BYTES = 4  # of the longest character of UTF-8: in fewer tokens U+FFFD may be the beginning of a character
-_WINDOW = 32  # the least tokens that are decoded together, and about half of the most
+_WINDOW = 32  # tokens that are decoded together: at least so many, at most about twice as many
 
 
 class Continuation:

@@ -27,7 +27,7 @@ from frugalmoe.errors import UserError
 from frugalmoe.files import write_json
 
 FORMAT = 1
-NAME = f"quickstart-{FORMAT}"  # of the directory
+NAME = f"quickstart-{FORMAT}"  # of the corpus's directory
 CODE_BYTES = 5_000_000  # as much as there is literature
 # Tests and vendored packages are not the library; the two data directories hold tables, not code.
 NOT_CODE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "pydoc_data", "encodings"}

@@ -56,7 +56,7 @@ _MANIFEST = {  # what must be in one, and of what type; "*" stands for every key
     "shards": {"*": {"bytes": int, "index": str}},
 }
 HEADER = struct.Struct("<IIHH")  # domain, offset of the first token in the document, bytes of the id, odd sizes
-ODD = np.dtype([("at", "<u2"), ("size", "<u4")])  # a token of the piece that counts other bytes than by itself
+ODD = np.dtype([("at", "<u2"), ("size", "<u4")])  # a token that stands for another number of bytes than it has
 
 
 class Item(NamedTuple):

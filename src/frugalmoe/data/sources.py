@@ -197,7 +197,7 @@ def _is_named(file: Path, source: Source) -> bool:
         first = next(readers.records(file, "", source.encoding, source.text_field), None)
     except UserError:
         return False
-    except readers.ERRORS:  # cut off or damaged, which reading it will say
+    except readers.ERRORS:  # a file that is cut off or damaged: reading it will raise
         return True
     return first is not None and isinstance(_value(first.value, source.text_field), str)
 

@@ -74,7 +74,7 @@ class Survey:
 class Sample:
     """The documents with the highest hashes, up to `limit` characters: the same whatever order they come in."""
 
-    LONGEST = 1 << 16  # of one document
+    LONGEST = 1 << 16  # characters of one document that are kept
 
     def __init__(self, limit: int) -> None:
         self._limit, self._size, self._floor = limit, 0, -1

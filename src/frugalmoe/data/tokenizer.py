@@ -25,7 +25,7 @@ from frugalmoe.files import write_atomically, write_json
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SMALLEST_BPE = 257  # 256 bytes and the end of a document
-LARGEST = 1 << 22  # tokens in a vocabulary: a bound against damage, eight times the largest in use
+LARGEST = 1 << 22  # tokens in a vocabulary: more are taken for damage
 
 
 class Encoded(NamedTuple):

@@ -24,8 +24,8 @@ from frugalmoe.interrupts import is_watched
 from frugalmoe.train.rundir import differences
 
 EXIT_PEER_LOST = 1
-_SECONDS_OF_SILENCE = 60  # after which a process counts as dead, and JAX ends those that wait for it
-_SECONDS_TO_SPEAK = 2.0  # in which the others find out by themselves that one of them is gone, and say so
+_SECONDS_OF_SILENCE = 60  # after these a process counts as dead, and JAX ends those that wait for it
+_SECONDS_TO_SPEAK = 2.0  # for the others to notice by themselves that one is gone, and to say so
 _FLAGS = "--coordinator=HOST:PORT --num-processes=N --process-id=I"
 _PERHAPS_A_POD = "TPU VM"
 _ALONE = "--num-processes=1 trains in this process alone"
@@ -177,7 +177,7 @@ def all_or_none(shared: type[Exception]) -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         print(f"frugalmoe: process {jax.process_index()}: {_what_happened(e)}", file=sys.stderr, flush=True)
-        if is_main():  # the others lose the service that holds them together, which would cut them short
+        if is_main():  # it runs the service that the others need: without a pause they would end before they speak
             time.sleep(_SECONDS_TO_SPEAK)
         _leave(EXIT_USER_ERROR if one_line(e) else EXIT_PEER_LOST)
 

@@ -51,7 +51,7 @@ def check(
         config = config if fresh else rundir.as_begun(config, workdir)
         check_directory(config, workdir, resume=resume, fresh=fresh)
         if rundir.is_complete(workdir) and not fresh and resume != "force":
-            config = settle(config, rundir.vocabulary(workdir), None)  # whatever became of its data
+            config = settle(config, rundir.vocabulary(workdir), None)  # its data may be gone
             return Ready(config, (f"--workdir={workdir}: this run is complete",))
     if unseen:
         return Ready(config, tuple(f"{field} cannot be seen from here, and was not checked" for field in unseen))
@@ -117,7 +117,7 @@ def _existing_parent(workdir: Path) -> Path:
         try:
             if not path.exists():
                 continue
-        except (OSError, ValueError) as e:  # a name that is too long, or holds what none may
+        except (OSError, ValueError) as e:  # a name that is too long, or holds a forbidden character
             raise UserError(f"--workdir={workdir}: {getattr(e, 'strerror', None) or e}") from e
         if not path.is_dir():
             raise UserError(f"--workdir={workdir}: {path} is a file")

@@ -20,7 +20,7 @@ def profiled(steps: int, directory: Path) -> Callable[[Config, int], Progress]:
             self.first, self.tracing, self.done = start + _SKIPPED, False, start
 
         def update(self, step: int, *rest: float) -> None:
-            """`step` has ended: the host has waited for it."""
+            """Starts or stops the trace after a step that has ended: the host has waited for it."""
             super().update(step, *rest)
             self.done = step
             if step == self.first:

@@ -26,7 +26,7 @@ from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json, to_json, write_atomically, write_json
 
-# What a run writes, by the order in which it may appear: files before config.json, which marks a directory as a run.
+# What a run may write before config.json, which marks a directory as a run; then all that it writes.
 _BEGINNING = ("checkpoints", "metrics.jsonl", "expert_load.jsonl", "tensorboard", "tokenizer", "environment.json",
               "data.json", "history.jsonl", "trackers.json", "wandb", "outside", "outside.json")  # fmt: skip
 _OWN = ("config.json", "environment.json", "data.json", "history.jsonl", "metrics.jsonl", "expert_load.jsonl",
@@ -105,7 +105,7 @@ def check_config(workdir: Path, config: Config, force: bool) -> None:
         raise UserError(f"--workdir={workdir}: {changed[0]}; {rule}")
     saved["model"]["vocab_size"] = ours and (vocabulary(workdir) or ours)
     saved["train"]["trackers"] = config.train.trackers
-    if "eval_batches" in read_json(workdir / RECORD)["train"]:  # an older run goes on with the held-out rows of today
+    if "eval_batches" in read_json(workdir / RECORD)["train"]:  # an older run goes on with the rows of today
         saved["train"]["eval_rows"] = config.train.eval_rows
     differing = differences(saved, here, "there", "here")
     if differing and not force:
@@ -171,7 +171,7 @@ def describe(workdir: Path, config: Config, settled: Config, step: int) -> None:
     """
     known, here = workdir / RECORD, completed(to_dict(settled))
     before = record(known) if known.is_file() else here
-    unknown = left_open(before)  # by a run that is older than `settle`
+    unknown = left_open(before)  # fields that a run older than `settle` did not record
     path, now = workdir / "history.jsonl", environment()
     rows = read_rows(path) if path.is_file() else []
     if not rows and known.is_file() and (workdir / "environment.json").is_file():
@@ -187,7 +187,7 @@ def describe(workdir: Path, config: Config, settled: Config, step: int) -> None:
 
 
 def _changed_files(workdir: Path, config: Config) -> dict[str, tuple[str, str]]:
-    """`FIELD sha256` -> the hashes then and now of files outside the package whose text has changed."""
+    """Returns `FIELD sha256` -> the hashes then and now, for files outside the package whose text has changed."""
     before = {field: row["sha256"] for field, row in outside.kept(workdir).items()}
     now = outside.hashes(config)
     changed = [field for field in before if now.get(field, before[field]) != before[field]]

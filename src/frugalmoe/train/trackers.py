@@ -134,7 +134,7 @@ class Trackers:
             self._safely(tracker, lambda t=tracker: self._open.update({t: TRACKERS[t](config, workdir, name, start)}))
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Scalars under flat names; those that are not finite, which not every tracker can hold, are left out."""
+        """Logs scalars under flat names. Those that are not finite are left out: not every tracker can hold them."""
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         for name, tracker in list(self._open.items()):
             self._safely(name, lambda t=tracker: t.log(step, finite))
