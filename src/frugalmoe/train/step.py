@@ -3,6 +3,7 @@
 Letters: A micro-batches of a step, B sequences, T time, D model, L MoE layers, E experts.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -43,7 +44,9 @@ class State(NamedTuple):
 
 def init(config: Config) -> State:
     """Returns the state before the first step, on the mesh in context."""
-    return _compiled_fresh(without_knobs(config))(np.uint32(config.train.seed))
+    model = dataclasses.replace(without_knobs(config).model, remat="none")
+    of_parameters = dataclasses.replace(Config(), model=model, optim=config.optim)  # they depend on nothing else
+    return _compiled_fresh(of_parameters)(np.uint32(config.train.seed))
 
 
 @functools.lru_cache(64)
@@ -147,7 +150,8 @@ def _accumulate(loss: Callable, params: dict, count: int, batch: Batch) -> tuple
         backward.with_refs(totals)(jnp.float32(1))
         return sums
 
-    shapes = jax.eval_shape(micro, jnp.int32(0), jax.tree.map(lambda a: a[0], batch))
+    sums_of = lambda micro_batch: loss(params, jnp.int32(0), micro_batch)[1]
+    shapes = jax.eval_shape(sums_of, jax.tree.map(lambda a: a[0], batch))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec), shapes)
 
     def body(total: Sums, xs: tuple) -> tuple[Sums, None]:
@@ -190,8 +194,8 @@ def make_eval_step(
 
     `intervention` changes plans: see `model.moe.Context`. `first_row` is the number of the batch's first row among all
     rows that are evaluated; a router that draws makes its keys from it. `as_in_training`, the number of a step, makes
-    tokens be routed as training routes them at that step, with its noise. `vocabulary` is the tokenizer's size: larger
-    ids only pad the model's vocabulary and are never predicted.
+    tokens be routed as training routes them at that step, with its noise. `vocabulary` is the tokenizer's size: ids from
+    there on only pad the model's vocabulary and are never predicted.
     """
     graphdef, _, _ = structure(config.model)
     train = as_in_training is not None
