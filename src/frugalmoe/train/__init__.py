@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 
 
 def train(config: "Config", workdir: str | Path, *, resume: str = "auto", fresh: bool = False) -> dict[str, Any]:
-    """Trains, or continues, the run in a directory and returns its summary, as `frugalmoe train` does, but without
-    table, sample and report.
+    """Trains, or continues, the run in a directory and returns its summary; as `frugalmoe train` does, without report.
 
     Raises `UserError` for input that cannot be run; nothing is written then. See `frugalmoe.train.loop.train`.
     """

@@ -193,9 +193,9 @@ def make_eval_step(
     tokens [B, T], without noise and without an update of router state.
 
     `intervention` changes plans: see `model.moe.Context`. `first_row` is the number of the batch's first row among all
-    rows that are evaluated; a router that draws makes its keys from it. `as_in_training`, the number of a step, makes
-    tokens be routed as training routes them at that step, with its noise. `vocabulary` is the tokenizer's size: ids from
-    there on only pad the model's vocabulary and are never predicted.
+    rows that are evaluated; a router that draws makes its keys from it. `as_in_training` is the number of a step: tokens
+    are routed as training routes them at that step, with its noise. `vocabulary` is the tokenizer's size: ids from there
+    on only pad the model's vocabulary and are never predicted.
     """
     graphdef, _, _ = structure(config.model)
     train = as_in_training is not None
