@@ -192,10 +192,10 @@ def make_eval_step(
     """Returns `eval_step(params, router_state, batch, intervention=None, first_row=0)`: losses and routing of held-out
     tokens [B, T], without noise and without an update of router state.
 
-    `intervention` changes plans: see `model.moe.Context`. `first_row` is the number of the batch's first row among all
-    rows that are evaluated; a router that draws makes its keys from it. `as_in_training` is the number of a step: tokens
-    are routed as training routes them at that step, with its noise. `vocabulary` is the tokenizer's size: ids from there
-    on only pad the model's vocabulary and are never predicted.
+    - `intervention` changes plans: see `model.moe.Context`.
+    - `first_row` is the number of the batch's first row among all that are evaluated. A router that draws needs it.
+    - `as_in_training` is the number of a step: tokens are routed as training routes them then, with its noise.
+    - `vocabulary` is the tokenizer's size. Ids from there on only pad the model's vocabulary: none is predicted.
     """
     graphdef, _, _ = structure(config.model)
     train = as_in_training is not None
