@@ -1,6 +1,6 @@
 """Laws of what a decision depends on: which tokens, which sequences, what order, what noise.
 
-Letters: B batch, T time, D model, E experts, X choices, of which the first are experts.
+Letters: B batch, T time, D model, E experts, X choices (the experts first).
 """
 
 import jax
