@@ -333,6 +333,9 @@ def test_a_file_that_is_no_kind_is_one_line(tmp_path, monkeypatch):
         kinds.get("empty_kind")
     with pytest.raises(UserError, match=r"bad_kind\.py, line 2: ZeroDivisionError"):
         kinds.get("bad_kind")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"model\.attention='\./bad_kind\.py': .*line 2: ZeroDivisionError"):
+        config_of({"model.attention": "grouped,./bad_kind.py"})
 
 
 def test_every_kind_says_what_it_is():

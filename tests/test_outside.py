@@ -1,4 +1,4 @@
-"""A router, an executor and a source of text from outside the package, through a whole run and what is done with it."""
+"""A router, an executor, attention and a source of text from outside the package, through a whole run and after it."""
 
 import json
 import shutil
@@ -26,6 +26,7 @@ from frugalmoe.routing.strategies import topk_softmax
 ROUTER = dataclasses.replace(topk_softmax.ROUTER)
 '''
 EXECUTOR = "from frugalmoe.experts.executors.blocks import EXECUTOR\n"
+ATTENTION = "from frugalmoe.model.attention.kinds.window import ATTENTION\n"
 CORPUS = """
 from frugalmoe.data.corpus import Corpus
 
@@ -42,8 +43,11 @@ FIELDS = TINY | {
     "model.num_layers": 2,
     "model.moe.router": "mine.py",
     "model.moe.executor": "lab_outside.runner",
+    "model.attention": "grouped, lab_outside/near.py",
+    "model.attention_options": {"near": {"window": 5}},
     "data.path": "texts.py",
 }
+FILES = {"mine.py": ROUTER, "lab_outside/runner.py": EXECUTOR, "lab_outside/near.py": ATTENTION, "texts.py": CORPUS}
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +61,7 @@ def nothing_read(monkeypatch):
 
 def write(folder: Path) -> Path:
     (folder / "lab_outside").mkdir(parents=True)
-    for name, text in {"mine.py": ROUTER, "lab_outside/runner.py": EXECUTOR, "texts.py": CORPUS}.items():
+    for name, text in FILES.items():
         (folder / name).write_text(text)
     return folder
 
@@ -68,7 +72,7 @@ def config_of(folder: Path, fields: Mapping = FrozenDict()):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder with the three files and a run in `run`."""
+    """A folder with the files and a run in `run`."""
     folder = write(tmp_path_factory.mktemp("outside"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -93,6 +97,7 @@ def test_a_run_keeps_what_it_was_given_and_copies(trained):
     assert {field: row["spec"] for field, row in kept.items()} == {
         "model.moe.router": "mine.py",
         "model.moe.executor": "lab_outside.runner",
+        "model.attention.near": "lab_outside/near.py",
         "data.path": "texts.py",
     }
     assert (trained / "run" / kept["model.moe.router"]["file"]).read_text() == ROUTER
@@ -100,7 +105,8 @@ def test_a_run_keeps_what_it_was_given_and_copies(trained):
 
 def test_it_trains_bit_for_bit_as_the_shipped_ones_do(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(trained)
-    shipped = {"model.moe.router": "topk_softmax", "model.moe.executor": "blocks"}
+    shipped = {"model.moe.router": "topk_softmax", "model.moe.executor": "blocks", "model.attention": "grouped,window"}
+    shipped["model.attention_options"] = {"window": {"window": 5}}
     train(config_of(trained, shipped), tmp_path / "shipped")
     losses = [
         [json.loads(line)["loss/ce"] for line in (run / "metrics.jsonl").read_text().splitlines() if "loss/ce" in line]
@@ -112,10 +118,11 @@ def test_it_trains_bit_for_bit_as_the_shipped_ones_do(trained, tmp_path, monkeyp
 
 def test_the_same_text_elsewhere_is_the_same_run(own):
     (own / "mine.py").rename(own / "renamed.py")
-    config = config_of(own, {"model.moe.router": "renamed.py"})
+    (own / "lab_outside/near.py").rename(own / "near.py")
+    config = config_of(own, {"model.moe.router": "renamed.py", "model.attention": "grouped, ./near.py"})
     saved = rundir.record(own / "run/config.json")
     assert outside.compared(own / "run", saved, config) == []
-    assert saved["model"]["moe"]["router"] == "renamed.py"
+    assert saved["model"]["moe"]["router"] == "renamed.py" and saved["model"]["attention"] == "grouped, ./near.py"
 
 
 def test_a_changed_file_is_one_line_and_needs_force(own, trained):
@@ -136,11 +143,13 @@ def test_a_changed_file_is_one_line_and_needs_force(own, trained):
 
 
 def test_a_run_is_read_sampled_and_reported_without_its_files(own, monkeypatch, capsys):
-    for name in ("mine.py", "texts.py", "lab_outside/runner.py"):
+    for name in FILES:
         (own / name).unlink()
     monkeypatch.chdir(own.parent)
     config = resolve(runnable(own / "run/config.json"))
     assert config.model.moe.router == str(own / "run/outside/model.moe.router/mine.py")
+    assert config.model.attention == f"grouped, {own / 'run/outside/model.attention.near/near.py'}"
+    assert config.model.attention_options["near"].window == 5
     assert main(["generate", "own/run", "--prompt=The", "--max-tokens=4", "--temperature=0"]) == 0
     assert main(["trace", "own/run"]) == 0
     assert main(["report", "own/run"]) == 0

@@ -110,8 +110,8 @@ class Model:
     num_layers: int = 4  # transformer blocks, dense and MoE
     num_dense_layers: int = 0  # the first n layers have a dense feed-forward
     dense_dim: int = 0  # hidden width of a dense layer's feed-forward
-    # Kinds of attention, files of frugalmoe/model/attention/kinds: grouped | window | latent. Several, as
-    # window,window,window,grouped, are repeated over the layers in this order.
+    # Kinds of attention: grouped | window | latent (files of frugalmoe/model/attention/kinds), path/to/file.py or
+    # package.module. Several, as window,window,window,grouped, are repeated over the layers in this order.
     attention: str = "grouped"
     attention_options: Mapping[str, Any] = FrozenDict()  # KIND.OPTION: each kind's own options, as window.window
     num_heads: int = 8  # query heads

@@ -1,9 +1,10 @@
-"""Files outside the package that a config names: a router, an executor, a corpus of one's own.
+"""Files outside the package that a config names: a router, an executor, attention, a corpus of one's own.
 
 config.json says what the config says. Beside it a run keeps what these files held, so that it can be read, sampled and
 traced wherever they are gone or have changed:
 
-    outside.json           field -> {"spec": as in the config, "sha256": of the text, "file": the copy}
+    outside.json           field -> {"spec": as in the config, "sha256": of the text, "file": the copy}; of a field that
+                           names several, as model.attention, FIELD.NAME for each
     outside/FIELD/NAME.py  the copy
 
 So whoever reads such a run runs its Python files, as with a config: look at them before you read a stranger's.
@@ -18,16 +19,23 @@ from typing import Any
 from frugalmoe import found
 from frugalmoe.errors import UserError
 from frugalmoe.files import read_json, write_atomically, write_json
+from frugalmoe.model import pattern
 from frugalmoe.schema import OUTSIDE, Config
 
 RECORD = "outside.json"
 FOLDER = "outside"
 CORPUS = "CORPUS"  # what a file that is a source of text defines
+ATTENTION = "model.attention"
 
 
 def specs(config: Config) -> dict[str, str]:
-    """Dotted field -> the path or dotted module that it names, of those that lie outside the package."""
+    """Dotted field -> the path or dotted module that it names, of those that lie outside the package.
+
+    A kind of attention, of which a config may name several, is `model.attention.NAME`.
+    """
     named = dict(_of_section(config, ""))
+    kinds = pattern.attention_names(config.model.attention)
+    named |= {f"{ATTENTION}.{pattern.short(kind)}": kind for kind in kinds if found.is_outside(kind)}
     sources = {f"data.sources.{name}.path": source.path for name, source in config.data.sources.items()}
     corpora = sources or {"data.path": config.data.path}
     return named | {field: spec for field, spec in corpora.items() if found.defines(spec, CORPUS)}
@@ -109,11 +117,18 @@ def _sha256(spec: str) -> str | None:
 
 
 def _put(config: dict[str, Any], field: str, value: str) -> None:
-    """Sets a dotted field of a plain config; the name of a source may hold dots."""
+    """Sets a dotted field of a plain config, or one of its kinds of attention; the name of a source may hold dots."""
     source = field.removeprefix("data.sources.").removesuffix(".path")
     path = ["data", "sources", source, "path"] if field.startswith("data.sources.") else field.split(".")
+    kind = path.pop() if field.startswith(f"{ATTENTION}.") else None
     section: Mapping[str, Any] = config
     for name in path[:-1]:
         section = section.get(name) if isinstance(section, Mapping) else None
     if isinstance(section, dict):
-        section[path[-1]] = value
+        section[path[-1]] = value if kind is None else _with_kind(section[path[-1]], kind, value)
+
+
+def _with_kind(attention: str, kind: str, value: str) -> str:
+    """A `model.attention` in which another path stands for one of its kinds, and all else is as it was."""
+    same = lambda name: pattern.short(name.strip()) == kind
+    return ",".join(name.replace(name.strip(), value) if same(name) else name for name in attention.split(","))
