@@ -125,7 +125,7 @@ def _put(config: dict[str, Any], field: str, value: str) -> None:
     for name in path[:-1]:
         section = section.get(name) if isinstance(section, Mapping) else None
     if isinstance(section, dict):
-        section[path[-1]] = value if kind is None else _with_kind(section[path[-1]], kind, value)
+        section[path[-1]] = value if kind is None else _with_kind(str(section.get(path[-1])), kind, value)
 
 
 def _with_kind(attention: str, kind: str, value: str) -> str:
