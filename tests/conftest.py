@@ -8,7 +8,8 @@ import pytest
 
 from frugalmoe.laws import xla_flags
 
-pytest.register_assert_rewrite("frugalmoe.laws.executors", "frugalmoe.laws.routing")  # a broken law shows its values
+# A broken law shows its values: the modules of laws, and those of the folder `routing`.
+pytest.register_assert_rewrite("frugalmoe.laws.cases", "frugalmoe.laws.executors", "frugalmoe.laws.routing")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", xla_flags())
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,5 +1,7 @@
 """Checkpoints that older versions wrote, in the names of then; the state of each optimizer."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ from test_train_step import DEPTHS, batch, config_of, mesh_of
 from frugalmoe.data import Batch
 from frugalmoe.errors import UserError
 from frugalmoe.optimizers import OPTIMIZERS
+from frugalmoe.routing.contract import declare, linear_init
+from frugalmoe.routing.strategies import topk_softmax
 from frugalmoe.train import checkpoint
 from frugalmoe.train.checkpoint import RENAMED
 from frugalmoe.train.placing import put_batch
@@ -82,6 +86,16 @@ def test_every_renamed_array_is_in_one_of_the_old_checkpoints():
         known = set().union(*(names_in(abstract(config_of(fields)).params) for fields in OLD.values()))
     assert known >= set(RENAMED.values()) and not known & RENAMED.keys()
     assert len(set(RENAMED.values())) == len(RENAMED)
+
+
+def test_an_array_of_ones_own_router_may_have_an_old_name(tmp_path):
+    init_own = lambda key, dim, config: {**linear_init(key, dim, config), "proj_DH": declare(jnp.ones((dim, 3)), "DH")}
+    config = config_of({"model.moe.router": dataclasses.replace(topk_softmax.ROUTER, init=init_own, name="own")})
+    with jax.set_mesh(mesh_of()):
+        state = started(config)
+        assert "proj_DH" in names_in(state.params) & RENAMED.keys()
+        with saved(tmp_path, state) as manager:
+            assert_same(checkpoint.restore(manager, 0, abstract(config)), state)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -178,19 +178,19 @@ BUGS = (
     Bug(
         "padded rows put NaN into gradients",
         "MaxText PR 3699",
-        "frugalmoe.laws.routing::law_padding",
+        "frugalmoe.laws.routing.plan::law_padding",
         breaks="unmasked_padding",
     ),
     Bug(
         "random experts are drawn with replacement",
         "MaxText random_routing",
-        "frugalmoe.laws.routing::law_no_duplicates",
+        "frugalmoe.laws.routing.plan::law_no_duplicates",
         breaks="with_replacement",
     ),
     Bug(
         "a gate whose weight is constant learns nothing",
         "EasyDeL switch, any k = 1 with normalised weights",
-        "frugalmoe.laws.routing::law_learned",
+        "frugalmoe.laws.routing.gradients::law_learned",
         breaks="topk_softmax",
     ),
     Bug(

@@ -17,7 +17,9 @@ def check(config: Config) -> None:
     """Raises `UserError` for the first rule that the config breaks."""
     for part in config.name.split("/"):  # a study's runs are STUDY/ARM/SEED
         check_name("name" if part == config.name else f"name={config.name!r}: a part of it", part)
-    for rules in (_model, _rope_scaling, _attention, _depths, _multi_token, _moe, _data, _optim, _train):
+    of_model = (_model, _rope_scaling, _attention, _depths, _multi_token)
+    of_experts = (_moe, _router, _losses, _load_balance, _executor)
+    for rules in (*of_model, *of_experts, _data, _optim, _train):
         rules(config)
 
 
@@ -86,7 +88,7 @@ def _rope_scaling(config: Config) -> None:
 
 
 def _attention(config: Config) -> None:
-    # Imported here: they import JAX, for which a mistyped field must not wait.
+    # Imported here, as in the rules below: they import JAX, for which a mistyped field must not wait.
     from frugalmoe.model.attention import kinds
 
     names = dict.fromkeys(pattern.attention_names(config.model.attention))
@@ -123,22 +125,9 @@ def _multi_token(config: Config) -> None:
 
 
 def _moe(config: Config) -> None:
-    # Imported here: they import JAX, for which a mistyped field must not wait.
-    from frugalmoe import experts
-    from frugalmoe.experts import exchange
-    from frugalmoe.routing import losses, strategies
-
     moe: MoE = config.model.moe
-    router = strategies.get(moe.router)
-    _require(bool(router.name), "model.moe.router.name", router.name, "a router that is passed as an object needs one")
-    _each(
-        "model.moe",
-        moe,
-        "num_experts num_experts_per_token expert_dim capacity_factor",
-        lambda v: v > 0,
-        "must be positive",
-    )
-    _each("model.moe", moe, "load_balance_group", lambda v: v > 0, "must be positive")
+    positive = "num_experts num_experts_per_token expert_dim capacity_factor"
+    _each("model.moe", moe, positive, lambda v: v > 0, "must be positive")
     _each("model.moe", moe, "num_shared_experts", lambda v: v >= 0, "must not be negative")
     _require(
         moe.num_experts_per_token <= moe.num_experts,
@@ -146,26 +135,53 @@ def _moe(config: Config) -> None:
         moe.num_experts_per_token,
         f"must be at most model.moe.num_experts={moe.num_experts}",
     )
+
+
+def _router(config: Config) -> None:
+    from frugalmoe.routing import strategies
+
+    moe = config.model.moe
+    router = strategies.get(moe.router)
+    _require(bool(router.name), "model.moe.router.name", router.name, "a router that is passed as an object needs one")
+    if rule := router.check(moe):
+        raise UserError(f"model.moe.router={moe.router!r}: {rule}")
+
+
+def _losses(config: Config) -> None:
+    from frugalmoe.routing import losses, strategies
+
+    moe = config.model.moe
+    own = {*losses.GATE_LOSSES, *strategies.get(moe.router).about.losses}
     for name, coefficient in moe.losses.items():
         path = f"model.moe.losses.{name}"
-        own = {*losses.GATE_LOSSES, *router.about.losses}
         # Those of other strategies are valid too, for configs that change the router; only then are all imported.
         if name not in own and name not in (known := own.union(strategies.loss_names())):
             raise UserError(f"{path}: unknown loss; {did_you_mean(name, known)}")
         _require(type(coefficient) in (int, float), path, coefficient, "must be a number")
         _require(0 <= coefficient < math.inf, path, coefficient, "must not be negative or infinite")
-    _require(
-        moe.load_balance_devices > 0 and moe.num_experts % moe.load_balance_devices == 0,
-        "model.moe.load_balance_devices",
-        moe.load_balance_devices,
-        f"must divide model.moe.num_experts={moe.num_experts}",
-    )
+
+
+def _load_balance(config: Config) -> None:
+    moe, devices = config.model.moe, "model.moe.load_balance_devices"
+    _each("model.moe", moe, "load_balance_group", lambda v: v > 0, "must be positive")
+    divides = moe.load_balance_devices > 0 and moe.num_experts % moe.load_balance_devices == 0
+    _require(divides, devices, moe.load_balance_devices, f"must divide model.moe.num_experts={moe.num_experts}")
     _require(
         moe.load_balance_devices > 1 or "device_balance" not in moe.losses,
-        "model.moe.load_balance_devices",
+        devices,
         moe.load_balance_devices,
         "must be at least 2 for model.moe.losses.device_balance, which is constant on one device",
     )
+    _one_of("model.moe.load_balance_scope", moe.load_balance_scope, ("sequence", "micro_batch", "global"))
+    if config.train.accumulate_steps > 0:
+        _check_scope(config, devices=1)
+
+
+def _executor(config: Config) -> None:
+    from frugalmoe import experts
+    from frugalmoe.experts import exchange
+
+    moe = config.model.moe
     executor = experts.pick(moe, "cpu")  # which of its own a platform takes does not matter here
     _one_of("model.moe.drop_order", moe.drop_order, experts.ORDERS)
     _one_of("model.moe.exchange", moe.exchange, exchange.EXCHANGES)
@@ -176,11 +192,6 @@ def _moe(config: Config) -> None:
         moe.exchange_room,
         f"must be 0 with model.moe.executor={moe.executor}, which keeps to no number of rows",
     )
-    _one_of("model.moe.load_balance_scope", moe.load_balance_scope, ("sequence", "micro_batch", "global"))
-    if rule := router.check(moe):
-        raise UserError(f"model.moe.router={moe.router!r}: {rule}")
-    if config.train.accumulate_steps > 0:
-        _check_scope(config, devices=1)
 
 
 def _check_scope(config: Config, devices: int) -> None:

@@ -22,50 +22,67 @@ def forward_flops(model: Model, sequence_length: int, active_experts: float | No
     Mixture of depths is counted as it trains: a routed block costs a token the share of a sequence that passes. So is
     multi-token prediction, of which evaluation and generation need nothing.
     """
-    moe, of_layers = model.moe, pattern.layers(model)
-    passing = threshold.slots(sequence_length, model.mixture_of_depths.capacity)
-    share, num_routed = passing / sequence_length, len(pattern.wrapped_layers(model))
-
-    def times(feed_forward: str, attention: str | None = None) -> float:
-        """Layers of a kind, a routed one for its share."""
-        own = [k for k in of_layers if k.feed_forward == feed_forward and attention in (None, k.attention)]
-        return len(own) - sum(bool(kind.wrapper) for kind in own) * (1 - share)
-
-    num_dense, num_moe = map(times, pattern.FEED_FORWARDS)
-    projections = products = 0
-    for name in dict.fromkeys(kind.attention for kind in of_layers):
-        attention, options = kinds.get(name), kinds.options_of(model, name)
-        routed = [bool(kind.wrapper) for kind in of_layers if kind.attention == name]
-        lengths = routed.count(False) * attention.seen(model, options, sequence_length)
-        if passing:
-            lengths += routed.count(True) * share * attention.seen(model, options, passing)
-        per_token, per_key = attention.flops(model, options)
-        projections += sum(times(feed_forward, name) for feed_forward in pattern.FEED_FORWARDS) * per_token
-        products += per_key * lengths
+    moe, num_routed = model.moe, len(pattern.wrapped_layers(model))
+    share = threshold.slots(sequence_length, model.mixture_of_depths.capacity) / sequence_length
+    num_dense, num_moe = (_times(model, share, feed_forward) for feed_forward in pattern.FEED_FORWARDS)
+    projections, products = _attention(model, sequence_length)
     active = moe.num_experts_per_token if active_experts is None else active_experts
-    feed_forward = lambda hidden: 2 * 3 * model.dim * hidden  # gate, up, down
     parts = {
         "attention projections": projections,
         "attention products": products,
-        "dense feed-forward": num_dense * feed_forward(model.dense_dim),
+        "dense feed-forward": num_dense * _feed_forward(model, model.dense_dim),
         "router": num_moe * 2 * _router_weights(model),
-        "routed experts": num_moe * active * feed_forward(moe.expert_dim),
-        "shared experts": num_moe * moe.num_shared_experts * feed_forward(moe.expert_dim),
+        "routed experts": num_moe * active * _feed_forward(model, moe.expert_dim),
+        "shared experts": num_moe * moe.num_shared_experts * _feed_forward(model, moe.expert_dim),
         "head": 2 * model.dim * model.vocab_size,
     }
     if num_routed:
         parts["mixture of depths"] = num_routed * depths.flops(model)
     if depth := model.multi_token_prediction.depth:
-        kind = multi_token.kind(model)
-        attention, options = kinds.get(kind.attention), kinds.options_of(model, kind.attention)
-        per_token, per_key = attention.flops(model, options)
-        block = per_token + per_key * attention.seen(model, options, sequence_length)
-        if kind.feed_forward == "dense":
-            block += feed_forward(model.dense_dim)
-        else:
-            block += 2 * _router_weights(model) + (active + moe.num_shared_experts) * feed_forward(moe.expert_dim)
-        parts["multi-token prediction"] = depth * (block + 2 * 2 * model.dim**2 + parts["head"])
+        parts["multi-token prediction"] = depth * (_module(model, sequence_length, active) + parts["head"])
     return parts
+
+
+def _times(model: Model, share: float, feed_forward: str, attention: str | None = None) -> float:
+    """Layers of a kind; a block that mixture of depths routes counts as the share of tokens that pass."""
+    own = [k for k in pattern.layers(model) if k.feed_forward == feed_forward and attention in (None, k.attention)]
+    return len(own) - sum(bool(kind.wrapper) for kind in own) * (1 - share)
+
+
+def _attention(model: Model, sequence_length: int) -> tuple[float, float]:
+    """FLOPs of the projections, and of the products with keys and values, of all layers."""
+    passing = threshold.slots(sequence_length, model.mixture_of_depths.capacity)
+    share, projections, products = passing / sequence_length, 0, 0
+    for name in dict.fromkeys(kind.attention for kind in pattern.layers(model)):
+        attention, options = kinds.get(name), kinds.options_of(model, name)
+        routed = [bool(kind.wrapper) for kind in pattern.layers(model) if kind.attention == name]
+        lengths = routed.count(False) * attention.seen(model, options, sequence_length)
+        if passing:
+            lengths += routed.count(True) * share * attention.seen(model, options, passing)
+        per_token, per_key = attention.flops(model, options)
+        times = sum(_times(model, share, feed_forward, name) for feed_forward in pattern.FEED_FORWARDS)
+        projections += times * per_token
+        products += per_key * lengths
+    return projections, products
+
+
+def _module(model: Model, sequence_length: int, active_experts: float) -> float:
+    """FLOPs of a module of multi-token prediction: its block, and the matrix that joins two vectors to one."""
+    kind = multi_token.kind(model)
+    attention, options = kinds.get(kind.attention), kinds.options_of(model, kind.attention)
+    per_token, per_key = attention.flops(model, options)
+    block = per_token + per_key * attention.seen(model, options, sequence_length)
+    if kind.feed_forward == "dense":
+        block += _feed_forward(model, model.dense_dim)
+    else:
+        experts = active_experts + model.moe.num_shared_experts
+        block += 2 * _router_weights(model) + experts * _feed_forward(model, model.moe.expert_dim)
+    return block + 2 * 2 * model.dim**2
+
+
+def _feed_forward(model: Model, hidden: int) -> int:
+    """FLOPs of gate, up and down."""
+    return 2 * 3 * model.dim * hidden
 
 
 def _router_weights(model: Model) -> int:

@@ -2,8 +2,7 @@
 
 A platform brings two kernels (`Kernels`); their gradients and everything around them are here, once.
 
-Letters: N tokens, D model, E experts, F expert hidden, R sorted rows; I and J any two axes of
-a matrix.
+Letters: N tokens, D model, E experts, F expert hidden, R sorted rows; I and J any two axes of a matrix.
 """
 
 from collections.abc import Callable

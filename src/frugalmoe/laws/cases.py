@@ -114,6 +114,14 @@ def make_params(case: Case, seed: int = 0) -> tuple[dict, dict]:
     return arrays({**own, **shared}), state
 
 
+def direction_like(params: dict, seed: int) -> dict:
+    """A random direction in the space of parameters like these, of length 1 in each array."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noise = [jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, [n / jnp.linalg.norm(n) for n in noise])
+
+
 def arrays_of(inputs: Inputs) -> dict[str, jax.Array]:
     """The arrays of the inputs by name, all but the carry's."""
     static = ("train", "carry", "axis_names", "run_experts", "logit_map")
@@ -269,3 +277,10 @@ def probe(
     function, config = case.router.route, case.config
     arrays = arrays_of(inputs) | {"carry": carry_into(case, inputs)}
     return _probe(function, config, jnp.asarray(weight), coefficients, (params, state), arrays)
+
+
+def assert_same(a: object, b: object, tolerance: float = 0.0) -> None:
+    """Two trees of arrays are equal: bit for bit, or to a relative and absolute tolerance."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)

@@ -33,7 +33,7 @@ class Place(NamedTuple):
 
     layer: Array  # int32 [], index among the blocks with its feed-forward
     cache: Cache | None = None  # in generation only, as the next
-    start: Array | None = None  # int32 []: the place of the first token
+    start: Array | None = None  # int32 [] or [B]: the place of the first token
 
 
 class Report(NamedTuple):

@@ -60,11 +60,11 @@ def layers(config: Model) -> tuple[BlockKind, ...]:
     The last of each `every` dense blocks is wrapped by mixture of depths, and the last of each `every` MoE blocks.
     """
     attention, depths, dense = attention_names(config.attention), config.mixture_of_depths, config.num_dense_layers
-    found = []
+    found, kind = [], functools.cache(BlockKind)  # equal kinds are one object: `segments` compares them very often
     for layer in range(config.num_layers):
         feed_forward, index = ("dense", layer) if layer < dense else ("moe", layer - dense)
         wrapper = DEPTHS if depths.capacity and (index + 1) % depths.every == 0 else ""
-        found.append(BlockKind(attention[layer % len(attention)], feed_forward, wrapper))
+        found.append(kind(attention[layer % len(attention)], feed_forward, wrapper))
     return tuple(found)
 
 

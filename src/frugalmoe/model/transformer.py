@@ -98,15 +98,14 @@ class Transformer(nnx.Module):
         config = self.config
         if not config.multi_token_prediction.depth:
             return out
-        context, carry = self._before_experts(context) if pattern.has_experts(config) else (context, None)
+        context, carry = self._before_experts(context)
         stream = Stream(out.hidden_BTD, carry)
         further_LBTD, routed = multi_token.run(self.multi_token, config, context, stream, self._look_up())
         return out._replace(routed=scan.joined([out.routed, routed]), further_LBTD=further_LBTD)
 
     def draft(self, context: Context, hidden_BTD: Array, cache: Any, start: Array) -> tuple[Array, Any]:
         """Of the first module in generation -> (hidden states, cache); see `multi_token.draft`."""
-        config = self.config
-        context, carry = self._before_experts(context) if pattern.has_experts(config) else (context, None)
+        config, (context, carry) = self.config, self._before_experts(context)
         place = Place(jnp.int32(len(pattern.moe_layers(config))), cache, start)
         rest = (Stream(hidden_BTD, carry), self._look_up(), place)
         passed = multi_token.draft(self.multi_token, config, context, *rest)
@@ -119,8 +118,13 @@ class Transformer(nnx.Module):
         return functools.partial(sharding.local(_look_up, ("VD", "BT"), "BTD"), embed_VD)
 
     def _before_experts(self, context: Context) -> tuple[Context, Carry]:
-        """What a first layer with experts is given: the parameters that all routers share, and a carry of nothing."""
+        """What a first layer with experts is given: the parameters that all routers share, and a carry of nothing.
+
+        The context as it is, and no carry, where no layer has experts.
+        """
         config, (batch, time) = self.config, context.token_ids_BT.shape
+        if not pattern.has_experts(config):
+            return context, None
         carry = strategies.get(config.moe.router).init_carry(config.moe, batch, time)
         carry = jax.tree.map(lambda a: sharding.reshard(a, "BT" + "." * (a.ndim - 2)), carry)
         shared = sharding.gather(self.shared_router, config.compute_dtype)
@@ -175,6 +179,7 @@ def split(model: Transformer) -> tuple[nnx.GraphDef, dict, dict]:
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(router_state)
 
 
+@functools.lru_cache(64)
 def declarations(config: Model) -> sharding.Declarations:
     """What every parameter says of itself. Raises `ValueError` for one that was made without letters."""
     return sharding.declarations(nnx.state(_abstract(config, jax.sharding.get_abstract_mesh()), nnx.Param))

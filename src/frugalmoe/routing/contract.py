@@ -269,6 +269,11 @@ def declare(value: Array, letters: str) -> nnx.Param:
     return nnx.Param(value, letters=letters, role=ROUTER_ROLE)
 
 
+def normal(key: Array, letters: str, shape: tuple[int, ...], std: float) -> nnx.Param:
+    """As `declare`, drawn from a normal distribution."""
+    return declare(jax.random.normal(key, shape, jnp.float32) * std, letters)
+
+
 def arrays(params: NewParams) -> Params:
     """New parameters as `route` is given them: float32 arrays."""
     return {name: parameter[...] for name, parameter in params.items()}
@@ -276,7 +281,7 @@ def arrays(params: NewParams) -> Params:
 
 def linear_init(key: Array, dim: int, config: MoE) -> NewParams:
     """A float32 linear gate, normal with std 1/sqrt(D): logits of about unit variance for RMS-normalised inputs."""
-    return {"kernel_DE": declare(jax.random.normal(key, (dim, config.num_experts), jnp.float32) * dim**-0.5, "DE")}
+    return {"kernel_DE": normal(key, "DE", (dim, config.num_experts), dim**-0.5)}
 
 
 def clean(inputs: Inputs) -> Array:

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from frugalmoe.routing import losses, select, stats
-from frugalmoe.routing.contract import Inputs, NewParams, Params, Routing, TokenPlan, clean, declare, project
+from frugalmoe.routing.contract import Inputs, NewParams, Params, Routing, TokenPlan, clean, normal, project
 from frugalmoe.routing.select import Choice
 from frugalmoe.schema import MoE
 
 
 def linear_init(key: Array, dim: int, num_choices: int) -> NewParams:
     """As `contract.linear_init`, over all choices."""
-    return {"kernel_DX": declare(jax.random.normal(key, (dim, num_choices), jnp.float32) * dim**-0.5, "DX")}
+    return {"kernel_DX": normal(key, "DX", (dim, num_choices), dim**-0.5)}
 
 
 def linear_logits(params: Params, inputs: Inputs) -> Array:

@@ -88,14 +88,15 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: State, items: t
     Items that are not asked for come back as in `abstract`.
     """
     wanted = {k: v for k, v in _nonempty(abstract).items() if k in items}
-    _check_same_model(manager, step, wanted)
+    today = _renamed_in(manager, step, wanted)
+    _check_same_model(manager, step, wanted, today)
     if "step" in wanted and "position" not in manager.item_metadata(step)["step"]:  # of before there were two clocks
         del wanted["step"]["position"]
-    as_saved = _renamed(wanted, _names_in(manager, step))
+    as_saved = _renamed(wanted, {new: old for old, new in today.items()})
     restored = manager.restore(
         step, args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in as_saved.items()})
     )
-    restored = _renamed({k: restored[k] for k in wanted}, RENAMED)
+    restored = _renamed({k: restored[k] for k in wanted}, today)
     # Through a jitted function, so that the arrays' types are written as those of a step's results are (P(None, None)
     # and P() mean the same but compare unequal): else the first step and the others would each be compiled.
     typed = lambda values: jax.tree.map(lambda a, like: jax.sharding.reshard(a, like.sharding.spec), values, wanted)
@@ -142,18 +143,21 @@ def _renamed(tree: Any, names: Mapping[str, str]) -> Any:
     return tree
 
 
-def _names_in(manager: ocp.CheckpointManager, step: int) -> dict[str, str]:
-    """Of arrays that are renamed today: today's name -> the one in this checkpoint."""
-    leaves = jax.tree_util.tree_leaves_with_path(manager.item_metadata(step)["params"], is_leaf=_is_array)
-    saved = {path[-1].key for path, _ in leaves}
-    return {new: old for old, new in RENAMED.items() if old in saved}
+def _renamed_in(manager: ocp.CheckpointManager, step: int, wanted: dict) -> dict[str, str]:
+    """Of `RENAMED`, what this checkpoint has under the old name; a router of one's own may still use that name."""
+    saved, ours = (_last_names(tree) for tree in (manager.item_metadata(step)["params"], wanted))
+    return {old: new for old, new in RENAMED.items() if old in saved and old not in ours}
+
+
+def _last_names(tree: object) -> set[str]:
+    return {_name(path[-1]) for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_array)}
 
 
 def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape")
 
 
-def _check_same_model(manager: ocp.CheckpointManager, step: int, wanted: dict) -> None:
+def _check_same_model(manager: ocp.CheckpointManager, step: int, wanted: dict, today: Mapping[str, str]) -> None:
     """One line for a checkpoint of another model, where Orbax would raise a page."""
     saved = manager.item_metadata(step)
     another = {
@@ -162,8 +166,8 @@ def _check_same_model(manager: ocp.CheckpointManager, step: int, wanted: dict) -
         "opt_state": "another optimizer (optim.name, or optim.clip_norm with and without)",
     }
     for item in (item for item in another if item in wanted):
-        ours = _shapes(wanted[item])
-        theirs = _shapes(saved[item]) if saved[item] is not None else {}
+        ours = _shapes(wanted[item], {})
+        theirs = _shapes(saved[item], today) if saved[item] is not None else {}
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
                 raise UserError(
@@ -172,10 +176,13 @@ def _check_same_model(manager: ocp.CheckpointManager, step: int, wanted: dict) -
                 )
 
 
-def _shapes(tree: object) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: object, today: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
     """In the names of today."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_array)
-    # Orbax makes dicts of named tuples.
-    names = lambda path: [getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path]
-    today = lambda path: "".join(f"[{RENAMED.get(name, name)!r}]" for name in names(path))
-    return {today(path): tuple(leaf.shape) for path, leaf in leaves}
+    names = lambda path: "".join(f"[{today.get(_name(key), _name(key))!r}]" for key in path)
+    return {names(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _name(key: Any) -> Any:
+    """Of a part of a path; Orbax makes dicts of named tuples."""
+    return getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))

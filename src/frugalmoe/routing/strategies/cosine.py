@@ -26,6 +26,7 @@ from frugalmoe.routing.contract import (
     clean,
     declare,
     linear_logits,
+    normal,
 )
 from frugalmoe.schema import MoE
 
@@ -60,8 +61,8 @@ def init(key: Array, dim: int, config: MoE) -> NewParams:
     project_key, expert_key = jax.random.split(key)
     size = options.projection
     return {
-        "projection_DP": declare(jax.random.normal(project_key, (dim, size), jnp.float32) * dim**-0.5, "DP"),
-        "expert_PE": declare(jax.random.normal(expert_key, (size, config.num_experts), jnp.float32) * size**-0.5, "PE"),
+        "projection_DP": normal(project_key, "DP", (dim, size), dim**-0.5),
+        "expert_PE": normal(expert_key, "PE", (size, config.num_experts), size**-0.5),
         "log_inverse_temperature": declare(jnp.full((), -math.log(options.temperature), jnp.float32), ""),
     }
 

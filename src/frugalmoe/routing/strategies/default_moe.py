@@ -92,9 +92,8 @@ def update(state: State, batch_stats: Mapping[str, Array], config: MoE) -> State
 
 
 def check(config: MoE) -> str | None:
-    decay = config.options.decay
     return rules.first(
-        None if 0 <= decay < 1 else f"options.decay={decay}: must be in [0, 1)",
+        rules.decay("decay", config.options.decay),
         rules.at_least("samples", config.options.samples, 1),
     )
 

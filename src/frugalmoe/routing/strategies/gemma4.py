@@ -26,6 +26,7 @@ from frugalmoe.routing.contract import (
     clean,
     declare,
     linear_logits,
+    normal,
 )
 from frugalmoe.schema import MoE
 
@@ -43,7 +44,7 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
 def init(key: Array, dim: int, config: MoE) -> NewParams:
     """Logits of about unit variance: the gate's inputs have length 1, so its kernel has std 1."""
     return {
-        "kernel_DE": declare(jax.random.normal(key, (dim, config.num_experts), jnp.float32), "DE"),
+        "kernel_DE": normal(key, "DE", (dim, config.num_experts), 1.0),
         "scale_D": declare(jnp.ones(dim, jnp.float32), "D"),
         "output_scale_E": declare(jnp.ones(config.num_experts, jnp.float32), "E"),
     }

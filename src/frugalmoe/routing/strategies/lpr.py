@@ -47,6 +47,7 @@ from frugalmoe.routing.contract import (
     clean,
     declare,
     linear_logits,
+    normal,
 )
 from frugalmoe.schema import MoE
 
@@ -107,7 +108,7 @@ def init(key: Array, dim: int, config: MoE) -> NewParams:
     encoder_key, prototype_key = jax.random.split(key)
     size = config.options.latent
     return {
-        "encoder_DP": declare(jax.random.normal(encoder_key, (dim, size), jnp.float32) * dim**-0.5, "DP"),
+        "encoder_DP": normal(encoder_key, "DP", (dim, size), dim**-0.5),
         "bias_P": declare(jnp.zeros(size, jnp.float32), "P"),
         "prototype_PE": declare(gate.on_sphere(jax.random.normal(prototype_key, (size, config.num_experts)), 0), "PE"),
     }

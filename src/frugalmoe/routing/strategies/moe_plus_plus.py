@@ -30,6 +30,7 @@ from frugalmoe.routing.contract import (
     State,
     clean,
     declare,
+    normal,
     project,
 )
 from frugalmoe.schema import MoE
@@ -85,9 +86,8 @@ def init(key: Array, dim: int, config: MoE) -> NewParams:
     params = zero_cost.linear_init(gate_key, dim, num_choices)
     params["residual_XX"] = declare(jnp.zeros((num_choices, num_choices), jnp.float32), "XX")
     if num_constant:
-        mix_ZD2 = jax.random.normal(mix_key, (num_constant, dim, 2), jnp.float32) * dim**-0.5
-        params["mix_ZD2"] = declare(mix_ZD2, "ZD2")
-        params["constant_ZD"] = declare(jax.random.normal(constant_key, (num_constant, dim), jnp.float32), "ZD")
+        params["mix_ZD2"] = normal(mix_key, "ZD2", (num_constant, dim, 2), dim**-0.5)
+        params["constant_ZD"] = normal(constant_key, "ZD", (num_constant, dim), 1.0)
     return params
 
 

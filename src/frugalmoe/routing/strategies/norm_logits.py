@@ -58,7 +58,7 @@ def standardized(z_BTE: Array) -> Array:
 
 
 def init_state(dim: int, config: MoE) -> State:
-    """alpha / alpha_max, in [0, 1]. One entry, not a scalar: of those the train step is compiled twice."""
+    """alpha / alpha_max, in [0, 1]; an array of one entry, as checkpoints have it."""
     return {"strength_1": jnp.zeros(1, jnp.float32)}
 
 

@@ -11,15 +11,13 @@ reset gate after the product, as in the released code), with x' and h of P chann
 Cost: D * P + 6 * P^2 multiplications per token and layer beside the gate's P * E, in full float32: at D = P = 128 a
 train step took 1.18 times the CPU time of `topk_softmax`; the share falls as D grows with P fixed.
 
-Letters: B batch, T time, D model, P channels of the GRU, W its gates (reset, update, new: 3P), E
-experts.
+Letters: B batch, T time, D model, P channels of the GRU, W its gates (reset, update, new: 3P), E experts.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 
 from frugalmoe.routing import gate, losses, rules, select
@@ -34,6 +32,7 @@ from frugalmoe.routing.contract import (
     State,
     clean,
     declare,
+    normal,
     project,
 )
 from frugalmoe.schema import MoE
@@ -67,8 +66,8 @@ def init(key: Array, dim: int, config: MoE) -> NewParams:
     proj_key, gate_key = jax.random.split(key)
     hidden = config.options.hidden
     return {
-        "proj_DP": _normal(proj_key, "DP", (dim, hidden)),
-        "kernel_PE": _normal(gate_key, "PE", (hidden, config.num_experts)),
+        "proj_DP": normal(proj_key, "DP", (dim, hidden), dim**-0.5),
+        "kernel_PE": normal(gate_key, "PE", (hidden, config.num_experts), hidden**-0.5),
     }
 
 
@@ -76,15 +75,11 @@ def init_shared(key: Array, dim: int, config: MoE) -> NewParams:
     input_key, state_key = jax.random.split(key)
     hidden = config.options.hidden
     return {
-        "input_PW": _normal(input_key, "PW", (hidden, 3 * hidden)),
-        "state_PW": _normal(state_key, "PW", (hidden, 3 * hidden)),
+        "input_PW": normal(input_key, "PW", (hidden, 3 * hidden), hidden**-0.5),
+        "state_PW": normal(state_key, "PW", (hidden, 3 * hidden), hidden**-0.5),
         "input_bias_W": declare(jnp.zeros(3 * hidden, jnp.float32), "W"),
         "new_bias_P": declare(jnp.zeros(hidden, jnp.float32), "P"),
     }
-
-
-def _normal(key: Array, letters: str, shape: tuple[int, int]) -> nnx.Param:
-    return declare(jax.random.normal(key, shape, jnp.float32) * shape[0] ** -0.5, letters)
 
 
 def init_carry(config: MoE, batch: int, time: int) -> Carry:

@@ -122,7 +122,7 @@ def check(config: MoE) -> str | None:
     noisy = f"options.base={o.base!r}: has noise of its own with these options"
     return rules.first(
         rules.at_least("steps", o.steps, 1),
-        None if 0 <= o.decay < 1 else f"options.decay={o.decay}: must be in [0, 1)",
+        rules.decay("decay", o.decay),
         router.check(base_config),
         noisy if router.claim("random", base_config) else None,
     )
