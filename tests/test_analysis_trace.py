@@ -236,8 +236,7 @@ def test_hiding_an_expert_is_what_its_bias_would_do(root):
     """`next` against the strategy itself: a balance bias of -inf hides an expert from selection, not from weights."""
     import jax
 
-    from frugalmoe.analysis.lab.lab import limited
-    from frugalmoe.train.evaluate import evaluate
+    from frugalmoe.train.evaluate import evaluate, limited
     from frugalmoe.train.step import make_eval_step
     from frugalmoe.train.weights import load_model
 

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from frugalmoe.commands import add_config_flag, load_config, set_up_training
@@ -15,6 +14,7 @@ EXAMPLES = """\
   frugalmoe train --config=configs/quickstart.py:laptop --workdir=/tmp/run
   frugalmoe train --config=configs/quickstart.py --config.model.moe.router=hash --workdir=runs/hash
   frugalmoe train --config=configs/small.py --dry-run
+  frugalmoe train --from=runs/quickstart@200 --config=configs/quickstart.py --workdir=runs/more
   frugalmoe train --config=configs/small.py --profile=5 --config.train.trackers=tensorboard,wandb
   frugalmoe train --config=configs/small.py --coordinator=node1:8476 --num-processes=4 --process-id=0"""
 
@@ -35,6 +35,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--profile", type=int, metavar="STEPS", help="trace so many steps into the run directory's profile/, for XProf"
+    )
+    origin = parser.add_argument_group(
+        "weights of another run",
+        "The run begins with them; data, schedule and optimizer's state are its own. What does not fit is named.",
+    )
+    origin.add_argument(
+        "--from", dest="origin", metavar="RUN[@STEP]", help="a run directory, by default its newest step"
+    )
+    origin.add_argument(
+        "--from.state",
+        dest="origin_state",
+        choices=("auto", "yes", "no"),
+        help="take the state of routers, as a balance bias; auto: where the router is the same (default)",
+    )
+    origin.add_argument(
+        "--from.drop",
+        dest="origin_drop",
+        action="append",
+        metavar="GLOB",
+        help="make new the parameters whose path, names joined by /, it matches, as 'head*'; may be repeated",
     )
     several = parser.add_argument_group(
         "several processes",
@@ -67,13 +87,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--profile={args.profile}: must be at least 1")
     distributed.start(args.coordinator, args.num_processes, args.process_id, args.connect_timeout)
     distributed.check_same(to_dict(config))  # before anything else that may differ is looked at
+    how = {"resume": args.resume, "fresh": args.fresh, "origin": _origin(args)}
     with distributed.together():
-        ready = preflight.check(config, workdir, num_devices=jax.device_count(), resume=args.resume, fresh=args.fresh)
+        ready = preflight.check(config, workdir, num_devices=jax.device_count(), **how)
     if args.dry_run:
-        return _dry_run(ready.config, workdir, ready.notes, distributed.is_main())
+        return _dry_run(ready, workdir, distributed.is_main())
     was_complete = rundir.is_complete(workdir) and not args.fresh
     watched = {"progress": profiled(args.profile, workdir / "profile")} if args.profile else {}
-    summary = train(config, workdir, resume=args.resume, fresh=args.fresh, sample=sample_text, **watched)
+    summary = train(config, workdir, **how, sample=sample_text, **watched)
     if not distributed.is_main():
         return EXIT_PREEMPTED if summary["status"] == "stopped" else 0
     if summary["status"] == "stopped":
@@ -92,14 +113,34 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _dry_run(config, workdir: Path, notes: Sequence[str], talks: bool) -> int:
+def _origin(args: argparse.Namespace):
+    """The `Origin` that the flags name, or None."""
+    from frugalmoe.train.origin import Origin
+    from frugalmoe.train.weights import run_and_step
+
+    if args.origin is None:
+        for flag, given in (("state", args.origin_state), ("drop", args.origin_drop)):
+            if given is not None:
+                raise UserError(f"--from.{flag}: needs --from=RUN[@STEP], whose weights it is about")
+        return None
+    return Origin(*run_and_step(args.origin), args.origin_state or "auto", tuple(args.origin_drop or ()))
+
+
+def _dry_run(ready, workdir: Path, talks: bool) -> int:
     import jax
 
+    from frugalmoe import sharding
     from frugalmoe.aot.program import compile_step
     from frugalmoe.aot.table import tables
     from frugalmoe.console import Console
+    from frugalmoe.fields import to_dict
     from frugalmoe.model.transformer import count_parameters
+    from frugalmoe.train import origin
 
+    config, notes = ready.config, ready.notes
+    if ready.origin is not None:
+        with jax.set_mesh(sharding.make_mesh(to_dict(config.mesh))):
+            origin.begin(ready.origin, config)  # reads it: its numbers may not be finite
     if not talks:  # a program for several processes is compiled by all of them
         compile_step(config)
         return 0

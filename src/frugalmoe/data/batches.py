@@ -28,7 +28,7 @@ import numpy as np
 from frugalmoe.data.cache import digest
 from frugalmoe.data.prepare import prepare, say
 from frugalmoe.data.shards import AGAIN, Sizes, Store, is_prepared
-from frugalmoe.data.split import check_domain
+from frugalmoe.data.split import ALL, check_domain
 from frugalmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_json, parse
 from frugalmoe.errors import UserError
 from frugalmoe.schema import Data
@@ -131,7 +131,10 @@ def _row(
 
 
 class Dataset:
-    """The prepared data of a config: batches for training and evaluation, by random access."""
+    """The prepared data of a config: batches for training and evaluation, by random access.
+
+    Of data whose documents are all validation, `split.ALL`, there are batches for evaluation only.
+    """
 
     def __init__(self, store: Store, data: Data, weights: Sequence[float], batch_size: int, seed: int) -> None:
         self._store, self._data, self._batch_size = store, data, batch_size
@@ -150,13 +153,14 @@ class Dataset:
         counts = self.manifest["counts"]
         self.train_tokens: int = sum(counts[domain]["train"]["tokens"] for domain in self.domains)
         self.validation_tokens: dict[str, int] = {d: counts[d]["validation"]["tokens"] for d in self.domains}
-        streams = self._streams(weights, seed)
+        streams = self._streams(weights, seed) if self.manifest["validation_fraction"] != ALL else []
         self.remainder: int = sum(rows.remainder for rows in streams)  # tokens of an epoch that are in no row
         shuffled = [
             grain.MapDataset.source(rows).shuffle(seed=_seed(seed, f"rows {n}")).repeat()
             for n, rows in enumerate(streams)
         ]
-        self._rows = shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, weights=list(weights))
+        single, several = next(iter(shuffled), ()), len(shuffled) > 1
+        self._rows = grain.MapDataset.mix(shuffled, weights=list(weights)) if several else single
 
     def _streams(self, weights: Sequence[float], seed: int) -> list[Rows]:
         train, source = ~self._store.columns["validation"], self._store.columns["source"]

@@ -16,7 +16,7 @@ from frugalmoe.data.cache import cache_root
 from frugalmoe.data.prepare import prepared_in_cache
 from frugalmoe.data.shards import is_prepared
 from frugalmoe.data.sources import Input, documents, open_inputs
-from frugalmoe.data.tokenizer import expected_size, parse
+from frugalmoe.data.tokenizer import expected_size, known
 from frugalmoe.errors import UserError, did_you_mean, needs_package
 from frugalmoe.schema import Data, Source
 
@@ -33,6 +33,7 @@ class Look(NamedTuple):
     domains: tuple[str, ...] | None
     fingerprint: str | None
     notes: tuple[str, ...]  # what has still to be done
+    tokenizer: str | None  # its fingerprint
 
 
 def look(data: Data, *, batch_size: int = 1, seed: int = 0) -> Look:
@@ -42,13 +43,13 @@ def look(data: Data, *, batch_size: int = 1, seed: int = 0) -> Look:
     named = sorted(data.sources.items()) or [("", Source(path=data.path))]
     if (not data.sources and is_prepared(Path(os.path.expanduser(data.path)))) or _is_cached(data, named):
         found = open_data(data, batch_size=batch_size, seed=seed, progress=False)
-        return Look(found.tokenizer.size, found.domains, found.fingerprint, ())
+        return Look(found.tokenizer.size, found.domains, found.fingerprint, (), found.tokenizer.fingerprint)
     notes = [note for name, source in named for note in _look_at(data, name, source)]
-    size = expected_size(data.tokenizer)
-    if isinstance(parse(data.tokenizer), int):
+    size, tokenizer = expected_size(data.tokenizer), known(data.tokenizer)
+    if tokenizer is None:
         notes.append(f"data.tokenizer={data.tokenizer!r} is trained on the data when they are prepared")
     notes.append("data are prepared when the run starts, or before by `frugalmoe data prepare` with the same config")
-    return Look(size, None, None, tuple(notes))
+    return Look(size, None, None, tuple(notes), tokenizer.fingerprint if tokenizer else None)
 
 
 def _is_cached(data: Data, named: Sequence[tuple[str, Source]]) -> bool:

@@ -18,7 +18,7 @@ from frugalmoe.console import Console
 from frugalmoe.data.cache import cache_root, digest
 from frugalmoe.data.shards import FORMAT, Item, is_prepared, read_index, read_manifest, write_manifest, write_shard
 from frugalmoe.data.sources import Document, Input, Notes, documents, open_inputs
-from frugalmoe.data.split import Sample, Split, Survey, text_hash
+from frugalmoe.data.split import ALL, Sample, Split, Survey, text_hash
 from frugalmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_from, load_json, parse, train_bpe
 from frugalmoe.errors import UserError
 from frugalmoe.files import locked
@@ -105,7 +105,7 @@ def _prepare_into(directory: Path, data: Data, inputs: list[Input], key: str, wo
         if file.name not in files:  # left by an interrupted preparation: a part of a file, or shards of other data
             file.unlink()
     tokenizer.save_into(directory)
-    counts, of_tokenizer = _counts(paths, domains, data.tokenizer)
+    counts, of_tokenizer = _counts(paths, domains, data)
     manifest = {
         "key": key,
         "data": f"{survey.digest:032x}",
@@ -190,7 +190,7 @@ def _write(
     return paths
 
 
-def _counts(paths: list[Path], domains: list[str], tokenizer: str) -> tuple[dict[str, Any], list[str]]:
+def _counts(paths: list[Path], domains: list[str], data: Data) -> tuple[dict[str, Any], list[str]]:
     """Returns (documents, tokens and bytes of each domain's two sides; what to tell); raises where a side is empty."""
     counts = {domain: {side: np.zeros(3, np.int64) for side in ("train", "validation")} for domain in domains}
     changed, hashes = 0, []
@@ -207,7 +207,7 @@ def _counts(paths: list[Path], domains: list[str], tokenizer: str) -> tuple[dict
                 counts[domain][side] += [column[rows].sum() for column in (starts, index["length"], index["bytes"])]
     for domain, sides in counts.items():
         for side, values in sides.items():
-            if not values[0]:
+            if not values[0] and not (side == "train" and data.validation_fraction == ALL):
                 raise UserError(f"data: domain {domain!r} has no {side} document; its texts all occur in other domains")
     names = ("documents", "tokens", "bytes")
     counts = {d: {s: dict(zip(names, v.tolist())) for s, v in sides.items()} for d, sides in counts.items()}
@@ -215,7 +215,7 @@ def _counts(paths: list[Path], domains: list[str], tokenizer: str) -> tuple[dict
     told = []
     if changed:
         what = f"decoding gives other text than was read for {changed:,} of {len(hashes):,} documents"
-        told.append(f"data.tokenizer={tokenizer!r}: {what}; bits per byte count the bytes that were read")
+        told.append(f"data.tokenizer={data.tokenizer!r}: {what}; bits per byte count the bytes that were read")
     if repeated := len(hashes) - len(np.unique(hashes)):
         told.append(f"data: {repeated:,} of {len(hashes):,} documents repeat the text of another one")
     return counts, told

@@ -9,6 +9,7 @@ from frugalmoe.data.sources import Document
 from frugalmoe.errors import UserError
 
 HASHES = 1 << 64
+ALL = 1.0  # as the fraction: all documents are validation, and none is trained on
 TAKEN = ("mean", "all")  # names beside the domains' own: of their mean, and of all tokens
 
 
@@ -57,17 +58,17 @@ class Survey:
         self.highest[document.domain] = max(text_hash, self.highest.get(document.domain, text_hash))
 
     def split(self, fraction: float) -> Split:
-        """Each domain has its lowest hash in validation and its highest in training."""
+        """Each domain has its lowest hash in validation and its highest in training, unless `ALL` are validation."""
         threshold = int(fraction * HASHES)
         for domain, low in self.lowest.items():
             check_domain(domain)
-            if low == self.highest[domain]:
+            if fraction != ALL and low == self.highest[domain]:
                 rule = "a domain needs 2 (one for validation); put it into another by `domain` of its source"
                 raise UserError(f"data: domain {domain!r} has only 1 distinct document; {rule}")
         return Split(
             threshold=threshold,
             validation=frozenset(h for h in self.lowest.values() if h >= threshold),
-            train=frozenset(h for h in self.highest.values() if h < threshold),
+            train=frozenset(h for h in self.highest.values() if h < threshold and fraction != ALL),
         )
 
 

@@ -212,10 +212,16 @@ def parse(spec: str) -> int | Path | None:
 
 def expected_size(spec: str) -> int:
     """The vocabulary of `data.tokenizer` before its text is read; a trained one may turn out smaller."""
+    found = known(spec)
+    return found.size if found else parse(spec)
+
+
+def known(spec: str) -> Tokenizer | None:
+    """The tokenizer of `data.tokenizer` before its text is read; None for one that is trained on it."""
     found = parse(spec)
     if isinstance(found, int):
-        return found
-    return load_json(found, f"data.tokenizer={spec!r}").size if found else ByteTokenizer.size
+        return None
+    return load_json(found, f"data.tokenizer={spec!r}") if found else ByteTokenizer()
 
 
 def train_bpe(texts: Iterable[str], size: int) -> JsonTokenizer:

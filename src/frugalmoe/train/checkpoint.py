@@ -1,7 +1,8 @@
 """Checkpoints, by Orbax. Saves are asynchronous; a step becomes visible only when it is whole."""
 
+import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: State, items: t
     Items that are not asked for come back as in `abstract`.
     """
     wanted = {k: v for k, v in _nonempty(abstract).items() if k in items}
-    today = _renamed_in(manager, step, wanted)
+    today = _renamed_in(manager, step, _last_names(wanted))
     _check_same_model(manager, step, wanted, today)
     if "step" in wanted and "position" not in manager.item_metadata(step)["step"]:  # of before there were two clocks
         del wanted["step"]["position"]
@@ -97,10 +98,7 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: State, items: t
         step, args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in as_saved.items()})
     )
     restored = _renamed({k: restored[k] for k in wanted}, today)
-    # Through a jitted function, so that the arrays' types are written as those of a step's results are (P(None, None)
-    # and P() mean the same but compare unequal): else the first step and the others would each be compiled.
-    typed = lambda values: jax.tree.map(lambda a, like: jax.sharding.reshard(a, like.sharding.spec), values, wanted)
-    values = jax.jit(typed, donate_argnums=0)(restored)
+    values = jax.jit(lambda values: _typed(values, wanted), donate_argnums=0)(restored)
     clocks = values.pop("step", {})
     if clocks and "position" not in clocks:
         clocks["position"] = jnp.copy(clocks["step"])  # an array of its own: the step donates both
@@ -122,9 +120,65 @@ def restore_newest(
     return None, None, broken
 
 
+def shapes(manager: ocp.CheckpointManager, step: int, item: str, ours: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Returns {path: shape} of an item's arrays, paths joined by `/`, in the names of today; empty without it.
+
+    ours: the paths that a model of today has.
+    """
+    saved = manager.item_metadata(step).get(item)
+    today = _renamed_in(manager, step, _ends(ours))
+    return {} if saved is None else {_joined(names): tuple(leaf.shape) for names, leaf in _named(saved, today)}
+
+
+Arrays = Mapping[str, Mapping[str, Any]]  # item -> path, as in `shapes` -> array
+
+
+def restore_arrays(manager: ocp.CheckpointManager, step: int, wanted: Arrays) -> Arrays:
+    """Returns some arrays of a checkpoint, placed as `wanted` has them, which holds abstract ones; others are not read.
+
+    Their paths and shapes must be those that `shapes` names.
+    """
+    found, saved = {}, manager.item_metadata(step)
+    today = _renamed_in(manager, step, _ends(path for arrays in wanted.values() for path in arrays))
+    for item, arrays in wanted.items():
+        tree = dict(saved.get(item) or {})
+        chosen = [arrays.get(_joined(names), ocp.PLACEHOLDER) for names, _ in _named(tree, today)]
+        target = jax.tree.unflatten(jax.tree.structure(tree, is_leaf=_is_array), chosen)
+        restored = _restored(Path(manager.directory) / str(step) / item, target) if arrays else {}
+        by_path = {_joined(names): leaf for names, leaf in _named(restored, today)}
+        found[item] = {path: by_path[path] for path in arrays}
+    return jax.jit(lambda values: _typed(values, wanted), donate_argnums=0)(found)
+
+
+def _restored(directory: Path, target: Any) -> Any:
+    """An item's arrays; the manager's own handler knows no placeholders, and reads all."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        return reader.restore(directory, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args))
+
+
+def digest(workdir: Path, step: int, items: Iterable[str]) -> str:
+    """Returns the SHA-256 of the files of some items of a checkpoint, with their names."""
+    total = hashlib.sha256()
+    for item in sorted(items):
+        folder = workdir / "checkpoints" / str(step) / item
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            total.update(f"{item}/{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return total.hexdigest()
+
+
 def is_finite(state: State, items: tuple[str, ...] = _ITEMS) -> bool:
     """Whether all numbers of these items are; older versions saved states in which they are not."""
     return bool(jax.jit(finite)([getattr(state, item) for item in items]))
+
+
+def _typed(values: Any, like: Any) -> Any:
+    """Inside jit: arrays whose types are written as those of a step's results are. P(None, None) and P() mean the same
+    but compare unequal: else the first step and the others would each be compiled.
+    """
+    return jax.tree.map(lambda a, like: jax.sharding.reshard(a, like.sharding.spec), values, like)
 
 
 def _nonempty(state: State) -> dict:
@@ -143,14 +197,18 @@ def _renamed(tree: Any, names: Mapping[str, str]) -> Any:
     return tree
 
 
-def _renamed_in(manager: ocp.CheckpointManager, step: int, wanted: dict) -> dict[str, str]:
+def _renamed_in(manager: ocp.CheckpointManager, step: int, ours: set[str]) -> dict[str, str]:
     """Of `RENAMED`, what this checkpoint has under the old name; a router of one's own may still use that name."""
-    saved, ours = (_last_names(tree) for tree in (manager.item_metadata(step)["params"], wanted))
+    saved = _last_names(manager.item_metadata(step)["params"])
     return {old: new for old, new in RENAMED.items() if old in saved and old not in ours}
 
 
 def _last_names(tree: object) -> set[str]:
     return {_name(path[-1]) for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_array)}
+
+
+def _ends(paths: Iterable[str]) -> set[str]:
+    return {path.rpartition("/")[2] for path in paths}
 
 
 def _is_array(leaf: Any) -> bool:
@@ -167,7 +225,7 @@ def _check_same_model(manager: ocp.CheckpointManager, step: int, wanted: dict, t
     }
     for item in (item for item in another if item in wanted):
         ours = _shapes(wanted[item], {})
-        theirs = _shapes(saved[item], today) if saved[item] is not None else {}
+        theirs = _shapes(saved[item], today) if saved.get(item) is not None else {}
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
                 raise UserError(
@@ -178,11 +236,19 @@ def _check_same_model(manager: ocp.CheckpointManager, step: int, wanted: dict, t
 
 def _shapes(tree: object, today: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
     """In the names of today."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_array)
-    names = lambda path: "".join(f"[{today.get(_name(key), _name(key))!r}]" for key in path)
-    return {names(path): tuple(leaf.shape) for path, leaf in leaves}
+    return {"".join(f"[{name!r}]" for name in names): tuple(leaf.shape) for names, leaf in _named(tree, today)}
+
+
+def _named(tree: object, today: Mapping[str, str]) -> Iterator[tuple[list, Any]]:
+    """The names of today that lead to each leaf, and the leaf."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_array):
+        yield [today.get(_name(key), _name(key)) for key in path], leaf
 
 
 def _name(key: Any) -> Any:
     """Of a part of a path; Orbax makes dicts of named tuples."""
     return getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))
+
+
+def _joined(names: list) -> str:
+    return "/".join(map(str, names))

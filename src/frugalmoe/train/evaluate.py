@@ -3,6 +3,7 @@
 Letters: B sequences, T time, L MoE layers, E experts, N tokens (all rows of the probe, one after the other).
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,8 @@ class Traced(NamedTuple):
 class Scores(NamedTuple):
     loss: dict[str, float]  # nats per token, by domain, and their mean
     bits_per_byte: dict[str, float]
+    targets: dict[str, int]  # tokens that were predicted, by domain
+    bytes: dict[str, int]  # of UTF-8 text that they stand for
     stats: dict[str, np.ndarray]  # routing statistics [L, ...] summed over all domains
     depths: dict[str, np.ndarray]  # the same of the blocks that mixture of depths routes; empty without
 
@@ -53,10 +56,11 @@ def evaluate(
     The rows, and what a router draws for each, are the same whatever batches, micro-batches and devices they are
     computed in. With `trace`, appends what it saw of every batch to it.
     """
-    loss, bits, stats = {}, {}, None  # (of the routers, of mixture of depths)
+    loss, bits, tokens, sizes = {}, {}, {}, {}
+    stats = None  # (of the routers, of mixture of depths)
     size_of_batch = _batch_size(config, mesh)
     for domain in data.domains:
-        nats = targets = 0.0
+        nats, targets = 0.0, 0
         size = data.eval_bytes(domain, config.train.eval_rows)
         rows = (domain, size_of_batch, config.train.eval_rows)
         for number, (batch, documents_BT) in enumerate(zip(data.eval_batches(*rows), data.eval_documents(*rows))):
@@ -73,9 +77,16 @@ def evaluate(
                 trace.append(Traced(batch, documents_BT, out))
         loss[domain] = nats / max(targets, 1)
         bits[domain] = nats / np.log(2) / max(size, 1)
+        tokens[domain], sizes[domain] = targets, size
     loss["mean"] = float(np.mean(list(loss.values())))
     bits["mean"] = float(np.mean(list(bits.values())))
-    return Scores(loss, bits, *stats)
+    return Scores(loss, bits, tokens, sizes, *stats)
+
+
+def limited(config: Config, domains: int, tokens: int) -> Config:
+    """Returns the config with as many held-out rows per domain as come nearest to so many tokens, at least one."""
+    rows = max(1, round(tokens / (domains * config.data.sequence_length)))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, eval_rows=rows))
 
 
 def write_probe(path: Path, trace: list[Traced], layers: list[int], num_experts: int) -> None:

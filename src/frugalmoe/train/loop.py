@@ -27,8 +27,10 @@ from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
 from frugalmoe.train import checkpoint, distributed, rundir
+from frugalmoe.train import origin as origins
 from frugalmoe.train.evaluate import Scores, evaluate, write_probe
 from frugalmoe.train.objective import StepReport, knobs
+from frugalmoe.train.origin import Origin
 from frugalmoe.train.placing import own_rows
 from frugalmoe.train.preflight import check_directory
 from frugalmoe.train.program import Program, compiled_eval_step
@@ -50,26 +52,29 @@ def train(
     *,
     resume: str = "auto",
     fresh: bool = False,
+    origin: Origin | None = None,
     sample: Sampler | None = None,
     progress: Callable[[Config, int], Any] = Progress,
 ) -> dict[str, Any]:
     """Trains, or continues, the run in `workdir` and returns its summary. `status` is complete or stopped.
 
     resume: auto continues a run of the same config; force continues it whatever its config; never refuses. fresh
-    replaces the run that is there, once all has been checked. sample: draws the passage of text in a complete run's
+    replaces the run that is there, once all has been checked. origin: a run whose weights this one begins with; it is
+    read once, and not when this run is continued. sample: draws the passage of text in a complete run's
     summary, as `generate.sample_text` does; None: the summary has none. Raises UserError for input that cannot be run;
     nothing is written or deleted then. With several processes (`distributed.start`) each calls it with equal arguments.
     """
     config = config if fresh else rundir.as_begun(config, workdir)
-    flags = {"--workdir": str(workdir), "--resume": resume, "--fresh": fresh}
+    flags = {"--workdir": str(workdir), "--resume": resume, "--fresh": fresh, "--from": repr(origin)}
     distributed.check_same(to_dict(config) | outside.hashes(config) | flags)
     layout = to_dict(settle(config, None, jax.device_count()).mesh)
     with distributed.together():
         if distributed.is_main():
-            check_directory(config, workdir, resume=resume, fresh=fresh)
+            check_directory(config, workdir, resume=resume, fresh=fresh, origin=origin)
     if distributed.exchange(rundir.is_complete(workdir))[0] and resume != "force" and not fresh:
         return read_json(workdir / "summary.json")
-    with jax.set_mesh(sharding.make_mesh(layout)), opened(config, workdir, force=resume == "force", fresh=fresh) as run:
+    how = {"force": resume == "force", "fresh": fresh, "origin": origin}
+    with jax.set_mesh(sharding.make_mesh(layout)), opened(config, workdir, **how) as run:
         return train_runs([run], progress, sample)[0]
 
 
@@ -80,10 +85,11 @@ def opened(
     *,
     force: bool = False,
     fresh: bool = False,
+    origin: Origin | None = None,
     done: Callable[[], bool] = lambda: False,
 ) -> Iterator["Run"]:
     """Opens the run of a directory, new or continued and locked, on the mesh in context; `fresh` replaces the one
-    there.
+    there, and a new one begins with the weights of `origin`.
 
     Raises `rundir.Busy` if another process has it, or had it until it was `done`.
     """
@@ -105,18 +111,34 @@ def opened(
                     _check_data(workdir, data)
                 freed = rundir.size_of_run(workdir) if fresh else 0
                 checkpoint.check_space(workdir, abstract(settled), freed)
-                if fresh:
-                    rundir.start_over(workdir)
         with distributed.together():
             if not (workdir / ".lock").is_file():
                 rule = "all processes must share it, but what process 0 wrote is not there"
                 raise UserError(f"--workdir={workdir}: {rule}")
+        with distributed.together():
+            begun = _begun(origin, settled, workdir, data.tokenizer, fresh)
+        with distributed.together():
+            if main and fresh:
+                rundir.start_over(workdir)
         with distributed.all_or_none(shared=NotFinite):
-            run = held.enter_context(closing(Run(settled, workdir, data, mesh)))
+            run = held.enter_context(closing(Run(settled, workdir, data, mesh, begun and begun.state)))
             with distributed.together():
                 if main:
-                    _describe(run, config)
+                    _describe(run, config, begun and begun.record)
+            run.notes += [begun.note] if begun else []
+            begun = None  # its arrays are the run's, which the first step may write over
             yield run
+
+
+def _begun(
+    origin: Origin | None, config: Config, workdir: Path, tokenizer: Tokenizer, fresh: bool
+) -> origins.Begun | None:
+    """The first state of a run that begins with another's weights; None for one that goes on, or begins anew."""
+    found, digest = origins.to_read(origin, workdir, fresh)
+    if found is None:
+        return None
+    origins.check(found, config, tokenizer.fingerprint)
+    return origins.begin(found, config, digest)
 
 
 def _check_data(workdir: Path, data: Dataset) -> None:
@@ -127,7 +149,7 @@ def _check_data(workdir: Path, data: Dataset) -> None:
         )
 
 
-def _describe(run: "Run", config: Config) -> None:
+def _describe(run: "Run", config: Config, origin: Mapping[str, Any] | None) -> None:
     """Writes everything that makes the run directory self-describing."""
     workdir, data = run.workdir, run.data
     described = {
@@ -141,7 +163,7 @@ def _describe(run: "Run", config: Config) -> None:
     (workdir / "tokenizer").mkdir(exist_ok=True)
     data.tokenizer.save_into(workdir / "tokenizer")
     write_json(workdir / "data.json", described)
-    rundir.describe(workdir, config, run.config, run.start)  # last: it marks the directory as a run
+    rundir.describe(workdir, config, run.config, run.start, origin)  # last: it marks the directory as a run
 
 
 def train_runs(
@@ -216,14 +238,16 @@ def _loop(runs: Sequence["Run"], stop_requests: Callable[[], Callable[[int], boo
 class Run:
     """What the loop holds on to: compiled steps and logs. All that a run *is* lives in `State` and on disk."""
 
-    def __init__(self, config: Config, workdir: Path, data: Dataset, mesh: jax.sharding.Mesh):
+    def __init__(
+        self, config: Config, workdir: Path, data: Dataset, mesh: jax.sharding.Mesh, begun: State | None = None
+    ):
         self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
         model = config.model
         self.layers, self.routed_blocks = pattern.moe_layers(model), pattern.wrapped_layers(model)
         self.trained_layers = self.layers + multi_token.moe_layers(model)
         self.manager = checkpoint.open_manager(workdir, config.checkpoint, cleanup=True)
         self.notes: list[str] = []  # for whoever started the run
-        self.state = self._restored() or init(config)
+        self.state = self._restored() or begun or init(config)
         self.start = self.step = int(self.state.step)
         self.knobs = jax.tree.map(lambda number: sharding.put(mesh, number, ""), knobs(config))
         main = distributed.is_main()

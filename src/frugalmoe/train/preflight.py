@@ -18,6 +18,8 @@ from frugalmoe.errors import UserError
 from frugalmoe.files import read_json
 from frugalmoe.train import checkpoint, distributed, rundir, trackers
 from frugalmoe.train.optim import bytes_of
+from frugalmoe.train.origin import Origin, check_there, differences, to_read
+from frugalmoe.train.origin import check as check_fit
 
 
 class Ready(NamedTuple):
@@ -25,6 +27,7 @@ class Ready(NamedTuple):
 
     config: Config  # settled, as far as tokenizer and devices are known
     notes: tuple[str, ...]
+    origin: Origin | None = None  # the run whose weights it will read, which fit
 
 
 def check(
@@ -34,6 +37,7 @@ def check(
     num_devices: int | None = None,
     resume: str = "auto",
     fresh: bool = False,
+    origin: Origin | None = None,
     unseen: Sequence[str] = (),
 ) -> Ready:
     """Returns the config as it will be trained, and what has still to be done and what may go wrong.
@@ -41,7 +45,7 @@ def check(
     Raises `UserError` where the run cannot begin: its data or tokenizer cannot be read, do not fit the model or the
     run in `workdir`; the directory cannot be written, holds something else, or has no space for a checkpoint; a
     package is missing; the layout does not fit `num_devices`, where they are known. `workdir` None and `unseen`, the
-    fields that name data, are for machines whose disks are not this one's.
+    fields that name data, are for machines whose disks are not this one's. origin: the run that it begins with.
     """
     config = settle(config, None, num_devices)
     if distributed.is_main():  # the one that tells them
@@ -49,7 +53,7 @@ def check(
     if workdir is not None:
         _existing_parent(workdir)
         config = config if fresh else rundir.as_begun(config, workdir)
-        check_directory(config, workdir, resume=resume, fresh=fresh)
+        check_directory(config, workdir, resume=resume, fresh=fresh, origin=origin)
         if rundir.is_complete(workdir) and not fresh and resume != "force":
             config = settle(config, rundir.vocabulary(workdir), None)  # its data may be gone
             return Ready(config, (f"--workdir={workdir}: this run is complete",))
@@ -64,13 +68,24 @@ def check(
         if found.fingerprint is not None:  # without one the tokenizer may still become smaller
             rundir.check_config(workdir, settled, force=resume == "force")
     freed = rundir.size_of_run(workdir) if fresh else 0
-    return Ready(settled, (*notes, *check_size(settled, workdir, freed)))
+    notes = (*notes, *check_size(settled, workdir, freed))
+    if (read := to_read(origin, workdir, fresh).origin) is None:
+        return Ready(settled, notes)
+    if found.tokenizer is None:
+        return Ready(settled, (*notes, f"{read}: is compared with the model when the tokenizer is there"))
+    return Ready(settled, (*notes, f"{read}: {check_fit(read, settled, found.tokenizer)}"), read)
 
 
-def check_directory(config: Config, workdir: Path, *, resume: str = "auto", fresh: bool = False) -> None:
-    """Raises `UserError` for a run directory that is another's, in use, or cannot be made."""
+def check_directory(
+    config: Config, workdir: Path, *, resume: str = "auto", fresh: bool = False, origin: Origin | None = None
+) -> None:
+    """Raises `UserError` for a run directory that is another's, in use, or cannot be made; and for an origin that is
+    no run, or not the one that the run there began with.
+    """
     _existing_parent(workdir)
     rundir.check_idle(workdir)
+    if origin is not None:
+        _check_same_origin(workdir, origin, fresh or resume == "force")
     if fresh:
         rundir.check_fresh(workdir)
         return
@@ -79,13 +94,25 @@ def check_directory(config: Config, workdir: Path, *, resume: str = "auto", fres
     rundir.check_config(workdir, config, force=resume == "force")
 
 
-def _with_vocabulary(config: Config, found: Look) -> Ready:
-    """The config settled for the tokenizer that the data will have; raises `UserError` where it has more tokens."""
+def _check_same_origin(workdir: Path, origin: Origin, another: bool) -> None:
+    """`another`: whether a run that is there may have begun otherwise. What it began with may be gone."""
+    begun = (workdir / RECORD).is_file()
+    if begun and not another and (differing := differences(origin, rundir.origin_of(workdir))):
+        rule = f"holds a run that did not begin with {origin} ({', '.join(differing)})"
+        raise UserError(f"--workdir={workdir}: {rule}; give another --workdir, or leave --from out to continue it")
+    if another or not begun:
+        check_there(origin, workdir)
+
+
+def _with_vocabulary(config: Config, found: Look) -> tuple[Config, tuple[str, ...]]:
+    """The config settled for the tokenizer that the data will have, and notes; raises `UserError` where it has more
+    tokens.
+    """
     size, trained = config.model.vocab_size, found.domains is None and isinstance(parse(config.data.tokenizer), int)
     if trained and 0 < size < found.vocabulary:
         note = f"model.vocab_size={size}: too small where data.tokenizer finds {found.vocabulary} tokens in the data"
-        return Ready(config, (*found.notes, note))
-    return Ready(settle(config, found.vocabulary, None), found.notes)
+        return config, (*found.notes, note)
+    return settle(config, found.vocabulary, None), found.notes
 
 
 def check_size(config: Config, workdir: Path, freed: int = 0) -> list[str]:

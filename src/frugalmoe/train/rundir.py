@@ -160,14 +160,17 @@ def changes(ours: Any, theirs: Any, path: str = "") -> dict[str, tuple[Any, Any]
 _OF_A_START = ("command", "versions", "git_commit", "platform", "devices", "processes")
 
 
-def describe(workdir: Path, config: Config, settled: Config, step: int) -> None:
+def describe(
+    workdir: Path, config: Config, settled: Config, step: int, origin: Mapping[str, Any] | None = None
+) -> None:
     """Writes what the run is from this start on, at `step`: config.json, environment.json, copies of the files outside
     the package that the config names, and a row in history.jsonl, which keeps what they said before.
 
     `config` is what was asked for, `settled` what runs.
 
     A row holds the time (UTC), the step, what `_OF_A_START` names of the environment, and `changes` of the config
-    since the start before: field -> [then, now]. A run that is older than its history has a first row without time.
+    since the start before: field -> [then, now]; and the `origin` of a run that began with another's weights, which is
+    given at the start that read them. A run that is older than its history has a first row without time.
     """
     known, here = workdir / RECORD, completed(to_dict(settled))
     before = record(known) if known.is_file() else here
@@ -179,11 +182,26 @@ def describe(workdir: Path, config: Config, settled: Config, step: int) -> None:
         rows = [{"time": None, "step": 0, **{k: first.get(k) for k in _OF_A_START}, "changes": {}}]
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     found = changes(open_again(before, unknown), open_again(here, unknown)) | _changed_files(workdir, config)
+    began = origin or origin_of(workdir)
     rows += [{"time": time, "step": step, **{k: now[k] for k in _OF_A_START}, "changes": found}]
+    rows[-1] |= {"origin": began} if began else {}
     write_rows(path, rows)
     write_json(workdir / "environment.json", now)
     outside.keep(workdir, config)
     write_json(known, recorded(config, settled))
+
+
+def origin_of(workdir: Path) -> dict[str, Any] | None:
+    """Returns the record of the run whose weights a run began with (`train.origin`), None for one that began anew."""
+    path = workdir / "history.jsonl"
+    rows = read_rows(path) if path.is_file() and (workdir / RECORD).is_file() else []
+    found = rows[-1].get("origin") if rows else None
+    kinds = {"run": str, "step": int, "state": str, "drop": list, "sha256": str}
+    if found is not None and not (
+        isinstance(found, dict) and all(isinstance(found.get(k), kind) for k, kind in kinds.items())
+    ):
+        raise UserError(f"{path}: a damaged record of the run that this one began with; --fresh starts over")
+    return found
 
 
 def _changed_files(workdir: Path, config: Config) -> dict[str, tuple[str, str]]:

@@ -8,9 +8,11 @@ import jax
 
 from frugalmoe import sharding
 from frugalmoe.config import RECORD, Config, resolve, runnable, settle
+from frugalmoe.data import Dataset, open_data
 from frugalmoe.data.tokenizer import Tokenizer, load_from
 from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
+from frugalmoe.files import read_json
 from frugalmoe.schema import Mesh
 from frugalmoe.train import checkpoint
 from frugalmoe.train.step import abstract
@@ -23,25 +25,64 @@ class Weights(NamedTuple):
     router_state: dict
 
 
-def load_model(run: Path, step: int | None = None) -> tuple[Config, Weights, Tokenizer, jax.sharding.Mesh]:
-    """Returns config, weights, tokenizer and mesh of a run's checkpoint, the newest by default, on one device."""
+class Loaded(NamedTuple):
+    """A checkpoint of a run, on one device."""
+
+    config: Config  # settled
+    weights: Weights
+    tokenizer: Tokenizer
+    mesh: jax.sharding.Mesh
+    step: int
+
+
+def run_and_step(text: str) -> tuple[Path, int | None]:
+    """Returns (run directory, step or None) of RUN or RUN@STEP; a directory whose name has an @ is one too."""
+    name, at, step = text.rpartition("@")
+    if not at or Path(text).is_dir():
+        return Path(text), None
+    if not (step.isascii() and step.isdecimal() and len(step) < 10):
+        raise UserError(f"{text}: no such directory, and STEP of RUN@STEP must be a whole number")
+    return Path(name), int(step)
+
+
+def check_run(run: Path) -> None:
+    """Raises `UserError` for what is no run directory."""
     if not (run / RECORD).is_file():
         raise UserError(f"{run}: not a run directory (it holds no {RECORD})")
+
+
+def load_model(run: Path, step: int | None = None) -> tuple[Config, Weights, Tokenizer, jax.sharding.Mesh]:
+    """Returns config, weights, tokenizer and mesh of a run's checkpoint, the newest by default, on one device."""
+    return load_checkpoint(run, step)[:4]
+
+
+def load_checkpoint(run: Path, step: int | None = None) -> Loaded:
+    """Returns a run's checkpoint, the newest that is finite by default, on one device, with its step."""
+    check_run(run)
     config, tokenizer = resolve(runnable(run / RECORD)), load_from(run / "tokenizer")
     config = settle(dataclasses.replace(config, mesh=Mesh()), tokenizer.size, 1)
     mesh = sharding.make_mesh(to_dict(config.mesh), jax.devices()[:1])
     with checkpoint.open_manager(run, config.checkpoint) as manager, jax.set_mesh(mesh):
         if manager.latest_step() is None:
             raise UserError(f"{run}: holds no checkpoint yet")
-        items = ("params", "router_state")
+        items, which = ("params", "router_state"), "no checkpoint"
         if step is None:
-            state, *_ = checkpoint.restore_newest(manager, abstract(config), items)
+            state, step, _ = checkpoint.restore_newest(manager, abstract(config), items)
         elif step in manager.all_steps():
+            which = f"not the checkpoint of step {step}"
             state = checkpoint.restore(manager, step, abstract(config), items)
             state = state if checkpoint.is_finite(state, items) else None
         else:
             raise UserError(f"{run}: no checkpoint of step {step}; valid: {sorted(manager.all_steps())}")
         if state is None:
-            which = "no checkpoint" if step is None else f"not the checkpoint of step {step}"
             raise UserError(f"{run}: holds finite numbers in {which}, so there is no model")
-    return config, Weights(state.params, state.router_state), tokenizer, mesh
+    return Loaded(config, Weights(state.params, state.router_state), tokenizer, mesh, step)
+
+
+def open_run_data(run: Path, config: Config) -> Dataset:
+    """Returns the data that a run was trained on. Raises `UserError` where they have changed since."""
+    data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
+    there = read_json(run / "data.json")["fingerprint"]
+    if there != data.fingerprint:
+        raise UserError(f"{run}: the run's data changed (fingerprint {there} there, {data.fingerprint} now)")
+    return data

@@ -14,16 +14,14 @@ from frugalmoe.analysis.lab.interventions import INSTEAD, Demote, Intervention, 
 from frugalmoe.analysis.stored.probe import Probe, make
 from frugalmoe.analysis.wording import number, percent
 from frugalmoe.config import Config
-from frugalmoe.data import Dataset, open_data
 from frugalmoe.errors import UserError
 from frugalmoe.fields import check_seed
-from frugalmoe.files import read_json
 from frugalmoe.model import pattern
 from frugalmoe.routing import strategies
 from frugalmoe.train.checkpoint import saved_steps
-from frugalmoe.train.evaluate import Traced, evaluate, probe_columns
+from frugalmoe.train.evaluate import Traced, evaluate, limited, probe_columns
 from frugalmoe.train.step import Evaluated, make_eval_step
-from frugalmoe.train.weights import load_model
+from frugalmoe.train.weights import load_model, open_run_data
 
 TOKENS = 65_536  # held-out tokens that are looked at, if nothing else is asked for
 SAME = 1e-3  # by which K of K + 1 choices may differ from K choices: share of tokens, and nats per token
@@ -121,18 +119,3 @@ def moe_layers(run: Path, config: Config) -> list[int]:
     if not layers:
         raise UserError(f"{run}: model.num_dense_layers={config.model.num_dense_layers}: no MoE layers to look at")
     return layers
-
-
-def open_run_data(run: Path, config: Config) -> Dataset:
-    """Returns the data that a run was trained on. Raises `UserError` where they have changed since."""
-    data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
-    there = read_json(run / "data.json")["fingerprint"]
-    if there != data.fingerprint:
-        raise UserError(f"{run}: the run's data changed (fingerprint {there} there, {data.fingerprint} now)")
-    return data
-
-
-def limited(config: Config, domains: int, tokens: int) -> Config:
-    """Returns the config with as many held-out rows per domain as come nearest to so many tokens, at least one."""
-    rows = max(1, round(tokens / (domains * config.data.sequence_length)))
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, eval_rows=rows))

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from rich.progress import track
 
-from frugalmoe.analysis.lab.lab import TOKENS, limited, moe_layers, open_run_data
+from frugalmoe.analysis.lab.lab import TOKENS, moe_layers
 from frugalmoe.analysis.stored.probe import read_columns
 from frugalmoe.analysis.stored.trace import FOLDER, check_file, fingerprints, trace_files
 from frugalmoe.errors import UserError
@@ -27,9 +27,9 @@ from frugalmoe.fields import check_integer
 from frugalmoe.files import write_atomically
 from frugalmoe.routing import stats
 from frugalmoe.train import checkpoint
-from frugalmoe.train.evaluate import Traced, evaluate, probe_columns
+from frugalmoe.train.evaluate import Traced, evaluate, limited, probe_columns
 from frugalmoe.train.step import make_eval_step
-from frugalmoe.train.weights import load_model
+from frugalmoe.train.weights import load_model, open_run_data
 
 
 def write_trace(

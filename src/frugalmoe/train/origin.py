@@ -1,0 +1,233 @@
+"""A run that begins with the weights of another run: what they are, what of them fits, and what is made new.
+
+Parameters are taken by their paths, names joined by `/`. What does not fit is named and refused, unless it is said to
+be new on purpose. The optimizer's state and the two clocks begin anew.
+"""
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from frugalmoe.config import RECORD, Config, record
+from frugalmoe.data.tokenizer import load_from
+from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.fields import to_dict
+from frugalmoe.model.transformer import declarations, structure
+from frugalmoe.schema import Checkpoint
+from frugalmoe.train import checkpoint, rundir
+from frugalmoe.train.step import State, abstract, finite, init
+from frugalmoe.train.weights import check_run
+
+STATES = ("auto", "yes", "no")
+SHOWN = 10  # of what does not fit
+
+Shapes = Mapping[str, tuple[int, ...]]  # by path
+
+
+class Origin(NamedTuple):
+    """Where a run's first weights come from, as it is asked for."""
+
+    run: Path
+    step: int | None = None  # of the checkpoint; None: the newest that is finite
+    state: str = "auto"  # whether the routers' state comes too: yes | no | auto, where the router is the same
+    drop: tuple[str, ...] = ()  # glob patterns of paths, as head*, that are made new
+
+    def __str__(self) -> str:
+        return f"--from={self.run}" + (f"@{self.step}" if self.step is not None else "")
+
+    def recorded(self) -> dict[str, Any]:
+        """What a run's record says of what was asked for."""
+        return {"run": str(self.run.resolve()), "state": self.state, "drop": list(self.drop)}
+
+
+class Fit(NamedTuple):
+    """What of a checkpoint a config takes."""
+
+    step: int
+    taken: Mapping[str, tuple[str, ...]]  # of params and router_state: paths
+    new: tuple[str, ...]  # paths of parameters that are made new
+
+    def __str__(self) -> str:
+        new = ", ".join(self.new[:SHOWN]) + (f" and {len(self.new) - SHOWN} more" if len(self.new) > SHOWN else "")
+        state = "with" if self.taken["router_state"] else "without"
+        return (
+            f"{len(self.taken['params'])} parameters of step {self.step}, {state} routers' state; new: {new or 'none'}"
+        )
+
+
+class Begun(NamedTuple):
+    """The state before the first step, and what a run's record says of where it comes from."""
+
+    state: State
+    record: dict[str, Any]
+    note: str
+
+
+class ToRead(NamedTuple):
+    origin: Origin | None
+    digest: str | None = None  # that its files must have; None: any
+
+
+def differences(origin: Origin, recorded: Mapping[str, Any] | None) -> list[str]:
+    """Returns how an origin differs from that with which a run began, whose record is given; the run is not read."""
+    if recorded is None:
+        return ["it began with weights of its own"]
+    asked = origin.recorded() | ({"step": origin.step} if origin.step is not None else {})
+    return [
+        f"{key}={recorded.get(key)!r} there, {value!r} here"
+        for key, value in asked.items()
+        if recorded.get(key) != value
+    ]
+
+
+def to_read(origin: Origin | None, workdir: Path, fresh: bool) -> ToRead:
+    """Returns the origin that a start in `workdir` reads.
+
+    A run that has saved a checkpoint reads none. One that was interrupted before reads that of its record.
+    """
+    if fresh:
+        return ToRead(origin)
+    if checkpoint.saved_steps(workdir):
+        return ToRead(None)
+    found = rundir.origin_of(workdir)
+    if found is None:
+        return ToRead(origin)
+    return ToRead(Origin(Path(found["run"]), found["step"], found["state"], tuple(found["drop"])), found["sha256"])
+
+
+def check_there(origin: Origin, workdir: Path | None) -> list[int]:
+    """Returns the steps of an origin's checkpoints; raises `UserError` for one that is no run or lacks its step."""
+    if origin.state not in STATES:
+        raise UserError(f"--from.state={origin.state}: unknown; {did_you_mean(origin.state, STATES)}")
+    check_run(origin.run)
+    if workdir is not None and origin.run.resolve() == workdir.resolve():
+        raise UserError(f"{origin}: is the run directory itself; give another --workdir")
+    steps = checkpoint.saved_steps(origin.run)
+    if not steps:
+        raise UserError(f"{origin}: holds no checkpoint yet")
+    if origin.step not in (None, *steps):
+        raise UserError(f"{origin}: no checkpoint of step {origin.step}; valid: {steps}")
+    return steps
+
+
+def check(origin: Origin, config: Config, tokenizer: str) -> Fit:
+    """Returns what a config takes of an origin, as far as shapes tell; no array is read.
+
+    `config` has the size of its vocabulary; `tokenizer` is the fingerprint of its tokenizer. Raises `UserError` for an
+    origin that is no run, has no such checkpoint or does not fit.
+    """
+    steps = check_there(origin, None)
+    with checkpoint.open_manager(origin.run, Checkpoint()) as manager:
+        fit = _fit(origin, config, manager, steps[-1] if origin.step is None else origin.step)
+    _check_tokenizer(origin, config, fit, tokenizer)
+    return fit
+
+
+def begin(origin: Origin, config: Config, digest: str | None = None) -> Begun:
+    """Returns the state before the first step on the mesh in context: what fits of an origin, else what `init` has.
+
+    To be called after `check`. `digest` is that of its files where they were read before. Raises `UserError` where it
+    is another now, and for numbers that are not finite.
+    """
+    steps = checkpoint.saved_steps(origin.run)[::-1] if origin.step is None else [origin.step]
+    with checkpoint.open_manager(origin.run, Checkpoint()) as manager:
+        for step in steps:
+            fit = _fit(origin, config, manager, step)
+            state = _with_arrays(config, manager, fit)
+            if state is not None:
+                break
+        else:
+            which = "no checkpoint" if origin.step is None else f"not the checkpoint of step {origin.step}"
+            raise UserError(f"{origin}: holds finite numbers in {which}, so there is no model")
+    found = checkpoint.digest(origin.run, step, [item for item, paths in fit.taken.items() if paths])
+    if digest not in (None, found):
+        rule = f"has changed since the run began with it (sha256 {digest[:12]} then, {found[:12]} now)"
+        raise UserError(f"{origin}: {rule}; --fresh starts over")
+    record = origin.recorded() | {"step": step, "sha256": found, "router_state": bool(fit.taken["router_state"])}
+    return Begun(state, record | {"new": list(fit.new)}, f"{origin}: {fit}")
+
+
+def _with_arrays(config: Config, manager: Any, fit: Fit) -> State | None:
+    """The state before the first step with a checkpoint's arrays; None where they are not finite."""
+    like = abstract(config)
+    wanted = {
+        item: {p: a for p, a in _by_path(getattr(like, item)).items() if p in fit.taken[item]} for item in fit.taken
+    }
+    arrays = checkpoint.restore_arrays(manager, fit.step, wanted)
+    if not jax.jit(finite)(arrays):
+        return None
+    state = init(config)
+    put = lambda item, tree: jax.tree_util.tree_map_with_path(lambda p, a: arrays[item].get(_path(p), a), tree)
+    return state._replace(**{item: put(item, getattr(state, item)) for item in arrays})
+
+
+def _fit(origin: Origin, config: Config, manager: Any, step: int) -> Fit:
+    """What a config takes of a step; raises `UserError` that lists what does not fit."""
+    _, params, router_state = structure(config.model)
+    ours = {"params": _shapes(params), "router_state": _shapes(router_state)}
+    theirs = {item: checkpoint.shapes(manager, step, item, ours[item]) for item in ours}
+    for pattern in origin.drop:
+        if not any(fnmatch.filter(shapes, pattern) for shapes in (*ours.values(), *theirs.values())):
+            rule = "matches no parameter; valid: " + ", ".join(sorted({path.split("/")[0] for path in ours["params"]}))
+            raise UserError(f"--from.drop={pattern}: {rule}, and what is below them, joined by /")
+    new = tuple(path for path in ours["params"] if _matches(path, origin.drop))
+    if not _takes_state(origin, config, new):
+        ours["router_state"] = theirs["router_state"] = {}
+    wrong, taken = [], {}
+    for item in ours:
+        left, right = ({p: s for p, s in side[item].items() if not _matches(p, origin.drop)} for side in (ours, theirs))
+        wrong += _differences(left, right)
+        taken[item] = tuple(left)
+    if wrong:
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        rule = "--from.drop=GLOB makes new what it names; --from.state=no the routers' state"
+        raise UserError(f"{origin}: {len(wrong)} arrays do not fit: {'; '.join(wrong[:SHOWN])}{more}. {rule}")
+    return Fit(step, taken, new)
+
+
+def _differences(ours: Shapes, theirs: Shapes) -> list[str]:
+    shown = lambda shapes, path: "x".join(map(str, shapes[path])) if path in shapes else "none"
+    return [
+        f"{path} {shown(theirs, path)} there, {shown(ours, path)} here"
+        for path in sorted(ours.keys() | theirs.keys())
+        if ours.get(path) != theirs.get(path)
+    ]
+
+
+def _takes_state(origin: Origin, config: Config, new: Iterable[str]) -> bool:
+    """Whether the routers' state is taken: by default that of the same router, none of whose parameters is new."""
+    if origin.state != "auto":
+        return origin.state == "yes"
+    theirs = record(origin.run / RECORD)["model"]["moe"]["router"]
+    declared = declarations(config.model)
+    is_router = lambda path: declared[tuple(path.split("/"))].role == "router"
+    return theirs == to_dict(config.model.moe)["router"] and not any(map(is_router, new))
+
+
+def _check_tokenizer(origin: Origin, config: Config, fit: Fit, tokenizer: str) -> None:
+    """Refuses weights that mean other tokens than the run's, unless nothing that knows tokens is taken."""
+    roles = {declarations(config.model)[tuple(path.split("/"))].role for path in fit.taken["params"]}
+    if roles & {"embedding", "head"} and load_from(origin.run / "tokenizer").fingerprint != tokenizer:
+        rule = f"another tokenizer than that of {origin}; give --config.data.tokenizer={origin.run / 'tokenizer'}"
+        raise UserError(
+            f"data.tokenizer={config.data.tokenizer!r}: {rule}, or make embedding and head new: --from.drop"
+        )
+
+
+def _matches(path: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    return {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _shapes(tree: Any) -> Shapes:
+    return {path: tuple(leaf.shape) for path, leaf in _by_path(tree).items()}
+
+
+def _path(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
