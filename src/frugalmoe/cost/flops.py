@@ -50,7 +50,7 @@ def forward_flops(model: Model, sequence_length: int, active_experts: float | No
         "dense feed-forward": num_dense * feed_forward(model.dense_dim),
         "router": num_moe * 2 * _router_weights(model),
         "routed experts": num_moe * active * feed_forward(moe.expert_dim),
-        "shared experts": num_moe * moe.num_shared_experts * feed_forward(moe.expert_dim),
+        "shared experts": num_moe * _shared(model),
         "head": 2 * model.dim * model.vocab_size,
     }
     if num_routed:
@@ -63,9 +63,15 @@ def forward_flops(model: Model, sequence_length: int, active_experts: float | No
         if kind.feed_forward == "dense":
             block += feed_forward(model.dense_dim)
         else:
-            block += 2 * _router_weights(model) + (active + moe.num_shared_experts) * feed_forward(moe.expert_dim)
+            block += 2 * _router_weights(model) + active * feed_forward(moe.expert_dim) + _shared(model)
         parts["multi-token prediction"] = depth * (block + 2 * 2 * model.dim**2 + parts["head"])
     return parts
+
+
+def _shared(model: Model) -> int:
+    """Of a layer's shared experts and their gate."""
+    moe = model.moe
+    return moe.num_shared_experts * 6 * model.dim * moe.expert_dim + 2 * model.dim * moe.shared_gate
 
 
 def _router_weights(model: Model) -> int:
