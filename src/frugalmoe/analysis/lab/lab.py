@@ -20,6 +20,7 @@ from frugalmoe.fields import check_seed
 from frugalmoe.files import read_json
 from frugalmoe.model import pattern
 from frugalmoe.routing import strategies
+from frugalmoe.train import rundir
 from frugalmoe.train.checkpoint import saved_steps
 from frugalmoe.train.evaluate import Traced, evaluate, probe_columns
 from frugalmoe.train.step import Evaluated, make_eval_step
@@ -124,8 +125,13 @@ def moe_layers(run: Path, config: Config) -> list[int]:
 
 
 def open_run_data(run: Path, config: Config) -> Dataset:
-    """Returns the data that a run was trained on. Raises `UserError` where they have changed since."""
+    """Returns the data that a run was trained on. Raises `UserError` where they have changed since.
+
+    A published model was trained on others: the data of the run's config, at which it is looked first, become its own.
+    """
     data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
+    if not (run / "data.json").is_file():
+        rundir.describe_data(run, data)
     there = read_json(run / "data.json")["fingerprint"]
     if there != data.fingerprint:
         raise UserError(f"{run}: the run's data changed (fingerprint {there} there, {data.fingerprint} now)")
