@@ -8,7 +8,7 @@ from frugalmoe.schema import Model
 
 def first_dense_ours(keys: Keys) -> dict[str, Any]:
     """Fields of our `model` from `mlp_only_layers`, which must be the first ones, and `decoder_sparse_step` 1."""
-    dense, layers = keys.get("mlp_only_layers", []), keys.integer("num_hidden_layers")
+    dense, layers = keys.get("mlp_only_layers", []), keys.layers()
     keys.fix("decoder_sparse_step", (1,))
     if dense != list(range(len(dense) if isinstance(dense, list) else 0)) or len(dense) > layers:
         raise keys.refused("mlp_only_layers", dense, "is not implemented but for the first layers: [], [0], [0, 1] ...")

@@ -5,6 +5,7 @@ was read, and each tensor's dtype, in which it is written back; source/ keeps th
 """
 
 import itertools
+import math
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ RECORD, FOLDER = "source.json", "source"  # in the run's directory
 _ASSEMBLY = "assembly"  # arrays on disk, until the checkpoint is written
 _LENGTH, _MODULES = "max_position_embeddings", "num_nextn_predict_layers"
 _TOKENIZER = "tokenizer"
+_TIMES = 4  # of the numbers in the files: what a config says beyond that is no slip
 
 
 class Found(NamedTuple):
@@ -65,8 +67,9 @@ def look(directory: Path, run: Path, *, family: str = "", tokenizer: str = "", o
     longest = source.config.get(_LENGTH)
     if type(longest) is int and 1 < longest < Data().sequence_length:
         fields["data.sequence_length"] = longest
-    config = _checked(fields, overrides, f"{where}: as {kind.name}")
+    config = _checked(kind, fields, overrides, where)
     config = settle(config, own.size, None)
+    _check_size(config, source, where)
     made = plan.make(kind, config.model)
     repeats, dropped, faults = plan.compare(made, kind, source.shapes)
     faults = f"{directory}: does not fit its config.json as {kind.name}: {faults}" if faults else ""
@@ -76,13 +79,24 @@ def look(directory: Path, run: Path, *, family: str = "", tokenizer: str = "", o
     return Found(source, kind, config, made, own, repeats, tuple(notes), faults)
 
 
-def _checked(fields: Mapping[str, Any], overrides: Sequence[str], where: str) -> Config:
+def _check_size(config: Config, source: published.Published, where: str) -> None:
+    """Refuses a config of a model that cannot be the one in the files, before its shapes are looked at one by one."""
+    size = sum(leaf.size for leaf in plan.arrays(config.model).values())
+    held = sum(math.prod(shape) for shape in source.shapes.values())
+    if size > _TIMES * (held + 2**20):
+        raise UserError(f"{where}: says a model of {size:,} numbers; the files hold {held:,}")
+
+
+def _checked(family: Family, fields: Mapping[str, Any], overrides: Sequence[str], where: str) -> Config:
     """The config of a published model, in which what the user asks for may change no answer of it."""
     asked = override(default(), fields)
     try:
         config = resolve(asked)
     except UserError as e:
-        raise UserError(f"{where}: {e}") from e
+        told = str(e)
+        for key in family.keys:
+            told = told.replace(f"model.{key.ours}=", f"{key.theirs}=")
+        raise UserError(f"{where}: as {family.name}: {told}") from e
     changed = resolve(override(asked, overrides))
     if lines := settings.unlike(changed.model, config.model):
         raise UserError(f"--config.{lines[0]}: a converted model must compute what it did before")

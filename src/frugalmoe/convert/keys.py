@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from frugalmoe.config.checks import MOST_LAYERS
 from frugalmoe.errors import UserError
 
 # What says nothing of the answers of a trained model: how it is saved, started, trained, or wrapped.
@@ -38,12 +39,23 @@ class Keys:
             raise UserError(f"{self._where}: lacks {name!r}")
         return value
 
-    def integer(self, name: str, default: int | None = None, also: tuple[str, ...] = ()) -> int:
-        """Returns a positive whole number, at most 2^31; required where there is no default."""
-        value = self.require(name, also) if default is None else self.get(name, default, also)
-        if type(value) is not int or not 0 <= value < 2**31:
-            raise self.refused(name, value, "must be a whole number from 0")
+    def integer(self, name: str, default: int | None = None, most: int = 2**31 - 1) -> int:
+        """Returns a whole number from 0 to `most`; required where there is no default."""
+        value = self.require(name) if default is None else self.get(name, default)
+        if type(value) is not int or not 0 <= value <= most:
+            raise self.refused(name, value, f"must be a whole number from 0 to {most}")
         return value
+
+    def flag(self, name: str) -> bool:
+        """Returns true or false, which it is where the key is absent."""
+        value = self.get(name, False)
+        if type(value) is not bool:
+            raise self.refused(name, value, "must be true or false")
+        return value
+
+    def layers(self) -> int:
+        """Returns the number of layers, each of which may be looked at by itself."""
+        return self.integer("num_hidden_layers", most=MOST_LAYERS)
 
     def section(self, name: str) -> "Keys":
         """Returns the object under a key; an empty one where it is absent."""
@@ -55,7 +67,7 @@ class Keys:
     def fix(self, name: str, allowed: tuple[Any, ...]) -> None:
         """Refuses a value that is not implemented; an absent key has the first of those allowed."""
         value = self.get(name, allowed[0])
-        if not any(type(value) is type(one) and value == one for one in allowed) and value not in allowed:
+        if value not in allowed:
             raise self.refused(name, value, f"is not implemented; valid: {', '.join(map(repr, allowed))}")
 
     def refused(self, name: str, value: Any, rule: str) -> UserError:

@@ -22,7 +22,7 @@ _FIELDS = {
     },
     "llama3": {"factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"},
 }
-_LENGTH = "original_max_position_embeddings"
+_LENGTH, _LONGEST = "original_max_position_embeddings", "max_position_embeddings"
 
 
 def to_ours(keys: Keys, theta: float, fraction: float) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def to_ours(keys: Keys, theta: float, fraction: float) -> dict[str, Any]:
     if has_new and "rope_scaling" in keys:
         raise keys.refused("rope_scaling", keys.get("rope_scaling"), "stands beside rope_parameters; remove one")
     kind = scaling.get("rope_type", "default", also=("type",))
-    if kind not in _KINDS:
+    if kind not in tuple(_KINDS):  # it may be anything that JSON has
         raise keys.refused("rope_type", kind, f"is not implemented; valid: {', '.join(_KINDS)}")
     fields = {
         "rope_theta": float(_number(scaling, "rope_theta", theta)),
@@ -47,11 +47,10 @@ def to_ours(keys: Keys, theta: float, fraction: float) -> dict[str, Any]:
         value = scaling.get(name, default)
         fields[f"rope_scaling.{field}"] = value if type(default) is bool else float(_number(scaling, name, default))
     if kind in ("yarn", "llama3"):
-        longest = keys.integer("max_position_embeddings")
-        length = scaling.integer(_LENGTH, longest)
+        length = scaling.integer(_LENGTH) if _LENGTH in scaling else keys.integer(_LONGEST)
         fields["rope_scaling.original_length"] = length
         if "factor" not in scaling and length:
-            fields["rope_scaling.factor"] = longest / length
+            fields["rope_scaling.factor"] = keys.integer(_LONGEST) / length
     scaling.check_all_asked()
     return fields
 

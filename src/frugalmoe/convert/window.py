@@ -30,11 +30,11 @@ def by_layer_ours(keys: Keys, layers: list[str]) -> dict[str, Any]:
     """
     window, types = keys.get("sliding_window", 0), keys.get("layer_types", layers)
     keys.get("max_window_layers")
-    if not keys.get("use_sliding_window", False):
-        types = [_FULL] * keys.integer("num_hidden_layers")
-    if not isinstance(types, list) or len(types) != keys.integer("num_hidden_layers"):
+    if not keys.flag("use_sliding_window"):
+        types = [_FULL] * keys.layers()
+    if not isinstance(types, list) or len(types) != keys.layers():
         raise keys.refused("layer_types", types, "must name a kind for each of num_hidden_layers")
-    if unknown := [name for name in types if name not in _KINDS]:
+    if unknown := [name for name in types if name not in tuple(_KINDS)]:
         raise keys.refused("layer_types", unknown[0], f"is not implemented; valid: {', '.join(_KINDS)}")
     kinds = [_KINDS[name] for name in types]
     attention = kinds[:1] if len(set(kinds)) == 1 else kinds

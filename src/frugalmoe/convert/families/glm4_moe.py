@@ -30,7 +30,7 @@ FAMILY = Family(
         "num_nextn_predict_layers": "the files say it themselves",
         "num_mtp_layers": "the same, by another name",
     },
-    more_ours=lambda keys: {"qk_norm": "head" if keys.get("use_qk_norm", False) else "none"},
+    more_ours=lambda keys: {"qk_norm": "head" if keys.flag("use_qk_norm") else "none"},
     more_theirs=lambda model: {"use_qk_norm": model.qk_norm == "head"},
     rows=(
         *BLOCKS,

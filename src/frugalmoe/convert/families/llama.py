@@ -9,7 +9,7 @@ FAMILY = Family(
     keys=(*KEYS, HEAD_DIM, Key("intermediate_size", "dense_dim")),
     fixed={**FIXED, "attention_bias": (False,), "mlp_bias": (False,)},
     inert={"pretraining_tp": "how it was trained"},
-    more_ours=lambda keys: {"num_dense_layers": keys.integer("num_hidden_layers")},
+    more_ours=lambda keys: {"num_dense_layers": keys.layers()},
     rows=(*BLOCKS, *DENSE),
     same=TIED,
 )

@@ -29,7 +29,7 @@ FAMILY = Family(
 def _window_ours(keys):
     """A window is that of all layers, and counts with `use_sliding_window` only."""
     window = keys.get("sliding_window", 0)
-    if not (keys.get("use_sliding_window", False) and window):
+    if not (keys.flag("use_sliding_window") and window):
         return {"attention": "grouped"}
     return {"attention": "window", WINDOW: window}
 
