@@ -162,6 +162,17 @@ from frugalmoe.model.attention.kinds import grouped
 
 ATTENTION = dataclasses.replace(grouped.ATTENTION, about="grouped-query attention by another name")
 """
+FAMILY = """
+import dataclasses
+
+from frugalmoe.convert.families.glm4_moe import FAMILY
+
+FAMILY = dataclasses.replace(
+    FAMILY,
+    keys=tuple(key for key in FAMILY.keys if "options" not in key.ours),
+    settings={"moe.router": "mine", "attention": "plain"},
+)
+"""
 CORPUS = """
 from frugalmoe.data.corpus import Corpus
 
@@ -187,6 +198,7 @@ ADDITIONS = {
     "router": {"routing/strategies/mine.py": ROUTER},
     "executor": {"experts/executors/own.py": EXECUTOR},
     "attention kind": {"model/attention/kinds/plain.py": ATTENTION},
+    "model family": {"convert/families/own_moe.py": FAMILY},
     "data source": {"../songs.py": CORPUS},
     "gate loss": {
         "routing/losses.py": [
@@ -219,6 +231,8 @@ from frugalmoe import metrics
 from frugalmoe.ablate.results import known_metrics
 from frugalmoe.cli import main
 code = main(["train", *sys.argv[1:]])
+run = sys.argv[2].removeprefix("--workdir=")
+code = code or main(["convert", "to-hf", run, run + "-published", "--family=own_moe"])
 names = ("loss/peak", "router/top_share")
 print(json.dumps({"code": code, "titles": [metrics.titled(n) for n in names], "known": known_metrics(["a"])}))
 """
@@ -266,6 +280,7 @@ def test_a_run_uses_all_that_was_added(enlarged):
     config = json.loads((run / "config.json").read_text())
     assert (config["model"]["moe"]["executor"], config["model"]["attention"]) == ("own", "plain")
     assert summary["domains"] == ["songs"]
+    assert json.loads((run.parent / "run-published/config.json").read_text())["model_type"] == "own_moe"
     assert {layer["top_share"] >= 1 / 8 for layer in summary["router"]["layers"].values()} == {True}
 
 

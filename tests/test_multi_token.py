@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from test_parity_transformers import FAMILIES, B, D, L, T, V, by_our_names, our_config, randomized, relative_error
+from published import B, T, V, fill, gradients_in_place, randomized, save, tokens
+from test_parity_transformers import opened, relative_error
 from test_train_step import DEPTHS, EVERY_LOSS, STATEFUL, batch, config_of, largest_difference, mesh_of, trained
 
+from frugalmoe.convert import from_hf
 from frugalmoe.data import Batch
 from frugalmoe.errors import UserError
 from frugalmoe.generate import Drafts, Sampling, generate
 from frugalmoe.model import multi_token
-from frugalmoe.schema import FrozenDict
 from frugalmoe.train import objective
 from frugalmoe.train.objective import knobs
 from frugalmoe.train.placing import put_batch
@@ -38,12 +39,10 @@ def test_tokens_ahead_end_with_their_document_and_with_the_row():
 def their_layers(theirs, depth: int) -> list[torch.nn.Module]:
     from transformers.modeling_layers import MtpLayer
 
-    decoder, norm = type(theirs.model.layers[-1]), type(theirs.model.norm)
-    layers = [MtpLayer(theirs.config, decoder, norm, 0) for _ in range(depth)]
-    with torch.no_grad():
-        for layer in layers:
-            for name, tensor in layer.named_parameters():
-                tensor.normal_(mean=1.0 if "norm" in name else 0.0, std=0.2)
+    decoder, norm, last = type(theirs.model.layers[-1]), type(theirs.model.norm), len(theirs.model.layers) - 1
+    layers = [MtpLayer(theirs.config, decoder, norm, last) for _ in range(depth)]
+    for layer in layers:
+        fill(layer)
     return layers
 
 
@@ -62,58 +61,37 @@ def their_losses(theirs, layers, ids) -> tuple[torch.Tensor, torch.Tensor]:
     return first, torch.stack(further).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # transformers' own
-def test_loss_and_gradients_are_those_of_transformers_modules():
-    """Three modules after three layers of Qwen3-MoE, whose weights therefore have the same stacked shapes."""
-    family, coefficient = FAMILIES["qwen3_moe"], 0.3
-    theirs = randomized(family)
-    layers = their_layers(theirs, L)
-    tokens = np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)
-    first, further = their_losses(theirs, layers, torch.from_numpy(tokens).long())
+def test_loss_and_gradients_are_those_of_transformers_modules(tmp_path):
+    """Two modules behind GLM-4-MoE, read from files as they are released."""
+    theirs, coefficient = randomized("glm4_moe"), 0.3
+    layers = their_layers(theirs, 2)
+    found, weights = opened(save(theirs, tmp_path / "theirs", layers), tmp_path / "run")
+    assert found.config.model.multi_token_prediction.depth == 2 and len(found.repeats) == 4
+    ids = tokens()
+    theirs.zero_grad()
+    first, further = their_losses(theirs, layers, torch.from_numpy(ids).long())
     (first + coefficient * further).backward()
+    with gradients_in_place(theirs, *layers):
+        _, expected = opened(save(theirs, tmp_path / "gradients", layers), tmp_path / "run")
 
-    def ours(pick) -> dict:
-        """Our tree of what `pick` takes from each of their parameters."""
-        of_network = {name: pick(p) for name, p in theirs.named_parameters()}
-        of_module = {
-            f"model.layers.{i}.{name.removeprefix('mtp_block.')}": pick(p)
-            for i, layer in enumerate(layers)
-            for name, p in layer.named_parameters()
-        }
-        stack = lambda name: np.stack([of_module[f"model.layers.{i}.{name}"] for i in range(L)])
-        tree = by_our_names(of_network.__getitem__, model, family)
-        return tree | {
-            "multi_token": {
-                "block": by_our_names((of_network | of_module).__getitem__, model, family)["moe_blocks"],
-                "embedding_norm": {"scale": stack("enorm.weight")},
-                "hidden_norm": {"scale": stack("hnorm.weight")},
-                "norm": {"scale": stack("post_norm.weight")},
-                "project_ID": stack("eh_proj.weight").swapaxes(1, 2),
-            }
-        }
-
-    model = our_config(family)
-    fields = {"model.multi_token_prediction.depth": L, "model.multi_token_prediction.coefficient": coefficient}
-    config = config_of(fields | {"data.sequence_length": T, "train.batch_size": B})
-    moe = model.moe.__class__(**vars(model.moe) | {"losses": FrozenDict()})
-    model = model.__class__(**vars(model) | {"moe": moe, "multi_token_prediction": config.model.multi_token_prediction})
-    config = config.__class__(**vars(config) | {"model": model})
+    fields = {"data.sequence_length": T, "train.batch_size": B, "train.accumulate_steps": 1}
+    losses = {"model.moe.losses": {}, "model.multi_token_prediction.coefficient": coefficient}
+    flags = [f"{name}={value!r}" for name, value in (fields | losses).items()]
+    config = from_hf.look(tmp_path / "theirs", tmp_path / "run", tokenizer="bytes", overrides=flags).config
     ones, places = np.ones((B, T), np.int32), np.tile(np.arange(T, dtype=np.int32), (B, 1))
-    following = np.roll(tokens, -1, axis=1)
-    rows = Batch(tokens, following, ones, places, places < T - 1, 0 * ones)
+    rows = Batch(ids, np.roll(ids, -1, axis=1), ones, places, places < T - 1, 0 * ones)
     mesh = mesh_of()
     with jax.set_mesh(mesh):
         placed = put_batch(mesh, Batch(*(a[None] for a in rows)), "ABT")
-        state = init(config)
-        params = jax.tree.map(np.asarray, ours(lambda p: p.detach().numpy()))
-        assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, state.params)
         gradient = jax.jit(make_gradient(config))
-        grads, sums, of_step = gradient(params, state.router_state, placed, np.int32(0), knobs(config))
-        found = objective.metrics(sums, of_step, config)
-    assert float(found["loss/mtp"]) == pytest.approx(further.item(), rel=1e-5)
-    assert float(found["loss/ce"]) == pytest.approx(first.item(), rel=1e-5)
-    assert float(found["loss/total"]) == pytest.approx(first.item() + coefficient * further.item(), rel=1e-5)
-    errors = jax.tree.map(relative_error, grads, ours(lambda p: p.grad.numpy()))
+        grads, sums, of_step = gradient(*weights, placed, np.int32(0), knobs(config))
+        metrics = objective.metrics(sums, of_step, config)
+    assert float(metrics["loss/mtp"]) == pytest.approx(further.item(), rel=1e-5)
+    assert float(metrics["loss/ce"]) == pytest.approx(first.item(), rel=1e-5)
+    assert float(metrics["loss/total"]) == pytest.approx(first.item() + coefficient * further.item(), rel=1e-5)
+    errors = jax.tree.map(relative_error, grads, expected.params)
     assert max(jax.tree.leaves(errors)) < 1e-5, errors
 
 
@@ -219,12 +197,12 @@ def test_drafts_change_no_token(length, temperature):
     Some drafts stand: a module that hands on the embedding is near a network whose blocks add little to it.
     """
     config = config_of(MODULES | STATEFUL)
-    prompt = np.random.default_rng(length).integers(0, V, length)
+    prompt = np.random.default_rng(length).integers(0, config.model.vocab_size, length)
     sampling, drafts = Sampling(temperature=temperature, max_tokens=48), Drafts()
     with jax.set_mesh(mesh_of()):
         state = init(config)
-        own = state.params["multi_token"]["project_ID"]
-        state.params["multi_token"]["project_ID"] = jnp.zeros_like(own).at[:, :D].set(jnp.eye(D))
+        own, dim = state.params["multi_token"]["project_ID"], config.model.dim
+        state.params["multi_token"]["project_ID"] = jnp.zeros_like(own).at[:, :dim].set(jnp.eye(dim))
         weights = Weights(state.params, state.router_state)
         plain = list(generate(config, weights, prompt, sampling))
         drafted = list(generate(config, weights, prompt, sampling, drafts=drafts))

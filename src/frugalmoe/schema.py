@@ -53,6 +53,7 @@ class MoE:
     num_experts_per_token: int = 2  # experts that a token is sent to
     expert_dim: int = 128  # hidden width of one routed expert
     num_shared_experts: int = 0  # always active; computed as one feed-forward of width num_shared_experts * expert_dim
+    shared_gate: bool = False  # what the shared experts add is scaled by the sigmoid of a learned score (Qwen2-MoE)
     losses: Mapping[str, float] = FrozenDict(load_balance=0.01, z=0.001)  # coefficient of each loss the router returns
     load_balance_scope: str = "sequence"  # over what the load is balanced: sequence | micro_batch | global
     load_balance_group: int = 1  # sequences in one group of scope micro_batch

@@ -129,6 +129,8 @@ def _moe(config: Config) -> None:
     positive = "num_experts num_experts_per_token expert_dim capacity_factor"
     _each("model.moe", moe, positive, lambda v: v > 0, "must be positive")
     _each("model.moe", moe, "num_shared_experts", lambda v: v >= 0, "must not be negative")
+    rule = "needs model.moe.num_shared_experts, which is 0"
+    _require(moe.num_shared_experts > 0 or not moe.shared_gate, "model.moe.shared_gate", moe.shared_gate, rule)
     _require(
         moe.num_experts_per_token <= moe.num_experts,
         "model.moe.num_experts_per_token",

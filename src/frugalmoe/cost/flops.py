@@ -33,7 +33,7 @@ def forward_flops(model: Model, sequence_length: int, active_experts: float | No
         "dense feed-forward": num_dense * _feed_forward(model, model.dense_dim),
         "router": num_moe * 2 * _router_weights(model),
         "routed experts": num_moe * active * _feed_forward(model, moe.expert_dim),
-        "shared experts": num_moe * moe.num_shared_experts * _feed_forward(model, moe.expert_dim),
+        "shared experts": num_moe * _shared(model),
         "head": 2 * model.dim * model.vocab_size,
     }
     if num_routed:
@@ -75,14 +75,20 @@ def _module(model: Model, sequence_length: int, active_experts: float) -> float:
     if kind.feed_forward == "dense":
         block += _feed_forward(model, model.dense_dim)
     else:
-        experts = active_experts + model.moe.num_shared_experts
-        block += 2 * _router_weights(model) + experts * _feed_forward(model, model.moe.expert_dim)
+        experts = active_experts * _feed_forward(model, model.moe.expert_dim)
+        block += 2 * _router_weights(model) + experts + _shared(model)
     return block + 2 * 2 * model.dim**2
 
 
 def _feed_forward(model: Model, hidden: int) -> int:
     """FLOPs of gate, up and down."""
     return 2 * 3 * model.dim * hidden
+
+
+def _shared(model: Model) -> int:
+    """FLOPs of a layer's shared experts and their gate."""
+    moe = model.moe
+    return moe.num_shared_experts * _feed_forward(model, moe.expert_dim) + 2 * model.dim * moe.shared_gate
 
 
 def _router_weights(model: Model) -> int:

@@ -19,7 +19,7 @@ from frugalmoe.model.layers import FeedForward, normal
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import Carry, Inputs, Loss, Plan, Routing, TokenPlan, selection_matrix, token_major
 from frugalmoe.schema import FrozenDict, Model, MoE
-from frugalmoe.sharding import BATCH_AXES, local, own_tokens, whole_sequences
+from frugalmoe.sharding import BATCH_AXES, local, own_tokens, parameter, spec, whole_sequences
 
 
 class RouterState(nnx.Variable):
@@ -125,6 +125,8 @@ class MoELayer(nnx.Module):
         if moe.num_shared_experts:
             hidden = moe.num_shared_experts * moe.expert_dim
             self.shared = FeedForward(shared_key, config.dim, hidden, config.init_std, out_std)
+        if moe.shared_gate:
+            self.shared_gate_D = parameter(jnp.zeros(config.dim), "D", "vector")
 
     def __call__(self, x_BTD: Array, context: Context, layer: Array, carry: Carry) -> tuple[Array, Routed, Carry]:
         shards = Shards(
@@ -138,5 +140,13 @@ class MoELayer(nnx.Module):
         on_device = functools.partial(route_and_execute, config=self.config, train=context.train, trace=context.trace)
         y_BTD, routed, carry = local(on_device, (LETTERS,), ("BTD", Routed("", "", "BT", "BT"), "BT"))(shards)
         if self.config.num_shared_experts:
-            y_BTD = y_BTD + self.shared(x_BTD)
+            y_BTD = y_BTD + self._shared(x_BTD)
         return y_BTD, routed, carry
+
+    def _shared(self, x_BTD: Array) -> Array:
+        """What the shared experts add."""
+        y_BTD = self.shared(x_BTD)
+        if not self.config.shared_gate:
+            return y_BTD
+        score_BT = jnp.einsum("btd,d->bt", x_BTD, self.shared_gate_D.astype(x_BTD.dtype), out_sharding=spec("BT"))
+        return y_BTD * jax.nn.sigmoid(score_BT)[..., None]

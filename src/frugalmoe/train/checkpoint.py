@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -65,6 +66,18 @@ def save(manager: ocp.CheckpointManager, step: int, state: State) -> None:
     check_space(Path(manager.directory), state)
     items = {name: ocp.args.StandardSave(value) for name, value in _nonempty(state).items()}
     manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+
+class _OnDisk(np.memmap):
+    """Orbax copies arrays of NumPy's before it writes them, in case they change; these do not."""
+
+    def __deepcopy__(self, memo: dict) -> "_OnDisk":
+        return self
+
+
+def on_disk(file: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A float32 array in a file, which `save` reads from there: it is never whole in memory."""
+    return _OnDisk(file, np.float32, "r", shape=shape)
 
 
 def check_space(directory: Path, state: State, freed: int = 0) -> None:

@@ -152,17 +152,9 @@ def _check_data(workdir: Path, data: Dataset) -> None:
 def _describe(run: "Run", config: Config, origin: Mapping[str, Any] | None) -> None:
     """Writes everything that makes the run directory self-describing."""
     workdir, data = run.workdir, run.data
-    described = {
-        "fingerprint": data.fingerprint,
-        "domains": list(data.domains),
-        "train_tokens": data.train_tokens,
-        "validation_tokens": data.validation_tokens,
-        "remainder": data.remainder,
-        "notes": data.manifest["notes"],
-    }
     (workdir / "tokenizer").mkdir(exist_ok=True)
     data.tokenizer.save_into(workdir / "tokenizer")
-    write_json(workdir / "data.json", described)
+    rundir.describe_data(workdir, data)
     rundir.describe(workdir, config, run.config, run.start, origin)  # last: it marks the directory as a run
 
 

@@ -21,6 +21,7 @@ import jax
 
 from frugalmoe.config import RECORD, Config, completed, outside, record, recorded, settle
 from frugalmoe.config.settle import left_open, open_again
+from frugalmoe.data import Dataset
 from frugalmoe.data.tokenizer import load_from
 from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
@@ -33,8 +34,8 @@ _OWN = ("config.json", "environment.json", "data.json", "history.jsonl", "metric
         "summary.json", "probe.npz", "cross.json", ".*.json.*.tmp", ".*.jsonl.*.tmp",
         "tensorboard/events.out.tfevents.*", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
         "report/index.html", "report/*.png", "trace/step_*.npz", "trackers.json", "wandb", "profile",
-        "outside.json", "outside/*/*.py")  # fmt: skip
-_FOLDERS = ("checkpoints", "tensorboard", "tokenizer", "report", "trace", "outside/*", "outside")
+        "outside.json", "outside/*/*.py", "source.json", "source/*")  # fmt: skip
+_FOLDERS = ("checkpoints", "tensorboard", "tokenizer", "report", "trace", "outside/*", "outside", "source")
 
 
 def is_complete(workdir: Path) -> bool:
@@ -202,6 +203,19 @@ def origin_of(workdir: Path) -> dict[str, Any] | None:
     ):
         raise UserError(f"{path}: a damaged record of the run that this one began with; --fresh starts over")
     return found
+
+
+def describe_data(workdir: Path, data: Dataset) -> None:
+    """Writes data.json: which data a run is about, and how much there is of it."""
+    described = {
+        "fingerprint": data.fingerprint,
+        "domains": list(data.domains),
+        "train_tokens": data.train_tokens,
+        "validation_tokens": data.validation_tokens,
+        "remainder": data.remainder,
+        "notes": data.manifest["notes"],
+    }
+    write_json(workdir / "data.json", described)
 
 
 def _changed_files(workdir: Path, config: Config) -> dict[str, tuple[str, str]]:

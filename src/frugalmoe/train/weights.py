@@ -14,7 +14,7 @@ from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json
 from frugalmoe.schema import Mesh
-from frugalmoe.train import checkpoint
+from frugalmoe.train import checkpoint, rundir
 from frugalmoe.train.step import abstract
 
 
@@ -80,8 +80,13 @@ def load_checkpoint(run: Path, step: int | None = None) -> Loaded:
 
 
 def open_run_data(run: Path, config: Config) -> Dataset:
-    """Returns the data that a run was trained on. Raises `UserError` where they have changed since."""
+    """Returns the data that a run was trained on. Raises `UserError` where they have changed since.
+
+    A published model was trained on others: the data of the run's config, at which it is looked first, become its own.
+    """
     data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
+    if not (run / "data.json").is_file():
+        rundir.describe_data(run, data)
     there = read_json(run / "data.json")["fingerprint"]
     if there != data.fingerprint:
         raise UserError(f"{run}: the run's data changed (fingerprint {there} there, {data.fingerprint} now)")

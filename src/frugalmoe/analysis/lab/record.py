@@ -22,6 +22,7 @@ from rich.progress import track
 from frugalmoe.analysis.lab.lab import TOKENS, moe_layers
 from frugalmoe.analysis.stored.probe import read_columns
 from frugalmoe.analysis.stored.trace import FOLDER, check_file, fingerprints, trace_files
+from frugalmoe.config import RECORD, resolve, runnable
 from frugalmoe.errors import UserError
 from frugalmoe.fields import check_integer
 from frugalmoe.files import write_atomically
@@ -45,6 +46,8 @@ def write_trace(
     steps = checkpoint.saved_steps(run)
     if not steps:
         raise UserError(f"{run}: holds no checkpoint yet")
+    if not (run / "data.json").is_file():
+        open_run_data(run, resolve(runnable(run / RECORD)))
     made_from = fingerprints(run)
     for path in trace_files(run):
         _check_existing(path, made_from, tokens)

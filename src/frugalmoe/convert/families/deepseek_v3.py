@@ -1,0 +1,154 @@
+"""DeepSeek-V3 (2412.19437): latent attention, sigmoid scores with a balance bias, modules that predict further ahead.
+
+Its released weights rotate channel 2 i with 2 i + 1, ours i with i + r / 2: the rotated channels are put in another
+order. The norms of its latents have an epsilon of 1e-6 always, ours that of the model.
+
+Letters: H heads, D model, P channels inside, n channels of a head without rotation, r with, e of its value.
+"""
+
+import numpy as np
+
+from frugalmoe.convert.contract import Family, Form, Key
+from frugalmoe.convert.further import COPIES, FURTHER
+from frugalmoe.convert.parts import DENSE, ENDS, FIXED, KEYS, LAYER, NORMS, ROUTER, TIED, Row, experts, swiglu
+from frugalmoe.model.attention.kinds import options_of
+from frugalmoe.model.attention.kinds.latent import Sizes, sizes
+from frugalmoe.schema import Model
+
+_LATENT = "attention_options.latent."
+
+
+def _sizes(model: Model) -> Sizes:
+    return sizes(model, options_of(model, "latent"))
+
+
+def _halves(pairs: np.ndarray) -> np.ndarray:
+    """Channels on the axis before the last: the first of each pair, then the second."""
+    return np.concatenate([pairs[..., 0::2, :], pairs[..., 1::2, :]], axis=-2)
+
+
+def _pairs(halves: np.ndarray) -> np.ndarray:
+    """The way back."""
+    first, second = np.split(halves, 2, axis=-2)
+    return np.stack([first, second], axis=-2).reshape(halves.shape)
+
+
+def _turn_queries(tensor: np.ndarray, model: Model, turn) -> np.ndarray:
+    heads = tensor.reshape(model.num_heads, -1, tensor.shape[-1])
+    still = _sizes(model).still
+    return np.concatenate([heads[:, :still], turn(heads[:, still:])], axis=1).reshape(tensor.shape)
+
+
+QUERIES = Form(
+    lambda tensor, model: (_turn_queries(tensor, model, _halves),),
+    lambda pieces, model: _turn_queries(pieces[0], model, _pairs),
+)
+
+
+def _split_down(tensor: np.ndarray, model: Model) -> tuple[np.ndarray, np.ndarray]:
+    rank = _sizes(model).rank
+    return tensor[:rank], _halves(tensor[rank:])
+
+
+DOWN = Form(_split_down, lambda pieces, model: np.concatenate([pieces[0], _pairs(pieces[1])]))
+
+
+def _split_up(tensor: np.ndarray, model: Model) -> tuple[np.ndarray, np.ndarray]:
+    still, width = _sizes(model).still, tensor.shape[-1]
+    heads = tensor.reshape(model.num_heads, -1, width)
+    return heads[:, :still].reshape(-1, width), heads[:, still:].reshape(-1, width)
+
+
+def _join_up(pieces: tuple[np.ndarray, ...], model: Model) -> np.ndarray:
+    width = pieces[0].shape[-1]
+    heads = [piece.reshape(model.num_heads, -1, width) for piece in pieces]
+    return np.concatenate(heads, axis=1).reshape(-1, width)
+
+
+UP = Form(_split_up, _join_up)
+
+ATTENTION = (
+    Row(LAYER + "self_attn.q_proj.weight", "attention/query_DHd", QUERIES),
+    Row(LAYER + "self_attn.q_a_proj.weight", "attention/query_down_DP"),
+    Row(LAYER + "self_attn.q_a_layernorm.weight", "attention/query_norm/scale"),
+    Row(LAYER + "self_attn.q_b_proj.weight", "attention/query_up_PHd", QUERIES),
+    Row(
+        LAYER + "self_attn.kv_a_proj_with_mqa.weight",
+        ("attention/latent_DP", "attention/rotated_key_Dd"),
+        DOWN,
+    ),
+    Row(LAYER + "self_attn.kv_a_layernorm.weight", "attention/latent_norm/scale"),
+    Row(LAYER + "self_attn.kv_b_proj.weight", ("attention/key_PHd", "attention/value_PHd"), UP),
+    Row(LAYER + "self_attn.o_proj.weight", "attention/out_HdD"),
+)
+
+
+def _ours(keys):
+    """What only has to agree with what stands elsewhere."""
+    heads, rotated = keys.integer("num_attention_heads"), keys.integer("qk_rope_head_dim")
+    keys.fix("num_key_value_heads", (heads,))
+    keys.fix("head_dim", (rotated,))
+    keys.fix("qk_head_dim", (rotated + keys.integer("qk_nope_head_dim"),))
+    return {}
+
+
+def _theirs(model):
+    size = _sizes(model)
+    rest = {"qk_rope_head_dim": size.rotated, "v_head_dim": size.value, "kv_lora_rank": size.rank}
+    return rest | {"q_lora_rank": size.query_rank or None, "num_key_value_heads": model.num_heads}
+
+
+FAMILY = Family(
+    about="DeepSeek-AI: DeepSeek-V3, R1",
+    architecture="DeepseekV3ForCausalLM",
+    keys=(
+        *KEYS,
+        Key("qk_nope_head_dim", "head_dim"),
+        Key("qk_rope_head_dim", _LATENT + "rotary_dim"),
+        Key("v_head_dim", _LATENT + "value_dim"),
+        Key("kv_lora_rank", _LATENT + "rank"),
+        Key("q_lora_rank", _LATENT + "query_rank", 0),
+        Key("intermediate_size", "dense_dim"),
+        Key("first_k_dense_replace", "num_dense_layers", 3),
+        Key("moe_intermediate_size", "moe.expert_dim"),
+        Key("n_routed_experts", "moe.num_experts", also=("num_local_experts",)),
+        Key("n_shared_experts", "moe.num_shared_experts", 0),
+        Key("num_experts_per_tok", "moe.num_experts_per_token"),
+        Key("n_group", "moe.options.num_groups", 1),
+        Key("topk_group", "moe.options.groups_per_token", 1),
+        Key("routed_scaling_factor", "moe.options.scale", 1.0),
+        Key("norm_topk_prob", "moe.options.renormalize", True),
+    ),
+    settings={"attention": "latent", "moe.router": "sigmoid_bias"},
+    fixed={
+        **FIXED,
+        "attention_bias": (False,),
+        "rope_interleave": (True,),
+        "rms_norm_eps": (1e-6,),
+        "scoring_func": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
+        "moe_layer_freq": (1,),
+    },
+    inert={
+        "num_nextn_predict_layers": "the files say it themselves",
+        "num_mtp_layers": "the same, by another name",
+        "pretraining_tp": "how it was trained",
+        "ep_size": "how it is served",
+        "seq_aux": "a loss of training",
+        "aux_loss_alpha": "its coefficient",
+    },
+    more_ours=_ours,
+    more_theirs=_theirs,
+    rows=(
+        *ENDS,
+        *NORMS,
+        *ATTENTION,
+        *DENSE,
+        *ROUTER,
+        Row(LAYER + "mlp.gate.e_score_correction_bias", "moe/router_state/bias_E"),
+        *experts("mlp"),
+        *swiglu("mlp.shared_experts", "moe/shared"),
+        *FURTHER,
+    ),
+    same={**TIED, **COPIES},
+)

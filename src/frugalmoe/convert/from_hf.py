@@ -1,0 +1,220 @@
+"""A run directory from the directory of a published model.
+
+Parameters are float32 here, which holds every number of float32, bfloat16 and float16 as it is. source.json keeps what
+was read, and each tensor's dtype, in which it is written back; source/ keeps the files that go along.
+"""
+
+import itertools
+import math
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from frugalmoe.config import Config, default, override, resolve, settle
+from frugalmoe.convert import checkpoint as published
+from frugalmoe.convert import families, output, plan, safetensors, settings
+from frugalmoe.convert.contract import Family
+from frugalmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_from, load_json, parse
+from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.files import write_json
+from frugalmoe.schema import Data
+from frugalmoe.train import checkpoint, rundir
+from frugalmoe.train.step import State
+
+RECORD, FOLDER = "source.json", "source"  # in the run's directory
+_ASSEMBLY = "assembly"  # arrays on disk, until the checkpoint is written
+_LENGTH, _MODULES = "max_position_embeddings", "num_nextn_predict_layers"
+_TOKENIZER = "tokenizer"
+_TIMES = 4  # of the numbers in the files: what a config says beyond that is no slip
+
+
+class Found(NamedTuple):
+    """What a directory holds and how it would be a run of ours; no number has been read."""
+
+    source: published.Published
+    family: Family
+    config: Config  # of the run, settled
+    plan: plan.Plan
+    tokenizer: Tokenizer
+    repeats: set[str]  # tensors that repeat another
+    notes: tuple[str, ...]  # what a user should know
+    faults: str  # why it cannot be converted; empty: it can
+
+
+def look(directory: Path, run: Path, *, family: str = "", tokenizer: str = "", overrides: Sequence[str] = ()) -> Found:
+    """Returns how a published model fits. Raises `UserError` for what its config.json says and ours cannot; where
+    tensors do not fit, that stands in `faults`.
+
+    family: a name, or the path of a file, in place of what config.json says. tokenizer: as `data.tokenizer`, in place
+    of the directory's own. overrides: fields of the run's config that change no answer, as "data.path=texts/".
+    """
+    source = published.look(directory)
+    where = str(directory / published.CONFIG)
+    kind = _family(source.config, family, where)
+    own = _tokenizer(tokenizer, directory)
+    fields = settings.to_ours(kind, source.config, where)
+    depth = _modules(kind, fields["model.num_layers"], source.tensors)
+    fields |= {
+        "model.multi_token_prediction.depth": depth,
+        "name": kind.name,
+        "data.tokenizer": "bytes" if isinstance(own, ByteTokenizer) else str(run.absolute() / _TOKENIZER),
+    }
+    longest = source.config.get(_LENGTH)
+    if type(longest) is int and 1 < longest < Data().sequence_length:
+        fields["data.sequence_length"] = longest
+    config = _checked(kind, fields, overrides, where)
+    config = settle(config, own.size, None)
+    _check_size(config, source, where)
+    made = plan.make(kind, config.model)
+    repeats, dropped, faults = plan.compare(made, kind, source.shapes)
+    faults = f"{directory}: does not fit its config.json as {kind.name}: {faults}" if faults else ""
+    notes = [*dropped, *(f"{name}: not read, and not carried along" for name in source.left)]
+    if source.config.get(_MODULES) and not depth:
+        notes.append(f"{_MODULES}={source.config[_MODULES]}: no such module is in the files, and none in the run")
+    return Found(source, kind, config, made, own, repeats, tuple(notes), faults)
+
+
+def _check_size(config: Config, source: published.Published, where: str) -> None:
+    """Refuses a config of a model that cannot be the one in the files, before its shapes are looked at one by one."""
+    size = sum(leaf.size for leaf in plan.arrays(config.model).values())
+    held = sum(math.prod(shape) for shape in source.shapes.values())
+    if size > _TIMES * (held + 2**20):
+        raise UserError(f"{where}: says a model of {size:,} numbers; the files hold {held:,}")
+
+
+def _checked(family: Family, fields: Mapping[str, Any], overrides: Sequence[str], where: str) -> Config:
+    """The config of a published model, in which what the user asks for may change no answer of it."""
+    asked = override(default(), fields)
+    try:
+        config = resolve(asked)
+    except UserError as e:
+        told = str(e)
+        for key in family.keys:
+            told = told.replace(f"model.{key.ours}=", f"{key.theirs}=")
+        raise UserError(f"{where}: as {family.name}: {told}") from e
+    changed = resolve(override(asked, overrides))
+    if lines := settings.unlike(changed.model, config.model):
+        raise UserError(f"--config.{lines[0]}: a converted model must compute what it did before")
+    return changed
+
+
+def _family(config: Mapping[str, Any], family: str, where: str) -> Family:
+    if family:
+        return families.get(family)
+    name = config.get("model_type")
+    if name not in families.names():  # which is no path either: a stranger's file does not name a program
+        hint = did_you_mean(str(name), families.names())
+        raise UserError(f"{where}: model_type={name!r}: no such family of models; {hint}; or give --family")
+    return families.get(name)
+
+
+def _tokenizer(spec: str, directory: Path) -> Tokenizer:
+    if not spec:
+        try:
+            return load_from(directory)
+        except UserError as e:
+            raise UserError(f"{e}; or give --tokenizer=bytes, or the path of another") from e
+    found = parse(spec)
+    if isinstance(found, int):
+        raise UserError(f"--tokenizer={spec}: there is no text to train it on; valid: bytes, or a path")
+    return load_json(found, f"--tokenizer={spec}") if found else ByteTokenizer()
+
+
+def _modules(family: Family, layers: Any, names: Collection[str]) -> int:
+    """How many modules of multi-token prediction the files hold: those come behind the layers."""
+    rows = [row.theirs for row in family.rows if "{mtp}" in row.theirs]
+    if not rows or type(layers) is not int:
+        return 0
+    return next(m for m in itertools.count() if rows[0].format(mtp=layers + m) not in names)
+
+
+def convert(found: Found, run: Path, progress: bool = False) -> None:
+    """Writes the run directory, whole or not at all."""
+    if found.faults:
+        raise UserError(found.faults)
+    output.check_new(run, "RUN")
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in found.plan.arrays.values())
+    checkpoint.check_space_for(output.existing_parent(run), 2 * size)  # assembled, and in the checkpoint
+    with output.appearing(run) as place, output.bar(progress) as bar:
+        files = found.source.files
+        read = published.hashes(bar.track(files, description="reading"))
+        _check_repeats(found)
+        (place / _ASSEMBLY).mkdir()
+        arrays = {}
+        for path in bar.track(list(found.plan.arrays), description="converting"):
+            arrays[path] = _assemble(found, path, place / _ASSEMBLY / "-".join(path))
+        _save(place, arrays, found.config)
+        shutil.rmtree(place / _ASSEMBLY)
+        _describe(place, found, read)
+
+
+def read_arrays(found: Found) -> tuple[dict, dict]:
+    """Returns (parameters, router state) of a published model in memory, float32."""
+    return _trees({path: _assemble(found, path, None) for path in found.plan.arrays})
+
+
+def _assemble(found: Found, path: plan.Path, file: Path | None) -> np.ndarray:
+    """One of our arrays, in a file or in memory, filled one tensor after the other."""
+    leaf = found.plan.arrays[path]
+    shape, dtype = leaf.shape, np.float32
+    array = np.empty(shape, dtype) if file is None else np.memmap(file, dtype, "w+", shape=shape)
+    for tensor, number in found.plan.by_path[path]:
+        numbers = safetensors.read(tensor.name, found.source.tensors[tensor.name])
+        part = tensor.parts[number]
+        array[part.index] = part.ours(tensor.form.split(numbers, found.config.model)[number])
+    if file is None:
+        return array
+    array.flush()
+    del array  # what was written is on disk, and no longer in this process
+    return checkpoint.on_disk(file, shape)
+
+
+def _check_repeats(found: Found) -> None:
+    """Tensors that stand in the files twice are the same."""
+    for name in sorted(found.repeats):
+        other = plan.repeated(found.family, name)
+        both = [safetensors.read(one, found.source.tensors[one]) for one in (name, other)]
+        if both[0].shape != both[1].shape or not all(map(np.array_equal, *both)):
+            rule = f"differs from {other}, whose part the model would use for both"
+            raise UserError(f"{found.source.tensors[name].path}: tensor {name!r}: {rule}")
+
+
+def _trees(arrays: Mapping[plan.Path, Any]) -> tuple[dict, dict]:
+    params: dict = {}
+    state: dict = {}
+    for path, array in arrays.items():
+        node = state if plan.is_state(path) else params
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = array
+    return params, state
+
+
+def _save(run: Path, arrays: Mapping[plan.Path, np.ndarray], config: Config) -> None:
+    """A checkpoint of step 0, without an optimizer's state."""
+    state = State(jnp.int32(0), jnp.int32(0), *_trees(arrays), opt_state=())
+    with checkpoint.open_manager(run, config.checkpoint) as manager:
+        checkpoint.save(manager, 0, state)
+
+
+def _describe(run: Path, found: Found, read: Mapping[str, Any]) -> None:
+    """Writes what makes the directory a run; config.json is last."""
+    (run / FOLDER).mkdir()
+    for path in found.source.carried:
+        shutil.copyfile(path, run / FOLDER / path.name)
+    manifest = {
+        "directory": str(found.source.path.absolute()),
+        "family": found.family.name,
+        "files": read,
+        "dtypes": {name: info.dtype for name, info in found.source.tensors.items()},
+    }
+    write_json(run / RECORD, manifest)
+    (run / _TOKENIZER).mkdir()
+    found.tokenizer.save_into(run / _TOKENIZER)
+    (run / "metrics.jsonl").touch()  # no step was made here
+    rundir.describe(run, found.config, settle(found.config, None, jax.device_count()), 0)

@@ -1,0 +1,81 @@
+"""A directory that appears whole or not at all."""
+
+import contextlib
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from frugalmoe.console import Console
+from frugalmoe.errors import UserError
+
+
+def check_new(directory: Path, what: str) -> None:
+    """Raises `UserError` where something lies at the place of a new directory, or it cannot be made."""
+    try:
+        if directory.is_symlink() or (directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))):
+            raise UserError(f"{what}={directory}: exists; give a new directory")
+        parent = existing_parent(directory)
+    except (OSError, ValueError) as e:  # a name that is too long, or holds what none may
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"{what}={directory}: {getattr(e, 'strerror', None) or e}") from e
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{what}={directory}: {parent} is no directory that can be written")
+
+
+def existing_parent(directory: Path) -> Path:
+    """The nearest path above a directory that is there."""
+    return next(path for path in directory.absolute().parents if path.exists())
+
+
+@contextlib.contextmanager
+def appearing(directory: Path) -> Iterator[Path]:
+    """Gives a directory beside `directory`, which takes its place at the end. An error or a signal removes it.
+
+    Directories above are made, and those removed that would be left empty.
+    """
+    made = [path for path in directory.absolute().parents if not path.exists()]
+    temporary = directory.absolute().with_name(f".{directory.name}.{os.getpid()}.tmp")
+    try:
+        with _signals_raise():
+            temporary.mkdir(parents=True)
+            yield temporary
+            temporary.rename(directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt while the block runs, so that it can clean up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def bar(progress: bool) -> Iterator[Progress]:
+    """A progress bar on a terminal; nothing elsewhere."""
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as shown:
+        yield shown

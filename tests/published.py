@@ -1,0 +1,195 @@
+"""Tiny random models of `transformers`, saved as published models are: one line per family and setting."""
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+V, D, H, K, d, F, E, L, B, T = 320, 32, 4, 2, 8, 16, 8, 3, 2, 12
+DENSE = dict(
+    vocab_size=V,
+    hidden_size=D,
+    num_hidden_layers=L,
+    num_attention_heads=H,
+    num_key_value_heads=K,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+COMMON = DENSE | {"num_experts_per_tok": 2}
+LATENT = COMMON | dict(
+    num_key_value_heads=H,
+    intermediate_size=24,
+    moe_intermediate_size=F,
+    n_routed_experts=E,
+    q_lora_rank=12,
+    kv_lora_rank=10,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=8,
+    v_head_dim=6,
+    first_k_dense_replace=1,
+)
+QWEN3 = COMMON | dict(head_dim=d, moe_intermediate_size=F, num_experts=E, mlp_only_layers=[])
+QWEN2 = COMMON | dict(
+    moe_intermediate_size=F, num_experts=E, shared_expert_intermediate_size=2 * F, intermediate_size=24
+)
+GLM4 = COMMON | dict(
+    head_dim=d,
+    attention_bias=True,
+    intermediate_size=24,
+    moe_intermediate_size=F,
+    n_routed_experts=E,
+    n_shared_experts=1,
+    n_group=4,
+    topk_group=2,
+    first_k_dense_replace=1,
+    use_qk_norm=True,
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5, "rope_type": "default"},
+)
+GRANITE = COMMON | dict(
+    intermediate_size=F,
+    num_local_experts=E,
+    shared_intermediate_size=2 * F,
+    attention_multiplier=d**-0.5,
+    embedding_multiplier=1.0,
+    logits_scaling=1.0,
+    residual_multiplier=1.0,
+)
+YARN = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+# The first of a family is the one that other tests take.
+CASES: dict[str, Callable[[], hf.PretrainedConfig]] = {
+    "mixtral": lambda: hf.MixtralConfig(
+        **COMMON, head_dim=d, intermediate_size=F, num_local_experts=E, rope_parameters={"rope_theta": 1e6}
+    ),
+    "mixtral window, tied": lambda: hf.MixtralConfig(
+        **COMMON | {"tie_word_embeddings": True}, intermediate_size=F, num_local_experts=E, sliding_window=5
+    ),
+    "mixtral linear, one head of keys": lambda: hf.MixtralConfig(
+        **COMMON | {"num_key_value_heads": 1},
+        intermediate_size=F,
+        num_local_experts=E,
+        rope_parameters={"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0},
+    ),
+    "olmoe": lambda: hf.OlmoeConfig(**COMMON, intermediate_size=F, num_experts=E),
+    "olmoe renormalised": lambda: hf.OlmoeConfig(
+        **COMMON | {"num_key_value_heads": H}, intermediate_size=F, num_experts=E, norm_topk_prob=True
+    ),
+    "qwen3_moe": lambda: hf.Qwen3MoeConfig(**QWEN3, norm_topk_prob=True),
+    "qwen3_moe as they are, dense layers, yarn": lambda: hf.Qwen3MoeConfig(
+        **QWEN3 | {"mlp_only_layers": [0], "intermediate_size": 24}, norm_topk_prob=False, rope_parameters=YARN
+    ),
+    "qwen3_moe window": lambda: hf.Qwen3MoeConfig(
+        **QWEN3, norm_topk_prob=True, use_sliding_window=True, sliding_window=5
+    ),
+    "qwen2_moe": lambda: hf.Qwen2MoeConfig(**QWEN2),
+    "qwen2_moe renormalised, windows, no bias": lambda: hf.Qwen2MoeConfig(
+        **QWEN2, norm_topk_prob=True, use_sliding_window=True, sliding_window=4, qkv_bias=False, mlp_only_layers=[0]
+    ),
+    "deepseek_v3": lambda: hf.DeepseekV3Config(**LATENT, n_group=4, topk_group=2),
+    "deepseek_v3 whole queries, no shared, yarn": lambda: hf.DeepseekV3Config(
+        **LATENT | {"q_lora_rank": None},
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=False,
+        rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 0.8},
+    ),
+    "glm4_moe": lambda: hf.Glm4MoeConfig(**GLM4),
+    "glm4_moe no bias, no norm, one group": lambda: hf.Glm4MoeConfig(
+        **GLM4 | {"attention_bias": False, "use_qk_norm": False, "n_group": 1, "topk_group": 1}
+    ),
+    "granitemoeshared": lambda: hf.GraniteMoeSharedConfig(**GRANITE),
+    "granitemoeshared none shared": lambda: hf.GraniteMoeSharedConfig(**GRANITE | {"shared_intermediate_size": 0}),
+    "llama": lambda: hf.LlamaConfig(**DENSE, intermediate_size=24, rope_parameters=LLAMA3),
+    "llama tied": lambda: hf.LlamaConfig(**DENSE | {"tie_word_embeddings": True}, intermediate_size=24),
+    "qwen3": lambda: hf.Qwen3Config(**DENSE, head_dim=d, intermediate_size=24),
+    "qwen3 windows": lambda: hf.Qwen3Config(
+        **DENSE, head_dim=d, intermediate_size=24, use_sliding_window=True, sliding_window=4, max_window_layers=1
+    ),
+}
+FIRST = list({name.split()[0]: name for name in reversed(CASES)}.values())[::-1]
+
+
+@functools.cache
+def randomized(case: str) -> hf.PreTrainedModel:
+    """Weights large enough that every term is seen; norms and biases off their defaults."""
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(
+        CASES[case](), dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    fill(model)
+    return model
+
+
+def fill(module: torch.nn.Module) -> None:
+    """Random numbers in all parameters and buffers of a module."""
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if "inv_freq" not in name:
+                tensor.normal_(mean=1.0 if "norm" in name else 0.0, std=0.2)
+
+
+def tokens() -> np.ndarray:
+    """The same ids [B, T] in every test."""
+    return np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)
+
+
+def save(model: hf.PreTrainedModel, directory: Path, modules: Sequence[torch.nn.Module] = ()) -> Path:
+    """Saves a model, and modules of multi-token prediction as DeepSeek releases them: in layers behind the last."""
+    model.save_pretrained(directory)
+    if not modules:
+        return directory
+    network = load_file(directory / "model.safetensors")
+    copies = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+    further = {}
+    for layer, module in enumerate(modules, model.config.num_hidden_layers):
+        found = dict(_on_disk(module)) | {name: network[other].clone() for name, other in copies.items()}
+        further |= {f"model.layers.{layer}.{name}": tensor.contiguous() for name, tensor in found.items()}
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    (directory / "model.safetensors").rename(directory / names[0])
+    save_file(further, directory / names[1])
+    index = {"weight_map": dict.fromkeys(network, names[0]) | dict.fromkeys(further, names[1])}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def _on_disk(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a module under the names that released files have, each expert by itself."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    for name, tensor in tensors:
+        name = name.replace("post_norm.", "shared_head.norm.").removeprefix("mtp_block.")
+        tensor = tensor.detach()
+        if name.endswith("experts.gate_up_proj"):
+            for expert, both in enumerate(tensor):
+                for part, half in zip(("gate", "up"), both.chunk(2)):
+                    yield name.replace("gate_up_proj", f"{expert}.{part}_proj.weight"), half
+        elif name.endswith("experts.down_proj"):
+            for expert, down in enumerate(tensor):
+                yield name.replace("down_proj", f"{expert}.down_proj.weight"), down
+        else:
+            yield name, tensor
+
+
+@contextlib.contextmanager
+def gradients_in_place(*modules: torch.nn.Module) -> Iterator[None]:
+    """While the block runs, every parameter holds its gradient."""
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    values = [parameter.data for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    try:
+        yield
+    finally:
+        for parameter, value in zip(parameters, values):
+            parameter.data = value
