@@ -129,18 +129,15 @@ def _origin(args: argparse.Namespace):
 def _dry_run(ready, workdir: Path, talks: bool) -> int:
     import jax
 
-    from frugalmoe import sharding
     from frugalmoe.aot.program import compile_step
     from frugalmoe.aot.table import tables
     from frugalmoe.console import Console
-    from frugalmoe.fields import to_dict
     from frugalmoe.model.transformer import count_parameters
     from frugalmoe.train import origin
 
     config, notes = ready.config, ready.notes
     if ready.origin is not None:
-        with jax.set_mesh(sharding.make_mesh(to_dict(config.mesh))):
-            origin.begin(ready.origin, config)  # reads it: its numbers may not be finite
+        origin.check_numbers(ready.origin, config)
     if not talks:  # a program for several processes is compiled by all of them
         compile_step(config)
         return 0
