@@ -134,6 +134,7 @@ def _dry_run(ready, workdir: Path, talks: bool) -> int:
     from frugalmoe.console import Console
     from frugalmoe.model.transformer import count_parameters
     from frugalmoe.train import origin
+    from frugalmoe.train.optim import bytes_of
 
     config, notes = ready.config, ready.notes
     if ready.origin is not None:
@@ -146,7 +147,8 @@ def _dry_run(ready, workdir: Path, talks: bool) -> int:
     print(f"run directory  {workdir}")
     print(f"devices        {jax.device_count()} x {jax.devices()[0].device_kind}")
     print(f"tokens         {per_step:,} per step, {per_step * train.steps:,} in {train.steps:,} steps")
-    print(f"parameters     {counts['total']:,} total, {counts['active']:,} active")
+    trained = bytes_of(config).gradients // 4  # float32
+    print(f"parameters     {counts['total']:,} total, {counts['active']:,} active, {trained:,} trained")
     print(*(f"note: {note}" for note in notes), sep="\n", end="\n" if notes else "")
     print("compiling the step, which makes the start of the run shorter", flush=True)
     Console(width=None if sys.stdout.isatty() else 120).print(*tables(compile_step(config)), sep="\n")
