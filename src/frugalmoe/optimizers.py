@@ -5,6 +5,7 @@ It goes by their letters and roles: names and numbers of axes tell nothing of la
 scales are [L, D] and an expert's weights [L, E, D, 2, F].
 """
 
+import fnmatch
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,11 +15,40 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from frugalmoe import sharding
+from frugalmoe.errors import UserError
 from frugalmoe.schema import Optim
 from frugalmoe.sharding import Declaration, Declarations
 
 MATRIX_RMS = 0.2  # of Muon's update before the learning rate: about that of AdamW's (arXiv 2502.16982, section 2.2)
 _MANY = "LE2"  # axes over which a parameter is many matrices: layers, experts, gate and up
+
+
+EVERYTHING = "*"  # as `optim.train`
+
+
+def trained(o: Optim, declarations: Declarations) -> frozenset[tuple[str, ...]] | None:
+    """Returns the names that lead to each parameter that `optim.train` chooses; None where it is everything.
+
+    Raises `UserError` for a pattern that matches neither a role nor a path.
+    """
+    if o.train == EVERYTHING:
+        return None
+    chosen: set[tuple[str, ...]] = set()
+    patterns = [pattern.strip() for pattern in o.train.split(",") if pattern.strip()]
+    for pattern in patterns:
+        names = lambda path: ("/".join(path), declarations[path].role)
+        found = {path for path in declarations if fnmatch.filter(names(path), pattern)}
+        if not found:
+            raise UserError(f"optim.train={o.train!r}: {pattern!r} matches no parameter; {_choices(declarations)}")
+        chosen |= found
+    if not chosen:
+        raise UserError(f"optim.train={o.train!r}: names no parameter; {_choices(declarations)}")
+    return frozenset(chosen)
+
+
+def _choices(declarations: Declarations) -> str:
+    roles, first = {d.role for d in declarations.values()}, {path[0] for path in declarations}
+    return f"valid: {', '.join(sorted(roles))}; or what begins with {', '.join(sorted(first))}, as {min(first)}*"
 
 
 def decay_mask(params: dict, declarations: Declarations) -> dict:

@@ -171,6 +171,9 @@ class Data:
 @Frozen
 class Optim:
     name: str = "adamw"  # adamw | muon (for matrices; AdamW for vectors, embedding, head and routers)
+    # What is trained; the rest is frozen, with no state of the optimizer. Roles, or glob patterns of paths, whose names
+    # are joined by /, as router,*/attention/*; `frugalmoe train --dry-run` shows how many parameters they are.
+    train: str = "*"
     learning_rate: float = 1e-3  # peak
     # Factor on the learning rate of a role, 1 where none is given: matrix, vector, embedding, head or router.
     rates: Mapping[str, float] = FrozenDict()

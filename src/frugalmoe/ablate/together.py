@@ -68,4 +68,4 @@ def bytes_of_run(config: Config) -> int:
     active = (m.moe.num_experts_per_token + m.moe.num_shared_experts) * m.moe.expert_dim
     per_token = m.num_layers * (16 * m.dim + 6 * max(active, m.dense_dim))
     activations = 4 * (tokens * per_token + 2 * t.loss_chunk * m.vocab_size)
-    return 2 * of_run.parameters + of_run.optimizer + activations
+    return sum(of_run) + activations

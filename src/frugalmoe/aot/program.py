@@ -24,6 +24,7 @@ from frugalmoe.data.batches import Batch
 from frugalmoe.data.tokenizer import expected_size
 from frugalmoe.devices import usable
 from frugalmoe.fields import to_dict
+from frugalmoe.train import optim
 from frugalmoe.train.objective import knobs
 from frugalmoe.train.program import compiled_train_step
 from frugalmoe.train.step import abstract
@@ -45,7 +46,7 @@ class Compiled(NamedTuple):
     available: int | None  # what a program may take; None: not known
     needed: int  # all parts together; what the compiler said where it refused the program
     memory: dict[str, int]  # by part; of a refused program the first three only
-    gradients: int  # those of all parameters: a part of the temporaries
+    gradients: int  # those of all parameters that are trained: a part of the temporaries
     collectives: list[hlo.Collective] | None  # of a step; None: of a refused program, or its text cannot be read
     largest: list[hlo.Value] | None  # arrays that the program makes; None likewise
     seconds: float  # that tracing and compiling took
@@ -90,7 +91,7 @@ def compile_step(config: Config, topology: Topology | None = None) -> Compiled:
         available=available,
         needed=needed,
         memory=memory,
-        gradients=memory["parameters"],
+        gradients=_bytes(optim.split(state.params, config)[0]),
         collectives=collectives,
         largest=largest,
         seconds=time.perf_counter() - began,

@@ -27,7 +27,7 @@ def search(
         raise UserError(f"--topology={kind}: {rule}; {did_you_mean(kind, DEVICES)}")
     config = as_expected(config, None)
     of_run = bytes_of(config)
-    least = 2 * of_run.parameters + of_run.optimizer  # with gradients: no layout needs less
+    least = sum(of_run)  # no layout needs less
     for shape in DEVICES[kind].usual:
         topology = parse(f"{kind}:{shape}", slices)
         if least > usable(topology.device) * topology.num_devices:

@@ -129,18 +129,16 @@ def _origin(args: argparse.Namespace):
 def _dry_run(ready, workdir: Path, talks: bool) -> int:
     import jax
 
-    from frugalmoe import sharding
     from frugalmoe.aot.program import compile_step
     from frugalmoe.aot.table import tables
     from frugalmoe.console import Console
-    from frugalmoe.fields import to_dict
     from frugalmoe.model.transformer import count_parameters
     from frugalmoe.train import origin
+    from frugalmoe.train.optim import bytes_of
 
     config, notes = ready.config, ready.notes
     if ready.origin is not None:
-        with jax.set_mesh(sharding.make_mesh(to_dict(config.mesh))):
-            origin.begin(ready.origin, config)  # reads it: its numbers may not be finite
+        origin.check_numbers(ready.origin, config)
     if not talks:  # a program for several processes is compiled by all of them
         compile_step(config)
         return 0
@@ -149,7 +147,8 @@ def _dry_run(ready, workdir: Path, talks: bool) -> int:
     print(f"run directory  {workdir}")
     print(f"devices        {jax.device_count()} x {jax.devices()[0].device_kind}")
     print(f"tokens         {per_step:,} per step, {per_step * train.steps:,} in {train.steps:,} steps")
-    print(f"parameters     {counts['total']:,} total, {counts['active']:,} active")
+    trained = bytes_of(config).gradients // 4  # float32
+    print(f"parameters     {counts['total']:,} total, {counts['active']:,} active, {trained:,} trained")
     print(*(f"note: {note}" for note in notes), sep="\n", end="\n" if notes else "")
     print("compiling the step, which makes the start of the run shorter", flush=True)
     Console(width=None if sys.stdout.isatty() else 120).print(*tables(compile_step(config)), sep="\n")

@@ -243,11 +243,14 @@ def _is_encoding(name: str) -> bool:
 
 
 def _optim(config: Config) -> None:
-    from frugalmoe.optimizers import OPTIMIZERS
+    from frugalmoe.model.transformer import declarations
+    from frugalmoe.optimizers import EVERYTHING, OPTIMIZERS, trained
     from frugalmoe.sharding import ROLES
 
     o = config.optim
     _one_of("optim.name", o.name, OPTIMIZERS)
+    if o.train != EVERYTHING:  # a model is described for it, which takes a second
+        trained(o, declarations(config.model))
     for role, factor in o.rates.items():
         path = f"optim.rates.{role}"
         if role not in ROLES:

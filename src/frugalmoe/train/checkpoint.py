@@ -234,7 +234,7 @@ def _check_same_model(manager: ocp.CheckpointManager, step: int, wanted: dict, t
     another = {
         "params": "another model",
         "router_state": "another model",
-        "opt_state": "another optimizer (optim.name, or optim.clip_norm with and without)",
+        "opt_state": "another optimizer (optim.name, optim.train, or optim.clip_norm with and without)",
     }
     for item in (item for item in another if item in wanted):
         ours = _shapes(wanted[item], {})

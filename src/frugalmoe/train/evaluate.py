@@ -76,7 +76,7 @@ def evaluate(
             if trace is not None:
                 trace.append(Traced(batch, documents_BT, out))
         loss[domain] = nats / max(targets, 1)
-        bits[domain] = nats / np.log(2) / max(size, 1)
+        bits[domain] = float(nats / np.log(2) / max(size, 1))
         tokens[domain], sizes[domain] = targets, size
     loss["mean"] = float(np.mean(list(loss.values())))
     bits["mean"] = float(np.mean(list(bits.values())))

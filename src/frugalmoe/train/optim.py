@@ -1,12 +1,12 @@
-"""Learning-rate schedules, a run's optimizer, and the bytes that it needs."""
+"""Learning-rate schedules, a run's optimizer, which parameters it trains, and the bytes that it needs."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
 from frugalmoe.model.transformer import declarations, structure
-from frugalmoe.optimizers import OPTIMIZERS, with_rates
+from frugalmoe.optimizers import OPTIMIZERS, trained, with_rates
 from frugalmoe.schema import Config
 
 
@@ -47,23 +47,59 @@ def _decaying_updates(config: Config) -> int:
 
 
 def optimizer(config: Config) -> optax.GradientTransformation:
-    """Returns the optimizer that the config names, after clipping by the global norm, with the rates of each role."""
+    """Returns the optimizer of the trained parameters: the one that the config names, after clipping by the global norm
+    of their gradients, with the rates of each role.
+    """
     o, declared = config.optim, declarations(config.model)
     tx = OPTIMIZERS[o.name](o, schedule(config), declared)
     tx = optax.chain(optax.clip_by_global_norm(o.clip_norm), tx) if o.clip_norm else tx
     return with_rates(tx, o.rates, declared)
 
 
+def split(params: dict, config: Config) -> tuple[dict, dict]:
+    """Returns (trained, frozen): the parameters, or what has their structure, as two trees without each other's leaves.
+
+    `joined` makes one of them again. Where all are trained, as by default, the first is `params` itself.
+    """
+    chosen = trained(config.optim, declarations(config.model))
+    if chosen is None:
+        return params, {}
+    return _pruned(params, (), chosen, True), _pruned(params, (), chosen, False)
+
+
+def joined(trained: dict, frozen: dict) -> dict:
+    """Returns the parameters that `split` parted."""
+    if not frozen:
+        return trained
+    both = {**frozen, **trained}
+    inner = lambda name: isinstance(both[name], dict) and name in trained and name in frozen
+    return {name: joined(trained[name], frozen[name]) if inner(name) else leaf for name, leaf in both.items()}
+
+
+def _pruned(tree: dict, path: tuple[str, ...], chosen: frozenset[tuple[str, ...]], inside: bool) -> dict:
+    """The leaves whose paths are among the chosen, or those whose are not; no dict is empty."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            if inner := _pruned(value, (*path, str(name)), chosen, inside):
+                found[name] = inner
+        elif ((*path, str(name)) in chosen) == inside:
+            found[name] = value
+    return found
+
+
 class Bytes(NamedTuple):
     """What a run's numbers take, without padding."""
 
-    parameters: int  # their gradients take as much again
+    parameters: int
+    gradients: int  # of the parameters that are trained
     optimizer: int  # its state
 
 
 def bytes_of(config: Config) -> Bytes:
     """Returns the bytes of a run, from shapes alone. The config must say the size of its vocabulary."""
     _, params, _ = structure(config.model)
-    state = jax.eval_shape(optimizer(config).init, params)
+    gradients, _ = split(params, config)
+    state = jax.eval_shape(optimizer(config).init, gradients)
     total = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    return Bytes(total(params), total(state))
+    return Bytes(total(params), total(gradients), total(state))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from frugalmoe import sharding
 from frugalmoe.config import RECORD, Config, record
 from frugalmoe.data.tokenizer import load_from
 from frugalmoe.errors import UserError, did_you_mean
@@ -124,6 +125,12 @@ def check(origin: Origin, config: Config, tokenizer: str) -> Fit:
         fit = _fit(origin, config, manager, steps[-1] if origin.step is None else origin.step)
     _check_tokenizer(origin, config, fit, tokenizer)
     return fit
+
+
+def check_numbers(origin: Origin, config: Config) -> None:
+    """Reads what a config, settled for the devices that are here, takes of an origin. Raises as `begin` does."""
+    with jax.set_mesh(sharding.make_mesh(to_dict(config.mesh))):
+        begin(origin, config)
 
 
 def begin(origin: Origin, config: Config, digest: str | None = None) -> Begun:

@@ -120,7 +120,8 @@ def check_size(config: Config, workdir: Path, freed: int = 0) -> list[str]:
 
     `config`: with the size of its vocabulary. `freed`: bytes that will be deleted before.
     """
-    arrays = sum(bytes_of(config))
+    of_run = bytes_of(config)
+    arrays = of_run.parameters + of_run.optimizer
     directory = _existing_parent(workdir)
     checkpoint.check_space_for(directory, arrays, freed)
     at_once, free = _checkpoints_at_once(config), shutil.disk_usage(directory).free + freed

@@ -67,7 +67,8 @@ def abstract(config: Config) -> State:
 
 def _fresh(config: Config, seed: int | Array) -> State:
     _, params, router_state = split(Transformer(config.model, jax.random.key(seed)))
-    return State(jnp.int32(0), jnp.int32(0), params, router_state, optim.optimizer(config).init(params))
+    trained, _ = optim.split(params, config)
+    return State(jnp.int32(0), jnp.int32(0), params, router_state, optim.optimizer(config).init(trained))
 
 
 def make_train_step(config: Config) -> Callable[..., tuple[State, StepReport]]:
@@ -82,11 +83,12 @@ def make_train_step(config: Config) -> Callable[..., tuple[State, StepReport]]:
 
     def train_step(state: State, batch: Batch, knobs: Knobs = own) -> tuple[State, StepReport]:
         grads, sums, of_step = gradient(state.params, state.router_state, batch, state.step, knobs)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        trained, frozen = optim.split(state.params, config)
+        updates, opt_state = tx.update(grads, state.opt_state, trained)
         new_state = State(
             step=state.step + 1,
             position=state.position + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=optim.joined(optax.apply_updates(trained, updates), frozen),
             router_state=update_router_state(state.router_state, sums.stats, config),
             opt_state=opt_state,
         )
@@ -116,7 +118,7 @@ def finite(tree: Any) -> Array:
 
 def make_gradient(config: Config) -> Callable[..., tuple[dict, Sums, OfStep]]:
     """Returns `gradient(params, router_state, batch[A, B, T], step, knobs)`, which gives the gradient of a step's loss
-    before clipping, and the sums and units that metrics are made of.
+    before clipping, of the parameters that `optim.train` chooses, and the sums and units that metrics are made of.
     """
     share = objective.make_objective(config)
 
@@ -124,15 +126,16 @@ def make_gradient(config: Config) -> Callable[..., tuple[dict, Sums, OfStep]]:
         params: dict, router_state: dict, batch: Batch, step: Array, knobs: Knobs
     ) -> tuple[dict, Sums, OfStep]:
         of_step = OfStep(step, knobs, objective.units(batch, config))
+        trained, frozen = optim.split(params, config)
 
-        def loss(params: dict, index: Array, micro_batch: Batch) -> tuple[Array, Sums]:
-            return share(params, router_state, micro_batch, index, of_step)
+        def loss(trained: dict, index: Array, micro_batch: Batch) -> tuple[Array, Sums]:
+            return share(optim.joined(trained, frozen), router_state, micro_batch, index, of_step)
 
         if config.train.accumulate_steps == 1:
             first = jax.tree.map(lambda a: a[0], batch)
-            (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, jnp.int32(0), first)
+            (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(trained, jnp.int32(0), first)
         else:
-            grads, sums = _accumulate(loss, params, config.train.accumulate_steps, batch)
+            grads, sums = _accumulate(loss, trained, config.train.accumulate_steps, batch)
         return grads, sums, of_step
 
     return gradient

@@ -6,6 +6,7 @@ step sees, its sampling noise included. Intervals are over batches.
 Letters: S batches, L MoE layers, E experts, I parameters of a layer's router, U units (see `uncertainty`).
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from frugalmoe.analysis.lab.lab import Lab
 from frugalmoe.analysis.measures.uncertainty import Estimate, bootstrap
 from frugalmoe.data.batches import Batch
 from frugalmoe.errors import UserError
+from frugalmoe.optimizers import EVERYTHING
 from frugalmoe.train import checkpoint as checkpoints
 from frugalmoe.train.objective import knobs
 from frugalmoe.train.placing import put_batch
@@ -90,7 +92,8 @@ def load_gradients(
     router = lab.weights.params["moe_blocks"]["moe"].get("router", {})
     if not router:
         raise UserError(f"{run}: router {lab.router.name!r} has no parameters in a layer, so no gradient reaches them")
-    config, own = lab.config, knobs(lab.config)
+    everything = dataclasses.replace(lab.config.optim, train=EVERYTHING)  # whichever the run trains
+    config, own = dataclasses.replace(lab.config, optim=everything), knobs(lab.config)
     gradient, measure = jax.jit(make_gradient(config)), jax.jit(_norms)
     a, found = config.train.accumulate_steps, []
     with jax.set_mesh(lab.mesh), checkpoints.open_manager(Path(run), config.checkpoint) as manager:

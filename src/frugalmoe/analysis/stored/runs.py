@@ -85,7 +85,7 @@ def load_run(path: str | Path) -> Run:
     return Run(
         path=path,
         config={"name": path.name, **_json(path / "config.json")},
-        metrics=_metrics(path / "metrics.jsonl"),
+        metrics=read_metrics(path / "metrics.jsonl"),
         environment=_json(path / "environment.json"),
         summary=summary,
         loads=_loads(path / "expert_load.jsonl"),
@@ -133,7 +133,8 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
         yield where, row
 
 
-def _metrics(path: Path) -> dict[str, Series]:
+def read_metrics(path: Path) -> dict[str, Series]:
+    """Returns every metric of a metrics.jsonl; NaN where a value was not finite. Raises `UserError` naming the line."""
     columns: dict[str, tuple[list, list]] = {}
     for where, row in _rows(path):
         for name, value in row.items():
