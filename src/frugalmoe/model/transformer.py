@@ -181,7 +181,7 @@ def split(model: Transformer) -> tuple[nnx.GraphDef, dict, dict]:
 
 @functools.lru_cache(64)
 def declarations(config: Model) -> sharding.Declarations:
-    """What every parameter says of itself. Raises `ValueError` for one that was made without letters."""
+    """What every parameter says of itself. Raises `UserError` for one that was made without letters."""
     return sharding.declarations(nnx.state(_abstract(config, jax.sharding.get_abstract_mesh()), nnx.Param))
 
 

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from frugalmoe.errors import UserError
 from frugalmoe.sharding.letters import LETTERS, STORED, spec
 from frugalmoe.sharding.mesh import TOKEN_AXES, axis_size
 
@@ -47,13 +48,13 @@ class Declaration(NamedTuple):
 
 
 def parameter(value: Array, letters: str, role: str) -> nnx.Param:
-    """A parameter of one layer with its declaration; raises `ValueError` for a letter or a role that nobody knows.
+    """A parameter of one layer with its declaration; raises `UserError` for a letter or a role that nobody knows.
 
     letters: one per axis of `value`, of `letters.LETTERS`; those of a matrix as "D->Hd", from inputs to outputs.
     """
     made = nnx.Param(value, letters=letters, role=role)
     if rule := broken_rule(made):
-        raise ValueError(f"parameter {letters!r}: {rule}")
+        raise UserError(f"parameter {letters!r}: {rule}")
     return made
 
 
@@ -81,7 +82,7 @@ def declaration(variable: nnx.Variable) -> Declaration:
     """What a parameter that `parameter` made says of itself."""
     declared = variable.get_metadata()
     if "letters" not in declared:
-        raise ValueError(f"a parameter of shape {variable.shape} without letters: make it with sharding.parameter")
+        raise UserError(f"a parameter of shape {variable.shape} without letters: make it with sharding.parameter")
     return Declaration(declared["letters"], declared["role"])
 
 
