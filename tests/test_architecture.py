@@ -169,12 +169,12 @@ CORPUS = Corpus(documents=lambda: [f"The {n} of the " + "moon and the river. " *
 """
 TERM = """
 def _size(micro):
-    share = jnp.mean(jnp.square(micro.out.hidden_BTD)) * 1e-4 / micro.config.train.accumulate_steps
-    return share, share
+    size = jnp.mean(jnp.square(micro.out.hidden_BTD)) / micro.config.train.accumulate_steps
+    return 1e-4 * size, size
 
 
 TERMS = {
-    "size": Term(_size, lambda share, of_step, config: {"loss/size": share}),
+    "size": Term(_size, lambda size, of_step, config: {"loss/size": size}, lambda knobs, config: {"size": 1e-4}),
 """
 PEAK = """
 
@@ -274,4 +274,6 @@ def test_what_is_added_is_known_to_studies_and_reports(enlarged):
     run, said = enlarged
     assert said["titles"] == ["peak", "share of the first"]
     assert {"loss/peak", "router/top_share"} <= set(said["known"])
-    assert "share of the first" in (run / "report/index.html").read_text()
+    report = (run / "report/index.html").read_text()
+    assert "share of the first" in report
+    assert re.search(r"size loss [\d.]+ \(times 0\.0001\)", report)

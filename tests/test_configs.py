@@ -19,6 +19,7 @@ from frugalmoe.errors import LONGEST_MESSAGE, UserError
 from frugalmoe.fields import to_dict
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import strategies
+from frugalmoe.schema import MultiTokenPrediction
 from frugalmoe.shipped import CONFIGS
 from frugalmoe.train import rundir
 
@@ -65,7 +66,8 @@ def test_a_size_that_is_none_and_a_name_of_old_are_told_what_there_is(spec, mess
 # Billions: total; activated without embedding and head, and with both. Arithmetic from the published configurations
 # (Ling 1: arXiv 2503.05139 and its config files; Ling 2.0: arXiv 2510.22115, table 1, without MTP), norm scales left
 # out, which are below 1e-4 of the whole. The reports round to 16.8/2.75, 290/28.8, 16.26/1.43, 103/6.1 and 1000/51.0.
-# DeepSeek-V3 (arXiv 2412.19437, 671/37) and gpt-oss-20b (arXiv 2508.10925, 20.91/3.61 without the embedding) likewise.
+# DeepSeek-V3 (arXiv 2412.19437, 671/37), gpt-oss-20b (arXiv 2508.10925, 20.91/3.61 without the embedding) and Moonlight
+# (arXiv 2502.16982, 15.29/2.24 without embedding and head) likewise.
 PUBLISHED = {
     "ling_1:lite": (16.802, 2.235, 2.753),
     "ling_1:plus": (290.60, 27.64, 29.00),
@@ -74,12 +76,14 @@ PUBLISHED = {
     "ling_2:1t": (999.7, 48.48, 51.05),
     "deepseek_v3": (671.03, 35.70, 37.55),
     "gpt_oss": (20.908, 3.028, 4.186),
+    "moonlight": (15.960, 2.2437, 2.9148),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_parameter_counts(name):
-    counts = count_parameters(load(name).model)
+    model = dataclasses.replace(load(name).model, multi_token_prediction=MultiTokenPrediction())
+    counts = count_parameters(model)
     inner = counts["active"] - counts["embedding"] - counts["head"]
     ours = [count / 1e9 for count in (counts["total"], inner, counts["active"])]
     assert ours == pytest.approx(PUBLISHED[name], rel=3e-4)

@@ -1,4 +1,4 @@
-"""Every command and the router of the README, run in a copy of the repository as a newcomer would.
+"""Every command and every file of the README, run in a copy of the repository as a newcomer would.
 
 What is changed: configs run in laptop mode, a study trains two arms for a few steps, `make test` lists instead of
 running, and `make bench` takes small models.
@@ -37,8 +37,8 @@ def house(tmp_path_factory) -> Path:
     for stamp in (".venv/run.stamp", ".venv/laws.stamp", ".venv/dev.stamp", ".venv-bench/stamp"):
         (copy / stamp).touch()
     code = re.findall(r"Save this as `(.*?)`.*?```python\n(.*?)```", README, re.S)
-    (path, text), *_ = code
-    (copy / path).write_text(text)
+    for path, text in code:
+        (copy / path).write_text(text)
     return copy
 
 
@@ -62,8 +62,8 @@ def test_command(command, house):
         "PATH": f"{house / '.venv/bin'}:{os.environ['PATH']}",
         "PYTHONPATH": str(house / "src"),
         "CONFIG": "configs/quickstart.py:laptop",
-        "XLA_FLAGS": "",
     }
+    environment.pop("XLA_FLAGS", None)
     done = subprocess.run(
         ["bash", "-c", small(command)], cwd=house, env=environment, capture_output=True, text=True, timeout=600
     )

@@ -277,8 +277,10 @@ def test_a_new_term_of_the_loss_is_one_entry(monkeypatch):
         state = init(config)
         data = put_batch(mesh_of(), Batch(*(x.reshape(2, -1, *x.shape[1:]) for x in batch(0))), "ABT")
         _, plain = jax.device_get(jax.jit(make_train_step(config))(state, data))
-        monkeypatch.setitem(objective.TERMS, "squares", objective.Term(share, metrics))
+        term = objective.Term(share, metrics, lambda knobs, config: {"squares": 0.5})
+        monkeypatch.setitem(objective.TERMS, "squares", term)
         _, more = jax.device_get(jax.jit(make_train_step(config))(state, data))
+        assert objective.coefficients(config)["squares"] == 0.5  # what a report says of it
     assert more.metrics.keys() - plain.metrics.keys() == {"loss/squares"} and more.metrics["loss/squares"] > 0
     added = more.metrics["loss/total"] - plain.metrics["loss/total"]
     np.testing.assert_allclose(added, 0.5 * more.metrics["loss/squares"], rtol=1e-4)

@@ -16,7 +16,12 @@ from frugalmoe.shipped import CONFIGS, STUDIES
 REQUESTED = "_ARGCOMPLETE"  # the variable by which a shell asks
 _STRATEGIES = Path(__file__).parent / "routing/strategies"
 _EXECUTORS = Path(__file__).parent / "experts/executors"
-_FOLDERS = {"model.moe.router": (_STRATEGIES,), "model.moe.executor": (_EXECUTORS, "auto", "grouped")}
+_KINDS_OF_ATTENTION = Path(__file__).parent / "model/attention/kinds"
+_FOLDERS = {
+    "model.moe.router": (_STRATEGIES,),
+    "model.moe.executor": (_EXECUTORS, "auto", "grouped"),
+    "model.attention": (_KINDS_OF_ATTENTION,),
+}
 
 
 def complete(parser: argparse.ArgumentParser) -> None:

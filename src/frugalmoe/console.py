@@ -1,4 +1,4 @@
-"""The terminal: one kind of `Console` for all that is printed."""
+"""The terminal: one kind of `Console` for tables, progress and notes."""
 
 import sys
 from typing import Any

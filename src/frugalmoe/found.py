@@ -7,7 +7,7 @@ value, as `ROUTER = Router(...)`. The same value may be defined outside the pack
     package.module     a module that Python finds, also one below the directory of the command
 
 A file outside is read once in a process, so that a run does not change while somebody edits it. Names are listed
-without an import, and only what is asked for is imported: a file that somebody is still writing stops nobody else.
+without an import. A file that somebody is still writing stops nobody else: what looks at all files leaves it out.
 """
 
 import ast
@@ -207,7 +207,7 @@ def one_line_errors(what: str, file: str, message: Callable[[BaseException], str
         yield
     except UserError:
         raise
-    except (Exception, SystemExit) as e:  # with SystemExit the program would end well, and nothing have been done
+    except (Exception, SystemExit) as e:  # an uncaught SystemExit would look as if the program had done its work
         raise UserError(f"{what}: {_where(e, file, message(e))}") from e
 
 

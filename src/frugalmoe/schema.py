@@ -1,7 +1,7 @@
-"""What a run is made of: frozen dataclasses, one per section, with every default in one place.
+"""What a run is made of: frozen dataclasses with their defaults, one per section.
 
 A config file edits a ConfigDict made from these (`frugalmoe.config.default`), `frugalmoe.config.resolve` turns it back
-into them and checks it; past that border there is no ConfigDict and no `.get(name, default)`.
+into them and checks it; past that border there is no ConfigDict, and no field is looked up with a default.
 """
 
 import dataclasses

@@ -33,7 +33,7 @@ class Comparison:
         return [f"{arm} seed {seed}" for arm in self.arms for seed in sorted(self._broken(arm))]
 
     def _broken(self, arm: str) -> set[int]:
-        """Seeds that are marked as diverged, or ended with a deciding metric that is not finite."""
+        """Returns the seeds that are marked as diverged, or ended with a deciding metric that is not finite."""
         decided = self._finals.get((self.metric, arm), {})
         marked = self._finals.get((results.DIVERGED, arm), {})
         return {*marked, *(seed for seed, value in decided.items() if not np.isfinite(value))}
@@ -88,7 +88,7 @@ class Comparison:
         return self._curves(pc.starts_with(self.table["metric"], "router/max_violation/layer_"))
 
     def _curves(self, wanted: pa.Array) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
-        """Returns, of the logged metrics that are wanted, the mean of their finite values at each step."""
+        """Returns {arm: {seed: (steps, values)}}: at each step the mean of the wanted metrics' finite values."""
         points: dict[str, dict[int, dict[int, list[float]]]] = {}
         logged = pc.and_(pc.invert(self.table["final"]), pc.and_(wanted, pc.is_finite(self.table["value"])))
         for row in self.table.filter(logged).to_pylist():
@@ -98,9 +98,9 @@ class Comparison:
         return {arm: {seed: arrays(p) for seed, p in seeds.items()} for arm, seeds in points.items()}
 
     def cost_to_target(self, arm: str) -> dict[str, np.ndarray] | None:
-        """Shares of the baseline's whole training that the arm needs to reach the baseline's final loss, per seed.
+        """Returns how much of the baseline's whole training the arm needs to reach the baseline's final loss, per seed.
 
-        `steps` and `flops`; NaN for a seed that does not reach it. None without a common seed.
+        The keys are `steps` and `flops`; NaN for a seed that does not reach it. None without a common seed.
         """
         base, found = self.study["baseline"], {"steps": [], "flops": []}
         ours, theirs = (self.final("cost/active_flops", a) for a in (arm, base))

@@ -34,7 +34,7 @@ class Plan:
     study: Study
     overrides: Mapping[str, Any] | Sequence[str]  # of the base, beside the study's own
     arms: Mapping[str, Arm]  # all that are declared
-    pairs: tuple[Pair, ...]  # those to run, seed after seed: an early look compares what is comparable
+    pairs: tuple[Pair, ...]  # those to run, seed after seed, so that an unfinished study can be compared
     flops: Mapping[str, Mapping[str, float]]  # arm -> part of the model -> forward FLOPs per token
     parameters: Mapping[str, Mapping[str, int]]
     vocabulary: int  # tokens that the data has
@@ -55,7 +55,7 @@ def make_plan(
     seeds: Sequence[int] | None = None,
     dry: bool = False,
 ) -> Plan:
-    """Checks everything that can be checked before a step is trained; prepares the data, unless `dry`."""
+    """Returns the plan of a study with all checked that can be before a step; prepares the data unless `dry`."""
     all_arms = {arm.name: arm for arm in arms_of(study, overrides)}
     chosen = choose("--arms", arms, list(all_arms))
     if seeds is not None:
@@ -88,7 +88,7 @@ def make_plan(
 
 
 def budget_ratios(study: Study, flops: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Active FLOPs per token of each arm over the baseline's."""
+    """Returns active FLOPs per token of each arm over the baseline's."""
     total = {name: sum(parts.values()) for name, parts in flops.items()}
     return {name: value / total[study.baseline] for name, value in total.items()}
 

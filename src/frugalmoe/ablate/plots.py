@@ -23,8 +23,8 @@ LONGEST_BAR = 6  # times the largest difference of a seed: a longer interval end
 
 
 def colours(c: Comparison) -> dict[str, str]:
-    """The baseline black, then the arms in order of their result. Where there are more than colours, those in the
-    middle are grey: the best and the worst are looked for.
+    """Returns {arm: colour}: the baseline black, then the arms in order of their result. Where there are more arms than
+    colours, the middle ones are grey, for one looks for the best and the worst.
     """
     others = sorted(c.arms[1:], key=lambda a: (np.isnan(c.mean(c.metric, a)), c.mean(c.metric, a)))
     return {c.arms[0]: INK, **emphasis(others, [colour for colour in OKABE_ITO if colour != "#000000"])}
@@ -32,8 +32,8 @@ def colours(c: Comparison) -> dict[str, str]:
 
 @styled
 def differences(c: Comparison, width: float = WIDE) -> Figure | None:
-    """Each arm's paired difference to the baseline: a dot per seed, the mean, and the interval that decides; best on
-    top.
+    """Draws each arm's paired difference to the baseline, the best on top: a tick per seed, the mean, and the interval
+    that decides.
     """
     arms = sorted((a for a in c.paired if c.paired[a].n), key=lambda a: c.paired[a].mean)
     if not arms:
@@ -64,7 +64,7 @@ def differences(c: Comparison, width: float = WIDE) -> Figure | None:
 
 @styled
 def learning_curves(c: Comparison, width: float = WIDE) -> Figure | None:
-    """Held-out loss over training, and its paired difference to the baseline; bands: the range over seeds."""
+    """Draws held-out loss over training, and its paired difference to the baseline; bands are the range over seeds."""
     baseline = c.curves(c.arms[0])
     if not baseline or max(len(steps) for steps, _ in baseline.values()) < 2:
         return None
@@ -90,7 +90,7 @@ def learning_curves(c: Comparison, width: float = WIDE) -> Figure | None:
 
 @styled
 def balance(c: Comparison, width: float = WIDE) -> Figure | None:
-    """Max violation of training batches, mean over layers; None for a study of dense models."""
+    """Draws max violation of training batches, mean over layers; None for a study of dense models."""
     figure = Figure(figsize=(width, 3.0))
     axes = figure.subplots()
     for arm, colour in colours(c).items():
@@ -107,7 +107,7 @@ def balance(c: Comparison, width: float = WIDE) -> Figure | None:
 
 
 def _band(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:
-    """Mean over the first axis, and its range; of an unnamed arm a thin line behind the others."""
+    """Draws the mean over the first axis and its range; for an unnamed arm a thin line behind the others."""
     if colour == UNNAMED:
         axes.plot(steps, values.mean(0), color=colour, linewidth=0.8, zorder=1)
         return

@@ -74,7 +74,7 @@ class StudyProgress:
         return f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
 
     def _steps(self, pair: Pair) -> int:
-        """The last step that a run has logged; all of them only when its summary is there."""
+        """Returns the last step that a run has logged; it is the last of all only once the summary is there."""
         directory = pair.directory(self.workdir)
         if (directory / "summary.json").is_file():
             return self.plan.steps
@@ -82,7 +82,7 @@ class StudyProgress:
 
 
 def last_logged(path: Path) -> int:
-    """The step of the last whole line of a log, 0 where there is none."""
+    """Returns the step of the last whole line of a log, 0 where there is none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 2**16))
@@ -93,7 +93,7 @@ def last_logged(path: Path) -> int:
 
 
 class OfRun:
-    """What the training loop reports to: the study's progress in place of a bar per run."""
+    """The `progress` of a run of a study: it shows the study's progress instead of a bar for the run."""
 
     def __init__(self, study: StudyProgress):
         self.study = study

@@ -17,7 +17,7 @@ from frugalmoe.ablate.report import Grid, markdown, pictures, pipes, state_line,
 from frugalmoe.errors import UserError
 from frugalmoe.files import write_atomically, write_generated, write_json
 
-FEW_ARMS = 8  # of more the index lists those only that differ
+FEW_ARMS = 8  # of a study with more arms the index lists only those that differ
 
 
 def publish_study(workdir: str | Path, root: str | Path) -> Path:
@@ -48,7 +48,7 @@ def publish_study(workdir: str | Path, root: str | Path) -> Path:
 
 
 def _folder(root: Path, name: str) -> Path:
-    """Where a study is published: a folder in `root`, and not one that a link puts elsewhere."""
+    """Returns the folder in `root` where a study is published. Raises `UserError` where a link puts it elsewhere."""
     folder = root / name
     if name == "RESULTS.md" or folder.resolve().parent != root.resolve():
         raise UserError(
@@ -62,7 +62,7 @@ def _published(root: str | Path) -> list[Path]:
 
 
 def _check_same_study(folder: Path, study: Mapping[str, Any]) -> None:
-    """The comments by hand, and whoever cites the page, mean what stands there: another size is another study."""
+    """Raises `UserError` where the folder holds the study in another size: comments and citations mean that one."""
     if not (folder / "study.json").is_file():
         return
     there = read_study(folder)
@@ -73,14 +73,14 @@ def _check_same_study(folder: Path, study: Mapping[str, Any]) -> None:
 
 
 def page(c: Comparison, drawn: Iterable[str]) -> str:
-    """The generated part of a study's RESULTS.md; `drawn`: names of its pictures."""
+    """Returns the generated part of a study's RESULTS.md; `drawn` names its pictures."""
     # A study that is published where it was trained names no other place.
     trained_in = c.study.get("workdir", c.workdir)
     return markdown(c, drawn, f"frugalmoe report {trained_in} --publish={c.workdir.parent}")
 
 
 def index(root: str | Path) -> str:
-    """A table of the studies that are published under `root`."""
+    """Returns a table of the studies that are published under `root`."""
     rows = []
     for folder in _published(root):
         c, name = load_comparison(folder), folder.name

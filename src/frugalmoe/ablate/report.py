@@ -16,7 +16,7 @@ from frugalmoe.analysis.wording import count, number, spread
 from frugalmoe.files import write_atomically
 from frugalmoe.metrics import titled
 
-COSTS = ("cost/active_flops", "parameters/total")  # what a clock on a shared machine says is none
+COSTS = ("cost/active_flops", "parameters/total")  # not the time, which on a shared machine is no measure of cost
 
 
 class Grid(NamedTuple):
@@ -43,7 +43,7 @@ def write_study_report(workdir: str | Path) -> Path:
 
 
 def pictures(c: Comparison, width: float = WIDE) -> dict[str, bytes]:
-    """PNG files by name, in reading order; what the study has no values for is left out."""
+    """Returns PNG files by name, in reading order; pictures that the study has no values for are left out."""
     figures = {name: plot(c, width) for name, (plot, _, _) in PICTURES.items()}
     return {name: png(figure) for name, figure in figures.items() if figure is not None}
 
@@ -63,7 +63,7 @@ def verdict_lines(c: Comparison) -> list[str]:
 
 
 def _saving(c: Comparison, arm: str) -> str:
-    """What the arm needs to reach the baseline's final loss, where every seed reaches it before the end."""
+    """Returns what the arm needs to reach the baseline's final loss; empty unless all seeds reach it before the end."""
     share = c.cost_to_target(arm)
     if share is None or not (share["steps"] < 1).all() or not np.isfinite(share["flops"]).all():
         return ""
@@ -94,7 +94,7 @@ def statistics_note(c: Comparison) -> str:
 
 
 def _confidences(c: Comparison) -> str:
-    """(95% to 99.8%): of the intervals of this study."""
+    """Returns the confidences of the study's intervals, as " (95% to 99.8%)"."""
     found = sorted(p.confidence for p in c.paired.values() if p.n > 1)
     return f" ({spread(f'{100 * found[0]:.4g}%', f'{100 * found[-1]:.4g}%')})" if found else ""
 
@@ -131,7 +131,7 @@ def _p(p: float) -> str:
 
 
 def _metric_grid(c: Comparison) -> Grid:
-    """The study's further metrics and the costs, means over seeds; what no arm has is left out."""
+    """Returns the study's further metrics and the costs, means over seeds; what no arm has is left out."""
     metrics = [m for m in dict.fromkeys([*c.study["metrics"][1:], *COSTS]) if any(c.final(m, a) for a in c.arms)]
     rows = [[arm, *(_value(m, c.mean(m, arm)) for m in metrics)] for arm in c.arms]
     note = (
@@ -266,7 +266,9 @@ def reproduce(c: Comparison, report: str = "") -> str:
 
 
 def markdown(c: Comparison, drawn: Iterable[str], report: str = "") -> str:
-    """`drawn`: names of its pictures; `report`: the command that makes it again, where it is not the plain one."""
+    """Returns the report as markdown. `drawn` names its pictures; `report` is the command that makes it again, where it
+    is not the usual one.
+    """
     study = c.study
     parts = [
         f"# {study['name']}",

@@ -1,4 +1,4 @@
-"""The results of a study as one parquet table, made from its run directories and from nothing else.
+"""The results of a study as one parquet table, made from its run directories and study.json.
 
 | column | |
 |---|---|
@@ -41,7 +41,7 @@ TAIL = 0.1  # share of the steps whose mean is `train/loss`
 
 
 def known_metrics(domains: Iterable[str]) -> list[str]:
-    """The names of final results that a study may ask for: every row of `metrics`, with its domains and losses."""
+    """Returns the names of final results that a study may ask for: every row of `metrics`, by domain and by loss."""
     members = {"eval/loss/": (*domains, "mean"), "eval/bits_per_byte/": (*domains, "mean"), "loss/": loss_names()}
     found = [m.name + member for m in metrics.ROWS for member in members.get(m.name, ("",))]
     return list(dict.fromkeys(found))
@@ -50,7 +50,7 @@ def known_metrics(domains: Iterable[str]) -> list[str]:
 def final_metrics(
     summary: Mapping[str, Any], logged: Sequence[Mapping[str, float | None]], study: Mapping[str, Any], arm: str
 ) -> dict[str, float]:
-    """A complete run's results; metrics of layers are means over those that have them, absent where none has.
+    """Returns a complete run's results. Metrics of layers are means over those that have them, absent where none has.
 
     Losses and the optimizer's figures are means over the last tenth of the steps.
     """
@@ -73,12 +73,12 @@ def final_metrics(
 
 
 def _number(value: float | None) -> float:
-    """What is not finite is written as null."""
+    """Returns a number of a JSON file as a float: null, which stands for what is not finite, becomes NaN."""
     return np.nan if value is None else float(value)
 
 
 def active_flops(study: Mapping[str, Any], arm: str, active_per_token: float | None) -> float:
-    """Forward FLOPs per token with the experts that tokens really used; the declared number where it is not known."""
+    """Returns forward FLOPs per token with the experts that tokens really used, or the declared number if not known."""
     parts = dict(study["forward_flops"][arm])
     if active_per_token is not None and np.isfinite(active_per_token):
         parts["routed experts"] *= active_per_token / study["experts_per_token"][arm]
@@ -139,7 +139,7 @@ _REBUILD = "move it away and run `frugalmoe ablate` again: it is rebuilt from th
 
 
 def read_table(workdir: Path, name: str) -> pa.Table:
-    """The table of a study. Raises `UserError` for one that is missing, damaged or another study's."""
+    """Returns the table of a study. Raises `UserError` for one that is missing, damaged or another study's."""
     path = workdir / "results.parquet"
     if not path.exists():
         raise UserError(f"{path}: missing; no run of the study is complete")

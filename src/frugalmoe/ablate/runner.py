@@ -81,7 +81,7 @@ def prepare(plan: Plan, workdir: Path, command: Sequence[str], fresh: bool = Fal
     with ExitStack() as held:
         if fresh and (workdir / "study.json").is_file():
             for directory in directories:
-                held.enter_context(rundir.locked(directory))  # of all, before the first is deleted
+                held.enter_context(rundir.locked(directory))  # all are locked before the first is deleted
                 rundir.check_fresh(directory)
         claim(workdir, plan, command)
         if fresh:
@@ -102,7 +102,7 @@ def train_plan(plan: Plan, workdir: Path, shown: StudyProgress, at_once: int | N
         except rundir.Busy:
             continue
         except NotFinite as e:
-            if len(waiting) > 1:  # one of them broke the program of all: each alone
+            if len(waiting) > 1:  # one of them ended the program of all, so each is trained alone
                 to_do.extendleft([pair] for pair in reversed(waiting))
             else:
                 _record_divergence(waiting[0], workdir, e, shown)
@@ -132,7 +132,7 @@ def _is_done(plan: Plan, pair: Pair, workdir: Path) -> bool:
 
 
 def _record_divergence(pair: Pair, workdir: Path, error: NotFinite, shown: StudyProgress) -> None:
-    """A loss that is not finite is the run's result: it would come out again."""
+    """Writes that a run diverged, which is its result: trained again, it would diverge again."""
     shown.say(f"{pair.arm} seed {pair.seed}: {error}")
     directory = pair.directory(workdir)
     write_json(directory / "summary.json", {"status": "diverged", "why": str(error)})

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 ERROR = 0.05  # of all verdicts of a study together
-POWER, MOST_SEEDS = 0.8, 100  # of the number of seeds that a verdict asks for; where it stops counting
+POWER, MOST_SEEDS = 0.8, 100  # of the test that seeds are counted for; the most that are tried
 ROUNDING = 1e-12  # differences below it are those of sums in another order
 LARGEST = float(np.finfo(np.float32).max)  # beyond it a loss has overflowed
 
@@ -37,8 +37,8 @@ class Paired(NamedTuple):
 
 
 def compare(values: Mapping[str, Mapping[int, float]], baseline: str) -> dict[str, Paired]:
-    """Returns, from {arm: {seed: value}}, each other arm's comparison with the baseline, where they have a seed in
-    common.
+    """Returns each arm's comparison with the baseline, from {arm: {seed: value}}; arms without a common seed are left
+    out.
     """
     base = values.get(baseline, {})
     found = {}
@@ -91,7 +91,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def levels(p: Sequence[float]) -> list[float]:
-    """The level that Holm's procedure holds against each p; NaN for NaN.
+    """Returns the level that Holm's procedure compares each p with; NaN for NaN.
 
     The r-th smallest of m (r = 0, 1, ...) meets 5% / (m - r). The first that is not below ends the procedure: its level
     is that of all that follow, which are larger still.
@@ -112,7 +112,7 @@ def _ranked(p: np.ndarray) -> list[int]:
 
 @functools.lru_cache
 def seeds_needed(effect: float, level: float) -> int | None:
-    """The least number of pairs with which a paired t test at `level` finds a difference of `effect` standard
+    """Returns the least number of pairs with which a paired t test at `level` finds a difference of `effect` standard
     deviations in 80% of studies; None if it is more than 100.
 
     Power is P(|T| > t) with T noncentral t of n - 1 degrees and noncentrality effect * sqrt(n) (Cohen 1988, chapter 2),
@@ -122,7 +122,7 @@ def seeds_needed(effect: float, level: float) -> int | None:
 
 
 def _power(n: int, effect: float, level: float) -> float:
-    """E over s of P(Z > t s - d) + P(Z < -t s - d), where (n - 1) s^2 is chi-squared and d = effect * sqrt(n)."""
+    """Returns E over s of P(Z > t s - d) + P(Z < -t s - d), with (n - 1) s^2 chi-squared and d = effect * sqrt(n)."""
     shares = (np.arange(400) + 0.5) / 400
     s = np.sqrt(stats.chi2.ppf(shares, n - 1) / (n - 1))
     t, shift = stats.t.isf(level / 2, n - 1), effect * n**0.5
@@ -130,7 +130,7 @@ def _power(n: int, effect: float, level: float) -> float:
 
 
 def reaches(steps: np.ndarray, losses: np.ndarray, target: float) -> float:
-    """The first step at which a curve, read linearly between its points, is at or below the target; NaN if never."""
+    """Returns the first step at which a curve, linear between its points, is at or below the target; NaN if never."""
     below = np.flatnonzero(losses <= target)
     if not below.size:
         return np.nan
@@ -176,5 +176,5 @@ def needed(result: Paired) -> int | None:
 
 
 def figure(value: float) -> str:
-    """Four decimals, or two digits of what they would not show: a difference that is real is not 0.0000."""
+    """Returns a value with four decimals, or with two digits where these would show a real difference as 0.0000."""
     return f"{value:.1e}" if 0 < value < 0.00005 else f"{value:.4f}"

@@ -33,7 +33,7 @@ class Study:
     varies: tuple[str, ...]  # fields or sections in which arms may differ; a router brings its own options
     seeds: tuple[int, ...] = (0, 1, 2)
     metrics: tuple[str, ...] = METRICS  # the columns of the report; the first one, a loss, decides
-    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of every arm
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # dotted fields of every arm
     equal_flops: bool = True  # refuse arms whose active FLOPs per token differ by more than `tolerance`
     tolerance: float = 0.03
     evaluate_with: bool = False  # also evaluate each run under the routers of the other arms
@@ -52,7 +52,7 @@ class Arm:
 
 
 def load_study(path: str | Path) -> Study:
-    """The `STUDY` of a file, or of the study shipped by that name. Raises `UserError` naming what is wrong with it."""
+    """Returns the `STUDY` of a file, or of the study shipped by that name. Raises `UserError` where it is none."""
     study = python_file(STUDIES, str(path), str(path), "STUDY")
     if not isinstance(study, Study):
         raise UserError(f"{path}: STUDY={study!r}: a study's file ends with STUDY = Study(...)")
@@ -60,7 +60,7 @@ def load_study(path: str | Path) -> Study:
 
 
 def arms_of(study: Study, overrides: Mapping[str, Any] | Sequence[str] = ()) -> list[Arm]:
-    """The arms' checked configs. `overrides` change the base, as on the command line."""
+    """Returns the arms with checked configs. `overrides` change the base, as on the command line."""
     _check_declaration(study)
     base = override(override(_base(study), study.overrides), overrides)
     arms = [Arm(name, _resolve(base, study, name)) for name in study.arms]
@@ -75,7 +75,7 @@ def _base(study: Study) -> ConfigDict:
 
 
 def shrunk(study: Study, *, steps: int | None = None, laptop: bool = False) -> Study:
-    """The study at a fraction of its cost, under a name of its own: its results are not those of the whole one.
+    """Returns the study at a fraction of its cost, under another name: its results are not those of the whole one.
 
     `steps` trains each run so long; whatever counts steps (warmup, evaluations, logs, checkpoints) shrinks with them.
     `laptop` puts the base in its laptop mode and takes the first two seeds. A study that sets sizes of the model keeps
@@ -94,7 +94,7 @@ def shrunk(study: Study, *, steps: int | None = None, laptop: bool = False) -> S
 
 
 def _laptop_fields(study: Study) -> dict[str, Any]:
-    """What the laptop mode of the base sets, less what the study sets itself."""
+    """Returns the fields that the laptop mode of the base sets, without those that the study sets itself."""
     full, small = (flatten(c.to_dict()) for c in (_base(study), with_mode(_base(study), "laptop")))
     changed = {field for field, value in small.items() if value != full.get(field)} - {"name"}
     own = {field for changes in (study.overrides, *study.arms.values()) for field in flatten(changes)}
@@ -120,7 +120,7 @@ def _in_steps(base: ConfigDict, steps: int) -> dict[str, int]:
 
 
 def choose(what: str, wanted: Sequence[Any] | None, declared: Sequence[Any]) -> list[Any]:
-    """The wanted ones in the declared order; all of them without a wish."""
+    """Returns the wanted ones in the declared order; all if none are named."""
     for name in wanted or ():
         if name not in declared:
             raise UserError(f"{what}={name}: no such arm; {did_you_mean(str(name), declared)}")
@@ -128,7 +128,7 @@ def choose(what: str, wanted: Sequence[Any] | None, declared: Sequence[Any]) -> 
 
 
 def check_arm(what: str, name: object) -> None:
-    """An arm's runs lie in a folder of its name, beside the study's own files and folders."""
+    """Raises `UserError` for a name that no folder for an arm's runs can have, or that the study uses for its own."""
     check_name(what, name)
     if name in BESIDE_ARMS or name.startswith("worker_"):
         raise UserError(f"{what}={name!r}: the study has a file or folder of this name; choose another")

@@ -12,7 +12,7 @@ from frugalmoe.analysis.wording import count, number
 
 
 def budget_table(plan: Plan, workdir: Path) -> Table:
-    """Arms with parameters and active FLOPs per token, and how the runs would be trained."""
+    """Returns a table of the arms with parameters and active FLOPs per token, and of how runs would be trained."""
     config = plan.arms[plan.study.baseline].config
     tokens = config.train.batch_size * config.data.sequence_length * plan.steps
     together = max(map(len, groups(plan)))
@@ -31,7 +31,7 @@ def budget_table(plan: Plan, workdir: Path) -> Table:
 
 
 def result_table(workdir: Path) -> Table:
-    """The first metric of each arm, its paired difference to the baseline, and the verdict."""
+    """Returns a table of each arm's first metric and the verdict on its difference to the baseline."""
     c: Comparison = load_comparison(workdir)
     table = Table(title=Text(c.study["name"], style="bold"), title_justify="left")
     for header in ("arm", "n", c.metric, "verdict"):

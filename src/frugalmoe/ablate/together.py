@@ -34,9 +34,9 @@ LARGEST = 16  # beyond it a program gains little and takes long to compile
 
 
 def groups(plan: Plan, at_once: int | None = None) -> list[list[Pair]]:
-    """The plan's runs in groups that share a program: equal configs up to name, seed and loss coefficients.
+    """Returns the plan's runs in groups that share a program: equal configs up to name, seed and loss coefficients.
 
-    Runs that accumulate gradients are alone: they do it in place, in a way that `jax.vmap` does not know.
+    A run that accumulates gradients is alone: it adds to them in place, which `jax.vmap` does not support.
     """
     by_program: dict[Config, list[Pair]] = {}
     for pair in plan.pairs:
@@ -49,7 +49,7 @@ def groups(plan: Plan, at_once: int | None = None) -> list[list[Pair]]:
 
 
 def fit(config: Config) -> int:
-    """How many runs of a config to train at once on this machine's first device."""
+    """Returns how many runs of a config to train at once on this machine's first device."""
     if jax.default_backend() == "cpu":
         return 1
     free = jax.devices()[0].memory_stats()["bytes_limit"] * SHARE_OF_MEMORY
@@ -57,7 +57,7 @@ def fit(config: Config) -> int:
 
 
 def bytes_of_run(config: Config) -> int:
-    """An estimate from shapes: parameters, gradients and the optimizer's state, and what the backward pass keeps.
+    """Returns an estimate from shapes: parameters, gradients, the optimizer's state, what the backward pass keeps.
 
     Per token and layer about 16 rows of the model's width (residuals, norms, queries, keys, values) and, for each
     active expert, 6 of the expert's (gate, up, their product, and gradients); logits of `loss_chunk` tokens twice.

@@ -21,7 +21,9 @@ _POLL_SECONDS = 0.2
 
 
 def run_processes(argv: Sequence[str], jobs: int, workdir: Path, shown: StudyProgress) -> bool:
-    """`frugalmoe ARGV --worker=process` in so many processes, until all have ended; True if a signal stopped them."""
+    """Runs `frugalmoe ARGV --worker=process` in `jobs` processes until all have ended; returns whether a signal stopped
+    them.
+    """
     logs = [workdir / f"worker_{i}.log" for i in range(jobs)]
     workers = [_start(argv, cores, log) for cores, log in zip(share_cores(jobs), logs)]
     with stop_signals() as stop:
@@ -47,7 +49,8 @@ def _start(argv: Sequence[str], cores: set[int], log: Path) -> subprocess.Popen:
         os.sched_setaffinity(0, cores)  # inherited: XLA sizes its thread pool by it
         with log.open("wb") as file:
             command = [sys.executable, "-m", "frugalmoe.cli", *argv, "--worker=process"]
-            # In a group of its own: Ctrl-C in a terminal goes to this process alone, which then ends the workers.
+            # In a process group of its own, so that Ctrl-C in a terminal reaches only this process, which then ends the
+            # workers.
             pipes = dict(stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT)
             return subprocess.Popen(command, **pipes, process_group=0)
     finally:
@@ -55,7 +58,7 @@ def _start(argv: Sequence[str], cores: set[int], log: Path) -> subprocess.Popen:
 
 
 def share_cores(jobs: int) -> list[set[int]]:
-    """This process's cores in `jobs` shares; more jobs than cores share them all."""
+    """Returns this process's cores in `jobs` shares. If there are more jobs than cores, some shares hold all cores."""
     cores = sorted(os.sched_getaffinity(0))
     return [set(cores[i::jobs] or cores) for i in range(jobs)]
 
@@ -74,7 +77,9 @@ def end_with_parent() -> None:
 def run_slurm(
     argv: Sequence[str], jobs: int, workdir: Path, shown: StudyProgress, parameters: Mapping[str, str]
 ) -> None:
-    """An array of `jobs` tasks through submitit; waits for them. `parameters` are submitit's, e.g. slurm_partition."""
+    """Submits an array of `jobs` tasks through submitit and waits for them. `parameters` are submitit's, as
+    slurm_partition.
+    """
     try:
         import submitit
     except ImportError as e:

@@ -1,4 +1,4 @@
-"""The commands of `frugalmoe`, one file each: the only place that knows argparse.
+"""The commands of `frugalmoe`, one file each.
 
 A command is a module of this folder with
 
@@ -8,8 +8,8 @@ A command is a module of this folder with
     run        (args) -> exit code
     RESUMABLE  True where the same command goes on after SIGTERM, which then ends it with 75; may be left out
 
-All are imported for `frugalmoe --help` and for every typing error, so a module imports only the standard library at its
-top; what takes time is imported in `run`.
+All are imported for `frugalmoe --help` and for every typing error, so at its top a module imports only the standard
+library, this package and `frugalmoe.errors`; what takes time is imported in `run`.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def load_config(args: argparse.Namespace):
 def set_up_training(config) -> None:
     """Sets up a process that trains; to be called before JAX allocates.
 
-    Compiled programs outlive the process, so that a second start of the same run does not compile, and memory that a
+    Programs that took more than half a second to compile are kept in the cache for later processes, and memory that a
     step frees stays with the process.
     """
     import jax

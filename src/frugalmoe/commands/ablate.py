@@ -39,7 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="store_true", help="delete the chosen runs and start them over")
     parser.add_argument(
         "--worker", choices=("process", "task"), help=argparse.SUPPRESS
-    )  # one of --jobs, local or SLURM
+    )  # set for the workers of --jobs, local or SLURM
     parser.set_defaults(config=None)  # takes --config.x=... overrides of the base
 
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     study = dataclasses.replace(study, keep_checkpoints=study.keep_checkpoints or args.keep_checkpoints)
     workdir = args.workdir or Path("runs") / study.name
     chosen = (study, args.overrides, args.arms, args.seeds)
-    plan = make_plan(*chosen, dry=True)  # what can be refused is, before data is prepared
+    plan = make_plan(*chosen, dry=True)  # refuses what it can before data are prepared
     set_up_training(plan.arms[plan.study.baseline].config)
     if not args.worker:
         from frugalmoe.ablate import runner
@@ -128,7 +128,7 @@ def _lead(args: argparse.Namespace, plan, workdir: Path) -> int:
 
 
 def _worker_argv(args: argparse.Namespace, workdir: Path) -> list[str]:
-    """The command line of a worker: the same study, without what only the first process does."""
+    """Returns the command line of a worker: the same study, without what only the first process does."""
     argv = ["ablate", args.study, f"--workdir={workdir}", *(f"--config.{o}" for o in args.overrides)]
     argv += [f"--steps={args.steps}"] if args.steps else []
     argv += [f"--{flag.replace('_', '-')}" for flag in ("laptop", "keep_checkpoints") if getattr(args, flag)]

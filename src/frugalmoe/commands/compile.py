@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """Compiles, or searches for the smallest slice, and prints what was found."""
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # a device that is there is of no use here, and may be in use
+    jax.config.update("jax_platforms", "cpu")  # no device is needed here, and those that are there may be in use
     from frugalmoe.aot.program import compile_step
     from frugalmoe.aot.search import search
     from frugalmoe.aot.table import headline, markdown, row, tables
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         except UserError as e:
             if not results:
                 raise
-            nothing_fits = e  # what was tried is worth its minutes all the same
+            nothing_fits = e  # raised at the end: what was tried is printed first
     else:
         results = [compile_step(config, parse(args.topology, args.slices))]
     if args.format == "json":

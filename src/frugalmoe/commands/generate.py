@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-# Those of Python's text: \n, \\, \x41, \101, \u3002, \N{IDEOGRAPHIC FULL STOP} ... The last alternative is no escape.
+# The escapes of Python's strings: \n, \\, \x41, \101, \u3002, \N{IDEOGRAPHIC FULL STOP} ... The last branch is none.
 _ESCAPE = re.compile(
     r"""\\([abfnrtv\\'"]|[0-7]{1,3}|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|N\{[^{}]+\})|\\.?""", re.DOTALL
 )

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """Fills in the template, checks it and the run, and becomes the scheduler's program; with --dry-run prints it."""
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # a device that is there is of no use here, and may be in use
+    jax.config.update("jax_platforms", "cpu")  # no device is needed here, and those that are there may be in use
     from frugalmoe.launch.checks import check_visible
     from frugalmoe.launch.job import fill, unedited
     from frugalmoe.launch.schedulers import SCHEDULERS, submit
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         scheduler.check(text, job)
     except UserError as e:
         raise UserError(f"{template}: {e}") from e
-    # Of nodes with a copy of this directory neither the run directory nor what is mounted there can be seen from here.
+    # Where nodes have a copy of this directory, neither the run directory nor their mounts can be seen from here.
     unseen = check_visible(config, template.read_text()) if scheduler.copies else []
     notes = preflight.check(
         config,

@@ -31,7 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--fresh", action="store_true", help="delete the run in the directory and start over")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check all that a run needs, compile its step; train and write nothing"
+        "--dry-run", action="store_true", help="check all that a run needs and compile its step; make no run"
     )
     parser.add_argument(
         "--profile", type=int, metavar="STEPS", help="trace so many steps into the run directory's profile/, for XProf"

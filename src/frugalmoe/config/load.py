@@ -1,4 +1,4 @@
-"""From a config file and overrides to a checked `Config`. The only place where ConfigDicts live."""
+"""From a config file and overrides to a checked `Config`: past `resolve` there are no ConfigDicts."""
 
 import ast
 import dataclasses

@@ -1,4 +1,4 @@
-"""Text to batches: `open_data` reads, tokenises and packs; the batch of a step is a pure function of (config, seed)."""
+"""Text to batches: `open_data` reads, tokenises and packs; a batch is a pure function of (config, seed, position)."""
 
 from frugalmoe.data.batches import Batch, Dataset, open_data
 from frugalmoe.data.prepare import prepare

@@ -4,13 +4,14 @@ Letters: B rows of a batch, T tokens of a row, I places of stored pieces of docu
 
 Documents, each ending with the end-of-text token, are put in an order fixed by the seed and cut into rows of T tokens.
 Rows are drawn in a fresh shuffled order in each epoch; where sources have weights, each is its own such stream and the
-streams are mixed. Every token is a target once per epoch, except the `remainder`, the last partial row of a stream.
+streams are mixed. The last partial row of a stream, the `remainder`, is left out of an epoch.
 
 What a document begins with is `data.document_start`. With end_of_text it is the token that ended the document before
 it, the input whose target is the first token; it belongs to the document that it begins, and the first document of a
-stream gets one too. So a model learns how documents begin, at no more tokens, and generation begins with what training
-showed. With none, as in runs from before there was a choice, the first token of a document has nothing in front of it:
-it is an input and no target, and the end of a document is an input without a target.
+stream gets one too. So every token of the rows is a target once per epoch. A model learns how documents begin, and
+generation begins with what training showed. With none, as in runs from before there was a choice, nothing stands in
+front of the first token of a document: it is an input but no target, and the end of a document is an input without a
+target.
 """
 
 import copy
@@ -32,7 +33,7 @@ from frugalmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_json, parse
 from frugalmoe.errors import UserError
 from frugalmoe.schema import Data
 
-EVAL_SEED = "validation"  # of the order of validation rows: the same for every run, so that runs compare
+EVAL_SEED = "validation"  # of the order of validation rows; the same in every run, so that runs can be compared
 
 
 class Batch(NamedTuple):
@@ -74,13 +75,13 @@ class Rows:
         return self._num_rows
 
     def sizes(self) -> "Rows":
-        """The same rows with UTF-8 bytes of text in the place of tokens: of what each stands for."""
+        """Returns the same rows with the UTF-8 bytes of text that each token stands for in place of the token."""
         rows = copy.copy(self)
         rows._store = Sizes(self._store)
         return rows
 
     def __getitem__(self, row: int) -> Batch:
-        """One row. It needs one token more than it has: the one before its first, or the one after its last."""
+        """Returns one row. It takes one token more to read: the one before its first, or the one after its last."""
         start, stop = self._bounds(row)
         if self._front is None:
             tokens, document, domain = self._read(start, min(stop + 1, self.tokens))
@@ -92,18 +93,18 @@ class Rows:
         return _row(tokens[:n], tokens[1:], np.ones(n, bool), document[-n:], domain[-n:], self._length)
 
     def documents(self, row: int) -> np.ndarray:
-        """The number, in the store, of the document of each token of a row; -1 for padding. Reads no text."""
+        """Returns the number in the store of the document of each token of a row; -1 for padding. Reads no text."""
         span, inside = self._place(*self._bounds(row))
         numbers = np.repeat(self._document[span], self._lengths[span])[inside]
         return np.pad(numbers, (0, self._length - len(numbers)), constant_values=-1)
 
     def _bounds(self, row: int) -> tuple[int, int]:
-        """The part of the stream that a row has as targets; with nothing in front of documents, as inputs."""
+        """Returns the part of the stream that is a row's targets, or its inputs if documents begin with nothing."""
         start = row * self._length
         return start, min(start + self._length, self.tokens)
 
     def _read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens of the stream, and the document and the domain of each."""
+        """Returns tokens of the stream, and the document and the domain of each."""
         span, inside = self._place(start, stop)
         tokens = np.concatenate([self._store.read(piece).tokens for piece in self._pieces[span]])
         of_piece = (np.repeat(column[span], self._lengths[span]) for column in (self._document, self._domain))
@@ -120,7 +121,7 @@ class Rows:
 def _row(
     inputs: np.ndarray, targets: np.ndarray, mask: np.ndarray, document: np.ndarray, domain: np.ndarray, length: int
 ) -> Batch:
-    """A row of up to T inputs, of which each belongs to a document and a domain; targets may be one fewer."""
+    """Returns a row of up to T inputs, each with its document and domain. There may be one target fewer than inputs."""
     t = np.arange(len(inputs))
     document, domain = document[: len(t)], domain[: len(t)]
     begins = np.append(True, document[1:] != document[:-1])
@@ -169,25 +170,25 @@ class Dataset:
         return list(streams.values())
 
     def batch(self, position: int, rows: Sequence[int] | None = None) -> Batch:
-        """The batch at a position 0, 1, ..., or some of its rows, in any order, at the cost of reading them."""
+        """Returns the batch at a position 0, 1, ..., or some of its rows in any order. Only these are read."""
         first = position * self._batch_size
         chosen = range(self._batch_size) if rows is None else rows
         return Batch(*map(np.stack, zip(*(self._rows[first + int(row)] for row in chosen))))
 
     def train_batches(self, start: int = 0, rows: Sequence[int] | None = None) -> Iterator[Batch]:
-        """batch(start, rows), batch(start + 1, rows), ... without end, read ahead by two threads."""
+        """Returns an endless iterator: batch(start, rows), batch(start + 1, rows), ... Two threads read ahead."""
         ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
         positions = grain.MapDataset.range(start, sys.maxsize)
         return iter(positions.map(lambda position: self.batch(position, rows)).to_iter_dataset(ahead))
 
     def eval_bytes(self, domain: str, max_rows: int | None = None) -> int:
-        """UTF-8 bytes of text that the targets of `eval_batches` stand for, all together."""
+        """Returns how many UTF-8 bytes of text the targets of `eval_batches` stand for in all."""
         rows, batches = self._eval_rows(domain, 1, max_rows)
         sizes = rows.sizes()
         return sum(int(sizes[n].targets_BT.sum(dtype=np.int64)) for numbers in batches for n in numbers)
 
     def eval_batches(self, domain: str, batch_size: int, max_rows: int | None = None) -> Iterator[Batch]:
-        """The first `max_rows` validation rows of one domain, or all, in an order that no seed changes.
+        """Yields the first `max_rows` validation rows of one domain, or all, in an order that no seed changes.
 
         The last batch is padded with segment 0.
         """
@@ -198,14 +199,14 @@ class Dataset:
             yield Batch(*(np.pad(column, missing) for column in stacked))
 
     def eval_documents(self, domain: str, batch_size: int, max_rows: int | None = None) -> Iterator[np.ndarray]:
-        """The document [B, T] of each token of `eval_batches`, a number that no run changes; -1 for padding."""
+        """Yields the number [B, T] of each token's document in `eval_batches`, the same in every run; -1: padding."""
         rows, batches = self._eval_rows(domain, batch_size, max_rows)
         for numbers in batches:
             missing = ((0, batch_size - len(numbers)), (0, 0))
             yield np.pad(np.stack([rows.documents(n) for n in numbers]), missing, constant_values=-1)
 
     def _eval_rows(self, domain: str, batch_size: int, max_rows: int | None) -> tuple[Rows, list[list[int]]]:
-        """The validation rows of a domain, and the numbers of those in each batch."""
+        """Returns the validation rows of a domain, and the numbers of those in each batch."""
         if domain not in self.domains:
             raise UserError(f"domain {domain!r}: unknown; valid: {', '.join(self.domains)}")
         columns = self._store.columns
@@ -217,7 +218,7 @@ class Dataset:
 
 
 def open_data(data: Data, *, batch_size: int, seed: int, progress: bool = True) -> Dataset:
-    """The data of a config, prepared into the cache at the first call; `data.path` may be a prepared directory."""
+    """Returns the data of a config, prepared in the cache at the first call. `data.path` may be prepared already."""
     if batch_size < 1 or seed < 0:
         raise UserError(f"batch_size={batch_size}, seed={seed}: must be at least 1 and at least 0")
     path = Path(os.path.expanduser(data.path))
@@ -252,12 +253,12 @@ def _check_prepared(data: Data, store: Store) -> None:
 
 
 def _seed(seed: int | str, purpose: str) -> int:
-    """32 bits for one purpose. grain adds the epoch to a seed, so that neighbouring seeds would share epochs."""
+    """Returns 32 hashed bits for one purpose. grain adds the epoch to a seed, so close seeds would share epochs."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=4).digest(), "big")
 
 
 def _mix(x: np.ndarray, seed: int) -> np.ndarray:
-    """A seeded bijection of uint64, the same in every numpy: the finaliser of SplitMix64 (Steele et al., 2014)."""
+    """Returns x after a seeded bijection of uint64, the finaliser of SplitMix64 (Steele et al., 2014)."""
     x = x ^ np.uint64(seed * 0x9E3779B97F4A7C15 % (1 << 64))
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -11,7 +11,7 @@ from frugalmoe.schema import Data
 
 
 def cache_root(data: Data) -> Path:
-    """`data.cache_dir`, else $FRUGALMOE_CACHE, else ~/.cache/frugalmoe; created if absent."""
+    """Returns `data.cache_dir`, else $FRUGALMOE_CACHE, else ~/.cache/frugalmoe; creates it if absent."""
     root = Path(os.path.expanduser(data.cache_dir or os.environ.get("FRUGALMOE_CACHE") or "~/.cache/frugalmoe"))
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -23,5 +23,5 @@ def cache_root(data: Data) -> Path:
 
 
 def digest(value: Any) -> str:
-    """A short name for a JSON-able value, the same on every machine."""
+    """Returns a short name for a JSON-able value, the same on every machine."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

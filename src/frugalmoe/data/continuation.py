@@ -9,15 +9,16 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from frugalmoe.data.tokenizer import Tokenizer
 
-_STANDS = 4  # a text stands when so many tokens left it as it was
-_BYTES = 4  # of the longest character of UTF-8: until then U+FFFD may be the beginning of one
-_WINDOW = 32  # the least tokens that are decoded together, and about half of the most
+_STANDS = 4  # a text stands once so many later tokens have not changed it
+_BYTES = 4  # of the longest character of UTF-8: in fewer tokens U+FFFD may be the beginning of a character
+_WINDOW = 32  # tokens that are decoded together: at least so many, at most about twice as many
 
 
 class Continuation:
-    """What follows a prompt: all pieces together are the text of all tokens, less that of the prompt's.
+    """The text that follows a prompt, piece by piece. Joined, the pieces are the text of all tokens without that of the
+    prompt.
 
-    A token costs the decoding of a window, however long the text is.
+    Each token costs the decoding of a window of tokens, however long the text is.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]):
@@ -32,7 +33,7 @@ class Continuation:
         self._prompt = self._text
 
     def add(self, token: int) -> str:
-        """The text that stands now, and did not before."""
+        """Takes the next token; returns the text that stands now and did not before."""
         self._ids.append(token)
         if self._new is not None:
             self._new.append(token)
@@ -45,7 +46,7 @@ class Continuation:
         return self._give(min(self._same)) if len(self._same) == _STANDS else ""
 
     def rest(self) -> str:
-        """The text that is left when no token follows."""
+        """Returns the text that is left when no token follows."""
         self._text = self._decode(self._ids)
         return self._give(len(self._text))
 
@@ -60,14 +61,15 @@ class Continuation:
         return piece
 
     def _border(self, new: list[int]) -> int:
-        """Where the prompt's text ends. New tokens that change it add what they say by themselves."""
+        """Returns where the prompt's text ends. If new tokens changed it, what they say alone comes after it."""
         same = _common(self._prompt, self._text)
         return same if same == len(self._prompt) else max(same, len(self._text) - len(self._decode(new)))
 
     def _forget(self) -> None:
-        """Leaves tokens out of the window whose text was given out.
+        """Drops tokens from the window whose text was given out.
 
-        It may begin with another text then, without a space or with a part of a character: its second half must agree.
+        The text of a shorter window may begin differently, without a space or with a part of a character. Its second
+        half must be as before.
         """
         sizes = (size + more for size in _doubled(_WINDOW, len(self._ids)) for more in range(_BYTES))
         for size in sizes:
@@ -81,7 +83,7 @@ class Continuation:
 
 
 def _common(a: str, b: str) -> int:
-    """How many characters two texts begin with alike."""
+    """Returns how many characters two texts have in common at their beginning."""
     return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
@@ -92,7 +94,7 @@ def _doubled(first: int, end: int) -> Iterator[int]:
 
 
 def until(stops: Sequence[str], pieces: Iterable[str], prompt: str = "") -> Iterator[str]:
-    """The pieces up to the stop text that ends first; the result does not depend on how the text is cut into pieces.
+    """Yields the pieces up to the stop text that ends first; how the text is cut into pieces makes no difference.
 
     A stop text may begin in the prompt, which is no part of the result.
     """

@@ -1,4 +1,4 @@
-"""Corpora: those that are built in, and those that a Python file of the user's defines (`Corpus`).
+"""Corpora: those that are built in, and those that a user's Python file defines (`Corpus`).
 
 A built-in one is a directory of the cache that is made once from texts that packages ship. It holds a DOMAIN.jsonl.zst
 per domain, with records of text, domain and id, and a `manifest.json` that says where each domain comes from, its
@@ -28,8 +28,8 @@ SUFFIX = ".jsonl.zst"
 class Corpus:
     """A source of text in Python: `data.path` or `data.sources.NAME.path` names a file with CORPUS = Corpus(...).
 
-    `documents` gives the documents in an order that is always the same, for they are read twice: each a text, or an
-    object with the source's `text_field` and, if it likes, a `domain`. `fingerprint` changes when the documents do;
+    `documents` gives the same documents in the same order at every call, for they are read twice. Each is a text, or a
+    mapping with the source's `text_field` and optionally a `domain`. `fingerprint` changes when the documents do;
     prepared data are used again while it and the file are as they were.
     """
 
@@ -38,9 +38,9 @@ class Corpus:
 
 
 def build(cache: Path, name: str, fill: Callable[[Path, Path, Console], None], progress: bool) -> Path:
-    """The directory `name` under `cache`, made by `fill(directory, downloads, console)` at the first call.
+    """Returns the directory `name` under `cache`, which the first call makes by `fill(directory, downloads, console)`.
 
-    It is there whole or not at all. What an interrupted build left in `downloads` is there for the next.
+    It is there whole or not at all. The next build finds what an interrupted one left in `downloads`.
     """
     final, partial = cache / name, cache / f"{name}.partial"
     with locked(final):
@@ -55,7 +55,7 @@ def build(cache: Path, name: str, fill: Callable[[Path, Path, Console], None], p
 
 
 def files(root: Path, domain: str, where: str) -> tuple[Path, ...]:
-    """The files of one domain, or of all for ""."""
+    """Returns the files of one domain, or of all for ""."""
     found = {name: root / f"{name}{SUFFIX}" for name in sorted(_entries(root))}
     if domain and domain not in found:
         raise UserError(f"{where}: unknown domain; {did_you_mean(domain, found)}")
@@ -80,7 +80,7 @@ def check(root: Path, file: Path) -> None:
 
 
 def _entries(root: Path) -> dict[str, dict[str, Any]]:
-    """The manifest's entry of each domain."""
+    """Returns the manifest's entry of each domain."""
     domains = read_object(root / "manifest.json").get("domains")
     if not isinstance(domains, dict) or not all(isinstance(entry, dict) for entry in domains.values()):
         raise UserError(f"{root / 'manifest.json'}: damaged; delete {root} to build it again")
@@ -102,7 +102,7 @@ def write_domain(directory: Path, domain: str, texts: Mapping[str, str], source:
 
 
 def up_to(limit: int, texts: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Texts by id up to `limit` bytes in all, drawn in an order that a hash of the id fixes; sorted by id."""
+    """Returns texts by id, sorted, of up to `limit` bytes in all: drawn in an order that a hash of the id fixes."""
     chosen, size = {}, 0
     for name, text in sorted(texts, key=lambda item: hashlib.sha256(item[0].encode()).digest()):
         if size + len(text.encode()) <= limit:

@@ -1,6 +1,7 @@
-"""Debian packages as archives of text: found and fetched with apt from the machine's own sources, nothing is installed.
+"""Debian packages as archives of text, found and fetched with apt from the machine's own sources.
 
-Needs no root: the package lists and the files lie in a directory of ours. apt checks signatures and hashes.
+Nothing is installed, and no root is needed: the package lists and the files lie in a directory of ours. apt checks
+signatures and hashes.
 """
 
 import email.parser
@@ -39,17 +40,17 @@ class Apt:
         self.names = self._run("apt-cache", "pkgnames").stdout.split()
 
     def find(self, pattern: str) -> Deb | None:
-        """The package whose name a glob matches; of several the one with the highest number in its name."""
+        """Returns the package whose name a glob matches; of several the one with the highest number in its name."""
         number = lambda name: [int(part) for part in re.findall(r"\d+", name)]
         for name in sorted(fnmatch.filter(self.names, pattern), key=number, reverse=True):
             shown = self._run("apt-cache", "show", "--no-all-versions", name).stdout
             fields = email.parser.HeaderParser().parsestr(shown)
-            if "SHA256" in fields:  # else it is known by name alone
+            if "SHA256" in fields:  # without it the package is known by name alone
                 return Deb(name, fields["Version"], int(fields["Size"]), fields["SHA256"])
         return None
 
     def fetch(self, deb: Deb) -> Path:
-        """The package's file; it is not fetched again. Raises `UserError` where that fails."""
+        """Returns the package's file, which is fetched once. Raises `UserError` where that fails."""
         if (file := self._have(deb)) is None:
             done = self._run("apt-get", "-q", "download", f"{deb.name}={deb.version}")
             if (file := self._have(deb)) is None:

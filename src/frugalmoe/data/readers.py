@@ -1,4 +1,4 @@
-"""What a file holds, by the end of its name: a text or records (JSON lines, JSON, tables, Parquet), compressed or not.
+"""Reads files by the end of their names: texts or records (JSON lines, JSON, tables, Parquet), compressed or not.
 
 A compressed or columnar file must be whole: one that ends inside a frame, a member or a footer is refused, and so is
 what follows the last. A file of several frames that was cut exactly between two of them cannot be told from a whole
@@ -77,7 +77,7 @@ def accepted() -> str:
 
 
 def blocks(file: Path) -> Iterator[bytes]:
-    """The file's bytes, unpacked, in blocks of any size. Raises one of ERRORS for a file that is not whole."""
+    """Yields the file's bytes, unpacked, in blocks of any size. Raises one of ERRORS for a file that is not whole."""
     codec, size = kind(file).codec, file.stat().st_size
     unpacked = 0
     with open(file, "rb") as raw:
@@ -113,7 +113,7 @@ def _unpacked(raw: Any, new: Callable[[], Any]) -> Iterator[bytes]:
 
 
 def characters(file: Path, encoding: str) -> Iterator[str]:
-    """The file's text in blocks, without a byte order mark in front."""
+    """Yields the file's text in blocks, without a byte order mark in front."""
     decoder = codecs.getincrementaldecoder(encoding)("strict")
     read, started = 0, False
     for block in _and_last(blocks(file)):
@@ -137,7 +137,7 @@ def _and_last(values: Iterable[bytes]) -> Iterator[bytes | None]:
 
 
 def _undecodable(error: UnicodeDecodeError, before: int, encoding: str) -> str:
-    """What stands where, and what may help."""
+    """Returns a message: which byte cannot be decoded and what may help. `before`: the bytes before its block."""
     byte = error.object[error.start]
     place = f"not {_shown(encoding)} at byte {before + error.start} (0x{byte:02x})"
     hint = "UTF-16" if before + error.start == 0 and byte in (0xFE, 0xFF) else "another encoding"
@@ -184,7 +184,9 @@ class Found(NamedTuple):
 
 
 def texts(file: Path, name: str, encoding: str, alone: bool) -> Iterator[Found]:
-    """A text file is one document; a source that is one text file is cut, for a validation split needs several."""
+    """Yields a text file as one document; one that is `alone` in its source in pieces, for a validation split needs
+    several documents.
+    """
     if not alone:
         size, parts = 0, []
         for part in characters(file, encoding):
@@ -198,7 +200,7 @@ def texts(file: Path, name: str, encoding: str, alone: bool) -> Iterator[Found]:
 
 
 def _cut(parts: Iterator[str]) -> Iterator[str]:
-    """Pieces of a text of any size, as `cut` makes them of the whole one."""
+    """Yields the pieces that `cut` makes of a whole text, without holding the whole."""
     least, most = PIECE_CHARACTERS
     text, is_long = "", False
     for part in parts:
@@ -228,7 +230,7 @@ def is_text(file: Path, encoding: str) -> bool:
 
 
 def records(file: Path, name: str, encoding: str, field: str) -> Iterator[Found]:
-    """The records of a file of any other kind; of Parquet only their `field` and `domain`."""
+    """Yields the records of a file that is no plain text; those of Parquet have only their `field` and `domain`."""
     suffix = kind(file).suffix
     if suffix in LINES:
         yield from _json_lines(file, name, encoding)
@@ -279,7 +281,7 @@ class _Ahead:
         return bool(read)
 
     def mark(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """Returns the next character that is no space; empty at the end."""
         while True:
             self.at = _SPACE.match(self.text, self.at).end()
             if self.at < len(self.text) or not self.more():
@@ -301,7 +303,7 @@ class _Ahead:
 
 
 def _json(file: Path, name: str, encoding: str) -> Iterator[Found]:
-    """The elements of an array, or values that follow each other."""
+    """Yields the elements of an array, or values that follow each other."""
     ahead = _Ahead(file, encoding)
     if array := ahead.mark() == "[":
         ahead.at += 1
@@ -321,7 +323,7 @@ def _json(file: Path, name: str, encoding: str) -> Iterator[Found]:
 
 
 def _table(file: Path, name: str, encoding: str, separator: str) -> Iterator[Found]:
-    """Rows by the names of the header. Quoted cells may hold separators and line ends."""
+    """Yields rows by the names of the header. Quoted cells may hold separators and line ends."""
     csv.field_size_limit(LARGEST)
     rows = csv.reader((line for _, line in lines(file, encoding, blank=True)), delimiter=separator, strict=True)
     header: list[str] | None = None
@@ -360,14 +362,14 @@ def _parquet(file: Path, name: str, field: str) -> Iterator[Found]:
 
 
 def _size(value: Any) -> int:
-    """Characters or bytes of the texts in a value."""
+    """Returns the characters or bytes of the texts in a value."""
     if isinstance(value, dict):
         return sum(map(_size, value.values()))
     return len(value) if isinstance(value, str | bytes) else 0
 
 
 def _has(schema: pyarrow.Schema, column: str) -> bool:
-    """Whether there is a column of that name, or of that dotted path through structs."""
+    """Returns whether there is a column of that name, or of that dotted path through structs."""
     if column in schema.names:
         return True
     name, _, rest = column.partition(".")
@@ -377,7 +379,7 @@ def _has(schema: pyarrow.Schema, column: str) -> bool:
 
 
 def _rows(batch: pyarrow.RecordBatch, where: str, first: int) -> list[dict[str, Any]]:
-    """The records of a batch; names the row of a string that is not UTF-8."""
+    """Returns the records of a batch. Raises `UserError` that names the row of a string that is not UTF-8."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:

@@ -66,7 +66,10 @@ def _piece(content: bytes) -> Piece:
 
 
 def tokenizer_json(content: bytes, where: str, directory: Path) -> str:
-    """Raises `UserError` for a damaged file, and for what cannot be written with the same effect."""
+    """Returns a SentencePiece model as the text of a tokenizer.json.
+
+    Raises `UserError` for a damaged file, and for a model that a tokenizer.json cannot imitate on every text.
+    """
     try:
         fields = list(_fields(content))
         pieces = [_piece(raw) for number, raw in fields if number == 1]
@@ -96,7 +99,7 @@ def tokenizer_json(content: bytes, where: str, directory: Path) -> str:
 
 
 def _obstacle(kind: int, kinds: list[int], normalizer: dict[int, Any]) -> str:
-    """Why tokenizer.json cannot say the same: the ids of such models differ from the library's on some texts."""
+    """Returns why a tokenizer.json would give other ids than the library on some texts; empty where it would not."""
     if kind != BPE:
         return "a SentencePiece model of another kind than BPE, whose ties the two libraries break in other ways"
     if normalizer.get(2) or normalizer.get(4, 1):
@@ -107,7 +110,9 @@ def _obstacle(kind: int, kinds: list[int], normalizer: dict[int, Any]) -> str:
 
 
 def _bpe(pieces: list[Piece], unknown: int, byte_fallback: bool) -> dict[str, Any]:
-    """Neighbours that join to the piece of the highest score are joined first: every way to cut one is a merge."""
+    """Returns the BPE model. Neighbours that join to the piece of the highest score are joined first, so every way to
+    cut a piece in two is a merge.
+    """
     vocabulary = {piece.text: i for i, piece in enumerate(pieces)}
     normal = {piece.text: piece.score for piece in pieces if piece.kind == NORMAL}
     merges = [
@@ -131,6 +136,6 @@ def _decoder(prefix: bool) -> dict[str, Any]:
 
 
 def added_tokens(specials: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Special tokens as a tokenizer.json lists them."""
+    """Returns special tokens as a tokenizer.json lists them."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return [{"id": i, "content": token, **flags} for token, i in sorted(specials.items(), key=lambda item: item[1])]

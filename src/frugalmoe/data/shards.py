@@ -56,7 +56,7 @@ _MANIFEST = {  # what must be in one, and of what type; "*" stands for every key
     "shards": {"*": {"bytes": int, "index": str}},
 }
 HEADER = struct.Struct("<IIHH")  # domain, offset of the first token in the document, bytes of the id, odd sizes
-ODD = np.dtype([("at", "<u2"), ("size", "<u4")])  # a token of the piece that counts other bytes than by itself
+ODD = np.dtype([("at", "<u2"), ("size", "<u4")])  # a token that stands for another number of bytes than it has
 
 
 class Item(NamedTuple):
@@ -138,14 +138,14 @@ def write_shard(path: Path, items: Sequence[Item], tokenizer: Tokenizer) -> None
 
 
 def _pieces(item: Item, tokenizer: Tokenizer) -> tuple[list[Record], bool]:
-    """The document in pieces, and whether decoding gives it back."""
+    """Returns the document in pieces, and whether decoding gives it back."""
     tokens, sizes, same = tokenizer.document(item.text)
     cuts = [slice(offset, offset + PIECE_TOKENS) for offset in range(0, len(tokens), PIECE_TOKENS)]
     return [Record(item.domain, cut.start, item.id, tokens[cut], sizes[cut]) for cut in cuts], same
 
 
 def read_index(path: Path, sha256: str = "") -> dict[str, np.ndarray]:
-    """The columns of a shard; with a hash, only if the file has it."""
+    """Returns the columns of a shard. Raises `UserError` for a file that is damaged or has not the given hash."""
     try:
         content = path.read_bytes()
         if sha256 and hashlib.sha256(content).hexdigest() != sha256:
@@ -174,7 +174,7 @@ def write_manifest(directory: Path, manifest: dict[str, Any], shards: Sequence[P
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest, after a look that it is as written and that every shard is there in its full size."""
+    """Returns the manifest, once it is known to be as it was written and every shard to be there in its full size."""
     path = directory / "manifest.json"
     manifest = read_object(path)
     if manifest.get("format") != FORMAT:
@@ -196,7 +196,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def _misshapen(value: Any, wanted: Any, at: str = "") -> Iterator[str]:
-    """Where a value from JSON has not the keys and types that it must have."""
+    """Yields the places where a value from JSON lacks the keys or types that it must have."""
     if isinstance(wanted, type):
         if type(value) is not wanted:
             yield at

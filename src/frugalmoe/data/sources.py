@@ -42,7 +42,7 @@ class Input:
     left_out: str = ""  # what was found but is not read
     built_in: bool = False
     outside: found.Outside | None = None  # the Python file that defines CORPUS
-    # Of what it gave, each time that it was read.
+    # Hashes of what it gave, one for each reading; more than one means that it changes.
     digests: set[str] = dataclasses.field(default_factory=set, compare=False)
 
     @property
@@ -50,7 +50,7 @@ class Input:
         return f"{self.field}={self.source.path!r}"
 
     def identity(self) -> list[Any]:
-        """What must be equal for prepared data to be used again: for files their names, sizes and times.
+        """Returns what must be equal for prepared data to be used again: for files their names, sizes and times.
 
         A Hugging Face data set is its name and split: the hub is not asked again.
         """
@@ -68,7 +68,7 @@ class Input:
         return self.outside.module.CORPUS
 
     def fingerprint(self) -> str:
-        """What the user's corpus says that it is."""
+        """Returns the fingerprint that the user's corpus gives. Raises `UserError` where it gives no text."""
         with found.one_line_errors(self.where, str(self.outside.path)):
             value = self.corpus.fingerprint()
         if not isinstance(value, str):
@@ -100,7 +100,7 @@ class Notes:
 
 
 def open_inputs(data: Data, progress: bool) -> list[Input]:
-    """The inputs of a config, sorted by name; every path is checked, nothing is read yet."""
+    """Returns the inputs of a config, sorted by name. Every path is checked; documents are not read yet."""
     if not data.sources:
         return [_open_input("data.path", "", Source(path=data.path), data, progress)]
     named = sorted(data.sources.items())
@@ -140,7 +140,7 @@ def _open_corpus(field: str, name: str, source: Source) -> Input:
 
 
 def _find(source: Source, field: str) -> tuple[Path, tuple[Path, ...], str]:
-    """The root of a path (file, directory, or a glob's fixed part), its files in order, what was left out."""
+    """Returns the root of a path (file, directory, or a glob's fixed part), its files in order, what was left out."""
     path, root = source.path, Path(os.path.expanduser(source.path))
     if path and os.path.isfile(root):
         return root, (root,), ""
@@ -171,7 +171,7 @@ def _find(source: Source, field: str) -> tuple[Path, tuple[Path, ...], str]:
 
 
 def _walk(root: Path, field: str) -> tuple[list[Path], collections.Counter]:
-    """The regular files under a directory, and how many of what else is there."""
+    """Returns the regular files under a directory, and how many of each other kind there are."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{field}={str(root)!r}: {error.filename}: cannot be listed ({error.strerror})")
@@ -189,7 +189,7 @@ def _walk(root: Path, field: str) -> tuple[list[Path], collections.Counter]:
 
 
 def _is_named(file: Path, source: Source) -> bool:
-    """Whether a file of a directory is read: a table or a .json may be there for other ends than text."""
+    """Returns whether a file of a directory is read. A table or a .json is only if its records have the text field."""
     kind = readers.kind(file)
     if not kind.is_known or kind.suffix not in (*readers.JSON, *readers.TABLES):
         return kind.is_known
@@ -197,7 +197,7 @@ def _is_named(file: Path, source: Source) -> bool:
         first = next(readers.records(file, "", source.encoding, source.text_field), None)
     except UserError:
         return False
-    except readers.ERRORS:  # cut off or damaged, which reading it will say
+    except readers.ERRORS:  # a file that is cut off or damaged: reading it will raise
         return True
     return first is not None and isinstance(_value(first.value, source.text_field), str)
 
@@ -216,7 +216,7 @@ def _told(counts: collections.Counter) -> str:
 
 
 def documents(source: Input, notes: Notes | None = None) -> Iterator[Document]:
-    """Every document that holds more than white space, in a fixed order. The text is as in the file."""
+    """Yields every document that holds more than white space, in a fixed order. The text is as in the file."""
     notes = notes or Notes()
     if source.hf:
         yield from _documents(_hf_records(source), source, notes)
@@ -259,7 +259,7 @@ def _documents(found: Iterable[readers.Found], source: Input, notes: Notes) -> I
 
 
 def _corpus_records(source: Input) -> Iterator[readers.Found]:
-    """What the user's corpus gives; raises `UserError` where it raises, or gives something else than the last time."""
+    """Yields what the user's corpus gives. Raises `UserError` where it raises, or gives other documents than before."""
     content, number = hashlib.sha256(), 0
     with found.one_line_errors(source.where, str(source.outside.path)):
         documents = iter(source.corpus.documents())
@@ -326,7 +326,7 @@ def _fields(record: readers.Found, source: Source) -> tuple[str | None, str]:
 
 
 def _value(fields: Any, field: str) -> Any:
-    """A field by its name, or by a dotted path through objects; None where it is not there."""
+    """Returns a field by its name, or by a dotted path through objects; None where it is not there."""
     if not isinstance(fields, dict):
         return None
     if field in fields:

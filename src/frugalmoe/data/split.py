@@ -20,7 +20,7 @@ def check_domain(name: str) -> None:
 
 
 def text_hash(text: str) -> int:
-    """64 bits, the same on every machine."""
+    """Returns 64 bits that are the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
@@ -74,7 +74,7 @@ class Survey:
 class Sample:
     """The documents with the highest hashes, up to `limit` characters: the same whatever order they come in."""
 
-    LONGEST = 1 << 16  # of one document
+    LONGEST = 1 << 16  # characters of one document that are kept
 
     def __init__(self, limit: int) -> None:
         self._limit, self._size, self._floor = limit, 0, -1
@@ -94,5 +94,5 @@ class Sample:
             self._seen.remove(self._floor)
 
     def texts(self, split: Split) -> Iterable[str]:
-        """The training documents among them, sorted by hash."""
+        """Returns the training documents of the sample, sorted by hash."""
         return [text for text_hash, text in sorted(self._heap) if not split.is_validation(text_hash)]

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 
 def cut(text: str, characters: int) -> Iterator[str]:
-    """Pieces that join to the text, of at least `characters` (but the last), ended by a blank line if one is near."""
+    """Yields pieces that join to the text. All but the last have at least `characters`, and end with a blank line or a
+    line where one is near.
+    """
     start = 0
     while start < len(text):
         near = start + characters
@@ -17,7 +19,9 @@ def cut(text: str, characters: int) -> Iterator[str]:
 
 
 def html_words(page: str) -> str:
-    """What a browser shows of a page, but for headers, footers and navigation; blank lines between blocks."""
+    """Returns the words that a browser shows of a page, without headers, footers and navigation; blank lines stand
+    between blocks.
+    """
     reader = _Page()
     reader.feed(page)
     reader.close()
@@ -85,7 +89,7 @@ ONE = {"e": "\\", "~": " ", "0": " ", **dict.fromkeys("&,/|^:%c)!{}dupz", "")}
 
 
 def roff_words(page: str) -> str:
-    """The words of a manual page (`man` or `mdoc` macros): comments, requests and fonts go, their arguments stay."""
+    """Returns the words of a manual page (`man` or `mdoc` macros), without comments, requests and fonts."""
     lines: list[str] = []
     # What `ig` leaves out and `de` defines goes on to a line of two dots.
     for line in re.sub(r"(?ms)^\.\s*(?:ig|dei?1?|am)\b.*?^\.\.\s*$", "", page).split("\n"):

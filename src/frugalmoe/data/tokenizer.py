@@ -25,7 +25,7 @@ from frugalmoe.files import write_atomically, write_json
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SMALLEST_BPE = 257  # 256 bytes and the end of a document
-LARGEST = 1 << 22  # tokens in a vocabulary: a bound against damage, eight times the largest in use
+LARGEST = 1 << 22  # tokens in a vocabulary: more are taken for damage
 
 
 class Encoded(NamedTuple):
@@ -52,11 +52,11 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
 
     def document(self, text: str) -> Encoded:
-        """The text with its end-of-text token, and how many bytes of it each token stands for."""
+        """Returns the text with its end-of-text token, and how many bytes of it each token stands for."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; specials are left out, bytes that are not UTF-8 become U+FFFD."""
+        """Returns the text of the ids, without specials; bytes that are not UTF-8 become U+FFFD."""
         ...
 
     def save_into(self, directory: str | Path) -> None: ...
@@ -133,8 +133,10 @@ class JsonTokenizer:
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def document(self, text: str) -> Encoded:
-        """Where the tokens' own bytes join to the text they are what is counted. Else a token counts as all of the
-        text from the end of the one before it to its own end, and end-of-text as what no token stands for.
+        """Returns the tokens of a text, the bytes of it that each stands for, and whether decoding gives it back.
+
+        If the tokens' own bytes join to the text, these are counted. Otherwise a token stands for the text from the end
+        of the token before it to its own end, and end-of-text for what no token stands for.
         """
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         tokens = np.array([*encoding.ids, self.eos], np.int32)
@@ -144,7 +146,7 @@ class JsonTokenizer:
         raw, joined = text.encode(), b"".join([self._pieces[i] for i in encoding.ids])
         sizes = self.token_bytes[tokens]
         if joined == raw and (self._content.get("decoder") or {}).get("type") == "ByteLevel":
-            return Encoded(tokens, sizes, True)  # which is what that decoder does; any other is asked
+            return Encoded(tokens, sizes, True)  # this decoder only joins bytes; what others do is tried below
         if joined == b" " + raw:  # SentencePiece's dummy prefix
             sizes[0] -= 1
         elif joined != raw:
@@ -162,7 +164,7 @@ class JsonTokenizer:
 
 
 def load_from(directory: str | Path) -> Tokenizer:
-    """The tokenizer that `save_into` wrote, or that of a published model's directory."""
+    """Returns the tokenizer that `save_into` wrote, or that of a published model's directory."""
     directory = Path(directory)
     if _is_bytes(directory):
         return ByteTokenizer()
@@ -217,7 +219,7 @@ def expected_size(spec: str) -> int:
 
 
 def train_bpe(texts: Iterable[str], size: int) -> JsonTokenizer:
-    """Byte-level BPE (Sennrich et al., arXiv 1508.07909; on bytes as in GPT-2); the order of the texts does not matter.
+    """Returns byte-level BPE (Sennrich et al., arXiv 1508.07909; on bytes as in GPT-2). It ignores the order of texts.
 
     The vocabulary is smaller than `size` where the texts have no more pairs to merge.
     """
@@ -235,7 +237,9 @@ def train_bpe(texts: Iterable[str], size: int) -> JsonTokenizer:
 
 
 def _pieces(content: dict, tokenizer: tokenizers.Tokenizer, size: int) -> list[bytes]:
-    """UTF-8 bytes of each token by itself, as far as a vocabulary tells them; `JsonTokenizer.document` compares."""
+    """Returns the UTF-8 bytes of each token by itself, as its vocabulary writes it. Some tokenizers put out others, so
+    `JsonTokenizer.document` compares them with the text.
+    """
     model, pieces = content["model"], [b""] * size
     byte_level = '"type": "ByteLevel"' in json.dumps([content.get("decoder"), content.get("pre_tokenizer")])
     # In a byte-level vocabulary one character stands for one byte; SentencePiece writes a space as U+2581.
@@ -257,9 +261,8 @@ def _pieces(content: dict, tokenizer: tokenizers.Tokenizer, size: int) -> list[b
 
 
 def _sizes(text: str, total: int, ends: list[int]) -> np.ndarray:
-    """Bytes of the text between the ends (in characters) of neighbouring tokens; then those after the last, to `total`.
-
-    Tokens that share a character have its bytes once: the first of them.
+    """Returns the bytes of the text between the ends (in characters) of neighbouring tokens; last, those that remain to
+    `total`. Where tokens share a character, its bytes are counted for the first of them.
     """
     characters = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     width = 1 + (characters > 0x7F) + (characters > 0x7FF) + (characters > 0xFFFF)

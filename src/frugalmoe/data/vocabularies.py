@@ -49,7 +49,7 @@ LLAMA3_RANKS = 128_000
 
 
 def find(directory: Path, where: str) -> Path:
-    """The vocabulary's file in a directory."""
+    """Returns the vocabulary's file in a directory. Raises `UserError` where there is none, or more than one."""
     there = sorted(file for file in directory.iterdir() if file.is_file()) if directory.is_dir() else []
     names = {file.name: file for file in there}
     for name in NAMES:
@@ -73,7 +73,7 @@ def _hint(names: Iterable[str]) -> str:
 
 
 def read(path: Path, where: str) -> str:
-    """The content of a tokenizer.json for any of the kinds above."""
+    """Returns the content of a tokenizer.json for any of the kinds above."""
     try:
         if ".model" in path.suffixes and sentencepiece.is_model(content := path.read_bytes()):
             return sentencepiece.tokenizer_json(content, where, path.parent)
@@ -94,7 +94,7 @@ def read(path: Path, where: str) -> str:
 
 
 def is_byte(token: str) -> bool:
-    """Whether a token is written as <0x0A>: a byte that stands for itself."""
+    """Returns whether a token is written as <0x0A>, a byte that stands for itself."""
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">") and _is_hex(token[3:5])
 
 
@@ -104,7 +104,7 @@ def _is_hex(digits: str) -> bool:
 
 @functools.cache
 def byte_alphabet() -> dict[str, bytes]:
-    """The character that stands for each byte in a byte-level vocabulary (openai/gpt-2, src/encoder.py)."""
+    """Returns the character that stands for each byte in a byte-level vocabulary (openai/gpt-2, src/encoder.py)."""
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in shown]
     characters = [(chr(byte), byte) for byte in shown] + [(chr(256 + n), byte) for n, byte in enumerate(hidden)]
@@ -112,7 +112,7 @@ def byte_alphabet() -> dict[str, bytes]:
 
 
 def _tekken(content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Special tokens have the first ids; the ranks that follow fill the vocabulary up to its declared size."""
+    """Returns a tekken.json as a tokenizer.json. Special tokens have the first ids; ranks fill the declared size."""
     try:
         config = content["config"]
         specials, size = int(config["default_num_special_tokens"]), int(config["default_vocab_size"])
@@ -153,7 +153,9 @@ def _tiktoken(path: Path, where: str) -> dict[str, Any]:
 
 
 def _of_ranks(ranks: Mapping[bytes, int], pattern: str, specials: Mapping[str, int], where: str) -> dict[str, Any]:
-    """A byte string of the lowest rank that two neighbours join to is joined first: every way to cut one is a merge."""
+    """Returns the tokenizer.json of ranked byte strings. Neighbours that join to the lowest rank are joined first, so
+    every way to cut a byte string in two is a merge.
+    """
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise UserError(f"{where}: {len(missing)} of the 256 bytes are no token, the first is 0x{missing[0]:02x}")
     if taken := [token for token, i in specials.items() if i in set(ranks.values())]:
@@ -188,7 +190,9 @@ def _gpt2(vocabulary: Mapping[str, int], file: Path, where: str) -> dict[str, An
 def _byte_level(
     vocabulary: Mapping[str, int], pairs: list[list[str]], split: dict | None, specials: Mapping[str, int]
 ) -> dict[str, Any]:
-    """With `split` the text is cut by its pattern and a cut that is a token is one; without, as GPT-2 does."""
+    """Returns a byte-level tokenizer.json. `split` cuts the text first; a piece that is a token stays whole. Without it
+    the text is cut as GPT-2 does.
+    """
     by_byte = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": split is None}
     # Special tokens are in the model too: the library gives the others the next free id, whatever theirs is.
     vocabulary = {**vocabulary, **specials}

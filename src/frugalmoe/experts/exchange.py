@@ -1,7 +1,7 @@
 """Expert, tensor and context parallelism: the plan of one device's sequences, executed by all that hold its experts.
 
-Every function here runs inside `sharding.local`: a device of the `expert` axis holds E/M experts, one of the `tensor`
-axis a part of their hidden width, one of the `context` axis a part of the tokens.
+All functions here but `causality` run inside `sharding.local`: a device of the `expert` axis holds E/M experts, one of
+the `tensor` axis a part of their hidden width, one of the `context` axis a part of the tokens.
 
 | plan | exchange | rows of D that a device sends, in each direction |
 |---|---|---|
@@ -47,7 +47,7 @@ def execute(plan: Plan, x_BTD: Array, gate_up_ED2F: Array, down_EFD: Array, conf
     if isinstance(plan, TokenPlan) and drops is not None:
         plan, dropped = drops.slots(plan, config, batch)
     if isinstance(plan, ExpertPlan):
-        # Each device of the context axis executes a part of the slots, which may be of anybody's tokens.
+        # Each device of the context axis executes a part of the slots, whose tokens may be of any device of the axis.
         y_BTD = execute_slots(_share(plan, x_ND.shape[0]), x_ND, *weights, config).reshape(x_BTD.shape)
         return lax.psum_scatter(y_BTD, "context", scatter_dimension=1, tiled=True), dropped
     own = lambda a: own_part(a.reshape(batch, time, -1), "context", 1)

@@ -1,6 +1,6 @@
 """The network as a pattern: which kind of block each layer is, and how layers are gathered into scans.
 
-Everything that asks which layers are dense, have experts or are wrapped asks here. No array, no parameter.
+It holds no array and no parameter.
 """
 
 import dataclasses

@@ -179,16 +179,20 @@ def split(model: Transformer) -> tuple[nnx.GraphDef, dict, dict]:
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(router_state)
 
 
-@functools.lru_cache(64)
 def declarations(config: Model) -> sharding.Declarations:
     """What every parameter says of itself. Raises `ValueError` for one that was made without letters."""
-    params = nnx.eval_shape(lambda: nnx.state(Transformer(config, jax.random.key(0)), nnx.Param))
-    return sharding.declarations(params)
+    return sharding.declarations(nnx.state(_abstract(config, jax.sharding.get_abstract_mesh()), nnx.Param))
 
 
 def structure(config: Model) -> tuple[nnx.GraphDef, dict, dict]:
     """As `split`, with shapes in place of arrays: nothing is allocated."""
-    return split(nnx.eval_shape(lambda: Transformer(config, jax.random.key(0))))
+    return split(_abstract(config, jax.sharding.get_abstract_mesh()))
+
+
+@functools.lru_cache(64)
+def _abstract(config: Model, mesh: jax.sharding.AbstractMesh) -> Transformer:
+    """The network with shapes in place of arrays, whose shardings are of the mesh in context."""
+    return nnx.eval_shape(lambda: Transformer(config, jax.random.key(0)))
 
 
 def count_parameters(config: Model) -> dict[str, int]:

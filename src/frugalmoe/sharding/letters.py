@@ -9,7 +9,7 @@ this one meaning, and a docstring's own "Letters:" repeats the few that its file
 | fsdp | sequences; parameters, gradients and optimizer state (ZeRO-3, Rajbhandari et al. 1910.02054) |
 | expert | sequences; experts, whose tokens are exchanged |
 | tensor | heads, the hidden width of feed-forwards, the vocabulary (Megatron, Shoeybi et al. 1909.08053) |
-| context | tokens of a sequence |
+| context | tokens of a sequence; parameters as for fsdp |
 
 An axis is used once per array, by the first letter that may have it, and an axis of one device by none: the same
 program runs on one device, and its arrays have no sharding at all.
@@ -99,7 +99,7 @@ def put(mesh: Mesh, array: Array, letters: str, shape: tuple[int, ...] | None = 
 
 
 def own_indices(mesh: Mesh, shape: tuple[int, ...], letters: str, letter: str) -> np.ndarray:
-    """What of a dimension this process's devices hold, in order."""
+    """Returns the indices along a dimension that this process's devices hold, sorted."""
     dim = letters.index(letter)
     held = NamedSharding(mesh, spec(letters, mesh=mesh)).addressable_devices_indices_map(shape).values()
     return np.unique([np.arange(shape[dim])[slices[dim]] for slices in held])

@@ -50,7 +50,7 @@ def axis_size(*axes: str, mesh: Mesh | None = None) -> int:
 
 
 def platform() -> str:
-    """Of the mesh in context, which may be one of absent devices that the program is compiled for."""
+    """Returns the platform of the mesh in context, whose devices may be absent where a program is compiled for them."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 

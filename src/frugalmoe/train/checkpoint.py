@@ -1,4 +1,4 @@
-"""Checkpoints: the only file that knows Orbax. Saves are asynchronous; a step becomes visible only when it is whole."""
+"""Checkpoints, by Orbax. Saves are asynchronous; a step becomes visible only when it is whole."""
 
 import shutil
 from collections.abc import Mapping
@@ -36,9 +36,9 @@ RENAMED = {
 
 
 def open_manager(workdir: Path, config: Checkpoint, cleanup: bool = False) -> ocp.CheckpointManager:
-    """Keeps the last `keep_last` steps and every multiple of `keep_every_steps`.
+    """Returns a manager that keeps the last `keep_last` steps and every multiple of `keep_every_steps`.
 
-    `cleanup` deletes what an interrupted save left, and what another process is saving: for the owner of the run only.
+    `cleanup` deletes what an interrupted save left, but also what another process is saving: for the run's owner only.
     """
     keep = [policies.LatestN(config.keep_last)]
     if config.keep_every_steps:
@@ -67,15 +67,12 @@ def save(manager: ocp.CheckpointManager, step: int, state: State) -> None:
 
 
 def check_space(directory: Path, state: State, freed: int = 0) -> None:
-    """Refuses before a byte is written what a full disk would end in the middle of a write.
-
-    `freed`: bytes that will be deleted before.
-    """
+    """Raises `UserError` where the disk has no space for a checkpoint; `freed` bytes will be deleted before."""
     check_space_for(directory, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)), freed)
 
 
 def check_space_for(directory: Path, arrays: int, freed: int = 0) -> None:
-    """Refuses a checkpoint of so many bytes of arrays."""
+    """Raises `UserError` where the disk has no space for a checkpoint of so many bytes of arrays."""
     needed = 1.1 * arrays + 2**18  # with Orbax's own files
     free = shutil.disk_usage(directory).free + freed
     if free < needed:

@@ -24,8 +24,8 @@ from frugalmoe.interrupts import is_watched
 from frugalmoe.train.rundir import differences
 
 EXIT_PEER_LOST = 1
-_SECONDS_OF_SILENCE = 60  # after which a process counts as dead, and JAX ends those that wait for it
-_SECONDS_TO_SPEAK = 2.0  # in which the others find out by themselves that one of them is gone, and say so
+_SECONDS_OF_SILENCE = 60  # after these a process counts as dead, and JAX ends those that wait for it
+_SECONDS_TO_SPEAK = 2.0  # for the others to notice by themselves that one is gone, and to say so
 _FLAGS = "--coordinator=HOST:PORT --num-processes=N --process-id=I"
 _PERHAPS_A_POD = "TPU VM"
 _ALONE = "--num-processes=1 trains in this process alone"
@@ -56,7 +56,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 
 def _check(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> bool:
-    """Whether flags name the processes; all three or none do."""
+    """Returns whether flags name the processes. Raises `UserError` where some of the three do and others do not."""
     flags = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     given = [f"{name}={value}" for name, value in flags.items() if value is not None]
     if timeout <= 0:
@@ -77,10 +77,10 @@ def _check(coordinator: str | None, num_processes: int | None, process_id: int |
 
 
 def _told_by_environment() -> str:
-    """The variable that says that there are other processes; empty if none does.
+    """Returns the variable that says that there are other processes; empty if none does.
 
-    Who they are is for JAX to find out. It would take one task of SLURM for a cluster too, hide all but one of its GPUs
-    and open a port; and it asks Kubernetes in any pod.
+    Only then is JAX asked who they are: it would take a single task of SLURM for a cluster too, hide all but one of its
+    GPUs and open a port, and in any pod it would ask Kubernetes.
     """
     values = os.environ
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"):
@@ -99,7 +99,7 @@ def _told_by_environment() -> str:
 
 @contextmanager
 def _time_limit(seconds: int, message: str) -> Iterator[None]:
-    """JAX would abort the process with a page of C++."""
+    """Ends the process with one line after so many seconds, where JAX would abort it with a page of C++."""
 
     def give_up() -> None:
         print(f"frugalmoe: {message}; is process 0 running, and its port open to the others?", file=sys.stderr)
@@ -115,7 +115,7 @@ def _time_limit(seconds: int, message: str) -> Iterator[None]:
 
 
 def _leave(code: int) -> None:
-    """Without JAX's orderly end, which waits for processes that may never come."""
+    """Ends the process without JAX's orderly end, which waits for processes that may never come."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -163,11 +163,11 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 @contextmanager
 def all_or_none(shared: type[Exception]) -> Iterator[None]:
-    """Wraps a block of steps: an error ends this process at once, and with it the others, unless all have it
-    (`shared`).
+    """Wraps a block of steps: an error ends this process at once, and with it the others. An error of type `shared`,
+    which all processes have, is raised.
 
-    The devices of the others wait for ours in the middle of a step, and would do so for as long as this process waits
-    for them to end in order. With one process errors are just raised.
+    An orderly end would never come: it waits for the other processes, whose devices wait for ours in the middle of a
+    step. With one process every error is raised.
     """
     try:
         yield
@@ -177,7 +177,7 @@ def all_or_none(shared: type[Exception]) -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         print(f"frugalmoe: process {jax.process_index()}: {_what_happened(e)}", file=sys.stderr, flush=True)
-        if is_main():  # the others lose the service that holds them together, which would cut them short
+        if is_main():  # it runs the service that the others need: without a pause they would end before they speak
             time.sleep(_SECONDS_TO_SPEAK)
         _leave(EXIT_USER_ERROR if one_line(e) else EXIT_PEER_LOST)
 
@@ -206,7 +206,7 @@ def stop_signals() -> Iterator[list[int]]:
     def handle(number, frame):
         if not received:
             received.append(number)
-        elif not is_watched(previous[number]):  # else the watch ends the process
+        elif not is_watched(previous[number]):  # a watch ends the process itself
             raise KeyboardInterrupt
 
     for number in previous:

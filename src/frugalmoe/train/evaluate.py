@@ -35,7 +35,7 @@ class Scores(NamedTuple):
 
 
 def _batch_size(config: Config, mesh: jax.sharding.Mesh) -> int:
-    """Rows of an evaluation batch: a training micro-batch, or less where fewer rows are evaluated."""
+    """Returns the rows of an evaluation batch: a training micro-batch, or less where fewer rows are evaluated."""
     devices = sharding.axis_size(*sharding.BATCH_AXES, mesh=mesh)
     return min(micro_batch(config), -(-config.train.eval_rows // devices) * devices)
 
@@ -79,12 +79,14 @@ def evaluate(
 
 
 def write_probe(path: Path, trace: list[Traced], layers: list[int], num_experts: int) -> None:
-    """Which expert got which held-out token, beside the token, its domain and its loss: see analysis.runs."""
+    """Writes which expert got which held-out token, with the token, its domain and its loss: see
+    `analysis.stored.probe`.
+    """
     np.savez_compressed(path, **probe_columns(trace, layers, num_experts))
 
 
 def probe_columns(trace: list[Traced], layers: list[int], num_experts: int) -> dict[str, np.ndarray]:
-    """What a probe or a trace holds: one entry per token, or [L, N, ...]; padding is still there (segment 0)."""
+    """Returns what a probe or a trace holds: one entry per token, or [L, N, ...], padding included (segment 0)."""
     flat = lambda arrays: np.concatenate([a.reshape(-1) for a in arrays])
     column = lambda name: flat(getattr(t.batch, name) for t in trace)
     selected_LNE = np.concatenate([t.out.selected_LBTE.reshape(len(layers), -1, num_experts) for t in trace], axis=1)

@@ -1,4 +1,4 @@
-"""`train(config, workdir)`: the loop around the pure step. Order in a step: evaluate, save, step, log the step before.
+"""`train(config, workdir)`: the loop around the pure step. In order it steps, logs the step before, evaluates, saves.
 
 Metrics are read one step late, so that the device never waits for the host.
 """
@@ -41,7 +41,7 @@ Sampler = Callable[[Config, Weights, Tokenizer], dict[str, str]]
 
 
 class NotFinite(UserError):
-    """A loss, a gradient or the state after a step holds what is no number; nothing of it is saved."""
+    """A loss, a gradient or the state after a step is not finite; nothing of it is saved."""
 
 
 def train(
@@ -58,7 +58,7 @@ def train(
     resume: auto continues a run of the same config; force continues it whatever its config; never refuses. fresh
     replaces the run that is there, once all has been checked. sample: draws the passage of text in a complete run's
     summary, as `generate.sample_text` does; None: the summary has none. Raises UserError for input that cannot be run;
-    nothing is written or deleted then. With several processes (`distributed.start`) all call it, alike.
+    nothing is written or deleted then. With several processes (`distributed.start`) each calls it with equal arguments.
     """
     config = config if fresh else rundir.as_begun(config, workdir)
     flags = {"--workdir": str(workdir), "--resume": resume, "--fresh": fresh}
@@ -162,9 +162,9 @@ def train_runs(
 
 
 def _loop(runs: Sequence["Run"], stop_requests: Callable[[], Callable[[int], bool]], shown: Any) -> bool:
-    """Trains to the end, or to the step where a stop is requested: True then.
+    """Trains to the end, or until a stop is requested; returns whether it was.
 
-    Until the first step is under way, which is compiled before, there is nothing to save, and a signal just ends it.
+    The first call compiles the step. Until it is under way there is nothing to save, and a signal ends the process.
     """
     config, step, stop = runs[0].config.train, runs[0].step, lambda step: False
     save_every = runs[0].config.checkpoint.every_steps
@@ -235,7 +235,7 @@ class Run:
         self.tokens_per_second: list[float] = []
 
     def _restored(self) -> State | None:
-        """The newest saved state; those that hold what is no number, as older versions saved them, are deleted."""
+        """Returns the newest saved state that is finite; later ones, which older versions saved, are deleted."""
         state, saved, broken = checkpoint.restore_newest(self.manager, abstract(self.config))
         if broken and state is None:
             rule = "no checkpoint holds finite numbers only, so there is nothing to continue; --fresh starts over"
@@ -281,16 +281,16 @@ class Run:
         self._log_scores(evaluate(self.eval_step, self.state, self.data, self.config, self.mesh))
 
     def save(self) -> None:
-        """Saves the state; raises `NotFinite` for one that holds what is no number."""
+        """Saves the state; raises `NotFinite` for one that is not finite."""
         if not checkpoint.is_finite(self.state):
             raise NotFinite(self._broken(f"the state after step {self.step}"))
         checkpoint.save(self.manager, self.step, self.state)
 
     def seek(self, position: int) -> None:
-        """Goes on with the batch of another position: one more skips a batch, a smaller one comes back to it.
+        """Makes the run go on with the batch of another position: a larger one skips batches, a smaller one goes back.
 
-        The number of updates stays, and with it the learning rate and the noise. To be called where the loop is not
-        under way. Raises `UserError` for a position that is no int32.
+        The number of updates stays, and with it the learning rate and the noise. Call it before or after the loop, not
+        inside. Raises `UserError` for a position that is no int32.
         """
         check_integer("position", position, least=0)
         self.state = self.state._replace(position=sharding.put(self.mesh, np.int32(position), ""))
@@ -398,7 +398,7 @@ class _Clock:
 
 
 def _flatten(values: Mapping[str, Any], layers: list[int]) -> dict[str, float]:
-    """Scalars under flat names; the leading axis of a router metric becomes /layer_03."""
+    """Returns scalars under flat names; the leading axis of a router metric becomes /layer_03."""
     row = {}
     for name, value in values.items():
         if np.ndim(value):

@@ -40,14 +40,14 @@ class Knobs(NamedTuple):
 
 
 def knobs(config: Config) -> Knobs:
-    """The config's own, on the host."""
+    """Returns the config's own knobs, on the host."""
     return Knobs(np.uint32(config.train.seed), {k: np.float32(v) for k, v in config.model.moe.losses.items()})
 
 
 def without_knobs(config: Config) -> Config:
-    """What a compiled program depends on: equal for runs that differ in name and `Knobs` only.
+    """Returns what a compiled program depends on, a config that is equal for runs that differ in name and `Knobs` only.
 
-    The names of losses that are computed only where a config names them stay.
+    The names of losses that are computed only where a config names them stay in it.
     """
     named = FrozenDict.fromkeys(config.model.moe.losses.keys() - aux_losses.REPORTED, 0.0)
     moe = dataclasses.replace(config.model.moe, losses=named)
@@ -78,15 +78,19 @@ class Term(NamedTuple):
 
     `share(micro)` -> (the micro-batch's share of the step's loss, float32 [], coefficient included; a pytree of sums),
     or None where the model has nothing of the kind. The sums, added up over micro-batches, are what
-    `metrics(sums, of_step, config)` makes the values of metrics.jsonl from, by name.
+    `metrics(sums, of_step, config)` makes the values of metrics.jsonl from, by name. Of these, `coefficients(knobs,
+    config)` names the losses that `share` adds up, without `loss/`, and gives what each is multiplied with.
     """
 
     share: Callable[[Micro], tuple[Array, Any] | None]
     metrics: Callable[[Any, OfStep, Config], dict[str, Array]]
+    coefficients: Callable[[Knobs, Config], Mapping[str, float | Array]]
 
 
 def _language(micro: Micro) -> tuple[Array, dict[str, Array]]:
-    """Cross-entropy of the next token, and `optim.logit_z_loss` times the squared log-normaliser of the logits."""
+    """Returns the share of the next token's cross-entropy and of `optim.logit_z_loss` times the squared log-normaliser
+    of the logits, and the sums of both.
+    """
     batch = micro.batch
     targets = (batch.targets_BT, batch.loss_mask_BT)
     loss, ce_BT, lse_sq = token_losses(micro.model, micro.out.hidden_BTD, *targets, micro.config)
@@ -103,7 +107,9 @@ def _auxiliary(
     losses: Callable[[Output], Mapping[str, Loss] | None],
     coefficients: Callable[[Knobs, Config], Mapping[str, float | Array]],
 ) -> Term:
-    """Named losses that parts of the model return as sums, each with a coefficient: see `routing.losses.total`."""
+    """Returns a term of named losses that parts of the model give as sums, each with a coefficient: see
+    `routing.losses.total`.
+    """
 
     def total(sums: Mapping[str, Loss], of_step: OfStep, config: Config) -> aux_losses.Total:
         return aux_losses.total(sums, coefficients(of_step.knobs, config), of_step.units)
@@ -115,11 +121,13 @@ def _auxiliary(
     def metrics(sums: Mapping[str, Loss], of_step: OfStep, config: Config) -> dict[str, Array]:
         return {f"loss/{name}": mean for name, mean in total(sums, of_step, config).metrics.items()}
 
-    return Term(share, metrics)
+    return Term(share, metrics, coefficients)
 
 
 def _further(micro: Micro) -> tuple[Array, Array] | None:
-    """Cross-entropy of the tokens further ahead: the mean over modules, times its coefficient."""
+    """Returns the share of the cross-entropy of tokens further ahead, mean over modules, times its coefficient; and the
+    sum of each module [L].
+    """
     if micro.out.further_LBTD is None:
         return None
     section, targets_L = micro.config.model.multi_token_prediction, micro.of_step.units["further"]
@@ -135,47 +143,58 @@ def _further_metrics(ce_L: Array, of_step: OfStep, config: Config) -> dict[str, 
 
 
 def _targets_further(batch: Batch, depth: int) -> tuple[Array, Array]:
-    """(target, whether it is one) of each token for module m = 1 .. depth, [L, ..., B, T]: the token m + 1 ahead."""
+    """Returns (target, whether there is one) of each token for module m = 1 .. depth, [L, ..., B, T]: the token m + 1
+    places ahead.
+    """
     of_tokens = (batch.targets_BT, batch.loss_mask_BT.astype(jnp.int32))
     targets_LBT, mask_LBT = multi_token.look_ahead(of_tokens, batch.segment_ids_BT, depth)
     return targets_LBT, mask_LBT > 0
 
 
 TERMS = {
-    "language": Term(_language, _language_metrics),
+    "language": Term(
+        _language, _language_metrics, lambda knobs, config: {"ce": 1.0, "logit_z": config.optim.logit_z_loss}
+    ),
     "routers": _auxiliary(lambda out: out.routed and out.routed.losses, lambda knobs, config: knobs.losses),
     "depths": _auxiliary(
         lambda out: out.depths and out.depths.losses,
         lambda knobs, config: {"depth_predictor": config.model.mixture_of_depths.predictor_loss},
     ),
-    "multi_token": Term(_further, _further_metrics),
+    "multi_token": Term(
+        _further, _further_metrics, lambda knobs, config: {"mtp": config.model.multi_token_prediction.coefficient}
+    ),
 }
 
 
+def coefficients(config: Config) -> dict[str, float]:
+    """Returns what the training loss multiplies each named loss with; a loss that is not in it is not trained on."""
+    own = knobs(config)
+    return {name: float(c) for term in TERMS.values() for name, c in term.coefficients(own, config).items()}
+
+
 class Sums(NamedTuple):
-    """What is known of a micro-batch, or of several, for these add up; no gradient passes through."""
+    """What is known of one micro-batch or, added up, of several. No gradient passes through it."""
 
     total: Array  # the share of the step's loss
     terms: Mapping[str, Any]  # the sums of each term that has a part in the loss
-    stats: Mapping[str, Array]  # of each MoE layer's routing [L, ...]; empty without
-    depths: Mapping[str, Array]  # of each block that mixture of depths routes; empty without
+    stats: Mapping[str, Array]  # of each MoE layer's routing [L, ...]; empty if there is none
+    depths: Mapping[str, Array]  # of each block that mixture of depths routes; empty if there is none
 
 
 class StepReport(NamedTuple):
     """What a step says of itself: arrays on the device, which the loop reads one step late."""
 
     metrics: dict[str, Array]  # under the names of metrics.jsonl; those of routers have a leading axis L
-    depths: dict[str, Array]  # likewise, of each block that mixture of depths routes; empty without
+    depths: dict[str, Array]  # likewise, of each block that mixture of depths routes; empty if there is none
     counts_LE: Array | None  # int32, slots that name each expert; None without MoE layers
     tokens: Array  # int32 [], without padding
     position: Array  # int32 [], see `step.State`
-    finite: dict[str, Array]  # bool [], of what no metric shows
+    finite: dict[str, Array]  # bool []: whether what no metric shows is finite
 
 
 def make_objective(config: Config) -> Callable[..., tuple[Array, Sums]]:
-    """`objective(params, router_state, batch[B, T], index, of_step)`: a micro-batch's share of the step's loss.
-
-    `index` is the micro-batch's number in the step.
+    """Returns `objective(params, router_state, batch[B, T], index, of_step)`, which gives a micro-batch's share of the
+    step's loss, and its `Sums`. `index` is the micro-batch's number in the step.
     """
     graphdef, _, _ = structure(config.model)
 
@@ -196,7 +215,7 @@ def make_objective(config: Config) -> Callable[..., tuple[Array, Sums]]:
 
 
 def metrics(sums: Sums, of_step: OfStep, config: Config) -> dict[str, Array]:
-    """The step's losses and its routers' metrics, under their names."""
+    """Returns the step's losses and its routers' metrics, under their names."""
     values = {"loss/total": sums.total}
     for name, of_term in sums.terms.items():
         values |= TERMS[name].metrics(of_term, of_step, config)
@@ -206,12 +225,12 @@ def metrics(sums: Sums, of_step: OfStep, config: Config) -> dict[str, Array]:
 
 
 def depth_metrics(sums: Sums) -> dict[str, Array]:
-    """What mixture of depths reports of its blocks."""
+    """Returns what mixture of depths reports of its blocks, by name."""
     return {f"depth/{k}": v for k, v in depths.metrics(sums.depths).items()} if sums.depths else {}
 
 
 def units(batch: Batch, config: Config) -> dict[str, Array]:
-    """How many units of each kind the whole step has: sums over micro-batches and shards are divided by these."""
+    """Returns the number of units of each kind in the whole step, by which sums over its parts are divided."""
     valid_ABT = batch.segment_ids_BT > 0
     per_micro_batch = jax.vmap(lambda valid_BT: aux_losses.denominators(valid_BT, config.model.moe))(valid_ABT)
     targets = jnp.maximum(jnp.sum(batch.loss_mask_BT, dtype=jnp.int32), 1)
@@ -234,9 +253,9 @@ def forward(
     intervention: Callable | None = None,
     further: bool = False,
 ) -> Output:
-    """The model on a batch, and with `further` its modules that predict further ahead.
+    """Returns what the model makes of a batch; with `further` its modules that predict further ahead run too.
 
-    Keys follow the sequence's place in the step or in the held-out set, not in the batch or on the device.
+    A sequence's key depends on its place in the step or in the held-out set, not on that in the batch or on a device.
     """
     rows_B = sharding.reshard(jnp.arange(batch.tokens_BT.shape[0], dtype=jnp.int32), "B")
     key = jax.random.fold_in(jax.random.key(seed), step)
@@ -255,9 +274,10 @@ def token_losses(
     config: Config,
     z_coefficient: float | None = None,
 ) -> tuple[Array, Array, Array]:
-    """-> (weighted sum over tokens of ce + z-loss, ce of every token [B, T], weighted sum of squared log-normalisers).
+    """Returns (weighted sum over tokens of ce + z-loss, ce of every token [B, T], weighted sum of squared
+    log-normalisers).
 
-    There may be axes before B, in all arrays alike. z_coefficient: by default `optim.logit_z_loss`.
+    All arrays may have the same axes before B. z_coefficient: by default `optim.logit_z_loss`.
     """
     chunk = config.train.loss_chunk
     z_coefficient = config.optim.logit_z_loss if z_coefficient is None else z_coefficient

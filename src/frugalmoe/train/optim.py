@@ -11,7 +11,7 @@ from frugalmoe.schema import Config
 
 
 def schedule(config: Config) -> optax.Schedule:
-    """Learning rate of update i = 0, 1, ..., steps - 1: linear warmup, then the shape that the config names.
+    """Returns the learning rate of update i = 0, 1, ..., steps - 1: linear warmup, then the shape that `optim` names.
 
     The last update of the warmup has the peak rate (without warmup the first update, where there is another), and the
     last update of all, i = steps - 1, has exactly the final rate: wsd goes there linearly over the last
@@ -37,7 +37,7 @@ def schedule(config: Config) -> optax.Schedule:
 
 
 def _decaying_updates(config: Config) -> int:
-    """How many updates, the last ones, are below the peak rate after the warmup."""
+    """Returns how many updates at the end are below the peak rate."""
     o, steps = config.optim, config.train.steps
     after = steps - o.warmup_steps
     if o.schedule == "constant" or (o.schedule == "wsd" and not o.decay_fraction):
@@ -47,7 +47,7 @@ def _decaying_updates(config: Config) -> int:
 
 
 def optimizer(config: Config) -> optax.GradientTransformation:
-    """The optimizer that the config names, after clipping by the global norm, with the rates of each role."""
+    """Returns the optimizer that the config names, after clipping by the global norm, with the rates of each role."""
     o, declared = config.optim, declarations(config.model)
     tx = OPTIMIZERS[o.name](o, schedule(config), declared)
     tx = optax.chain(optax.clip_by_global_norm(o.clip_norm), tx) if o.clip_norm else tx
@@ -57,12 +57,12 @@ def optimizer(config: Config) -> optax.GradientTransformation:
 class Bytes(NamedTuple):
     """What a run's numbers take, without padding."""
 
-    parameters: int  # as much as their gradients
+    parameters: int  # their gradients take as much again
     optimizer: int  # its state
 
 
 def bytes_of(config: Config) -> Bytes:
-    """From shapes alone; of a config with the size of its vocabulary."""
+    """Returns the bytes of a run, from shapes alone. The config must say the size of its vocabulary."""
     _, params, _ = structure(config.model)
     state = jax.eval_shape(optimizer(config).init, params)
     total = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,6 +1,7 @@
-"""What would end a run before its first step, found before it waits for devices. Nothing is written, built or fetched.
+"""Finds what would end a run before its first step, before it waits for devices.
 
-A run makes the same checks again as it begins; here they come first, and on the machine from which it is launched.
+Nothing is built or fetched, and nothing written outside the cache. A run makes the same checks again when it begins;
+here they come first, and on the machine from which it is launched.
 """
 
 import errno
@@ -50,7 +51,7 @@ def check(
         config = config if fresh else rundir.as_begun(config, workdir)
         check_directory(config, workdir, resume=resume, fresh=fresh)
         if rundir.is_complete(workdir) and not fresh and resume != "force":
-            config = settle(config, rundir.vocabulary(workdir), None)  # whatever became of its data
+            config = settle(config, rundir.vocabulary(workdir), None)  # its data may be gone
             return Ready(config, (f"--workdir={workdir}: this run is complete",))
     if unseen:
         return Ready(config, tuple(f"{field} cannot be seen from here, and was not checked" for field in unseen))
@@ -60,7 +61,7 @@ def check(
         return Ready(settled, notes)
     if not fresh:
         _check_same_data(workdir, found)
-        if found.fingerprint is not None:  # else the tokenizer may still become smaller
+        if found.fingerprint is not None:  # without one the tokenizer may still become smaller
             rundir.check_config(workdir, settled, force=resume == "force")
     freed = rundir.size_of_run(workdir) if fresh else 0
     return Ready(settled, (*notes, *check_size(settled, workdir, freed)))
@@ -103,7 +104,7 @@ def check_size(config: Config, workdir: Path, freed: int = 0) -> list[str]:
 
 
 def _checkpoints_at_once(config: Config) -> int:
-    """The most checkpoints of a run that lie on disk: one is deleted after the next is there."""
+    """Returns the most checkpoints of a run that lie on disk at one time: one is deleted after the next is there."""
     c, steps = config.checkpoint, config.train.steps
     saved = -(-steps // c.every_steps) if c.every_steps else 1
     kept = steps // c.keep_every_steps if c.keep_every_steps and c.every_steps else 0
@@ -111,12 +112,12 @@ def _checkpoints_at_once(config: Config) -> int:
 
 
 def _existing_parent(workdir: Path) -> Path:
-    """The nearest directory that is there, which must be one that can be written."""
+    """Returns the nearest directory that exists; raises `UserError` where it cannot be written."""
     for path in (workdir, *workdir.absolute().parents):
         try:
             if not path.exists():
                 continue
-        except (OSError, ValueError) as e:  # a name that is too long, or holds what none may
+        except (OSError, ValueError) as e:  # a name that is too long, or holds a forbidden character
             raise UserError(f"--workdir={workdir}: {getattr(e, 'strerror', None) or e}") from e
         if not path.is_dir():
             raise UserError(f"--workdir={workdir}: {path} is a file")

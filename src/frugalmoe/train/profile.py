@@ -12,7 +12,7 @@ _SKIPPED = 2  # steps of this process: the first compiles, and meanwhile batches
 
 
 def profiled(steps: int, directory: Path) -> Callable[[Config, int], Progress]:
-    """A `progress` of `train` that also traces `steps` steps, all that the host and the devices do in them."""
+    """Returns a `progress` for `train` that also traces what the host and the devices do in `steps` steps."""
 
     class Profiled(Progress):
         def __init__(self, config: Config, start: int):
@@ -20,7 +20,7 @@ def profiled(steps: int, directory: Path) -> Callable[[Config, int], Progress]:
             self.first, self.tracing, self.done = start + _SKIPPED, False, start
 
         def update(self, step: int, *rest: float) -> None:
-            """`step` has ended: the host has waited for it."""
+            """Starts or stops the trace after a step that has ended: the host has waited for it."""
             super().update(step, *rest)
             self.done = step
             if step == self.first:

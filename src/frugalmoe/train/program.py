@@ -18,7 +18,9 @@ from frugalmoe.train.objective import StepReport, without_knobs
 from frugalmoe.train.placing import put_rows
 from frugalmoe.train.step import make_eval_step, make_train_step
 
-PROGRAMS_KEPT = 4  # of each kind. On CPUs one is mapped in thousands of pieces, and Linux gives a process 65,530
+# The most programs of each kind that are kept. On CPUs one takes thousands of memory maps, and Linux gives a process
+# 65,530 of them.
+PROGRAMS_KEPT = 4
 
 
 # Without this, XLA orders GPU programs for little memory, and runs shared experts before the exchange of rows instead
@@ -38,14 +40,14 @@ def _compiled_eval_step(config: Config, trace: bool, vocabulary: int | None) -> 
 
 
 def compiled_eval_step(config: Config, trace: bool = False, vocabulary: int | None = None) -> Callable:
-    """The jitted `make_eval_step`, one for all runs of a process that differ in name and knobs only."""
+    """Returns the jitted `make_eval_step`, one for all runs of a process that differ in name and knobs only."""
     return _compiled_eval_step(without_knobs(config), trace, vocabulary)
 
 
 def compiled_train_step(config: Config, together: bool = False) -> Callable:
-    """The jitted `make_train_step` for the mesh in context, shared likewise.
+    """Returns the jitted `make_train_step` for the mesh in context, shared by runs in the same way.
 
-    `together`: for several runs, stacked along a first axis.
+    With `together` it steps several runs, whose arguments are stacked along a first axis.
     """
     exchanges = platform() in GPUS and axis_size(*AXES) > 1
     return _compiled_train_step(without_knobs(config), together, _OVERLAP if exchanges else ())
@@ -81,6 +83,7 @@ class Program:
         return report
 
     def of_each_run(self, values: Any) -> list[Any]:
+        """Returns the values of each run, from what the program gave for all."""
         if not self.together:
             return [values]
         return [jax.tree.map(lambda a, i=i: a[i], values) for i in range(len(self.runs))]

@@ -49,7 +49,7 @@ class Progress:
         self.console.print(text, soft_wrap=True)
 
     def update(self, step: int, loss: float, tokens: float, seconds: float) -> None:
-        """`seconds` is 0 for a step without a time: the first one, which compiles."""
+        """Shows a step that has ended. `seconds` is 0 for one without a time: the first, which compiles."""
         if seconds:
             smooth = lambda old, new: 0.9 * old + 0.1 * new if old else new
             self.speed = smooth(self.speed, tokens / seconds)

@@ -1,4 +1,4 @@
-"""The run directory: who owns it, what config it holds, and its append-only logs. Analysis needs nothing else."""
+"""The run directory: who owns it, what config it holds, and its append-only logs."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json, to_json, write_atomically, write_json
 
-# What a run writes, by the order in which it may appear: files before config.json, which marks a directory as a run.
+# What a run may write before config.json, which marks a directory as a run; then all that it writes.
 _BEGINNING = ("checkpoints", "metrics.jsonl", "expert_load.jsonl", "tensorboard", "tokenizer", "environment.json",
               "data.json", "history.jsonl", "trackers.json", "wandb", "outside", "outside.json")  # fmt: skip
 _OWN = ("config.json", "environment.json", "data.json", "history.jsonl", "metrics.jsonl", "expert_load.jsonl",
@@ -72,7 +72,7 @@ def size_of_run(workdir: Path) -> int:
 
 
 def _own(workdir: Path) -> list[Path]:
-    """What a run wrote into its directory, which may hold other files too."""
+    """Returns the files and folders that a run wrote into its directory, which may hold others too."""
     saved = (workdir / "checkpoints").glob("[0-9]*")  # whole ones, and those that a kill interrupted
     checkpoints = [path for path in saved if path.name.isdecimal() or ".orbax-checkpoint-tmp" in path.name]
     return [*checkpoints, *(path for pattern in _OWN for path in sorted(workdir.glob(pattern)))]
@@ -87,10 +87,11 @@ def _holds_something(workdir: Path) -> bool:
 
 
 def check_config(workdir: Path, config: Config, force: bool) -> None:
-    """Refuses to continue a run of another config, and names what differs. Mesh and trackers change no answer.
+    """Refuses to continue a run of another config, and names what differs. Mesh and trackers may differ, for no result
+    depends on them.
 
-    A vocabulary that is not settled yet is not compared: a run's begin settles it, and asks again. A file outside the
-    package that the config names is the same where its text is, and another where that changed.
+    A vocabulary that is not settled yet is not compared: when the run begins it is settled and this is called again. A
+    file outside the package that the config names is the same file as long as its text is.
     """
     if not (workdir / RECORD).is_file():
         if _holds_something(workdir):
@@ -104,7 +105,7 @@ def check_config(workdir: Path, config: Config, force: bool) -> None:
         raise UserError(f"--workdir={workdir}: {changed[0]}; {rule}")
     saved["model"]["vocab_size"] = ours and (vocabulary(workdir) or ours)
     saved["train"]["trackers"] = config.train.trackers
-    if "eval_batches" in read_json(workdir / RECORD)["train"]:  # an older run goes on with the held-out rows of today
+    if "eval_batches" in read_json(workdir / RECORD)["train"]:  # an older run goes on with the rows of today
         saved["train"]["eval_rows"] = config.train.eval_rows
     differing = differences(saved, here, "there", "here")
     if differing and not force:
@@ -128,9 +129,9 @@ def vocabulary(workdir: Path) -> int:
 
 
 def as_begun(config: Config, workdir: Path) -> Config:
-    """Returns the config, with the value that the directory's run began with where it is older than a field.
+    """Returns the config with the values that the directory's run began with, in fields that are younger than the run.
 
-    Nobody can have asked for that with a flag: the same command meant it then.
+    No flag could ask for these values when the run began: the same command meant them.
     """
     path = workdir / RECORD
     saved = read_json(path) if path.is_file() else None
@@ -170,7 +171,7 @@ def describe(workdir: Path, config: Config, settled: Config, step: int) -> None:
     """
     known, here = workdir / RECORD, completed(to_dict(settled))
     before = record(known) if known.is_file() else here
-    unknown = left_open(before)  # by a run that is older than `settle`
+    unknown = left_open(before)  # fields that a run older than `settle` did not record
     path, now = workdir / "history.jsonl", environment()
     rows = read_rows(path) if path.is_file() else []
     if not rows and known.is_file() and (workdir / "environment.json").is_file():
@@ -186,7 +187,7 @@ def describe(workdir: Path, config: Config, settled: Config, step: int) -> None:
 
 
 def _changed_files(workdir: Path, config: Config) -> dict[str, tuple[str, str]]:
-    """`FIELD sha256` -> the hashes then and now of files outside the package whose text has changed."""
+    """Returns `FIELD sha256` -> the hashes then and now, for files outside the package whose text has changed."""
     before = {field: row["sha256"] for field, row in outside.kept(workdir).items()}
     now = outside.hashes(config)
     changed = [field for field in before if now.get(field, before[field]) != before[field]]
@@ -198,7 +199,7 @@ class Busy(UserError):
 
 
 def check_idle(workdir: Path) -> None:
-    """Raises `Busy` where a process is training; holds and writes nothing, so another may come before `locked`."""
+    """Raises `Busy` where a process is training. It keeps no lock, so another process may come before `locked`."""
     path = workdir / ".lock"
     if path.is_file():
         with contextlib.suppress(OSError), path.open() as lock:  # one that cannot be read is refused by `locked`
@@ -256,7 +257,7 @@ def _git_commit() -> str:
 
 
 class Log:
-    """A JSON-lines file. Opening it for a resumed run drops what is past the checkpoint, torn last line included."""
+    """A JSON-lines file. Opening it for a resumed run drops the rows after the checkpoint, and a torn last line."""
 
     def __init__(self, path: Path, step: int):
         if path.is_file():
@@ -273,7 +274,7 @@ class Log:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; lines that are none, as the last one that a kill interrupted, are left out."""
+    """Returns the objects of a JSON-lines file. Other lines are left out, as the last one after a kill."""
     rows = [_row(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
     return [row for row in rows if isinstance(row, dict)]
 

@@ -3,6 +3,7 @@
 Letters: A micro-batches of a step, B sequences, T time, D model, L MoE layers, E experts.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -42,14 +43,17 @@ class State(NamedTuple):
 
 
 def init(config: Config) -> State:
-    """The state before the first step, on the mesh in context."""
-    return _compiled_fresh(without_knobs(config))(np.uint32(config.train.seed))
+    """Returns the state before the first step, on the mesh in context."""
+    model = dataclasses.replace(without_knobs(config).model, remat="none")
+    of_parameters = dataclasses.replace(Config(), model=model, optim=config.optim)  # they depend on nothing else
+    return _compiled_fresh(of_parameters)(np.uint32(config.train.seed))
 
 
 @functools.lru_cache(64)
 def _compiled_fresh(config: Config) -> Callable[[Array], State]:
     def fresh(seed: Array) -> State:
-        # Else a stacked scalar state has the type P(), a step's result P(None), and the step would compile twice.
+        # Without `store` a stacked scalar of the state would have the type P() and a step's result P(None), so that the
+        # step would be compiled twice.
         return sharding.store(_fresh(config, seed), declarations(config.model))
 
     # It runs once: an optimized program would take longer to compile than it saves.
@@ -57,7 +61,7 @@ def _compiled_fresh(config: Config) -> Callable[[Array], State]:
 
 
 def abstract(config: Config) -> State:
-    """Shapes, dtypes and shardings of the state on the mesh in context; nothing is allocated."""
+    """Returns shapes, dtypes and shardings of the state on the mesh in context; nothing is allocated."""
     return sharding.placed(jax.eval_shape(lambda: _fresh(config, config.train.seed)), declarations(config.model))
 
 
@@ -67,12 +71,14 @@ def _fresh(config: Config, seed: int | Array) -> State:
 
 
 def make_train_step(config: Config) -> Callable[..., tuple[State, StepReport]]:
-    """The step for batches [A, B, T]; A micro-batches are accumulated before the one update.
+    """Returns the step for batches [A, B, T]: it adds up the gradients of A micro-batches and makes one update.
 
-    Its third argument replaces the config's own `Knobs`.
+    The step's third argument replaces the config's own `Knobs`.
     """
-    own, gradient = knobs(config), make_gradient(config)
-    tx, rate = optim.optimizer(config), optim.schedule(config)
+    own = knobs(config)
+    gradient = make_gradient(config)
+    tx = optim.optimizer(config)
+    rate = optim.schedule(config)
 
     def train_step(state: State, batch: Batch, knobs: Knobs = own) -> tuple[State, StepReport]:
         grads, sums, of_step = gradient(state.params, state.router_state, batch, state.step, knobs)
@@ -94,7 +100,7 @@ def make_train_step(config: Config) -> Callable[..., tuple[State, StepReport]]:
             counts_LE=sums.stats.get("counts"),
             tokens=of_step.units["token"],
             position=new_state.position,
-            # The optimizer's state is finite where the norms are; it is looked at before it is saved, not every step.
+            # The optimizer's state is finite where the norms are, so that it is checked before a save, not every step.
             finite={"router_state": finite(new_state.router_state)},
         )
         return new_state, report
@@ -103,14 +109,14 @@ def make_train_step(config: Config) -> Callable[..., tuple[State, StepReport]]:
 
 
 def finite(tree: Any) -> Array:
-    """Whether all numbers of a tree of arrays are finite, bool []; integers are."""
+    """Returns whether all numbers of a tree of arrays are finite, bool []. Integers always are."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return functools.reduce(jnp.logical_and, (jnp.all(jnp.isfinite(leaf)) for leaf in leaves), jnp.bool_(True))
 
 
 def make_gradient(config: Config) -> Callable[..., tuple[dict, Sums, OfStep]]:
-    """`gradient(params, router_state, batch[A, B, T], step, knobs)`: the gradient of a step's loss before clipping,
-    with the sums and the units that metrics are made of.
+    """Returns `gradient(params, router_state, batch[A, B, T], step, knobs)`, which gives the gradient of a step's loss
+    before clipping, and the sums and units that metrics are made of.
     """
     share = objective.make_objective(config)
 
@@ -133,9 +139,9 @@ def make_gradient(config: Config) -> Callable[..., tuple[dict, Sums, OfStep]]:
 
 
 def _accumulate(loss: Callable, params: dict, count: int, batch: Batch) -> tuple[dict, Sums]:
-    """Sums of gradients and statistics over micro-batches, one after the other.
+    """Returns the sums of gradients and of statistics over micro-batches, which are computed one after the other.
 
-    A micro-batch has no gradients of its own: its backward pass adds to the sums in place, layer by layer.
+    The gradients of one micro-batch are never held: its backward pass adds to the sums in place, layer by layer.
     """
     totals = jax.tree.map(lambda a: jax.new_ref(jnp.zeros_like(a)), params)
 
@@ -144,7 +150,8 @@ def _accumulate(loss: Callable, params: dict, count: int, batch: Batch) -> tuple
         backward.with_refs(totals)(jnp.float32(1))
         return sums
 
-    shapes = jax.eval_shape(micro, jnp.int32(0), jax.tree.map(lambda a: a[0], batch))
+    sums_of = lambda micro_batch: loss(params, jnp.int32(0), micro_batch)[1]
+    shapes = jax.eval_shape(sums_of, jax.tree.map(lambda a: a[0], batch))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec), shapes)
 
     def body(total: Sums, xs: tuple) -> tuple[Sums, None]:
@@ -155,7 +162,9 @@ def _accumulate(loss: Callable, params: dict, count: int, batch: Batch) -> tuple
 
 
 def update_router_state(router_state: dict, stats: Mapping[str, Array], config: Config) -> dict:
-    """The strategy's own update of every layer, from the statistics of the whole batch; once per optimizer step."""
+    """Returns the router state after one optimizer step: the strategy updates every layer's by the statistics of the
+    whole batch.
+    """
     if not router_state:
         return router_state
     moe = config.model.moe
@@ -170,9 +179,9 @@ def update_router_state(router_state: dict, stats: Mapping[str, Array], config: 
 
 class Evaluated(NamedTuple):
     ce_BT: Array  # nats; 0 where there is no target
-    stats: Mapping[str, Array]  # of each layer [L, ...]; additive over batches
-    depths: Mapping[str, Array]  # the same of the blocks that mixture of depths routes; empty without
-    selected_LBTE: Array | None  # bool, with `trace`, as the next two
+    stats: Mapping[str, Array]  # of each MoE layer [L, ...]; additive over batches; empty without MoE layers
+    depths: Mapping[str, Array]  # likewise, of each block that mixture of depths routes; empty if there is none
+    selected_LBTE: Array | None  # bool; None without `trace`, as the next two
     plan: TokenPlan | None  # token-major [L, B, T, K], after an intervention
     predicted_BT: Array | None  # int32, the most likely next token
 
@@ -180,15 +189,17 @@ class Evaluated(NamedTuple):
 def make_eval_step(
     config: Config, trace: bool = False, as_in_training: int | None = None, vocabulary: int | None = None
 ) -> Callable[..., Evaluated]:
-    """Losses and routing of held-out tokens [B, T]: no noise, no update of router state.
+    """Returns `eval_step(params, router_state, batch, intervention=None, first_row=0)`: losses and routing of held-out
+    tokens [B, T], without noise and without an update of router state.
 
-    `eval_step(params, router_state, batch, intervention=None, first_row=0)`; see `model.moe.Context.intervention`.
-    `first_row` is the number of the batch's first row among all that are evaluated: the keys of a router that draws
-    follow it. `as_in_training` is a step: tokens are routed as training routes them then, with its noise. `vocabulary`
-    is the tokenizer's size, from which on ids pad the model's vocabulary and are predicted never.
+    - `intervention` changes plans: see `model.moe.Context`.
+    - `first_row` is the number of the batch's first row among all that are evaluated. A router that draws needs it.
+    - `as_in_training` is the number of a step: tokens are routed as training routes them then, with its noise.
+    - `vocabulary` is the tokenizer's size. Ids from there on only pad the model's vocabulary: none is predicted.
     """
     graphdef, _, _ = structure(config.model)
-    at, train = as_in_training or 0, as_in_training is not None
+    train = as_in_training is not None
+    step = as_in_training if train else 0
 
     def eval_step(
         params: dict,
@@ -199,7 +210,7 @@ def make_eval_step(
     ) -> Evaluated:
         model = nnx.merge(graphdef, params, router_state)
         out = objective.forward(
-            model, batch, first_row, jnp.int32(at), EVAL_SEED, train=train, trace=trace, intervention=intervention
+            model, batch, first_row, jnp.int32(step), EVAL_SEED, train=train, trace=trace, intervention=intervention
         )
         _, ce_BT, _ = objective.token_losses(model, out.hidden_BTD, batch.targets_BT, batch.loss_mask_BT, config)
         routed = out.routed
@@ -212,9 +223,9 @@ def make_eval_step(
 
 
 def _predicted(model: Transformer, hidden_BTD: Array, config: Config, vocabulary: int | None) -> Array:
-    """The most likely next token [B, T], the lowest of equals; logits of `loss_chunk` tokens exist at one time.
+    """Returns the most likely next token [B, T], the lowest id among equals.
 
-    Logits are those of the loss: float32, whatever the hidden states are.
+    Logits are those of the loss, float32 whatever the dtype of hidden states, for `loss_chunk` tokens at one time.
     """
 
     def on_shard(hidden_BTD, head_DV):

@@ -28,7 +28,7 @@ RECORD = "trackers.json"  # in a run's directory: the id under which trackers kn
 
 
 class Tracker(Protocol):
-    """What a run tells of itself. `name` is unlike that of any other run, `start` the step that it goes on from."""
+    """Receives a run's metrics. No other run has its `name`; `start` is the step from which it goes on."""
 
     def __init__(self, config: Config, workdir: Path, name: str, start: int) -> None: ...
 
@@ -134,7 +134,7 @@ class Trackers:
             self._safely(tracker, lambda t=tracker: self._open.update({t: TRACKERS[t](config, workdir, name, start)}))
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Scalars under flat names; those that are not finite, which not every tracker can hold, are left out."""
+        """Logs scalars under flat names. Those that are not finite are left out: not every tracker can hold them."""
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         for name, tracker in list(self._open.items()):
             self._safely(name, lambda t=tracker: t.log(step, finite))

@@ -1,5 +1,7 @@
 """What a run shows, in sentences made from its numbers. A verdict names the value, the reference and the evidence."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from frugalmoe import metrics
@@ -13,6 +15,10 @@ from frugalmoe.analysis.stored.probe import Probe
 from frugalmoe.analysis.stored.runs import Run
 from frugalmoe.analysis.stored.trace import Trace
 from frugalmoe.analysis.wording import listed, number, p_value, percent, spread
+from frugalmoe.config import RECORD, runnable
+from frugalmoe.config.load import typed
+from frugalmoe.errors import UserError
+from frugalmoe.train import objective
 
 ALPHA = 0.05  # of a verdict, over all layers together
 
@@ -69,18 +75,23 @@ def optimization(run: Run) -> str:
 
 
 def auxiliary_losses(run: Run) -> str:
-    """What each loss ended at, and the coefficient that the config gives it."""
-    coefficients = dict(run.config["model"]["moe"].get("losses", {}))
-    coefficients["logit_z"] = run.config.get("optim", {}).get("logit_z_loss", 0)
-    coefficients["depth_predictor"] = run.config["model"].get("mixture_of_depths", {}).get("predictor_loss", 0)
-    coefficients["mtp"] = run.config["model"].get("multi_token_prediction", {}).get("coefficient", 0)
+    """Says what each loss ended at, and what the training loss multiplies it with."""
     names = sorted(n for n in run.metrics if n.startswith("loss/") and n not in ("loss/ce", "loss/total"))
+    role = _role_of_losses(run)
     each = [
-        f"{metrics.find(name).label} {number(run.metrics[name].tail())} "
-        + (f"(times {c:g})" if (c := coefficients.get(name.removeprefix("loss/"), 0)) else "(watched only)")
+        f"{metrics.find(name).label} {number(run.metrics[name].tail())}{role(name.removeprefix('loss/'))}"
         for name in names
     ]
     return f"Over the last tenth of the logged steps: {listed(each)}."
+
+
+def _role_of_losses(run: Run) -> Callable[[str], str]:
+    """Returns what to say behind the value of a loss; nothing where the config is of other code than this."""
+    try:
+        coefficients = objective.coefficients(typed(runnable(run.path / RECORD)))
+    except UserError:
+        return lambda name: ""
+    return lambda name: f" (times {c:g})" if (c := coefficients.get(name)) else " (watched only)"
 
 
 def vocabulary(probe: Probe) -> str:

@@ -1,4 +1,4 @@
-"""Reads a run directory into numpy arrays. Analysis needs nothing but that directory.
+"""Reads a run directory into numpy arrays; nothing else is needed.
 
 Letters: S logged steps, L MoE layers, E experts.
 """

@@ -1,7 +1,7 @@
 """Causal attention inside documents, as fast as each platform allows, and attention to a cache of keys and values.
 
-Every implementation takes its mask from `first_BT`, the position of the first token that a query sees, of its document
-or of its window: query t sees keys first[t] .. t. Padding (segment 0) is one more document, whose outputs are set to
+The mask is the same in every implementation: query t sees keys first[t] .. t, where `first_BT` is the position of the
+first token of the query's document or of its window. Padding (segment 0) is one more document, whose outputs are set to
 zero: no row of scores is ever empty, so no NaN arises in values or gradients.
 
 Letters: B batch, T time (queries), C keys that a query may see (slots of a cache, or tokens), H query heads, h heads
