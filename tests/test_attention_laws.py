@@ -4,6 +4,7 @@ Letters: B batch, T time, H query heads, h key-value heads, d channels of a head
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,7 @@ def broken(*, of=grouped.ATTENTION, name="broken", options=None, **parts) -> Cas
     return cases_of(kind)[-1]
 
 
+@functools.cache
 def calls(function) -> Case:
     """A kind whose layer is called as `function(layer, call, *arguments)`, where `call` is `grouped`'s own."""
 

@@ -50,11 +50,9 @@ class Tokens(NamedTuple):
     positions_BT: Array
 
 
-class Probe(NamedTuple):
-    """sum(weight * y) of a layer, its gradients, and y."""
+class Gradients(NamedTuple):
+    """Of sum(weight * y) of a layer."""
 
-    value: Array
-    y_BTD: Array
     params: Any
     x_BTD: Array
 
@@ -133,22 +131,23 @@ def apply(
 compiled_apply = jax.jit(apply, static_argnums=0)
 
 
+def outputs(case: Case, tokens: Tokens, params: Any = None) -> np.ndarray:
+    """y [B, T, D] by default with the parameters of `parts`."""
+    return np.asarray(compiled_apply(case, parts(case).params if params is None else params, tokens)[0])
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _probe(case: Case, params: Any, tokens: Tokens, weight_BTD: Array) -> Probe:
-    @jax.checkpoint  # so that every law about gradients is also one about recomputed layers
-    def value(params: Any, x_BTD: Array) -> tuple[Array, Array]:
-        y_BTD, _ = apply(case, params, tokens._replace(x_BTD=x_BTD))
-        return jnp.sum(y_BTD * weight_BTD), y_BTD
+def _gradients(case: Case, params: Any, tokens: Tokens, weight_BTD: Array) -> Gradients:
+    def value(params: Any, x_BTD: Array) -> Array:
+        return jnp.sum(apply(case, params, tokens._replace(x_BTD=x_BTD))[0] * weight_BTD)
 
-    (value, y_BTD), gradients = jax.value_and_grad(value, (0, 1), has_aux=True)(params, tokens.x_BTD)
-    return Probe(value, y_BTD, *gradients)
+    return Gradients(*jax.grad(value, (0, 1))(params, tokens.x_BTD))
 
 
-def probe(case: Case, tokens: Tokens, weight_BTD: np.ndarray | None = None, params: Any = None) -> Probe:
-    """Of numpy arrays; by default with random weights and the parameters of `parts`."""
+def gradients(case: Case, tokens: Tokens, weight_BTD: np.ndarray | None = None) -> Gradients:
+    """With the parameters of `parts`, by default with random weights."""
     weight_BTD = _random((B, T, D), 9) if weight_BTD is None else weight_BTD
-    params = parts(case).params if params is None else params
-    return jax.device_get(_probe(case, params, tokens, weight_BTD))
+    return jax.device_get(_gradients(case, parts(case).params, tokens, weight_BTD))
 
 
 def reach(case: Case, tokens: Tokens) -> np.ndarray:
@@ -157,7 +156,7 @@ def reach(case: Case, tokens: Tokens) -> np.ndarray:
     for row, t in np.ndindex(B, T):
         weight_BTD = np.zeros((B, T, D), np.float32)
         weight_BTD[row, t] = _random((D,), 9)
-        found[row, t] = np.any(probe(case, tokens, weight_BTD).x_BTD != 0, axis=-1)
+        found[row, t] = np.any(gradients(case, tokens, weight_BTD).x_BTD != 0, axis=-1)
     return found
 
 
@@ -172,10 +171,10 @@ def assert_near(got: np.ndarray, expected: np.ndarray, what: str, tolerance: flo
 def law_causal_by_perturbation(case: Case) -> None:
     """Other later tokens change no earlier output, bit for bit."""
     here, there = make_tokens(packed=False), make_tokens(1, packed=False)
-    before = probe(case, here).y_BTD
+    before = outputs(case, here)
     for cut in (1, 4, T - 1):
         later = np.arange(T)[:, None] >= cut
-        after = probe(case, here._replace(x_BTD=np.where(later, 100 * there.x_BTD, here.x_BTD))).y_BTD
+        after = outputs(case, here._replace(x_BTD=np.where(later, 100 * there.x_BTD, here.x_BTD)))
         changed = np.sum(before[:, :cut] != after[:, :cut])
         assert changed == 0, f"other tokens from {cut} on change {changed} earlier values"
         assert np.any(before[:, cut] != after[:, cut]), f"token {cut} does not depend on itself"
@@ -199,18 +198,18 @@ def law_documents(case: Case) -> None:
     Alone: at the front of a row, with the positions that it has in every row.
     """
     here, there = make_tokens(), make_tokens(1)
-    before, reached = probe(case, here).y_BTD, reach(case, here)
+    before, reached = outputs(case, here), reach(case, here)
     for row, begin, end in DOCUMENTS:
         what, own = f"tokens {begin} to {end - 1} of row {row}", (row, slice(begin, end))
         others = np.ones((B, T, 1), bool)
         others[own] = False
-        after = probe(case, here._replace(x_BTD=np.where(others, 100 * there.x_BTD, here.x_BTD))).y_BTD
+        after = outputs(case, here._replace(x_BTD=np.where(others, 100 * there.x_BTD, here.x_BTD)))
         assert np.array_equal(before[own], after[own]), f"{what} depend on tokens outside of their document"
         assert not np.any(reached[own] & others[..., 0]), f"gradient flows from {what} out of their document"
         alone = Tokens(there.x_BTD, np.zeros((B, T), np.int32), np.zeros((B, T), np.int32))
         for array, value in zip(alone, (here.x_BTD[own], 1, here.positions_BT[own]), strict=True):
             array[1, : end - begin] = value
-        assert_near(probe(case, alone).y_BTD[1, : end - begin], before[own], f"{what}, alone in a row")
+        assert_near(outputs(case, alone)[1, : end - begin], before[own], f"{what}, alone in a row")
 
 
 @on_one_device
@@ -218,7 +217,7 @@ def law_shift(case: Case) -> None:
     """Positions that begin elsewhere change no output, unless `relative` is False; then they change some."""
     tokens = make_tokens()
     moved = tokens._replace(positions_BT=tokens.positions_BT + np.array([[40], [7]], np.int32))
-    before, after = (probe(case, each).y_BTD for each in (tokens, moved))
+    before, after = (outputs(case, each) for each in (tokens, moved))
     if case.kind.relative:
         return assert_near(after, before, "positions that begin at 40 and at 7")
     same = np.allclose(after, before, rtol=1e-4, atol=1e-5)
@@ -228,8 +227,8 @@ def law_shift(case: Case) -> None:
 @on_one_device
 def law_learned(case: Case) -> None:
     """The output gives every parameter a gradient."""
-    gradients = jax.tree_util.tree_leaves_with_path(probe(case, make_tokens()).params)
-    norms = {jax.tree_util.keystr(path, simple=True, separator="."): np.linalg.norm(g) for path, g in gradients}
+    found = jax.tree_util.tree_leaves_with_path(gradients(case, make_tokens()).params)
+    norms = {jax.tree_util.keystr(path, simple=True, separator="."): np.linalg.norm(g) for path, g in found}
     for name, norm in norms.items():
         assert norm > 1e-4 * max(norms.values()), f"{name}: its gradient has length {norm:.3g}"
 
@@ -238,17 +237,16 @@ def law_learned(case: Case) -> None:
 def law_finite_differences(case: Case) -> None:
     """The gradient of each parameter and of the input is the slope of the output."""
     tokens, params, step = make_tokens(), parts(case).params, 1e-2
-    middle = probe(case, tokens)
-    variables, gradients = (params, tokens.x_BTD), (middle.params, middle.x_BTD)
+    variables, slopes = (params, tokens.x_BTD), gradients(case, tokens)
     leaves, tree = jax.tree.flatten(variables)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
-    length = np.linalg.norm([np.linalg.norm(g) for g in jax.tree.leaves(gradients)])
-    for i, (path, gradient) in enumerate(zip(paths, jax.tree.leaves(gradients), strict=True)):
+    length = np.linalg.norm([np.linalg.norm(g) for g in jax.tree.leaves(slopes)])
+    for i, (path, gradient) in enumerate(zip(paths, jax.tree.leaves(slopes), strict=True)):
         direction, values = _direction(gradient, i), []
         for sign in (-1, 1):
             moved = [leaf + sign * step * direction if j == i else leaf for j, leaf in enumerate(leaves)]
             params, x_BTD = jax.tree.unflatten(tree, moved)
-            y_BTD = probe(case, tokens._replace(x_BTD=x_BTD), params=params).y_BTD
+            y_BTD = outputs(case, tokens._replace(x_BTD=x_BTD), params)
             values.append(np.sum(y_BTD.astype(np.float64) * _random((B, T, D), 9)))
         slope, expected = (values[1] - values[0]) / (2 * step), np.vdot(gradient, direction)
         name = "the input" if path[0].idx else jax.tree_util.keystr(path[1:], simple=True, separator=".")
@@ -273,8 +271,8 @@ def law_extremes(case: Case) -> None:
     inputs |= {f"times {f:g}": tokens.x_BTD * np.float32(f) for f in (100, 1e4)}
     inputs |= {"one token far out": tokens.x_BTD + one, "zeros": np.zeros_like(tokens.x_BTD)}
     for name, x_BTD in inputs.items():
-        probed = probe(case, tokens._replace(x_BTD=x_BTD))
-        for what, tree in (("outputs", probed.y_BTD), ("gradients", (probed.params, probed.x_BTD))):
+        moved = tokens._replace(x_BTD=x_BTD)
+        for what, tree in (("outputs", outputs(case, moved)), ("gradients", gradients(case, moved))):
             assert all(np.isfinite(a).all() for a in jax.tree.leaves(tree)), f"{name}: {what} are not finite"
 
 
@@ -285,12 +283,12 @@ def law_bfloat16(case: Case) -> None:
     low = case._replace(model=dataclasses.replace(case.model, compute_dtype="bfloat16"))
     y_BTD, _ = compiled_apply(low, parts(low).params, tokens._replace(x_BTD=jnp.asarray(tokens.x_BTD, jnp.bfloat16)))
     assert y_BTD.dtype == jnp.bfloat16, f"outputs are of type {y_BTD.dtype} where inputs are bfloat16"
-    full_BTD = probe(case, tokens).y_BTD
+    full_BTD = outputs(case, tokens)
     apart, length = np.linalg.norm(np.asarray(y_BTD, np.float32) - full_BTD), np.linalg.norm(full_BTD)
     assert apart <= 5e-2 * length, f"{apart:.3g} apart, the outputs' length in float32 is {length:.3g}"
 
 
-LONG, REAL, SLOTS = PIECE + 64, (40, 37), (PIECE + 64, 2 * PIECE)
+LONG, REAL, SLOTS = PIECE + 64, (40, 37), (2 * PIECE, 2 * PIECE + 64)
 
 
 @on_one_device
@@ -301,24 +299,24 @@ def law_cache(case: Case) -> None:
     """
     x_BTD, params = _random((B, LONG, D), 3), parts(case).params
     index_BT = np.tile(np.arange(LONG, dtype=np.int32), (B, 1))
-    whole_BTD, _ = compiled_apply(case, params, Tokens(x_BTD, np.ones_like(index_BT), index_BT))
-    whole_BTD, rows = np.asarray(whole_BTD), np.arange(B)[:, None]
+    whole_BTD, rows = outputs(case, Tokens(x_BTD, np.ones_like(index_BT), index_BT)), np.arange(B)[:, None]
 
-    def feed(cache: Cache, at_Bt: np.ndarray, start: np.ndarray) -> Cache:
+    def feed(cache: Cache, size: int, start: np.ndarray) -> Cache:
+        at_Bt = np.broadcast_to(start, B)[:, None] + np.arange(size, dtype=np.int32)
         real_Bt = at_Bt < length_B[:, None]
-        x_BtD = np.where(real_Bt[..., None], x_BTD[rows, at_Bt], _random((*at_Bt.shape, D), 4))
+        x_BtD = np.where(real_Bt[..., None], x_BTD[rows, np.minimum(at_Bt, LONG - 1)], _random((B, size, D), 4))
         y_BtD, after = compiled_apply(case, params, Tokens(x_BtD, real_Bt.astype(np.int32), at_Bt), cache, start)
-        what = f"{at_Bt.shape[1]} tokens from {start} on"
-        assert_near(np.asarray(y_BtD)[real_Bt], whole_BTD[rows, at_Bt][real_Bt], what)
+        row, t = np.nonzero(real_Bt)
+        assert_near(np.asarray(y_BtD)[row, t], whole_BTD[row, at_Bt[row, t]], f"{size} tokens from {start} on")
         return after
 
     cache, length_B = empty_cache(case, SLOTS[0]), PIECE + np.array(REAL, np.int32)
-    for begin, end in ((0, PIECE), (PIECE, LONG)):
-        cache = feed(cache, index_BT[:, begin:end], np.int32(begin))
+    for start in (0, PIECE):
+        cache = feed(cache, PIECE, np.int32(start))
     cache = widened(case, cache)
     for _ in range(4):
         start_B, length_B = length_B, length_B + 1
-        cache = feed(cache, start_B[:, None], start_B)
+        cache = feed(cache, 1, start_B)
 
 
 def empty_cache(case: Case, slots: int) -> Cache:
