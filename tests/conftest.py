@@ -9,7 +9,7 @@ import pytest
 from frugalmoe.laws import xla_flags
 
 # A broken law shows its values: the modules of laws, and those of the folder `routing`.
-pytest.register_assert_rewrite("frugalmoe.laws.cases", "frugalmoe.laws.executors", "frugalmoe.laws.routing")
+pytest.register_assert_rewrite(*(f"frugalmoe.laws.{name}" for name in ("attention", "cases", "executors", "routing")))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", xla_flags())
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

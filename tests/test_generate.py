@@ -43,11 +43,7 @@ def weights_of(config) -> Weights:
 
 
 WINDOW = {"model.attention": "window", "model.attention_options.window.window": 5}
-LATENT = {"model.attention": "latent", "model.attention_options.latent.query_rank": 12}
-ATTENTION = {
-    "window": WINDOW,
-    "sinks": {"model.attention_options.grouped.sinks": True},
-    "latent": LATENT,
+ATTENTION = {  # each kind alone is held to the law of its cache
     "mixed": WINDOW | {"model.attention": "window,latent,grouped", "model.num_layers": 5},
     "window of depths": DEPTHS | WINDOW,
 }

@@ -9,6 +9,7 @@ import pytest
 from frugalmoe import found
 from frugalmoe.cli import main
 from frugalmoe.laws import run
+from frugalmoe.laws.attention import LAWS as ATTENTION
 from frugalmoe.laws.executors import LAWS as EXECUTORS
 from frugalmoe.laws.routing import LAWS
 
@@ -33,6 +34,13 @@ import jax.numpy as jnp
 from frugalmoe.experts.contract import Executor
 EXECUTOR = Executor(run=lambda plan, x, gate_up, down, call: (x, jnp.int32(0)), work="", purpose="")
 """
+
+SEES_ALL = """
+import dataclasses
+from frugalmoe.model.attention.kinds import grouped, window
+ATTENTION = dataclasses.replace(window.ATTENTION, seen=grouped.ATTENTION.seen)
+"""
+TABLES = (LAWS, EXECUTORS, ATTENTION)
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +74,14 @@ def test_an_executor(tmp_path, capsys):
     assert main(["laws", "--executor=blocks", "--law=room"]) == 0
 
 
+def test_a_kind_of_attention(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(SEES_ALL)
+    assert main(["laws", "--attention=mine.py", "--law=flops", "--law=parameters"]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "2 laws, 2 cases"
+    assert out[4].strip().startswith("mine.py-sinks=True-window=5: seen=6.5 of 12 tokens; outputs depend on 4.16667 in")
+
+
 def test_a_router_that_raises_breaks_the_law_with_its_place(tmp_path, capsys):
     (tmp_path / "mine.py").write_text(LEAK.replace("inputs, config)\n\nABOUT", "inputs, confg)\n\nABOUT"))
     assert main(["laws", "mine.py", "--law=counts"]) == 1
@@ -76,8 +92,8 @@ def test_a_router_that_raises_breaks_the_law_with_its_place(tmp_path, capsys):
 def test_the_list_says_what_each_law_means(capsys):
     assert main(["laws", "--list"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out and run.meaning(law) in out for table in (LAWS, EXECUTORS) for name, law in table.items())
-    assert all(len(run.meaning(law)) > 20 for table in (LAWS, EXECUTORS) for law in table.values())
+    assert all(name in out and run.meaning(law) in out for table in TABLES for name, law in table.items())
+    assert all(len(run.meaning(law)) > 20 for table in TABLES for law in table.values())
 
 
 @pytest.mark.parametrize(
@@ -85,6 +101,7 @@ def test_the_list_says_what_each_law_means(capsys):
     [
         ([], "", "name one strategy"),
         (["hash", "--executor=blocks"], "", "name one strategy"),
+        (["--attention=grouped", "--executor=blocks"], "", "name one strategy"),
         (["absent.py"], "", "no such file"),
         (["hsah"], "", "did you mean 'hash'"),
         (["hash", "--law=cuonts"], "", "did you mean 'counts'"),
@@ -94,6 +111,11 @@ def test_the_list_says_what_each_law_means(capsys):
         (["mine.py"], LEAK.replace("init=linear_init)", "check=lambda c: 'never')"), "name others: Router(cases=("),
         (["--executor=mine.py"], LEAK, "ends without EXECUTOR"),
         (["--executor="], "", "no such executor"),
+        (["--attention=windw"], "", "did you mean 'window'"),
+        (["--attention=mine.py"], SEES_ALL + "ATTENTION = 3", "ends without ATTENTION"),
+        (["--attention=mine.py"], SEES_ALL.replace("seen=", "cases=({'size': 1},), seen="), "argument 'size'"),
+        (["--attention=mine.py"], SEES_ALL.replace("seen=", "check=lambda c, o: 1 / 0, seen="), "ZeroDivisionError"),
+        (["--attention=mine.py"], SEES_ALL.replace("seen=", "check=lambda c, o: 'no', seen="), "check refuses"),
         ([""], "", "names no strategy"),
     ],
 )

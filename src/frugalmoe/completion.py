@@ -50,6 +50,8 @@ def _add_completers(parser: argparse.ArgumentParser) -> None:
             action.completer = _found(_STRATEGIES)
         elif action.dest == "executor":
             action.completer = _found(_EXECUTORS)
+        elif action.dest == "attention":
+            action.completer = _found(_KINDS_OF_ATTENTION)
         elif action.dest == "scheduler":
             action.completer = lambda **_: ("slurm", "jobset", "skypilot", "ssh")
 

@@ -1,4 +1,4 @@
-"""Laws that every routing strategy and every executor obeys: `frugalmoe laws`, and what the tests enumerate."""
+"""Laws that every routing strategy, executor and kind of attention obeys: `frugalmoe laws`, and the tests."""
 
 from importlib.metadata import version
 

@@ -1,4 +1,4 @@
-"""Runs laws on one strategy or executor and says in one line each whether they hold: what `frugalmoe laws` prints."""
+"""Runs laws on one strategy, executor or kind of attention and says in one line each whether they hold."""
 
 import inspect
 import time
@@ -33,6 +33,12 @@ def executor_laws() -> Laws:
     return LAWS
 
 
+def attention_laws() -> Laws:
+    from frugalmoe.laws.attention import LAWS
+
+    return LAWS
+
+
 def cases_of_router(spec: str) -> list[Any]:
     """The cases of a strategy: a shipped name, the path of a file, a dotted module.
 
@@ -51,6 +57,16 @@ def cases_of_executor(spec: str) -> list[Any]:
     from frugalmoe.experts import executors
 
     return [executors.get(spec)]
+
+
+def cases_of_attention(spec: str) -> list[Any]:
+    """The cases of a kind of attention. Raises `UserError` where it cannot be had, or its `check` raises or refuses."""
+    from frugalmoe.laws.attention import cases_of
+    from frugalmoe.model.attention import kinds
+
+    kind = kinds.get(spec)
+    with one_line_errors(f"model.attention={spec!r}", inspect.getsourcefile(kind.prepare) or spec):
+        return cases_of(kind)
 
 
 def chosen(laws: Laws, names: Sequence[str]) -> Laws:

@@ -10,6 +10,8 @@ generation the T tokens (at most `PIECE`) go into the cache at places start, sta
 sees itself and the places before it. `start`, int32 [] or [B], may fall behind the end of the piece before, whose last
 tokens were padding: nothing of them may be seen.
 
+Every kind is held to the laws in `frugalmoe.laws.attention`: `frugalmoe laws --attention=NAME`.
+
 Letters: B batch, T time, C slots of a cache, D model.
 """
 
@@ -65,4 +67,7 @@ class Attention:
     seen: Callable[[Model, Any, int], float] = mean_causal  # keys that a token of a sequence of that length sees, mean
     check: Callable[[Model, Any], str | None] = lambda config, options: None  # "FIELD=VALUE: RULE" that is broken
     options: type = NoOptions  # frozen dataclass with defaults; the comment beside a field is its meaning
+    relative: bool = True  # outputs depend on how far apart tokens are, not on where their document begins
+    # Options, beside the defaults, that the laws run with.
+    cases: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), compare=False)
     name: str = ""  # set by `get`

@@ -135,4 +135,5 @@ ATTENTION = Attention(
     mesh=mesh,
     check=check,
     options=Options,
+    cases=({"sinks": True},),
 )

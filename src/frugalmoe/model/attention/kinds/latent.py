@@ -177,4 +177,5 @@ ATTENTION = Attention(
     mesh=mesh,
     check=check,
     options=Options,
+    cases=({"query_rank": 12},),
 )

@@ -51,4 +51,5 @@ ATTENTION = dataclasses.replace(
     seen=seen,
     check=check,
     options=Options,
+    cases=({"window": 5, "sinks": True},),
 )
