@@ -105,6 +105,12 @@ CASES: dict[str, Callable[[], hf.PretrainedConfig]] = {
         norm_topk_prob=False,
         rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 0.8},
     ),
+    "deepseek_v2": lambda: hf.DeepseekV2Config(
+        **LATENT, n_shared_experts=2, topk_method="group_limited_greedy", n_group=4, topk_group=2
+    ),
+    "deepseek_v2 greedy, scaled, yarn": lambda: hf.DeepseekV2Config(
+        **LATENT, routed_scaling_factor=3.0, rope_parameters=YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}
+    ),
     "glm4_moe": lambda: hf.Glm4MoeConfig(**GLM4),
     "glm4_moe no bias, no norm, one group": lambda: hf.Glm4MoeConfig(
         **GLM4 | {"attention_bias": False, "use_qk_norm": False, "n_group": 1, "topk_group": 1}

@@ -49,6 +49,8 @@ def to_theirs(family: Family, model: Model) -> dict[str, Any]:
     flat = _flat(to_dict(model))
     values = {key.theirs: flat.get(key.ours) for key in family.keys}
     values |= {name: allowed[0] for name, allowed in family.fixed.items() if allowed[0] is not None}
+    if any("{mtp}" in row.theirs for row in family.rows):
+        values["num_nextn_predict_layers"] = model.multi_token_prediction.depth
     values |= rope.to_theirs(model) | dict(family.more_theirs(model))
     return {"architectures": [family.architecture], "model_type": family.name, **values}
 

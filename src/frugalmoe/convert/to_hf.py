@@ -60,10 +60,10 @@ def _as_it_was(
     run: Path, config: Config, record: Mapping[str, Any], family: str
 ) -> tuple[Family, Mapping[str, Any]] | None:
     """Family and config.json that a converted run came with, where they still say what it is."""
-    path = run / FOLDER / published.CONFIG
-    if not record or not path.is_file() or family not in ("", record.get("family")):
-        return None
-    kind, values = families.get(record["family"]), read_json(path)
+    path, name = run / FOLDER / published.CONFIG, record.get("family")
+    if not path.is_file() or family not in ("", name) or name not in (*families.names(), family):
+        return None  # a record does not name a program: a file that is a family is named anew
+    kind, values = families.get(name), read_json(path)
     return None if settings.differing(kind, values, config.model, str(path)) else (kind, values)
 
 
