@@ -163,7 +163,7 @@ def test_config_json_says_in_both_directions_what_a_model_is(case):
     named = {key for key in said if key in before} - {"architectures", "rope_parameters", "num_nextn_predict_layers"}
     if not config.model.num_dense_layers:
         named -= {"intermediate_size"} if config.model.moe.expert_dim != before["intermediate_size"] else set()
-    window = {"sliding_window", "max_window_layers"} if not before.get("use_sliding_window", True) else set()
+    window = {"sliding_window"} if "window" not in config.model.attention else set()
     for key in named - window:
         assert before[key] is None or after[key] == before[key] or not (after[key] or before[key]), key
 
@@ -180,7 +180,7 @@ def test_config_json_says_in_both_directions_what_a_model_is(case):
         ({"rope_parameters": {"rope_theta": 1e4, "short_factor": [1]}}, "short_factor=[1]: no meaning is known"),
         ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta='big': must be a number"),
         ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type=['yarn']: is not implemented"),
-        ({"model_type": "qwen3", "layer_types": [{}, [], 1], "use_sliding_window": True}, "layer_types={}: is not"),
+        ({"model_type": "dots1", "layer_types": [{}, [], 1], "sliding_window": 4}, "layer_types={}: is not"),
         ({"model_type": "qwen3", "use_sliding_window": "no"}, "use_sliding_window='no': must be true or false"),
         ({"rope_parameters": []}, "rope_parameters=[]: must be an object"),
         ({"hidden_size": "32"}, "hidden_size='32'"),
