@@ -29,6 +29,7 @@ from frugalmoe.train.checkpoint import on_disk
 from frugalmoe.train.weights import load_model
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+WINDOWED = {"use_sliding_window": True, "sliding_window": 4}
 HEADER, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
@@ -180,7 +181,8 @@ def test_config_json_says_in_both_directions_what_a_model_is(case):
         ({"rope_parameters": {"rope_theta": 1e4, "short_factor": [1]}}, "short_factor=[1]: no meaning is known"),
         ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta='big': must be a number"),
         ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type=['yarn']: is not implemented"),
-        ({"model_type": "dots1", "layer_types": [{}, [], 1], "sliding_window": 4}, "layer_types={}: is not"),
+        ({"model_type": "qwen3", **WINDOWED, "layer_types": [{}, [], 1]}, "layer_types={}: is not"),
+        ({"model_type": "qwen3", **WINDOWED, "layer_types": 3}, "layer_types=3: must name a kind for each of the 3"),
         ({"model_type": "qwen3", "use_sliding_window": "no"}, "use_sliding_window='no': must be true or false"),
         ({"rope_parameters": []}, "rope_parameters=[]: must be an object"),
         ({"hidden_size": "32"}, "hidden_size='32'"),
@@ -403,6 +405,23 @@ def test_half_precision_comes_back_exactly_and_what_it_cannot_hold_is_refused(mo
     with pytest.raises(UserError, match=r"'model.norm.weight' as F16: holds numbers that are not finite"):
         to_hf.convert(tmp_path / "run", made, weights, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_a_run_of_our_own_is_published_with_its_tokenizer(models, tmp_path, capsys):
+    """In float32, as the one family that is named, with the token that ends a text."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = tmp_path / "run"
+    assert main(["convert", "from-hf", str(models / "many"), str(run)]) == 0
+    shutil.rmtree(run / "source")
+    (run / "source.json").unlink()
+    assert "several families" in refused(capsys, "to-hf", run, tmp_path / "out")
+    assert main(["convert", "to-hf", str(run), str(tmp_path / "out"), "--family=mixtral"]) == 0
+    text, (_, _, ours, _) = "the moon", load_model(run)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs(text)["input_ids"] == ours.encode(text).tolist() and theirs.eos_token_id == ours.eos
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.float32 and model.config.eos_token_id == ours.eos
 
 
 def test_a_model_that_no_family_has_is_refused_naming_the_nearest():

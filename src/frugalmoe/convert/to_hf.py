@@ -18,6 +18,7 @@ from frugalmoe.convert import checkpoint as published
 from frugalmoe.convert import families, output, plan, safetensors, settings
 from frugalmoe.convert.contract import Family
 from frugalmoe.convert.from_hf import FOLDER, RECORD
+from frugalmoe.data.tokenizer import load_from
 from frugalmoe.errors import UserError
 from frugalmoe.files import read_json, write_json
 from frugalmoe.schema import Model
@@ -103,7 +104,7 @@ def convert(
     arrays = _flat(weights)
     with output.appearing(directory) as place, output.bar(progress) as bar:
         _carry(run, place)
-        write_json(place / published.CONFIG, made.values)
+        write_json(place / published.CONFIG, {**_end_of_text(run), **made.values})
         shards = _shards(made.entries, largest)
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         names = names if len(shards) > 1 else [published.WEIGHTS]
@@ -150,6 +151,13 @@ def _flat(weights: Weights) -> dict[plan.Path, np.ndarray]:
     leaves = [*jax.tree_util.tree_leaves_with_path(weights.params)]
     leaves += jax.tree_util.tree_leaves_with_path(weights.router_state)
     return {tuple(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _end_of_text(run: Path) -> dict[str, int]:
+    """What config.json of a run of our own says of the token that ends a text."""
+    if (run / FOLDER).is_dir() or not (run / "tokenizer/tokenizer.json").is_file():
+        return {}
+    return {"eos_token_id": load_from(run / "tokenizer").eos}
 
 
 def _carry(run: Path, place: Path) -> None:
