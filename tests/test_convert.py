@@ -567,3 +567,15 @@ def test_modules_of_ling_are_among_its_layers(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, from_hf.read_arrays(same), from_hf.read_arrays(found))
     values = settings.to_theirs(same.family, same.config.model)
     assert (values["num_hidden_layers"], values["num_nextn_predict_layers"]) == (4, 1)
+
+
+def test_a_family_may_lie_outside_the_package_where_the_user_names_it(models, tmp_path, capsys, monkeypatch):
+    """A record of a run that names a file does not make it run: it has to be named anew."""
+    monkeypatch.chdir(tmp_path)
+    Path("my_model.py").write_text("from frugalmoe.convert.families.mixtral import FAMILY\n")
+    arguments = ["convert", "from-hf", str(models / "one"), "run", "--tokenizer=bytes", "--family=./my_model.py"]
+    assert main(arguments) == 0
+    assert json.loads(Path("run/config.json").read_text())["name"] == "my_model"
+    assert "several families" in refused(capsys, "to-hf", "run", "out")
+    assert main(["convert", "to-hf", "run", "out", "--family=./my_model.py"]) == 0
+    assert json.loads(Path("out/config.json").read_text()) == json.loads((models / "one" / HEADER).read_text())

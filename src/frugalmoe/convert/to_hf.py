@@ -71,7 +71,7 @@ def _as_it_was(
 def _fresh(config: Config, family: str) -> tuple[Family, Mapping[str, Any]]:
     """The one family that has all of what the model computes, or the one that is named."""
     kinds = [families.get(name) for name in ([family] if family else families.sound())]
-    fitting, why = [], {}
+    fitting, why, wrong = [], {}, {}
     for kind in kinds:
         values = settings.to_theirs(kind, config.model) | {
             "max_position_embeddings": config.data.sequence_length,
@@ -80,7 +80,8 @@ def _fresh(config: Config, family: str) -> tuple[Family, Mapping[str, Any]]:
         try:
             lines = settings.differing(kind, values, config.model, "config.json")
         except UserError as e:
-            lines = [str(e)]
+            wrong[kind.name] = str(e)
+            continue
         if lines:
             why[kind.name] = lines
         else:
@@ -89,8 +90,8 @@ def _fresh(config: Config, family: str) -> tuple[Family, Mapping[str, Any]]:
         names = ", ".join(kind.name for kind, _ in fitting)
         raise UserError(f"--family={family!r}: several families have what this model computes; name one of: {names}")
     if not fitting:
-        nearest = min(why, key=lambda name: len(why[name]))
-        rule = f"{nearest} has no {'; '.join(why[nearest][:5])}"
+        nearest = min(why, key=lambda name: len(why[name]), default=None)
+        rule = f"{nearest} has no {'; '.join(why[nearest][:5])}" if nearest else "; ".join(wrong.values())
         raise UserError(f"--family={family!r}: no family of models computes what this one does; {rule}")
     return fitting[0]
 
