@@ -74,7 +74,7 @@ def look(directory: Path, run: Path, *, family: str = "", tokenizer: str = "", o
     made = plan.make(kind, config.model)
     repeats, dropped, faults = plan.compare(made, kind, source.shapes)
     faults = f"{directory}: does not fit its config.json as {kind.name}: {faults}" if faults else ""
-    notes = [*dropped, *(f"{name}: not read, and not carried along" for name in source.left)]
+    notes = [*dropped, *(f"{name!r}: not read, and not carried along" for name in source.left)]
     if source.config.get(_MODULES) and not depth:
         notes.append(f"{_MODULES}={source.config[_MODULES]}: no such module is in the files, and none in the run")
     return Found(source, kind, config, made, own, repeats, tuple(notes), faults)
