@@ -41,16 +41,18 @@ QWEN3 = COMMON | dict(head_dim=d, moe_intermediate_size=F, num_experts=E, mlp_on
 QWEN2 = COMMON | dict(
     moe_intermediate_size=F, num_experts=E, shared_expert_intermediate_size=2 * F, intermediate_size=24
 )
-GLM4 = COMMON | dict(
+GLM4_SIZES = COMMON | dict(
     head_dim=d,
-    attention_bias=True,
     intermediate_size=24,
     moe_intermediate_size=F,
     n_routed_experts=E,
     n_shared_experts=1,
+    first_k_dense_replace=1,
+)
+GLM4 = GLM4_SIZES | dict(
+    attention_bias=True,
     n_group=4,
     topk_group=2,
-    first_k_dense_replace=1,
     use_qk_norm=True,
     norm_topk_prob=True,
     routed_scaling_factor=2.5,
@@ -105,9 +107,31 @@ CASES: dict[str, Callable[[], hf.PretrainedConfig]] = {
         norm_topk_prob=False,
         rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 0.8},
     ),
+    "deepseek_v2": lambda: hf.DeepseekV2Config(
+        **LATENT, n_shared_experts=2, topk_method="group_limited_greedy", n_group=4, topk_group=2
+    ),
+    "deepseek_v2 greedy, scaled, yarn": lambda: hf.DeepseekV2Config(
+        **LATENT, routed_scaling_factor=3.0, rope_parameters=YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}
+    ),
     "glm4_moe": lambda: hf.Glm4MoeConfig(**GLM4),
     "glm4_moe no bias, no norm, one group": lambda: hf.Glm4MoeConfig(
         **GLM4 | {"attention_bias": False, "use_qk_norm": False, "n_group": 1, "topk_group": 1}
+    ),
+    "dots1": lambda: hf.Dots1Config(
+        **GLM4_SIZES, norm_topk_prob=True, routed_scaling_factor=2.5, n_group=4, topk_group=2
+    ),
+    "dots1 windows": lambda: hf.Dots1Config(**GLM4_SIZES, sliding_window=5, max_window_layers=2),
+    "ernie4_5_moe": lambda: hf.Ernie4_5_MoeConfig(
+        **DENSE, intermediate_size=24, moe_intermediate_size=F, moe_num_experts=E, moe_k=2
+    ),
+    "ernie4_5_moe tied, none shared": lambda: hf.Ernie4_5_MoeConfig(
+        **DENSE | {"tie_word_embeddings": True},
+        intermediate_size=24,
+        moe_intermediate_size=F,
+        moe_num_experts=E,
+        moe_k=2,
+        moe_num_shared_experts=0,
+        moe_layer_start_index=0,
     ),
     "granitemoeshared": lambda: hf.GraniteMoeSharedConfig(**GRANITE),
     "granitemoeshared none shared": lambda: hf.GraniteMoeSharedConfig(**GRANITE | {"shared_intermediate_size": 0}),

@@ -29,6 +29,7 @@ from frugalmoe.train.checkpoint import on_disk
 from frugalmoe.train.weights import load_model
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+WINDOWED = {"use_sliding_window": True, "sliding_window": 4}
 HEADER, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
@@ -160,10 +161,10 @@ def test_config_json_says_in_both_directions_what_a_model_is(case):
     assert settings.differing(family, said, config.model, "config.json") == []
     other = CASES[case]().__class__(**said)
     before, after = CASES[case]().to_dict(), other.to_dict()
-    named = {key for key in said if key in before} - {"architectures", "rope_parameters"}
+    named = {key for key in said if key in before} - {"architectures", "rope_parameters", "num_nextn_predict_layers"}
     if not config.model.num_dense_layers:
         named -= {"intermediate_size"} if config.model.moe.expert_dim != before["intermediate_size"] else set()
-    window = {"sliding_window", "max_window_layers"} if not before.get("use_sliding_window", True) else set()
+    window = {"sliding_window"} if "window" not in config.model.attention else set()
     for key in named - window:
         assert before[key] is None or after[key] == before[key] or not (after[key] or before[key]), key
 
@@ -180,7 +181,8 @@ def test_config_json_says_in_both_directions_what_a_model_is(case):
         ({"rope_parameters": {"rope_theta": 1e4, "short_factor": [1]}}, "short_factor=[1]: no meaning is known"),
         ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta='big': must be a number"),
         ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type=['yarn']: is not implemented"),
-        ({"model_type": "qwen3", "layer_types": [{}, [], 1], "use_sliding_window": True}, "layer_types={}: is not"),
+        ({"model_type": "qwen3", **WINDOWED, "layer_types": [{}, [], 1]}, "layer_types={}: is not"),
+        ({"model_type": "qwen3", **WINDOWED, "layer_types": 3}, "layer_types=3: must name a kind for each of the 3"),
         ({"model_type": "qwen3", "use_sliding_window": "no"}, "use_sliding_window='no': must be true or false"),
         ({"rope_parameters": []}, "rope_parameters=[]: must be an object"),
         ({"hidden_size": "32"}, "hidden_size='32'"),
@@ -405,6 +407,23 @@ def test_half_precision_comes_back_exactly_and_what_it_cannot_hold_is_refused(mo
     assert not (tmp_path / "again").exists()
 
 
+def test_a_run_of_our_own_is_published_with_its_tokenizer(models, tmp_path, capsys):
+    """In float32, as the one family that is named, with the token that ends a text."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = tmp_path / "run"
+    assert main(["convert", "from-hf", str(models / "many"), str(run)]) == 0
+    shutil.rmtree(run / "source")
+    (run / "source.json").unlink()
+    assert "several families" in refused(capsys, "to-hf", run, tmp_path / "out")
+    assert main(["convert", "to-hf", str(run), str(tmp_path / "out"), "--family=mixtral"]) == 0
+    text, (_, _, ours, _) = "the moon", load_model(run)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs(text)["input_ids"] == ours.encode(text).tolist() and theirs.eos_token_id == ours.eos
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.float32 and model.config.eos_token_id == ours.eos
+
+
 def test_a_model_that_no_family_has_is_refused_naming_the_nearest():
     model = {"model.qk_norm": "head", "model.moe.options.scale": 3.0, "model.vocab_size": 64}
     with pytest.raises(UserError, match=r"no family of models computes what this one does; .* has no model"):
@@ -432,3 +451,131 @@ def test_new_directories_may_be_empty_but_not_links_or_below_files(tmp_path):
     for name in ("file", "link", "file/below", "x" * 300):
         with pytest.raises(UserError, match="RUN="):
             output.check_new(tmp_path / name, "RUN")
+
+
+LING = {  # names of GLM-4-MoE and of Granite-MoE-shared as Ling has them
+    "self_attn.o_proj": "attention.dense",
+    "self_attn.q_norm": "attention.query_layernorm",
+    "self_attn.k_norm": "attention.key_layernorm",
+    "embed_tokens": "word_embeddings",
+    "gate.e_score_correction_bias": "gate.expert_bias",
+    "block_sparse_moe.router.layer": "mlp.gate",
+    "shared_head.norm": "final_layernorm",
+}
+OF_LING = dict(
+    vocab_size=320,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    moe_intermediate_size=16,
+    num_experts=8,
+    num_experts_per_tok=2,
+    norm_topk_prob=True,
+    use_bias=False,
+    hidden_act="silu",
+    max_position_embeddings=64,
+    rope_scaling=None,
+    auto_map={"AutoModelForCausalLM": "modeling.Model"},
+)
+LING_2 = OF_LING | dict(
+    model_type="bailing_moe_v2",
+    intermediate_size=24,
+    first_k_dense_replace=1,
+    num_shared_experts=1,
+    n_group=4,
+    topk_group=2,
+    routed_scaling_factor=2.5,
+    use_qkv_bias=True,
+    use_qk_norm=True,
+    partial_rotary_factor=0.5,
+    rope_theta=1e4,
+    rms_norm_eps=1e-5,
+    score_function="sigmoid",
+    router_dtype="fp32",
+)
+LING_1 = OF_LING | dict(
+    model_type="bailing_moe",
+    num_shared_experts=2,
+    use_qkv_bias=False,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    norm_head=False,
+    use_sliding_window=False,
+    sliding_window=4096,
+)
+
+
+def as_ling(tensors: dict) -> dict:
+    """The tensors of a model under Ling's names, queries, keys and values in one."""
+    found = {}
+    for name, tensor in tensors.items():
+        if ".q_proj." in name:
+            parts = [tensors[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            found[name.replace("self_attn.q_proj", "attention.query_key_value")] = torch.cat(parts)
+        elif "input_linear" in name or "output_linear" in name:
+            found |= dict(separate(name, tensor))
+        elif not any(part in name for part in ("k_proj", "v_proj", "shared_head.head")) and "3.embed" not in name:
+            for old, new in LING.items():
+                name = name.replace(old, new)
+            found[name] = tensor
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+def separate(name: str, tensor: torch.Tensor):
+    """Granite's fused experts one by one."""
+    prefix = name.split("block_sparse_moe")[0].split("shared_mlp")[0] + "mlp."
+    of_experts = [(f"experts.{i}.", one) for i, one in enumerate(tensor)]
+    for expert, one in of_experts if tensor.ndim == 3 else [("shared_experts.", tensor)]:
+        parts = ("down_proj",) if "output" in name else ("gate_proj", "up_proj")
+        for part, piece in zip(parts, one.chunk(len(parts))):
+            yield f"{prefix}{expert}{part}.weight", piece
+
+
+@pytest.mark.parametrize("case, said", [("glm4_moe", LING_2), ("granitemoeshared", LING_1)])
+def test_ling_is_the_model_that_it_equals_under_other_names(case, said, tmp_path):
+    """Its tensors become the same arrays and its config.json the same model, which is compared with `transformers`."""
+    directory = save(randomized(case), tmp_path / "theirs")
+    found = from_hf.look(directory, tmp_path / "run", tokenizer="bytes")
+    ling = tmp_path / "ling"
+    ling.mkdir()
+    save_file(as_ling(load_file(directory / WEIGHTS)), ling / WEIGHTS)
+    (ling / HEADER).write_text(json.dumps(said))
+    same = from_hf.look(ling, tmp_path / "run", tokenizer="bytes")
+    assert not same.faults and settings.unlike(same.config.model, found.config.model) == []
+    jax.tree.map(np.testing.assert_array_equal, from_hf.read_arrays(same), from_hf.read_arrays(found))
+    edit(ling / HEADER, norm_head=True)
+    if case == "granitemoeshared":
+        assert from_hf.look(ling, tmp_path / "run", tokenizer="bytes").config.model.norm_head
+
+
+def test_modules_of_ling_are_among_its_layers(tmp_path):
+    """Of 4 layers one is a module: `num_hidden_layers` counts it."""
+    from test_multi_token import their_layers
+
+    theirs = randomized("glm4_moe")
+    directory = save(theirs, tmp_path / "theirs", their_layers(theirs, 1))
+    tensors = {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    ling = tmp_path / "ling"
+    ling.mkdir()
+    save_file(as_ling(tensors), ling / WEIGHTS)
+    (ling / HEADER).write_text(json.dumps(LING_2 | {"num_hidden_layers": 4, "num_nextn_predict_layers": 1}))
+    found, same = (from_hf.look(path, tmp_path / "run", tokenizer="bytes") for path in (directory, ling))
+    assert not same.faults and settings.unlike(same.config.model, found.config.model) == []
+    assert same.config.model.multi_token_prediction.depth == 1
+    jax.tree.map(np.testing.assert_array_equal, from_hf.read_arrays(same), from_hf.read_arrays(found))
+    values = settings.to_theirs(same.family, same.config.model)
+    assert (values["num_hidden_layers"], values["num_nextn_predict_layers"]) == (4, 1)
+
+
+def test_a_family_may_lie_outside_the_package_where_the_user_names_it(models, tmp_path, capsys, monkeypatch):
+    """A record of a run that names a file does not make it run: it has to be named anew."""
+    monkeypatch.chdir(tmp_path)
+    Path("my_model.py").write_text("from frugalmoe.convert.families.mixtral import FAMILY\n")
+    arguments = ["convert", "from-hf", str(models / "one"), "run", "--tokenizer=bytes", "--family=./my_model.py"]
+    assert main(arguments) == 0
+    assert json.loads(Path("run/config.json").read_text())["name"] == "my_model"
+    assert "several families" in refused(capsys, "to-hf", "run", "out")
+    assert main(["convert", "to-hf", "run", "out", "--family=./my_model.py"]) == 0
+    assert json.loads(Path("out/config.json").read_text()) == json.loads((models / "one" / HEADER).read_text())

@@ -61,7 +61,8 @@ FORMS = {
     "state": STATEFUL | {"model.moe.losses.sequence_balance": 0.01, "model.moe.exchange": "all_to_all"} | HALVED,
     "carry": {"model.moe.router": "recurrent", "model.moe.options.hidden": 8, "model.remat": "full"}
     | (HALVED | DENSE_TOO),
-    "variable": {"model.moe.router": "relu", "model.moe.losses.l1": 1.0, "model.moe.exchange": "all_to_all"},
+    "variable": {"model.moe.router": "relu", "model.moe.losses.l1": 1.0, "model.moe.exchange": "all_to_all"}
+    | {"model.moe.shared_gate": True},
     "noise, experts run, added": {
         "model.moe.router": "stochastic_warmup",
         "model.moe.options.base": "default_moe",

@@ -22,6 +22,7 @@ from frugalmoe.convert.contract import Family
 from frugalmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_from, load_json, parse
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.files import write_json
+from frugalmoe.model import pattern
 from frugalmoe.schema import Data
 from frugalmoe.train import checkpoint, rundir
 from frugalmoe.train.step import State
@@ -61,7 +62,7 @@ def look(directory: Path, run: Path, *, family: str = "", tokenizer: str = "", o
     depth = _modules(kind, fields["model.num_layers"], source.tensors)
     fields |= {
         "model.multi_token_prediction.depth": depth,
-        "name": kind.name,
+        "name": pattern.short(kind.name),
         "data.tokenizer": "bytes" if isinstance(own, ByteTokenizer) else str(run.absolute() / _TOKENIZER),
     }
     longest = source.config.get(_LENGTH)
@@ -73,7 +74,7 @@ def look(directory: Path, run: Path, *, family: str = "", tokenizer: str = "", o
     made = plan.make(kind, config.model)
     repeats, dropped, faults = plan.compare(made, kind, source.shapes)
     faults = f"{directory}: does not fit its config.json as {kind.name}: {faults}" if faults else ""
-    notes = [*dropped, *(f"{name}: not read, and not carried along" for name in source.left)]
+    notes = [*dropped, *(f"{name!r}: not read, and not carried along" for name in source.left)]
     if source.config.get(_MODULES) and not depth:
         notes.append(f"{_MODULES}={source.config[_MODULES]}: no such module is in the files, and none in the run")
     return Found(source, kind, config, made, own, repeats, tuple(notes), faults)

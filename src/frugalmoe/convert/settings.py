@@ -1,6 +1,5 @@
 """A published model's config.json as our `Model`, and back, as its family's keys say."""
 
-import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -45,12 +44,14 @@ def to_ours(family: Family, values: Mapping[str, Any], where: str) -> dict[str, 
 
 
 def to_theirs(family: Family, model: Model) -> dict[str, Any]:
-    """Returns the keys of config.json that say what a model of ours is. Whether they do is for `check` to say."""
+    """Returns the keys of config.json that say what a model of ours is. Whether they do is for `differing` to say."""
     flat = _flat(to_dict(model))
     values = {key.theirs: flat.get(key.ours) for key in family.keys}
     values |= {name: allowed[0] for name, allowed in family.fixed.items() if allowed[0] is not None}
+    if any("{mtp}" in row.theirs for row in family.rows):
+        values["num_nextn_predict_layers"] = model.multi_token_prediction.depth
     values |= rope.to_theirs(model) | dict(family.more_theirs(model))
-    return {"architectures": [family.architecture], "model_type": family.name, **values}
+    return {"architectures": [family.architecture], "model_type": pattern.short(family.name), **values}
 
 
 def differing(family: Family, values: Mapping[str, Any], model: Model, where: str) -> list[str]:
@@ -76,9 +77,8 @@ def _counting(model: Model) -> dict[str, Any]:
     unused += () if model.num_dense_layers else ("dense_dim",)
     if set(pattern.attention_names(model.attention)) == {"latent"}:
         size = latent.sizes(model, kinds.options_of(model, "latent"))  # of which 0 means one that follows from another
+        flat = {name: value for name, value in flat.items() if not _is_below(name, (LATENT, "num_kv_heads"))}
         flat |= {f"{LATENT}.{name}": value for name, value in size._asdict().items()}
-        unused += ("num_kv_heads", *(f"{LATENT}.{field.name}" for field in dataclasses.fields(latent.Options)))
-        unused = tuple(name for name in unused if not name.endswith(("rank", "query_rank")))
     return {name: value for name, value in flat.items() if not _is_below(name, (*TRAINING, *unused))}
 
 

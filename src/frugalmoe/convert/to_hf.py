@@ -18,6 +18,7 @@ from frugalmoe.convert import checkpoint as published
 from frugalmoe.convert import families, output, plan, safetensors, settings
 from frugalmoe.convert.contract import Family
 from frugalmoe.convert.from_hf import FOLDER, RECORD
+from frugalmoe.data.tokenizer import load_from
 from frugalmoe.errors import UserError
 from frugalmoe.files import read_json, write_json
 from frugalmoe.schema import Model
@@ -60,17 +61,17 @@ def _as_it_was(
     run: Path, config: Config, record: Mapping[str, Any], family: str
 ) -> tuple[Family, Mapping[str, Any]] | None:
     """Family and config.json that a converted run came with, where they still say what it is."""
-    path = run / FOLDER / published.CONFIG
-    if not record or not path.is_file() or family not in ("", record.get("family")):
-        return None
-    kind, values = families.get(record["family"]), read_json(path)
+    path, name = run / FOLDER / published.CONFIG, record.get("family")
+    if not path.is_file() or family not in ("", name) or name not in (*families.names(), family):
+        return None  # a record does not name a program: a file that is a family is named anew
+    kind, values = families.get(name), read_json(path)
     return None if settings.differing(kind, values, config.model, str(path)) else (kind, values)
 
 
 def _fresh(config: Config, family: str) -> tuple[Family, Mapping[str, Any]]:
     """The one family that has all of what the model computes, or the one that is named."""
     kinds = [families.get(name) for name in ([family] if family else families.sound())]
-    fitting, why = [], {}
+    fitting, why, wrong = [], {}, {}
     for kind in kinds:
         values = settings.to_theirs(kind, config.model) | {
             "max_position_embeddings": config.data.sequence_length,
@@ -79,7 +80,8 @@ def _fresh(config: Config, family: str) -> tuple[Family, Mapping[str, Any]]:
         try:
             lines = settings.differing(kind, values, config.model, "config.json")
         except UserError as e:
-            lines = [str(e)]
+            wrong[kind.name] = str(e)
+            continue
         if lines:
             why[kind.name] = lines
         else:
@@ -88,8 +90,8 @@ def _fresh(config: Config, family: str) -> tuple[Family, Mapping[str, Any]]:
         names = ", ".join(kind.name for kind, _ in fitting)
         raise UserError(f"--family={family!r}: several families have what this model computes; name one of: {names}")
     if not fitting:
-        nearest = min(why, key=lambda name: len(why[name]))
-        rule = f"{nearest} has no {'; '.join(why[nearest][:5])}"
+        nearest = min(why, key=lambda name: len(why[name]), default=None)
+        rule = f"{nearest} has no {'; '.join(why[nearest][:5])}" if nearest else "; ".join(wrong.values())
         raise UserError(f"--family={family!r}: no family of models computes what this one does; {rule}")
     return fitting[0]
 
@@ -103,7 +105,7 @@ def convert(
     arrays = _flat(weights)
     with output.appearing(directory) as place, output.bar(progress) as bar:
         _carry(run, place)
-        write_json(place / published.CONFIG, made.values)
+        write_json(place / published.CONFIG, {**_end_of_text(run), **made.values})
         shards = _shards(made.entries, largest)
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         names = names if len(shards) > 1 else [published.WEIGHTS]
@@ -150,6 +152,13 @@ def _flat(weights: Weights) -> dict[plan.Path, np.ndarray]:
     leaves = [*jax.tree_util.tree_leaves_with_path(weights.params)]
     leaves += jax.tree_util.tree_leaves_with_path(weights.router_state)
     return {tuple(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _end_of_text(run: Path) -> dict[str, int]:
+    """What config.json of a run of our own says of the token that ends a text."""
+    if (run / FOLDER).is_dir() or not (run / "tokenizer/tokenizer.json").is_file():
+        return {}
+    return {"eos_token_id": load_from(run / "tokenizer").eos}
 
 
 def _carry(run: Path, place: Path) -> None:

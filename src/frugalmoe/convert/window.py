@@ -8,6 +8,8 @@ from frugalmoe.model import pattern
 from frugalmoe.schema import Model
 
 _KINDS = {"full_attention": "grouped", "sliding_attention": "window"}
+_FULL = "full_attention"
+USED = "use_sliding_window"  # a key of the Qwen families
 WINDOW = "attention_options.window.window"
 
 
@@ -23,17 +25,16 @@ def all_layers_theirs(model: Model) -> dict[str, Any]:
     return {"sliding_window": _window(model)}
 
 
-def by_layer_ours(keys: Keys, layers: list[str]) -> dict[str, Any]:
+def by_layer_ours(keys: Keys, layers: list[str], used: bool = True) -> dict[str, Any]:
     """Fields of our `model` from what `layer_types` says of each layer, `layers` where it is absent.
 
-    With `use_sliding_window` false no layer has a window, whatever the other keys say.
+    Where the window is not `used`, or there is none, no layer has one, whatever `layer_types` says.
     """
     window, types = keys.get("sliding_window", 0), keys.get("layer_types", layers)
-    keys.get("max_window_layers")
-    if not keys.flag("use_sliding_window"):
-        types = [_FULL] * keys.layers()
-    if not isinstance(types, list) or len(types) != keys.layers():
-        raise keys.refused("layer_types", types, "must name a kind for each of num_hidden_layers")
+    if not (used and window):
+        types = [_FULL] * len(layers)
+    if not isinstance(types, list) or len(types) != len(layers):
+        raise keys.refused("layer_types", types, f"must name a kind for each of the {len(layers)} layers")
     if unknown := [name for name in types if name not in tuple(_KINDS)]:
         raise keys.refused("layer_types", unknown[0], f"is not implemented; valid: {', '.join(_KINDS)}")
     kinds = [_KINDS[name] for name in types]
@@ -41,15 +42,12 @@ def by_layer_ours(keys: Keys, layers: list[str]) -> dict[str, Any]:
     return {"attention": ",".join(attention)} | ({WINDOW: window} if "window" in kinds else {})
 
 
-_FULL = "full_attention"
-
-
 def by_layer_theirs(model: Model) -> dict[str, Any]:
     """The way back."""
     names = {own: name for name, own in _KINDS.items()}
     types = [names.get(kind.attention, kind.attention) for kind in pattern.layers(model)]
     window = _window(model)
-    return {"use_sliding_window": window is not None, "sliding_window": window, "layer_types": types}
+    return {USED: window is not None, "sliding_window": window, "layer_types": types}
 
 
 def _window(model: Model) -> int | None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from frugalmoe.convert.contract import Family, Form, Key
 from frugalmoe.convert.further import COPIES, FURTHER
+from frugalmoe.convert.pairs import halves, pairs
 from frugalmoe.convert.parts import DENSE, ENDS, FIXED, KEYS, LAYER, NORMS, ROUTER, TIED, Row, experts, swiglu
 from frugalmoe.model.attention.kinds import options_of
 from frugalmoe.model.attention.kinds.latent import Sizes, sizes
@@ -22,17 +23,6 @@ def _sizes(model: Model) -> Sizes:
     return sizes(model, options_of(model, "latent"))
 
 
-def _halves(pairs: np.ndarray) -> np.ndarray:
-    """Channels on the axis before the last: the first of each pair, then the second."""
-    return np.concatenate([pairs[..., 0::2, :], pairs[..., 1::2, :]], axis=-2)
-
-
-def _pairs(halves: np.ndarray) -> np.ndarray:
-    """The way back."""
-    first, second = np.split(halves, 2, axis=-2)
-    return np.stack([first, second], axis=-2).reshape(halves.shape)
-
-
 def _turn_queries(tensor: np.ndarray, model: Model, turn) -> np.ndarray:
     heads = tensor.reshape(model.num_heads, -1, tensor.shape[-1])
     still = _sizes(model).still
@@ -40,17 +30,17 @@ def _turn_queries(tensor: np.ndarray, model: Model, turn) -> np.ndarray:
 
 
 QUERIES = Form(
-    lambda tensor, model: (_turn_queries(tensor, model, _halves),),
-    lambda pieces, model: _turn_queries(pieces[0], model, _pairs),
+    lambda tensor, model: (_turn_queries(tensor, model, halves),),
+    lambda pieces, model: _turn_queries(pieces[0], model, pairs),
 )
 
 
 def _split_down(tensor: np.ndarray, model: Model) -> tuple[np.ndarray, np.ndarray]:
     rank = _sizes(model).rank
-    return tensor[:rank], _halves(tensor[rank:])
+    return tensor[:rank], halves(tensor[rank:])
 
 
-DOWN = Form(_split_down, lambda pieces, model: np.concatenate([pieces[0], _pairs(pieces[1])]))
+DOWN = Form(_split_down, lambda pieces, model: np.concatenate([pieces[0], pairs(pieces[1])]))
 
 
 def _split_up(tensor: np.ndarray, model: Model) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ def _ours(keys):
         raise keys.refused("shared_expert_intermediate_size", shared, rule)
     first = keys.integer("max_window_layers", 28)
     types = ["full_attention" if layer % 2 or layer >= first else "sliding_attention" for layer in range(keys.layers())]
-    of_layers = {**first_dense_ours(keys), **window.by_layer_ours(keys, types)}
+    of_layers = {**first_dense_ours(keys), **window.by_layer_ours(keys, types, keys.flag(window.USED))}
     return {"moe.num_shared_experts": shared // width, **of_layers}
 
 

@@ -8,7 +8,7 @@ from frugalmoe.convert.parts import BLOCKS, DENSE, FIXED, HEAD_DIM, KEYS, TIED
 def _ours(keys):
     layers, first = keys.layers(), keys.integer("max_window_layers", 28)
     types = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
-    return {"num_dense_layers": layers, **window.by_layer_ours(keys, types)}
+    return {"num_dense_layers": layers, **window.by_layer_ours(keys, types, keys.flag(window.USED))}
 
 
 FAMILY = Family(
