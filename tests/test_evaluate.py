@@ -96,12 +96,24 @@ def test_all_documents_of_a_given_text_are_scored(run, place, tmp_path):
     assert few.targets == {"d0": 32, "d1": 32}
 
 
+@pytest.mark.slow
 def test_a_config_s_data_are_scored_on_its_held_out_documents(run, place):
     own = evaluate(run)
     again = evaluate(run, overrides=[f"data.path={place / 'two.jsonl'}"], tokens=2 * 16 * 32)
     assert again.loss == pytest.approx(own.loss) and again.targets == own.targets
     longer = evaluate(run, overrides={"data.sequence_length": 64})
     assert longer.targets["few"] == own.targets["few"] and longer.targets["many"] > own.targets["many"]
+
+
+@pytest.mark.slow
+def test_of_a_prepared_directory_the_held_out_documents_are_scored(run, place):
+    text, flags = place / "text", ["--config=quickstart:laptop", f"--config.data.cache_dir={place / 'cache'}"]
+    flags += ["--config.data.tokenizer=bytes", f"--config.data.path={text}", "--config.data.validation_fraction=0.25"]
+    assert main(["data", "prepare", *flags, f"--output={place / 'quarter'}"]) == 0
+    found = evaluate(run, data=str(place / "quarter"))
+    held_out = evaluate(run, overrides={"data.path": str(text), "data.validation_fraction": 0.25})
+    assert found.targets == held_out.targets and found.loss == pytest.approx(held_out.loss)
+    assert sum(found.targets.values()) < sum(evaluate(run, data=str(text)).targets.values()) / 2
 
 
 def test_the_command_prints_a_table_and_json(run, capsys):

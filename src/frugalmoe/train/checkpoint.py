@@ -1,8 +1,10 @@
 """Checkpoints, by Orbax. Saves are asynchronous; a step becomes visible only when it is whole."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,18 @@ def open_manager(workdir: Path, config: Checkpoint, cleanup: bool = False) -> oc
     )
     handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
     return ocp.CheckpointManager(workdir.absolute() / "checkpoints", options=options, item_handlers=handlers)
+
+
+@contextmanager
+def one_line_errors(workdir: Path) -> Iterator[None]:
+    """Raises `UserError` for what Orbax raises of a checkpoint whose files are cut off, gone or no JSON."""
+    try:
+        yield
+    except Exception as error:  # a bare Exception is how it reports what TensorStore says
+        if type(error) is not Exception and not isinstance(error, json.JSONDecodeError | OSError):
+            raise
+        why = str(error).partition("\n")[0].partition(". See full")[0]
+        raise UserError(f"{workdir / 'checkpoints'}: a checkpoint is damaged and cannot be read ({why})") from error
 
 
 def saved_steps(workdir: Path) -> list[int]:

@@ -121,7 +121,7 @@ def check(origin: Origin, config: Config, tokenizer: str) -> Fit:
     origin that is no run, has no such checkpoint or does not fit.
     """
     steps = check_there(origin, None)
-    with checkpoint.open_manager(origin.run, Checkpoint()) as manager:
+    with checkpoint.one_line_errors(origin.run), checkpoint.open_manager(origin.run, Checkpoint()) as manager:
         fit = _fit(origin, config, manager, steps[-1] if origin.step is None else origin.step)
     _check_tokenizer(origin, config, fit, tokenizer)
     return fit
@@ -140,7 +140,7 @@ def begin(origin: Origin, config: Config, digest: str | None = None) -> Begun:
     is another now, and for numbers that are not finite.
     """
     steps = checkpoint.saved_steps(origin.run)[::-1] if origin.step is None else [origin.step]
-    with checkpoint.open_manager(origin.run, Checkpoint()) as manager:
+    with checkpoint.one_line_errors(origin.run), checkpoint.open_manager(origin.run, Checkpoint()) as manager:
         for step in steps:
             fit = _fit(origin, config, manager, step)
             state = _with_arrays(config, manager, fit)
@@ -153,8 +153,8 @@ def begin(origin: Origin, config: Config, digest: str | None = None) -> Begun:
     if digest not in (None, found):
         rule = f"has changed since the run began with it (sha256 {digest[:12]} then, {found[:12]} now)"
         raise UserError(f"{origin}: {rule}; --fresh starts over")
-    record = origin.recorded() | {"step": step, "sha256": found, "router_state": bool(fit.taken["router_state"])}
-    return Begun(state, record | {"new": list(fit.new)}, f"{origin}: {fit}")
+    taken = {"step": step, "sha256": found, "router_state": bool(fit.taken["router_state"]), "new": list(fit.new)}
+    return Begun(state, origin.recorded() | taken, f"{origin}: {fit}")
 
 
 def _with_arrays(config: Config, manager: Any, fit: Fit) -> State | None:

@@ -85,7 +85,7 @@ def check_directory(
     _existing_parent(workdir)
     rundir.check_idle(workdir)
     if origin is not None:
-        _check_same_origin(workdir, origin, fresh or resume == "force")
+        _check_origin(workdir, origin, fresh, resume == "force")
     if fresh:
         rundir.check_fresh(workdir)
         return
@@ -94,14 +94,14 @@ def check_directory(
     rundir.check_config(workdir, config, force=resume == "force")
 
 
-def _check_same_origin(workdir: Path, origin: Origin, another: bool) -> None:
-    """`another`: whether a run that is there may have begun otherwise. What it began with may be gone."""
-    begun = (workdir / RECORD).is_file()
-    if begun and not another and (differing := differences(origin, rundir.origin_of(workdir))):
+def _check_origin(workdir: Path, origin: Origin, fresh: bool, force: bool) -> None:
+    """Compares an origin with that of the run that is there; only one that will be read must be there itself."""
+    goes_on = (workdir / RECORD).is_file() and not fresh
+    if goes_on and not force and (differing := differences(origin, rundir.origin_of(workdir))):
         rule = f"holds a run that did not begin with {origin} ({', '.join(differing)})"
         raise UserError(f"--workdir={workdir}: {rule}; give another --workdir, or leave --from out to continue it")
-    if another or not begun:
-        check_there(origin, workdir)
+    if (read := to_read(origin, workdir, fresh).origin) is not None:
+        check_there(read, workdir)
 
 
 def _with_vocabulary(config: Config, found: Look) -> tuple[Config, tuple[str, ...]]:

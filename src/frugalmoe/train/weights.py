@@ -62,7 +62,8 @@ def load_checkpoint(run: Path, step: int | None = None) -> Loaded:
     config, tokenizer = resolve(runnable(run / RECORD)), load_from(run / "tokenizer")
     config = settle(dataclasses.replace(config, mesh=Mesh()), tokenizer.size, 1)
     mesh = sharding.make_mesh(to_dict(config.mesh), jax.devices()[:1])
-    with checkpoint.open_manager(run, config.checkpoint) as manager, jax.set_mesh(mesh):
+    opened = checkpoint.open_manager(run, config.checkpoint)
+    with checkpoint.one_line_errors(run), opened as manager, jax.set_mesh(mesh):
         if manager.latest_step() is None:
             raise UserError(f"{run}: holds no checkpoint yet")
         items, which = ("params", "router_state"), "no checkpoint"
