@@ -40,6 +40,7 @@ import dataclasses
 from frugalmoe.model.attention.kinds import grouped, window
 ATTENTION = dataclasses.replace(window.ATTENTION, seen=grouped.ATTENTION.seen)
 """
+LOOSE = SEES_ALL.replace("seen=", "options=dataclasses.make_dataclass('Loose', []), seen=")
 TABLES = (LAWS, EXECUTORS, ATTENTION)
 
 
@@ -116,6 +117,7 @@ def test_the_list_says_what_each_law_means(capsys):
         (["--attention=mine.py"], SEES_ALL.replace("seen=", "cases=({'size': 1},), seen="), "argument 'size'"),
         (["--attention=mine.py"], SEES_ALL.replace("seen=", "check=lambda c, o: 1 / 0, seen="), "ZeroDivisionError"),
         (["--attention=mine.py"], SEES_ALL.replace("seen=", "check=lambda c, o: 'no', seen="), "check refuses"),
+        (["--attention=mine.py"], LOOSE, "options=Loose: must be a frozen dataclass"),
         ([""], "", "names no strategy"),
     ],
 )
