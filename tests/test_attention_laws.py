@@ -223,6 +223,7 @@ BROKEN = [
     ("parameters", adds("low_d", IN_BFLOAT16)),
     ("parameters", adds("named_Dh", MATRIX)),
     ("parameters", broken(mesh=mesh(heads=8), name="eight_heads")),
+    ("parameters", broken(mesh=mesh(heads=0), name="no_heads")),
     ("parameters", broken(mesh=mesh(kv_heads=4), name="four_heads_of_keys")),
     ("parameters", broken(of=latent.ATTENTION, mesh=mesh(rank=7), name="another_rank")),
     ("flops", broken(flops=flops(times=2), name="twice")),
@@ -240,3 +241,8 @@ def test_every_law_has_a_kind_that_it_must_catch():
 def test_law_catches(law, case):
     with pytest.raises(AssertionError):
         LAWS[law](case)
+
+
+def test_a_kind_may_declare_that_places_matter():
+    kind = dataclasses.replace(calls(position_in_the_output).kind, relative=False)
+    LAWS["shift"](cases_of(kind)[0])

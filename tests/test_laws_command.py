@@ -40,6 +40,7 @@ import dataclasses
 from frugalmoe.model.attention.kinds import grouped, window
 ATTENTION = dataclasses.replace(window.ATTENTION, seen=grouped.ATTENTION.seen)
 """
+LOOSE = SEES_ALL.replace("seen=", "options=dataclasses.make_dataclass('Loose', []), seen=")
 TABLES = (LAWS, EXECUTORS, ATTENTION)
 
 
@@ -114,8 +115,9 @@ def test_the_list_says_what_each_law_means(capsys):
         (["--attention=windw"], "", "did you mean 'window'"),
         (["--attention=mine.py"], SEES_ALL + "ATTENTION = 3", "ends without ATTENTION"),
         (["--attention=mine.py"], SEES_ALL.replace("seen=", "cases=({'size': 1},), seen="), "argument 'size'"),
-        (["--attention=mine.py"], SEES_ALL.replace("seen=", "check=lambda c, o: 1 / 0, seen="), "ZeroDivisionError"),
+        (["--attention=mine.py"], SEES_ALL.replace("seen=", "check=lambda c, o: 1 / 0, seen="), "line 4: ZeroDivi"),
         (["--attention=mine.py"], SEES_ALL.replace("seen=", "check=lambda c, o: 'no', seen="), "check refuses"),
+        (["--attention=mine.py"], LOOSE, "options=Loose: must be a frozen dataclass"),
         ([""], "", "names no strategy"),
     ],
 )

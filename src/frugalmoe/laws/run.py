@@ -65,7 +65,8 @@ def cases_of_attention(spec: str) -> list[Any]:
     from frugalmoe.model.attention import kinds
 
     kind = kinds.get(spec)
-    with one_line_errors(f"model.attention={spec!r}", inspect.getsourcefile(kind.prepare) or spec):
+    code = getattr(kind.check, "__code__", None)  # what no `def` or `lambda` made has none
+    with one_line_errors(f"model.attention={spec!r}", code.co_filename if code else spec):
         return cases_of(kind)
 
 
