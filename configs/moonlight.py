@@ -7,8 +7,8 @@ Recipe:    section 3.3 of the paper: Muon with the RMS of AdamW's updates, 5.2T 
            to a tenth of the peak. Left out: the smaller batch of the first 200B tokens and the cooldown on 500B better
            ones.
            Routers are AdamW's here and Muon's there.
-Cost:      `:laptop`: TODO
-Expected:  `:laptop`: TODO
+Cost:      `:laptop`: 0.2 M tokens, 48 s of one CPU core's time with start and report (measured beside other programs).
+Expected:  `:laptop`: 3.73 bits per byte on held-out documents (2.59 nats per token): a hundred steps on bytes.
 """
 
 from ml_collections import ConfigDict

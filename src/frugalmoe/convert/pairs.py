@@ -1,6 +1,6 @@
 """The order of rotated channels: pairs (2 i, 2 i + 1) in some published weights, halves (i, i + d / 2) in ours.
 
-Letters: d rotated channels, J inputs.
+Letters: d rotated channels of a head, J the other axis.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """Which tensor of a published model is which part of which of our arrays, from a family's rows and a model's config.
 
-Letters: D model, E experts, I outputs, J inputs.
+Letters: D model, E experts.
 """
 
 import dataclasses
