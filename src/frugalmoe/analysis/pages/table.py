@@ -28,6 +28,11 @@ def headline_rows(run: Run) -> list[tuple[str, str]]:
         ]
         claims = f"causality: {depths['causal']}; {depths['causal_in_evaluation']} in evaluation"
         rows.append(("mixture of depths", f"tokens that pass a block: {', '.join(shares)}; {claims}"))
+    model = run.config.get("model", {})
+    if depth := model.get("multi_token_prediction", {}).get("depth"):
+        last = model["num_layers"] + depth - 1
+        which = f"layer {last}" if depth == 1 else f"layers {model['num_layers']} to {last}"
+        rows.append(("multi-token prediction", f"{depth} {'module' if depth == 1 else 'modules'}, logged as {which}"))
     if "total" in parameters:
         names = [("total", "total"), ("active", "active per token"), ("embedding", "embedding")]
         rows.append(("parameters", ", ".join(f"{count(parameters[k])} {w}" for k, w in names if k in parameters)))
