@@ -1,5 +1,6 @@
 """One CPU device. Programs are compiled fast rather than well: tests compile much and run little."""
 
+import gc
 import itertools
 import os
 from pathlib import Path
@@ -13,6 +14,9 @@ pytest.register_assert_rewrite(*(f"frugalmoe.laws.{name}" for name in ("attentio
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", xla_flags())
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Tracing makes millions of objects that stay: to look for garbage among them every 700 is a twentieth of the time.
+gc.set_threshold(50_000, 20, 20)
 
 MAPS = Path("/proc/self/maps")
 _tests = itertools.count(1)
