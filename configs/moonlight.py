@@ -3,10 +3,9 @@
 Command:   frugalmoe train --config=configs/moonlight.py \\
     --config.data.path=TEXTS --config.data.tokenizer=tokenizer.json
 Network:   Liu et al., arXiv 2502.16982, and the published configuration of Moonlight-16B-A3B.
-Recipe:    section 3.3 of the paper: Muon with the RMS of AdamW's updates, 5.2T tokens at its largest batch, a cosine
-           to a tenth of the peak. Left out: the smaller batch of the first 200B tokens and the cooldown on 500B better
-           ones.
-           Routers are AdamW's here and Muon's there.
+Recipe:    that of the paper for its first 5.2T tokens, at its largest batch: Muon with the RMS of AdamW's updates,
+           warmup and a cosine to a tenth of the peak. Left out: the smaller batch of the beginning and the cooldown on
+           500B better tokens. Routers are AdamW's here and Muon's there.
 Cost:      `:laptop`: 0.2 M tokens, 48 s of one CPU core's time with start and report (measured beside other programs).
 Expected:  `:laptop`: 3.73 bits per byte on held-out documents (2.59 nats per token): a hundred steps on bytes.
 """
