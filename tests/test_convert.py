@@ -357,7 +357,7 @@ def test_an_error_half_way_leaves_nothing(copy, tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("half-way")
 
-    monkeypatch.setattr(from_hf, "_save", fail)
+    monkeypatch.setattr(output, "write_run", fail)
     with pytest.raises(RuntimeError, match="half-way"):
         from_hf.convert(found, tmp_path / "a/run")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]

@@ -11,8 +11,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from frugalmoe.config import Config, default, override, resolve, settle
@@ -24,13 +22,12 @@ from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.files import write_json
 from frugalmoe.model import pattern
 from frugalmoe.schema import Data
-from frugalmoe.train import checkpoint, rundir
-from frugalmoe.train.step import State
+from frugalmoe.train import checkpoint
+from frugalmoe.train.weights import Weights
 
 RECORD, FOLDER = "source.json", "source"  # in the run's directory
 _ASSEMBLY = "assembly"  # arrays on disk, until the checkpoint is written
 _LENGTH, _MODULES = "max_position_embeddings", "num_nextn_predict_layers"
-_TOKENIZER = "tokenizer"
 _TIMES = 4  # of the numbers in the files: what a config says beyond that is no slip
 
 
@@ -63,7 +60,7 @@ def look(directory: Path, run: Path, *, family: str = "", tokenizer: str = "", o
     fields |= {
         "model.multi_token_prediction.depth": depth,
         "name": pattern.short(kind.name),
-        "data.tokenizer": "bytes" if isinstance(own, ByteTokenizer) else str(run.absolute() / _TOKENIZER),
+        "data.tokenizer": "bytes" if isinstance(own, ByteTokenizer) else str(run.absolute() / output.TOKENIZER),
     }
     longest = source.config.get(_LENGTH)
     if type(longest) is int and 1 < longest < Data().sequence_length:
@@ -149,9 +146,9 @@ def convert(found: Found, run: Path, progress: bool = False) -> None:
         arrays = {}
         for path in bar.track(list(found.plan.arrays), description="converting"):
             arrays[path] = _assemble(found, path, place / _ASSEMBLY / "-".join(path))
-        _save(place, arrays, found.config)
+        _keep_source(place, found, read)
+        output.write_run(place, found.config, found.tokenizer, Weights(*_trees(arrays)))
         shutil.rmtree(place / _ASSEMBLY)
-        _describe(place, found, read)
 
 
 def read_arrays(found: Found) -> tuple[dict, dict]:
@@ -196,15 +193,8 @@ def _trees(arrays: Mapping[plan.Path, Any]) -> tuple[dict, dict]:
     return params, state
 
 
-def _save(run: Path, arrays: Mapping[plan.Path, np.ndarray], config: Config) -> None:
-    """A checkpoint of step 0, without an optimizer's state."""
-    state = State(jnp.int32(0), jnp.int32(0), *_trees(arrays), opt_state=())
-    with checkpoint.open_manager(run, config.checkpoint) as manager:
-        checkpoint.save(manager, 0, state)
-
-
-def _describe(run: Path, found: Found, read: Mapping[str, Any]) -> None:
-    """Writes what makes the directory a run; config.json is last."""
+def _keep_source(run: Path, found: Found, read: Mapping[str, Any]) -> None:
+    """Writes what was read, and the files that go along."""
     (run / FOLDER).mkdir()
     for path in found.source.carried:
         shutil.copyfile(path, run / FOLDER / path.name)
@@ -215,7 +205,3 @@ def _describe(run: Path, found: Found, read: Mapping[str, Any]) -> None:
         "dtypes": {name: info.dtype for name, info in found.source.tensors.items()},
     }
     write_json(run / RECORD, manifest)
-    (run / _TOKENIZER).mkdir()
-    found.tokenizer.save_into(run / _TOKENIZER)
-    (run / "metrics.jsonl").touch()  # no step was made here
-    rundir.describe(run, found.config, settle(found.config, None, jax.device_count()), 0)

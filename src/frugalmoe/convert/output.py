@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all."""
+"""A directory that appears whole or not at all, and a run in it that has made no step."""
 
 import contextlib
 import os
@@ -9,10 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from rich.progress import Progress
 
+from frugalmoe.config import Config, settle
 from frugalmoe.console import Console
+from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
+from frugalmoe.train import checkpoint, rundir
+from frugalmoe.train.step import State
+from frugalmoe.train.weights import Weights
+
+TOKENIZER = "tokenizer"  # in a run's directory
 
 
 def check_new(directory: Path, what: str) -> None:
@@ -79,3 +88,16 @@ def bar(progress: bool) -> Iterator[Progress]:
     console = Console(stderr=True)
     with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as shown:
         yield shown
+
+
+def write_run(run: Path, config: Config, tokenizer: Tokenizer, weights: Weights) -> None:
+    """Fills a directory as a run that has made no step: a checkpoint without an optimizer's state, and what describes
+    it, config.json last.
+    """
+    state = State(jnp.int32(0), jnp.int32(0), *weights, opt_state=())
+    with checkpoint.open_manager(run, config.checkpoint) as manager:
+        checkpoint.save(manager, 0, state)
+    (run / TOKENIZER).mkdir()
+    tokenizer.save_into(run / TOKENIZER)
+    (run / "metrics.jsonl").touch()  # no step was made here
+    rundir.describe(run, config, settle(config, None, jax.device_count()), 0)
