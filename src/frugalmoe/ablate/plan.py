@@ -17,6 +17,8 @@ from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.fields import to_dict
 from frugalmoe.files import check_name, read_json, write_json
 from frugalmoe.model.transformer import count_parameters
+from frugalmoe.train.origin import Origin
+from frugalmoe.train.weights import run_and_step
 
 
 class Pair(NamedTuple):
@@ -42,6 +44,11 @@ class Plan:
 
     def config(self, pair: Pair) -> Config:
         return self.arms[pair.arm].with_seed(self.study, pair.seed)
+
+    def origin(self, pair: Pair) -> Origin | None:
+        """The run with whose weights a run begins; None for one that begins anew."""
+        run = self.study.origins.get(pair.arm)
+        return None if run is None else Origin(*run_and_step(run.format(seed=pair.seed)))
 
     @property
     def steps(self) -> int:
@@ -141,6 +148,7 @@ def describe(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
         "question": study.question,
         "expectation": study.expectation,
         "arms": {name: to_dict(changes) for name, changes in study.arms.items()},
+        "origins": dict(study.origins),
         "baseline": study.baseline,
         "varies": list(study.varies),
         "metrics": list(study.metrics),

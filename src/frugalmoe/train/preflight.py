@@ -85,7 +85,7 @@ def check_directory(
     _existing_parent(workdir)
     rundir.check_idle(workdir)
     if origin is not None:
-        _check_origin(workdir, origin, fresh, resume == "force")
+        check_origin(origin, workdir, fresh, resume == "force")
     if fresh:
         rundir.check_fresh(workdir)
         return
@@ -94,8 +94,8 @@ def check_directory(
     rundir.check_config(workdir, config, force=resume == "force")
 
 
-def _check_origin(workdir: Path, origin: Origin, fresh: bool, force: bool) -> None:
-    """Compares an origin with that of the run that is there; only one that will be read must be there itself."""
+def check_origin(origin: Origin, workdir: Path, fresh: bool = False, force: bool = False) -> None:
+    """Raises `UserError` for an origin that is not that of the run in `workdir`, or that will be read and is no run."""
     goes_on = (workdir / RECORD).is_file() and not fresh
     if goes_on and not force and (differing := differences(origin, rundir.origin_of(workdir))):
         rule = f"holds a run that did not begin with {origin} ({', '.join(differing)})"
