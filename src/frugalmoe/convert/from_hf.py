@@ -119,7 +119,7 @@ def _tokenizer(spec: str, directory: Path) -> Tokenizer:
         try:
             return load_from(directory)
         except UserError as e:
-            raise UserError(f"{e}; or give --tokenizer=bytes, or the path of another") from e
+            raise UserError(f"{e}; or convert from-hf with --tokenizer=bytes, or the path of another") from e
     found = parse(spec)
     if isinstance(found, int):
         raise UserError(f"--tokenizer={spec}: there is no text to train it on; valid: bytes, or a path")
@@ -144,7 +144,7 @@ def convert(found: Found, run: Path, progress: bool = False) -> None:
     with output.appearing(run) as place, output.bar(progress) as bar:
         files = found.source.files
         read = published.hashes(bar.track(files, description="reading"))
-        _check_repeats(found)
+        check_repeats(found)
         (place / _ASSEMBLY).mkdir()
         arrays = {}
         for path in bar.track(list(found.plan.arrays), description="converting"):
@@ -156,7 +156,12 @@ def convert(found: Found, run: Path, progress: bool = False) -> None:
 
 def read_arrays(found: Found) -> tuple[dict, dict]:
     """Returns (parameters, router state) of a published model in memory, float32."""
-    return _trees({path: _assemble(found, path, None) for path in found.plan.arrays})
+    return _trees({path: read_array(found, path) for path in found.plan.arrays})
+
+
+def read_array(found: Found, path: plan.Path) -> np.ndarray:
+    """Returns one of our arrays in memory, float32: beside it, one tensor is in memory at one time."""
+    return _assemble(found, path, None)
 
 
 def _assemble(found: Found, path: plan.Path, file: Path | None) -> np.ndarray:
@@ -175,7 +180,7 @@ def _assemble(found: Found, path: plan.Path, file: Path | None) -> np.ndarray:
     return checkpoint.on_disk(file, shape)
 
 
-def _check_repeats(found: Found) -> None:
+def check_repeats(found: Found) -> None:
     """Tensors that stand in the files twice are the same."""
     for name in sorted(found.repeats):
         other = plan.repeated(found.family, name)
@@ -203,9 +208,12 @@ def _save(run: Path, arrays: Mapping[plan.Path, np.ndarray], config: Config) -> 
         checkpoint.save(manager, 0, state)
 
 
-def _describe(run: Path, found: Found, read: Mapping[str, Any]) -> None:
-    """Writes what makes the directory a run; config.json is last."""
-    (run / FOLDER).mkdir()
+def accompany(run: Path, found: Found, read: Mapping[str, Any]) -> None:
+    """Writes what goes along with the weights into a run's directory, so that `to_hf` gives it back.
+
+    `read`: hashes of the files.
+    """
+    (run / FOLDER).mkdir(exist_ok=True)
     for path in found.source.carried:
         shutil.copyfile(path, run / FOLDER / path.name)
     manifest = {
@@ -215,6 +223,11 @@ def _describe(run: Path, found: Found, read: Mapping[str, Any]) -> None:
         "dtypes": {name: info.dtype for name, info in found.source.tensors.items()},
     }
     write_json(run / RECORD, manifest)
+
+
+def _describe(run: Path, found: Found, read: Mapping[str, Any]) -> None:
+    """Writes what makes the directory a run; config.json is last."""
+    accompany(run, found, read)
     (run / _TOKENIZER).mkdir()
     found.tokenizer.save_into(run / _TOKENIZER)
     (run / "metrics.jsonl").touch()  # no step was made here

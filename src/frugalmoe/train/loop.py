@@ -59,10 +59,11 @@ def train(
     """Trains, or continues, the run in `workdir` and returns its summary. `status` is complete or stopped.
 
     resume: auto continues a run of the same config; force continues it whatever its config; never refuses. fresh
-    replaces the run that is there, once all has been checked. origin: a run whose weights this one begins with; it is
-    read once, and not when this run is continued. sample: draws the passage of text in a complete run's
-    summary, as `generate.sample_text` does; None: the summary has none. Raises UserError for input that cannot be run;
-    nothing is written or deleted then. With several processes (`distributed.start`) each calls it with equal arguments.
+    replaces the run that is there, once all has been checked. origin: a run, or a published model, whose weights this
+    one begins with; it is read once, and not when this run is continued. sample: draws the passage of text in a
+    complete run's summary, as `generate.sample_text` does; None: the summary has none. Raises UserError for input that
+    cannot be run; nothing is written or deleted then. With several processes (`distributed.start`) each calls it with
+    equal arguments.
     """
     config = config if fresh else rundir.as_begun(config, workdir)
     flags = {"--workdir": str(workdir), "--resume": resume, "--fresh": fresh, "--from": repr(origin)}
@@ -125,6 +126,8 @@ def opened(
             with distributed.together():
                 if main:
                     _describe(run, config, begun and begun.record)
+                    if begun and origin and origin.published:
+                        origin.published.accompany(workdir)
             run.notes += [begun.note] if begun else []
             begun = None  # its arrays are the run's, which the first step may write over
             yield run
