@@ -214,8 +214,14 @@ def describe_data(workdir: Path, data: Dataset) -> None:
         "train_tokens": data.train_tokens,
         "validation_tokens": data.validation_tokens,
         "remainder": data.remainder,
-        "notes": data.manifest["notes"],
+        "notes": [*data.manifest["notes"], *data.notes],
     }
+    if data.validation:
+        described["validation"] = {
+            "fingerprint": data.validation.fingerprint,
+            "domains": list(data.validation.domains),
+            "tokens": data.validation.validation_tokens,
+        }
     write_json(workdir / "data.json", described)
 
 
