@@ -411,8 +411,9 @@ def test_a_run_of_our_own_is_published_with_its_tokenizer(models, tmp_path, caps
     """In float32, as the one family that is named, with the token that ends a text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run = tmp_path / "run"
-    assert main(["convert", "from-hf", str(models / "many"), str(run)]) == 0
+    run, given = tmp_path / "run", Path(shutil.copytree(models / "many", tmp_path / "given"))
+    edit(given / "tokenizer_config.json", chat_template="{{ bos_token }}{{ messages[0].content }}", bos_token="a")
+    assert main(["convert", "from-hf", str(given), str(run)]) == 0
     shutil.rmtree(run / "source")
     (run / "source.json").unlink()
     assert "several families" in refused(capsys, "to-hf", run, tmp_path / "out")
@@ -420,6 +421,8 @@ def test_a_run_of_our_own_is_published_with_its_tokenizer(models, tmp_path, caps
     text, (_, _, ours, _) = "the moon", load_model(run)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs(text)["input_ids"] == ours.encode(text).tolist() and theirs.eos_token_id == ours.eos
+    messages = [{"role": "user", "content": text}]
+    assert theirs.apply_chat_template(messages, tokenize=False) == ours.chat.render(messages).text == "athe moon"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.float32 and model.config.eos_token_id == ours.eos
 

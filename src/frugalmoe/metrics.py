@@ -9,6 +9,7 @@ import re
 from typing import NamedTuple
 
 HELD_OUT = "held-out documents at the end"
+VALIDATION = "the validation set of one's own (data.validation.path) at the end"
 TRAINING = "training batches, mean over the last tenth of the steps"
 CLOCK = "the clock of the machine, with whatever else ran on it"
 SHAPES = "the shapes of the model"
@@ -33,6 +34,8 @@ class Metric(NamedTuple):
 ROWS = (
     Metric("eval/loss/", "loss", NATS, LESS, HELD_OUT),
     Metric("eval/bits_per_byte/", "bits per byte", "", LESS, HELD_OUT),
+    Metric("validation/loss/", "validation loss", NATS, LESS, VALIDATION),
+    Metric("validation/bits_per_byte/", "validation bits per byte", "", LESS, VALIDATION),
     Metric("train/loss", "training loss, last tenth", NATS, LESS, TRAINING),
     Metric("loss/ce", "training loss", NATS, LESS, TRAINING),
     Metric("loss/total", "training loss with all added losses", NATS, LESS, TRAINING),

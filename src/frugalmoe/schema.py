@@ -158,6 +158,7 @@ class Data:
     # A file, directory or glob of text, hf:NAME[:SPLIT], quickstart[:DOMAIN], mixed[:DOMAIN] or a Python file that
     # defines CORPUS, as Source.path, or a prepared directory; ignored where `sources` is given.
     path: str = "quickstart"
+    text_field: str = "text"  # of the records of `path`, as Source.text_field
     sources: Mapping[str, Source] = FrozenDict()  # several named sources, data.sources.NAME.path=... and so on
     # bytes | bpe:SIZE (trained on the data) | the path of a published vocabulary or of the directory that it is in:
     # tokenizer.json, tekken.json, *.tiktoken, tokenizer.model, vocab.json with merges.txt
@@ -165,6 +166,9 @@ class Data:
     sequence_length: int = 256  # tokens in a row
     document_start: str = "end_of_text"  # in front of a document, its first token a target: end_of_text | none
     validation_fraction: float = 0.05  # of documents, by a hash of their text; at least one per domain
+    # A validation set of your own beside the held-out documents; path empty: none. None of it is trained on, and
+    # train.eval_rows of each of its domains are scored. A prepared directory gives its held-out documents.
+    validation: Source = Source()
     cache_dir: str = ""  # empty: $FRUGALMOE_CACHE, else ~/.cache/frugalmoe
 
 

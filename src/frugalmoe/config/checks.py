@@ -219,10 +219,14 @@ def _data(config: Config) -> None:
         d.tokenizer,
         "must be bytes, bpe:SIZE with SIZE > 256, or the path of a tokenizer.json or of its directory",
     )
-    for name, source in d.sources.items():
-        _one_of(f"data.sources.{name}.null_text", source.null_text, ("stop", "skip"))
+    named = {f"data.sources.{name}": source for name, source in d.sources.items()}
+    for path, source in {**named, "data.validation": d.validation}.items():
+        _one_of(f"{path}.null_text", source.null_text, ("stop", "skip"))
         rule = "must be a text encoding that Python knows, as utf-8, utf-16, latin-1, cp1252"
-        _require(_is_encoding(source.encoding), f"data.sources.{name}.encoding", source.encoding, rule)
+        _require(_is_encoding(source.encoding), f"{path}.encoding", source.encoding, rule)
+    _require(d.validation.weight == 0, "data.validation.weight", d.validation.weight, "must be 0: nothing is mixed")
+    rule = "belongs to data.path, which data.sources take the place of; set data.sources.NAME.text_field"
+    _require(d.text_field == "text" or not d.sources, "data.text_field", d.text_field, rule)
     weights = [s.weight for s in d.sources.values()]
     _require(
         all(0 <= w < math.inf for w in weights), "data.sources", weights, "weights must not be negative or infinite"

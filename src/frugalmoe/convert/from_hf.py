@@ -116,7 +116,7 @@ def _tokenizer(spec: str, directory: Path) -> Tokenizer:
         try:
             return load_from(directory)
         except UserError as e:
-            raise UserError(f"{e}; or give --tokenizer=bytes, or the path of another") from e
+            raise UserError(f"{e}; or convert from-hf with --tokenizer=bytes, or the path of another") from e
     found = parse(spec)
     if isinstance(found, int):
         raise UserError(f"--tokenizer={spec}: there is no text to train it on; valid: bytes, or a path")
@@ -141,19 +141,24 @@ def convert(found: Found, run: Path, progress: bool = False) -> None:
     with output.appearing(run) as place, output.bar(progress) as bar:
         files = found.source.files
         read = published.hashes(bar.track(files, description="reading"))
-        _check_repeats(found)
+        check_repeats(found)
         (place / _ASSEMBLY).mkdir()
         arrays = {}
         for path in bar.track(list(found.plan.arrays), description="converting"):
             arrays[path] = _assemble(found, path, place / _ASSEMBLY / "-".join(path))
-        _keep_source(place, found, read)
+        accompany(place, found, read)
         output.write_run(place, found.config, found.tokenizer, Weights(*_trees(arrays)))
         shutil.rmtree(place / _ASSEMBLY)
 
 
 def read_arrays(found: Found) -> tuple[dict, dict]:
     """Returns (parameters, router state) of a published model in memory, float32."""
-    return _trees({path: _assemble(found, path, None) for path in found.plan.arrays})
+    return _trees({path: read_array(found, path) for path in found.plan.arrays})
+
+
+def read_array(found: Found, path: plan.Path) -> np.ndarray:
+    """Returns one of our arrays in memory, float32: beside it, one tensor is in memory at one time."""
+    return _assemble(found, path, None)
 
 
 def _assemble(found: Found, path: plan.Path, file: Path | None) -> np.ndarray:
@@ -172,7 +177,7 @@ def _assemble(found: Found, path: plan.Path, file: Path | None) -> np.ndarray:
     return checkpoint.on_disk(file, shape)
 
 
-def _check_repeats(found: Found) -> None:
+def check_repeats(found: Found) -> None:
     """Tensors that stand in the files twice are the same."""
     for name in sorted(found.repeats):
         other = plan.repeated(found.family, name)
@@ -193,9 +198,12 @@ def _trees(arrays: Mapping[plan.Path, Any]) -> tuple[dict, dict]:
     return params, state
 
 
-def _keep_source(run: Path, found: Found, read: Mapping[str, Any]) -> None:
-    """Writes what was read, and the files that go along."""
-    (run / FOLDER).mkdir()
+def accompany(run: Path, found: Found, read: Mapping[str, Any]) -> None:
+    """Writes what goes along with the weights into a run's directory, so that `to_hf` gives it back.
+
+    `read`: hashes of the files.
+    """
+    (run / FOLDER).mkdir(exist_ok=True)
     for path in found.source.carried:
         shutil.copyfile(path, run / FOLDER / path.name)
     manifest = {

@@ -15,6 +15,7 @@ target.
 """
 
 import copy
+import dataclasses
 import hashlib
 import os
 import sys
@@ -27,11 +28,12 @@ import numpy as np
 
 from frugalmoe.data.cache import digest
 from frugalmoe.data.prepare import prepare, say
-from frugalmoe.data.shards import AGAIN, Sizes, Store, is_prepared
+from frugalmoe.data.shards import AGAIN, Sizes, Store, is_prepared, read_manifest
+from frugalmoe.data.sources import check_apart, of_validation, open_inputs
 from frugalmoe.data.split import ALL, check_domain
 from frugalmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_json, parse
 from frugalmoe.errors import UserError
-from frugalmoe.schema import Data
+from frugalmoe.schema import Data, FrozenDict, Source
 
 EVAL_SEED = "validation"  # of the order of validation rows; the same in every run, so that runs can be compared
 
@@ -133,8 +135,12 @@ def _row(
 class Dataset:
     """The prepared data of a config: batches for training and evaluation, by random access.
 
-    Of data whose documents are all validation, `split.ALL`, there are batches for evaluation only.
+    Of data whose documents are all validation, `split.ALL`, there are batches for evaluation only. `validation` is
+    such a set, where the config has one.
     """
+
+    validation: "Dataset | None" = None
+    notes: tuple[str, ...] = ()  # beside those of the manifest
 
     def __init__(self, store: Store, data: Data, weights: Sequence[float], batch_size: int, seed: int) -> None:
         self._store, self._data, self._batch_size = store, data, batch_size
@@ -222,20 +228,76 @@ class Dataset:
 
 
 def open_data(data: Data, *, batch_size: int, seed: int, progress: bool = True) -> Dataset:
-    """Returns the data of a config, prepared in the cache at the first call. `data.path` may be prepared already."""
+    """Returns the data of a config, prepared in the cache at the first call. `data.path` may be prepared already.
+
+    Where the config has a validation set, that is opened too, as `Dataset.validation`.
+    """
     if batch_size < 1 or seed < 0:
         raise UserError(f"batch_size={batch_size}, seed={seed}: must be at least 1 and at least 0")
-    path = Path(os.path.expanduser(data.path))
-    if not data.sources and data.path and is_prepared(path):
-        store = Store(path)
-        _check_prepared(data, store)
+    own = bool(data.validation.path) and data.validation_fraction != ALL
+    if own:
+        check_validation(data, progress)
+    store = _store(data, progress)
+    weights = [source["weight"] for source in store.manifest["sources"]]
+    if data.sources:
+        weights = [data.sources[source["name"]].weight for source in store.manifest["sources"]]
+    found = Dataset(store, data, weights, batch_size, seed)
+    if own:
+        held_out = _store(held_out_data(data, str(store.directory)), progress)
+        found.validation = Dataset(held_out, data, [0.0] * len(held_out.manifest["sources"]), batch_size, seed)
+        found.notes += tuple(_repeated(store, held_out))
         if progress:
-            say(store.manifest["notes"])
-        weights = [source["weight"] for source in store.manifest["sources"]]
-    else:
-        store = Store(prepare(data, progress=progress))
-        weights = [data.sources[source["name"]].weight if data.sources else 0.0 for source in store.manifest["sources"]]
-    return Dataset(store, data, weights, batch_size, seed)
+            say(found.notes)
+    return found
+
+
+def _store(data: Data, progress: bool) -> Store:
+    path = prepared_path(data)
+    if path is None:
+        return Store(prepare(data, progress=progress))
+    store = Store(path)
+    _check_prepared(data, store)
+    if progress:
+        say(store.manifest["notes"])
+    return store
+
+
+def prepared_path(data: Data) -> Path | None:
+    """Returns the prepared directory that a config's `path` names."""
+    path = Path(os.path.expanduser(data.path))
+    return path if not data.sources and data.path and is_prepared(path) else None
+
+
+def held_out_data(data: Data, tokenizer: str) -> Data:
+    """Returns a config's own validation set as data by themselves, tokenized by the tokenizer at a path.
+
+    Of a prepared directory they are its held-out documents.
+    """
+    there = dataclasses.replace(data, path=data.validation.path, sources=FrozenDict(), validation=Source())
+    if (path := prepared_path(there)) is None:
+        return of_validation(data, tokenizer)
+    fraction = read_manifest(path)["validation_fraction"]
+    return dataclasses.replace(there, tokenizer=tokenizer, validation_fraction=fraction)
+
+
+def check_validation(data: Data, progress: bool = False) -> None:
+    """Raises `UserError` where a config's own validation set cannot be found, or names what is trained on."""
+    other = held_out_data(data, data.tokenizer)
+    paths = prepared_path(data), prepared_path(other)
+    if paths[0] and paths[1] and paths[0].resolve() == paths[1].resolve():
+        rule = "is data.path too, whose held-out documents are scored anyway"
+        raise UserError(f"data.validation.path={data.validation.path!r}: {rule}")
+    inputs = [[] if path else open_inputs(each, progress) for path, each in zip(paths, (data, other))]
+    check_apart(*inputs)
+
+
+def _repeated(training: Store, validation: Store) -> list[str]:
+    """A line on validation documents whose text is trained on."""
+    chosen = validation.columns["validation"]
+    hashes = np.unique(validation.columns["hash"][chosen])
+    count = int(np.isin(hashes, training.columns["hash"][~training.columns["validation"]]).sum())
+    rule = f"{count:,} of its {len(hashes):,} documents repeat the text of a training document"
+    return [f"data.validation.path: {rule}"] if count else []
 
 
 def _check_prepared(data: Data, store: Store) -> None:

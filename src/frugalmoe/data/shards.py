@@ -223,6 +223,7 @@ class Store:
     """Random access to the pieces of a prepared directory, numbered over all shards. Safe to use from many threads."""
 
     def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self.manifest = read_manifest(directory)
         self.tokenizer = load_from(directory)
         made = self.manifest["tokenizer"]

@@ -18,8 +18,9 @@ from frugalmoe import found
 from frugalmoe.data import corpus, mixed, quickstart, readers
 from frugalmoe.data.cache import cache_root
 from frugalmoe.errors import UserError, needs_package
-from frugalmoe.schema import Data, Source
+from frugalmoe.schema import Data, FrozenDict, Source
 
+ALL = 1.0  # as the fraction: all documents are validation, and none is trained on
 BUILT_IN = {"quickstart": quickstart.build, "mixed": mixed.build}
 
 
@@ -63,6 +64,12 @@ class Input:
             return [self.name, options, self.outside.sha256, self.fingerprint()]
         return [self.name, options, self.hf, place, files]
 
+    def places(self) -> list[str]:
+        """What names its texts: files, a Python file, or a Hugging Face data set with its split."""
+        if self.hf:
+            return ["hf:" + ":".join(self.hf)]
+        return [str(file.resolve()) for file in ([self.outside.path] if self.outside else self.files)]
+
     @property
     def corpus(self) -> corpus.Corpus:
         return self.outside.module.CORPUS
@@ -101,16 +108,38 @@ class Notes:
 
 def open_inputs(data: Data, progress: bool) -> list[Input]:
     """Returns the inputs of a config, sorted by name. Every path is checked; documents are not read yet."""
-    if not data.sources:
-        return [_open_input("data.path", "", Source(path=data.path), data, progress)]
-    named = sorted(data.sources.items())
-    weights = [source.weight for _, source in named]
+    named = named_sources(data)
+    weights = [source.weight for _, _, source in named]
     if any(weights):
-        for name, source in named:
+        for _, name, source in named:
             if not 0 < source.weight < float("inf"):
                 rule = "must be positive for every source, or 0 for all (in proportion to their tokens)"
                 raise UserError(f"data.sources.{name}.weight={source.weight}: {rule}")
-    return [_open_input(f"data.sources.{name}.path", name, source, data, progress) for name, source in named]
+    return [_open_input(field, name, source, data, progress) for field, name, source in named]
+
+
+def named_sources(data: Data) -> list[tuple[str, str, Source]]:
+    """Returns (field of the path, name or "", source) of a config's sources, sorted by name."""
+    if data.validation_fraction == ALL and data.validation.path:  # see `of_validation`
+        return [("data.validation.path", "", data.validation)]
+    if not data.sources:
+        return [("data.path", "", Source(path=data.path, text_field=data.text_field))]
+    return [(f"data.sources.{name}.path", name, source) for name, source in sorted(data.sources.items())]
+
+
+def of_validation(data: Data, tokenizer: str) -> Data:
+    """Returns a config's own validation set as data by themselves, of which nothing is trained on."""
+    return dataclasses.replace(data, path="", sources=FrozenDict(), validation_fraction=ALL, tokenizer=tokenizer)
+
+
+def check_apart(training: Iterable[Input], validation: Iterable[Input]) -> None:
+    """Raises `UserError` where a validation set and the training data name the same file, data set or corpus."""
+    places = {place: source.where for source in training for place in source.places()}
+    for source in validation:
+        for place in source.places():
+            if place in places:
+                rule = f"{place} is training data too ({places[place]}); a validation set must be none of them"
+                raise UserError(f"{source.where}: {rule}")
 
 
 def _open_input(field: str, name: str, source: Source, data: Data, progress: bool) -> Input:

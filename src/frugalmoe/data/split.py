@@ -5,11 +5,10 @@ import hashlib
 import heapq
 from collections.abc import Iterable
 
-from frugalmoe.data.sources import Document
+from frugalmoe.data.sources import ALL, Document
 from frugalmoe.errors import UserError
 
 HASHES = 1 << 64
-ALL = 1.0  # as the fraction: all documents are validation, and none is trained on
 TAKEN = ("mean", "all")  # names beside the domains' own: of their mean, and of all tokens
 
 

@@ -174,7 +174,12 @@ def restore_arrays(manager: ocp.CheckpointManager, step: int, wanted: Arrays) ->
         restored = _restored(Path(manager.directory) / str(step) / item, target) if arrays else {}
         by_path = {_joined(names): leaf for names, leaf in _named(restored, today)}
         found[item] = {path: by_path[path] for path in arrays}
-    return jax.jit(lambda values: _typed(values, wanted), donate_argnums=0)(found)
+    return typed(found, wanted)
+
+
+def typed(arrays: Arrays, wanted: Arrays) -> Arrays:
+    """Returns arrays, which are donated, with types that are written as those of a step's results are."""
+    return jax.jit(lambda values: _typed(values, wanted), donate_argnums=0)(arrays)
 
 
 def _restored(directory: Path, target: Any) -> Any:

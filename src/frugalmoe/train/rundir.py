@@ -33,6 +33,7 @@ _BEGINNING = ("checkpoints", "metrics.jsonl", "expert_load.jsonl", "tensorboard"
 _OWN = ("config.json", "environment.json", "data.json", "history.jsonl", "metrics.jsonl", "expert_load.jsonl",
         "summary.json", "probe.npz", "cross.json", ".*.json.*.tmp", ".*.jsonl.*.tmp",
         "tensorboard/events.out.tfevents.*", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
+        "tokenizer/chat_template.jinja", "tokenizer/generation_config.json",
         "report/index.html", "report/*.png", "trace/step_*.npz", "trackers.json", "wandb", "profile",
         "outside.json", "outside/*/*.py", "source.json", "source/*")  # fmt: skip
 _FOLDERS = ("checkpoints", "tensorboard", "tokenizer", "report", "trace", "outside/*", "outside", "source")
@@ -213,8 +214,14 @@ def describe_data(workdir: Path, data: Dataset) -> None:
         "train_tokens": data.train_tokens,
         "validation_tokens": data.validation_tokens,
         "remainder": data.remainder,
-        "notes": data.manifest["notes"],
+        "notes": [*data.manifest["notes"], *data.notes],
     }
+    if data.validation:
+        described["validation"] = {
+            "fingerprint": data.validation.fingerprint,
+            "domains": list(data.validation.domains),
+            "tokens": data.validation.validation_tokens,
+        }
     write_json(workdir / "data.json", described)
 
 

@@ -13,7 +13,7 @@ from frugalmoe.data.tokenizer import Tokenizer, load_from
 from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json
-from frugalmoe.schema import Mesh
+from frugalmoe.schema import Mesh, Source
 from frugalmoe.train import checkpoint, rundir
 from frugalmoe.train.step import abstract
 
@@ -85,7 +85,8 @@ def open_run_data(run: Path, config: Config) -> Dataset:
 
     A published model was trained on others: the data of the run's config, at which it is looked first, become its own.
     """
-    data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
+    data = dataclasses.replace(config.data, validation=Source())  # that set is no part of what the run is about
+    data = open_data(data, batch_size=config.train.batch_size, seed=config.train.seed)
     if not (run / "data.json").is_file():
         rundir.describe_data(run, data)
     there = read_json(run / "data.json")["fingerprint"]
