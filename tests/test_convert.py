@@ -328,7 +328,7 @@ def test_a_pickle_is_refused_with_the_reason(copy, tmp_path, capsys):
 def test_directories_and_flags_that_are_wrong_are_one_line(models, copy, tmp_path, capsys):
     run = tmp_path / "run"
     assert "no such directory" in refused(capsys, "from-hf", tmp_path / "none", run)
-    assert "give --tokenizer=bytes" in refused(capsys, "from-hf", copy, run)
+    assert "with --tokenizer=bytes" in refused(capsys, "from-hf", copy, run)
     assert "--tokenizer=bpe:300" in refused(capsys, "from-hf", copy, run, "--tokenizer=bpe:300")
     assert "no such family" in refused(capsys, "from-hf", copy, run, "--tokenizer=bytes", "--family=palm")
     changed = refused(capsys, "from-hf", copy, run, "--tokenizer=bytes", "--config.model.norm_eps=0.1")
