@@ -10,6 +10,8 @@ EXAMPLES = """\
   frugalmoe convert from-hf models/OLMoE-1B-7B runs/olmoe --dry-run    (what would go where)
   frugalmoe convert from-hf models/OLMoE-1B-7B runs/olmoe
   frugalmoe generate runs/olmoe --prompt="The capital of France is"
+  frugalmoe convert from-hf models/Moonlight-16B-A3B runs/moonlight --link --config.model.compute_dtype=bfloat16
+  frugalmoe trace runs/moonlight --tokens=8192         (a layer in memory at one time)
   frugalmoe convert to-hf runs/olmoe published/olmoe"""
 
 
@@ -21,6 +23,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     from_hf.set_defaults(parser=from_hf, config=None)
     from_hf.add_argument("directory", metavar="DIR", type=Path, help="with config.json and safetensors")
     from_hf.add_argument("run", metavar="RUN", type=Path, help="a new run directory")
+    from_hf.add_argument(
+        "--link", action="store_true", help="leave the weights in DIR: RUN is for `frugalmoe trace`, a layer at a time"
+    )
     from_hf.add_argument("--tokenizer", default="", help="bytes, or the path of one, in place of the directory's own")
     summary = "Write a run in the layout of Hugging Face."
     to_hf = actions.add_parser("to-hf", help=summary, description=summary, allow_abbrev=False)
@@ -53,6 +58,10 @@ def _from_hf(args: argparse.Namespace) -> int:
         if found.faults:
             raise UserError(found.faults)
         console.print(f"{found.family.name}: all tensors have a place; nothing was written", soft_wrap=True)
+        return 0
+    if args.link:
+        from_hf.link(found, args.run, progress=True)
+        console.print(f"{args.run}: {found.family.name}; its weights stay in {args.directory}", soft_wrap=True)
         return 0
     from_hf.convert(found, args.run, progress=True)
     console.print(f"{args.run}: {found.family.name}, {table.count(found.plan)} parameters as float32", soft_wrap=True)

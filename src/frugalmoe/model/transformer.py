@@ -75,7 +75,7 @@ class Transformer(nnx.Module):
     def __call__(self, context: Context, caches: Caches | None = None, start: Array | None = None) -> Output:
         """Hidden states of every token; `caches` and `start` are given in generation only."""
         config = self.config
-        stream = Stream(self._look_up()(context.token_ids_BT))
+        stream = Stream(self.embed(context.token_ids_BT))
         prepared = prepare(context.positions_BT, config, pattern.attention_names(config.attention))
         of_segments = []
         for i, segment in enumerate(pattern.segments(config)):
@@ -110,6 +110,10 @@ class Transformer(nnx.Module):
         rest = (Stream(hidden_BTD, carry), self._look_up(), place)
         passed = multi_token.draft(self.multi_token, config, context, *rest)
         return passed.stream.x_BTD, passed.cache
+
+    def embed(self, token_ids_BT: Array) -> Array:
+        """Embeddings [B, T, D] in compute dtype."""
+        return self._look_up()(token_ids_BT)
 
     def _look_up(self) -> Callable[[Array], Array]:
         """ids [B, T] -> their embeddings in compute dtype."""
