@@ -14,6 +14,7 @@ import conftest  # noqa: F401  its environment of JAX, for the command too
 import jax
 import jax.numpy as jnp
 import numpy as np
+import routers
 import torch
 import transformers as hf
 from flax import nnx
@@ -236,7 +237,30 @@ def head() -> str:
 
 def page(rows: Iterable[Row]) -> str:
     lines = [_line(*COLUMNS), _line(*("---" for _ in COLUMNS)), *map(line, rows)]
-    return head() + "\n".join(lines) + "\n"
+    return head() + "\n".join(lines) + "\n\n" + page_of_routers()
+
+
+ROUTERS = """\
+## Routers
+
+Every learned router in the source of transformers {transformers}: {families} families, of which {ours} are ours. In
+each run of the tests `tests/test_router_oracles.py` gives `transformers`' own module and our strategy the same logits,
+also such of +-100 and such with ties, with a bias where they have one: experts and weights are the same. torch keeps no
+order among ties: which one of equal scores its `topk` takes depends on the number of experts, and here the lower id is
+taken, so that with ties both have to choose K largest, with equal weights. Experts: their number, and of a token, in
+the config class by default. Options of ours stand with their value, or with the key of config.json that has it.
+
+"""
+
+
+def page_of_routers() -> str:
+    rows = routers.rows()
+    missing = {row[0] for row in rows if row[-1].startswith("no: ")}
+    families = {row[0].split()[0]: [] for row in rows}
+    ours = [family for family in families if any(row[0].split()[0] == family and row[0] not in missing for row in rows)]
+    text = ROUTERS.format(transformers=hf.__version__, families=len(families), ours=len(ours))
+    lines = [_line(*routers.COLUMNS), _line(*("---" for _ in routers.COLUMNS)), *(_line(*row) for row in rows)]
+    return text + "\n".join(lines) + "\n"
 
 
 def rows_of_models() -> list[str]:
