@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from parity import opened, relative_error
 from published import B, T, V, fill, gradients_in_place, randomized, save, tokens
-from test_parity_transformers import opened, relative_error
 from test_train_step import DEPTHS, EVERY_LOSS, STATEFUL, batch, config_of, largest_difference, mesh_of, trained
 
 from frugalmoe.convert import from_hf
