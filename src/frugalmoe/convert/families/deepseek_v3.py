@@ -11,7 +11,7 @@ import numpy as np
 from frugalmoe.convert.contract import Family, Form, Key
 from frugalmoe.convert.further import COPIES, FURTHER
 from frugalmoe.convert.pairs import halves, pairs
-from frugalmoe.convert.parts import DENSE, ENDS, FIXED, KEYS, LAYER, NORMS, ROUTER, TIED, Row, experts, swiglu
+from frugalmoe.convert.parts import DEEPSEEK, DEEPSEEK_FFN, ENDS, FIXED, KEYS, LAYER, NORMS, TIED, Row
 from frugalmoe.model.attention.kinds import options_of
 from frugalmoe.model.attention.kinds.latent import Sizes, sizes
 from frugalmoe.schema import Model
@@ -98,15 +98,8 @@ FAMILY = Family(
         Key("v_head_dim", _LATENT + "value_dim"),
         Key("kv_lora_rank", _LATENT + "rank"),
         Key("q_lora_rank", _LATENT + "query_rank", 0),
-        Key("intermediate_size", "dense_dim"),
+        *DEEPSEEK,
         Key("first_k_dense_replace", "num_dense_layers", 3),
-        Key("moe_intermediate_size", "moe.expert_dim"),
-        Key("n_routed_experts", "moe.num_experts", also=("num_local_experts",)),
-        Key("n_shared_experts", "moe.num_shared_experts", 0),
-        Key("num_experts_per_tok", "moe.num_experts_per_token"),
-        Key("n_group", "moe.options.num_groups", 1),
-        Key("topk_group", "moe.options.groups_per_token", 1),
-        Key("routed_scaling_factor", "moe.options.scale", 1.0),
         Key("norm_topk_prob", "moe.options.renormalize", True),
     ),
     settings={"attention": "latent", "moe.router": "sigmoid_bias"},
@@ -129,16 +122,6 @@ FAMILY = Family(
     },
     more_ours=_ours,
     more_theirs=_theirs,
-    rows=(
-        *ENDS,
-        *NORMS,
-        *ATTENTION,
-        *DENSE,
-        *ROUTER,
-        Row(LAYER + "mlp.gate.e_score_correction_bias", "moe/router_state/bias_E"),
-        *experts("mlp"),
-        *swiglu("mlp.shared_experts", "moe/shared"),
-        *FURTHER,
-    ),
+    rows=(*ENDS, *NORMS, *ATTENTION, *DEEPSEEK_FFN, *FURTHER),
     same={**TIED, **COPIES},
 )
