@@ -16,6 +16,10 @@ KEYS = (
 HEAD_DIM = Key(
     "head_dim", "head_dim", lambda keys: keys.integer("hidden_size") // max(keys.integer("num_attention_heads"), 1)
 )
+BIASES = (  # on all projections of attention, or on none
+    Key("attention_bias", "qkv_bias", False),
+    Key("attention_bias", "out_bias", False),
+)
 WIDTHS = (
     Key("intermediate_size", "dense_dim"),
     Key("moe_intermediate_size", "moe.expert_dim"),
@@ -41,6 +45,10 @@ NORMS = (
     Row(LAYER + "input_layernorm.weight", "attention_norm/scale"),
     Row(LAYER + "post_attention_layernorm.weight", "ffn_norm/scale"),
 )
+NORMS_AFTER = (
+    Row(LAYER + "post_attention_layernorm.weight", "attention_norm/scale"),
+    Row(LAYER + "post_feedforward_layernorm.weight", "ffn_norm/scale"),
+)
 ATTENTION = (
     Row(LAYER + "self_attn.q_proj.weight", "attention/query_DHd"),
     Row(LAYER + "self_attn.k_proj.weight", "attention/key_Dhd"),
@@ -49,6 +57,7 @@ ATTENTION = (
     Row(LAYER + "self_attn.q_proj.bias", "attention/query_bias_Hd"),
     Row(LAYER + "self_attn.k_proj.bias", "attention/key_bias_hd"),
     Row(LAYER + "self_attn.v_proj.bias", "attention/value_bias_hd"),
+    Row(LAYER + "self_attn.o_proj.bias", "attention/out_bias_D"),
     Row(LAYER + "self_attn.q_norm.weight", "attention/query_norm/scale"),
     Row(LAYER + "self_attn.k_norm.weight", "attention/key_norm/scale"),
 )

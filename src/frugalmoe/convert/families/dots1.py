@@ -2,7 +2,7 @@
 
 from frugalmoe.convert import window
 from frugalmoe.convert.contract import Family, Key
-from frugalmoe.convert.parts import BLOCKS, DEEPSEEK, DEEPSEEK_FFN, FIXED, HEAD_DIM, KEYS, TIED
+from frugalmoe.convert.parts import BIASES, BLOCKS, DEEPSEEK, DEEPSEEK_FFN, FIXED, HEAD_DIM, KEYS, TIED
 
 
 def _ours(keys):
@@ -17,6 +17,7 @@ FAMILY = Family(
     keys=(
         *KEYS,
         HEAD_DIM,
+        *BIASES,
         *DEEPSEEK,
         Key("first_k_dense_replace", "num_dense_layers", 0),
         Key("norm_topk_prob", "moe.options.renormalize", False),
@@ -24,7 +25,6 @@ FAMILY = Family(
     settings={"qk_norm": "head", "moe.router": "sigmoid_bias"},
     fixed={
         **FIXED,
-        "attention_bias": (False,),
         "scoring_func": ("sigmoid",),
         "topk_method": ("noaux_tc",),
         "moe_layer_freq": (1,),

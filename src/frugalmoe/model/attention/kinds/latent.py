@@ -70,7 +70,8 @@ class LatentAttention(nnx.Module):
     def __init__(self, key: Array, config: Model, options: Options, out_std: float):
         size, std, heads = sizes(config, options), config.init_std, config.num_heads
         head, keys = size.still + size.rotated, jax.random.split(key, 7)
-        self.still, self.form = size.still, Form(head**-0.5 * score_factor(config.rope_scaling))
+        scores = config.multipliers.scores or head**-0.5
+        self.still, self.form = size.still, Form(scores * score_factor(config.rope_scaling))
         if size.query_rank:
             self.query_down_DP = normal(keys[0], "D->P", (config.dim, size.query_rank), std)
             self.query_norm = RMSNorm(size.query_rank, config.norm_eps, "P")
@@ -161,7 +162,7 @@ def check(config: Model, options: Options) -> str | None:
     rotated = sizes(config, options).rotated
     if rotated % 2 or not rotated:
         return f"model.attention_options.latent.rotary_dim={rotated}: must be an even number of channels"
-    for name, without in (("qk_norm", "none"), ("qkv_bias", False), ("rope_fraction", 1.0)):
+    for name, without in (("qk_norm", "none"), ("qkv_bias", False), ("out_bias", False), ("rope_fraction", 1.0)):
         if (value := getattr(config, name)) != without:
             return f"model.{name}={value!r}: must be {without} with model.attention=latent, which has none"
     return None
