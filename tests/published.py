@@ -37,6 +37,7 @@ LATENT = COMMON | dict(
     v_head_dim=6,
     first_k_dense_replace=1,
 )
+LITE = {name: value for name, value in LATENT.items() if name != "first_k_dense_replace"}
 QWEN3 = COMMON | dict(head_dim=d, moe_intermediate_size=F, num_experts=E, mlp_only_layers=[])
 QWEN2 = COMMON | dict(
     moe_intermediate_size=F, num_experts=E, shared_expert_intermediate_size=2 * F, intermediate_size=24
@@ -108,6 +109,7 @@ CASES: dict[str, Callable[[], hf.PretrainedConfig]] = {
         n_group=1,
         topk_group=1,
         norm_topk_prob=False,
+        rms_norm_eps=1e-2,
         rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 0.8},
     ),
     "deepseek_v2": lambda: hf.DeepseekV2Config(
@@ -119,6 +121,14 @@ CASES: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "glm4_moe": lambda: hf.Glm4MoeConfig(**GLM4),
     "glm4_moe no bias, no norm, one group": lambda: hf.Glm4MoeConfig(
         **GLM4 | {"attention_bias": False, "use_qk_norm": False, "n_group": 1, "topk_group": 1}
+    ),
+    "glm4_moe_lite": lambda: hf.Glm4MoeLiteConfig(**LITE, n_group=4, topk_group=2),
+    "glm4_moe_lite whole queries, two dense layers, yarn": lambda: hf.Glm4MoeLiteConfig(
+        **LITE | {"q_lora_rank": None, "rms_norm_eps": 1e-2},
+        n_shared_experts=2,
+        norm_topk_prob=False,
+        mlp_layer_types=["dense", "dense", "sparse"],
+        rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 0.8},
     ),
     "dots1": lambda: hf.Dots1Config(
         **GLM4_SIZES, norm_topk_prob=True, routed_scaling_factor=2.5, n_group=4, topk_group=2

@@ -30,6 +30,9 @@ from frugalmoe.train.weights import load_model
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 STRETCHED = {"rope_type": "yarn", "factor": 4.0}
+LATENT_KEYS = dict.fromkeys(
+    ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank", "intermediate_size"), 8
+) | {"moe_intermediate_size": 8, "n_routed_experts": 8}
 WINDOWED = {"use_sliding_window": True, "sliding_window": 4}
 HEADER, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -214,6 +217,10 @@ def test_config_json_says_in_both_directions_what_a_model_is(case):
         (
             {"model_type": "granitemoe", "residual_multiplier": -1.0, "router_jitter_noise": None},
             "residual_multiplier=-1.0: must be positive",
+        ),
+        (
+            {"model_type": "glm4_moe_lite", "mlp_layer_types": ["sparse", "dense", "sparse"], **LATENT_KEYS},
+            "mlp_layer_types=['sparse', 'dense', 'sparse']: is not implemented but as dense for the first",
         ),
         ({"hidden_size": "32"}, "hidden_size='32'"),
         ({"hidden_size": 2**31 - 1}, "says a model of"),

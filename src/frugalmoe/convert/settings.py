@@ -79,9 +79,11 @@ def _counting(model: Model) -> dict[str, Any]:
     unused = () if pattern.has_experts(model) else ("moe",)
     unused += () if model.num_dense_layers else ("dense_dim",)
     if set(pattern.attention_names(model.attention)) == {"latent"}:
-        size = latent.sizes(model, kinds.options_of(model, "latent"))  # of which 0 means one that follows from another
+        options = kinds.options_of(model, "latent")
+        size = latent.sizes(model, options)  # of which 0 means one that follows from another, as of the epsilon
         flat = {name: value for name, value in flat.items() if not _is_below(name, (LATENT, "num_kv_heads"))}
         flat |= {f"{LATENT}.{name}": value for name, value in size._asdict().items()}
+        flat[f"{LATENT}.norm_eps"] = options.norm_eps or model.norm_eps
     return {name: value for name, value in flat.items() if not _is_below(name, (*TRAINING, *unused))}
 
 

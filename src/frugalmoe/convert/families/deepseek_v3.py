@@ -1,7 +1,7 @@
 """DeepSeek-V3 (2412.19437): latent attention, sigmoid scores with a balance bias, modules that predict further ahead.
 
 Its released weights rotate channel 2 i with 2 i + 1, ours i with i + r / 2: the rotated channels are put in another
-order. The norms of its latents have an epsilon of 1e-6 always, ours that of the model.
+order. The norms of its latents have an epsilon of 1e-6 always.
 
 Letters: H heads, D model, P channels inside, n channels of a head without rotation, r with, e of its value.
 """
@@ -57,6 +57,7 @@ def _join_up(pieces: tuple[np.ndarray, ...], model: Model) -> np.ndarray:
 
 UP = Form(_split_up, _join_up)
 
+SETTINGS = {"attention": "latent", _LATENT + "norm_eps": 1e-6}
 ATTENTION = (
     Row(LAYER + "self_attn.q_proj.weight", "attention/query_DHd", QUERIES),
     Row(LAYER + "self_attn.q_a_proj.weight", "attention/query_down_DP"),
@@ -102,12 +103,11 @@ FAMILY = Family(
         Key("first_k_dense_replace", "num_dense_layers", 3),
         Key("norm_topk_prob", "moe.options.renormalize", True),
     ),
-    settings={"attention": "latent", "moe.router": "sigmoid_bias"},
+    settings={**SETTINGS, "moe.router": "sigmoid_bias"},
     fixed={
         **FIXED,
         "attention_bias": (False,),
         "rope_interleave": (True,),
-        "rms_norm_eps": (1e-6,),
         "scoring_func": ("sigmoid",),
         "topk_method": ("noaux_tc",),
         "moe_layer_freq": (1,),
