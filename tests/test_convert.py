@@ -29,6 +29,10 @@ from frugalmoe.train.checkpoint import on_disk
 from frugalmoe.train.weights import load_model
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+STRETCHED = {"rope_type": "yarn", "factor": 4.0}
+LATENT_KEYS = dict.fromkeys(
+    ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank", "intermediate_size"), 8
+) | {"moe_intermediate_size": 8, "n_routed_experts": 8}
 WINDOWED = {"use_sliding_window": True, "sliding_window": 4}
 HEADER, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -154,6 +158,22 @@ def settings_of(case: str):
     return resolve(override(default(), fields))
 
 
+def test_the_older_config_of_olmo_3_stretches_the_angles_of_layers_without_a_window():
+    """As it was released: `rope_theta` and `rope_scaling` at the top."""
+    said = json.loads(CASES["olmo3"]().to_json_string())
+    parameters = said.pop("rope_parameters")["full_attention"]
+    older = said | {"rope_theta": parameters.pop("rope_theta"), "rope_scaling": parameters}
+    fields = settings.to_ours(families.get("olmo3"), older, "config.json")
+    assert resolve(override(default(), fields)) == settings_of("olmo3")
+
+
+def test_the_help_names_every_family(capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"config.json: {', '.join(families.names())}." in said
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_config_json_says_in_both_directions_what_a_model_is(case):
     config, family = settings_of(case), families.get(case.split()[0])
@@ -185,6 +205,23 @@ def test_config_json_says_in_both_directions_what_a_model_is(case):
         ({"model_type": "qwen3", **WINDOWED, "layer_types": 3}, "layer_types=3: must name a kind for each of the 3"),
         ({"model_type": "qwen3", "use_sliding_window": "no"}, "use_sliding_window='no': must be true or false"),
         ({"rope_parameters": []}, "rope_parameters=[]: must be an object"),
+        (
+            {"model_type": "olmo3", "rope_parameters": {"sliding_attention": STRETCHED}},
+            "sliding_attention: rope_type='yarn': is not implemented; valid: 'default'",
+        ),
+        (
+            {"model_type": "olmo3", "rope_parameters": {"sliding_attention": {"rope_theta": 3.0}}},
+            "sliding_attention: rope_theta=3.0: is not implemented; valid: 500000.0",
+        ),
+        ({"model_type": "olmo3", "rope_parameters": {"rope_theta": 1e4}}, "rope_theta=10000.0: no meaning is known"),
+        (
+            {"model_type": "granitemoe", "residual_multiplier": -1.0, "router_jitter_noise": None},
+            "residual_multiplier=-1.0: must be positive",
+        ),
+        (
+            {"model_type": "glm4_moe_lite", "mlp_layer_types": ["sparse", "dense", "sparse"], **LATENT_KEYS},
+            "mlp_layer_types=['sparse', 'dense', 'sparse']: is not implemented but as dense for the first",
+        ),
         ({"hidden_size": "32"}, "hidden_size='32'"),
         ({"hidden_size": 2**31 - 1}, "says a model of"),
         ({"num_hidden_layers": None}, "lacks 'num_hidden_layers'"),

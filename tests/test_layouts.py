@@ -77,6 +77,12 @@ FORMS = {
         "model.attention_options.window.window": 7,
         "model.attention_options.window.sinks": True,
         "model.attention_options.grouped.sinks": True,
+        "model.qk_norm": "rotated",
+        "model.out_bias": True,
+        "model.norm_position": "after",
+        "model.multipliers.embedding": 3.0,
+        "model.multipliers.residual": 0.5,
+        "model.multipliers.logits": 2.0,
     }
     | HALVED,
     "latent": {

@@ -103,6 +103,16 @@ class MultiTokenPrediction:
 
 
 @Frozen
+class Multipliers:
+    """Fixed factors in the network, as Granite has them."""
+
+    embedding: float = 1.0  # of what token ids look up
+    residual: float = 1.0  # of what attention and feed-forward add to the residual stream
+    scores: float = 0.0  # of queries times keys; 0: 1 / sqrt(channels of a head)
+    logits: float = 1.0  # logits are divided by it
+
+
+@Frozen
 class Model:
     """A decoder-only transformer."""
 
@@ -120,12 +130,18 @@ class Model:
         8  # heads of keys and values, each shared by num_heads / num_kv_heads query heads; not of latent
     )
     head_dim: int = 32  # channels of a head
-    qk_norm: str = "none"  # none | head (per head, as Qwen3 and Ling 2.0) | full (over all heads, as OLMoE)
+    # none | head (per head, as Qwen3 and Ling 2.0) | full (over all heads, as OLMoE) | rotated (per head, and after
+    # rotation, as Hunyuan)
+    qk_norm: str = "none"
     qkv_bias: bool = False  # biases on the projections to queries, keys and values
+    out_bias: bool = False  # a bias on attention's projection back to the residual stream
     rope_theta: float = 10_000.0  # base of the rotary angles' wavelengths
     rope_fraction: float = 1.0  # share of each head that is rotated
     rope_scaling: RopeScaling = RopeScaling()
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    # Of a block's attention and feed-forward what is normalized: before (what they see) | after (what they add, OLMo 2)
+    norm_position: str = "before"
+    multipliers: Multipliers = Multipliers()
     tie_embeddings: bool = False  # the head's weights are the embedding's
     norm_head: bool = False  # Ling 1: head weights divided by their norm over the vocabulary
     init_std: float = 0.02  # weights that write into the residual stream are further divided by sqrt(2 * num_layers)

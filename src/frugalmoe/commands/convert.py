@@ -1,6 +1,8 @@
 """`frugalmoe convert from-hf` and `frugalmoe convert to-hf`."""
 
 import argparse
+import pkgutil
+import textwrap
 from pathlib import Path
 
 from frugalmoe.errors import UserError
@@ -17,7 +19,9 @@ EXAMPLES = """\
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds `from-hf` and `to-hf`, each with its flags."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="from-hf|to-hf")
+    known = textwrap.fill(f"Families of models, by model_type of their config.json: {', '.join(_families())}.", 100)
+    titles = {"title": "actions", "description": known}
+    actions = parser.add_subparsers(dest="action", required=True, metavar="from-hf|to-hf", **titles)
     summary = "Make a run of a published model; fields of its config that change no answer are set by --config.FIELD."
     from_hf = actions.add_parser("from-hf", help=summary, description=summary, allow_abbrev=False)
     from_hf.set_defaults(parser=from_hf, config=None)
@@ -38,6 +42,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             "--family", default="", help="a family of models, or the path of a file (default: found by itself)"
         )
         action.add_argument("--dry-run", action="store_true", help="show which tensor goes where, and write nothing")
+
+
+def _families() -> list[str]:
+    """The files that `convert.families` finds, without importing any."""
+    folder = Path(__file__).parents[1] / "convert/families"
+    return sorted(module.name for module in pkgutil.iter_modules([str(folder)]))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -60,7 +60,10 @@ def _model(config: Config) -> None:
         f"must be at most model.num_layers={m.num_layers}",
     )
     _require(m.num_dense_layers == 0 or m.dense_dim > 0, "model.dense_dim", m.dense_dim, "dense layers need a width")
-    _one_of("model.qk_norm", m.qk_norm, ("none", "head", "full"))
+    _one_of("model.qk_norm", m.qk_norm, ("none", "head", "full", "rotated"))
+    _one_of("model.norm_position", m.norm_position, ("before", "after"))
+    _each("model.multipliers", m.multipliers, "embedding residual logits", lambda v: v > 0, "must be positive")
+    _each("model.multipliers", m.multipliers, "scores", lambda v: v >= 0, "must not be negative")
     _one_of("model.compute_dtype", m.compute_dtype, ("float32", "bfloat16"))
     _one_of("model.remat", m.remat, ("none", "dots", "full"))
 

@@ -119,7 +119,9 @@ class Transformer(nnx.Module):
         """ids [B, T] -> their embeddings in compute dtype."""
         dtype = self.config.compute_dtype
         embed_VD = sharding.gather(self.embed_VD, dtype)[...].astype(dtype)
-        return functools.partial(sharding.local(_look_up, ("VD", "BT"), "BTD"), embed_VD)
+        look_up = functools.partial(sharding.local(_look_up, ("VD", "BT"), "BTD"), embed_VD)
+        multiplier = self.config.multipliers.embedding
+        return look_up if multiplier == 1 else lambda ids_BT: look_up(ids_BT) * multiplier
 
     def _before_experts(self, context: Context) -> tuple[Context, Carry]:
         """What a first layer with experts is given: the parameters that all routers share, and a carry of nothing.
@@ -135,7 +137,7 @@ class Transformer(nnx.Module):
         return context._replace(shared_router={k: v[...] for k, v in shared.items()}), carry
 
     def head(self) -> Array:
-        """The matrix [D, V] in compute dtype that turns hidden states into logits.
+        """The matrix [D, V] in compute dtype that turns hidden states into logits, over model.multipliers.logits.
 
         NormHead (Ling, arXiv 2503.05139 section 3.2.3, axis as in its released code): each hidden channel's weights are
         divided by their L2 norm over the vocabulary, and the norm carries no gradient.
@@ -143,6 +145,8 @@ class Transformer(nnx.Module):
         head_DV = self.embed_VD[...].T if self.config.tie_embeddings else self.head_DV[...]
         if self.config.norm_head:
             head_DV = head_DV / (jax.lax.stop_gradient(jnp.linalg.norm(head_DV, axis=1, keepdims=True)) + 1e-7)
+        if self.config.multipliers.logits != 1:
+            head_DV = head_DV / self.config.multipliers.logits
         dtype = self.config.compute_dtype
         return sharding.gather_array(head_DV, sharding.Declaration("DV", "head"), dtype).astype(dtype)
 

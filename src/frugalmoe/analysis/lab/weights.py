@@ -20,7 +20,7 @@ class Experts:
     layers_L: np.ndarray  # index in the whole network
     router: str  # its name
     columns_LDE: np.ndarray | None  # as `router_columns`
-    norm_LD: np.ndarray  # scale of the norm before the layer
+    norm_LD: np.ndarray  # scale of the norm before the layer; ones where there is none
     gate_up_LED2F: np.ndarray
     down_LEFD: np.ndarray
 
@@ -57,6 +57,7 @@ def load_experts(run: str | Path, checkpoint: int | None = None) -> Experts:
     if "moe_blocks" not in weights.params:
         raise UserError(f"{run}: a dense model, which has no experts")
     blocks, layers = weights.params["moe_blocks"], np.array(pattern.moe_layers(config.model))
+    scale_LD = np.asarray(blocks["ffn_norm"]["scale"])
     moe, shared = blocks["moe"], weights.params.get("shared_router", {})
     router = {name: np.asarray(value) for name, value in moe.get("router", {}).items()}
     router |= {name: np.stack([value] * len(layers)) for name, value in shared.items()}
@@ -64,7 +65,7 @@ def load_experts(run: str | Path, checkpoint: int | None = None) -> Experts:
         layers_L=layers,
         router=config.model.moe.router,
         columns_LDE=router_columns(router, config.model.moe.num_experts),
-        norm_LD=np.asarray(blocks["ffn_norm"]["scale"]),
+        norm_LD=scale_LD if config.model.norm_position == "before" else np.ones_like(scale_LD),
         gate_up_LED2F=np.asarray(moe["gate_up_ED2F"]),
         down_LEFD=np.asarray(moe["down_EFD"]),
     )
