@@ -157,6 +157,18 @@ CASES: dict[str, Callable[[], hf.PretrainedConfig]] = {
     ),
     "granitemoeshared": lambda: hf.GraniteMoeSharedConfig(**GRANITE),
     "granitemoeshared none shared": lambda: hf.GraniteMoeSharedConfig(**GRANITE | {"shared_intermediate_size": 0}),
+    "gpt_oss": lambda: hf.GptOssConfig(
+        **COMMON, head_dim=d, intermediate_size=F, num_local_experts=E, sliding_window=4
+    ),
+    "gpt_oss tied, no bias in attention, no window, not stretched": lambda: hf.GptOssConfig(
+        **COMMON | {"tie_word_embeddings": True, "num_key_value_heads": 1, "num_experts_per_tok": 3},
+        head_dim=16,
+        intermediate_size=F,
+        num_local_experts=E,
+        layer_types=["full_attention"] * L,
+        attention_bias=False,
+        rope_parameters={"rope_theta": 1e4, "rope_type": "default"},
+    ),
     "llama": lambda: hf.LlamaConfig(**DENSE, intermediate_size=24, rope_parameters=LLAMA3),
     "llama tied": lambda: hf.LlamaConfig(**DENSE | {"tie_word_embeddings": True}, intermediate_size=24),
     "llama biases": lambda: hf.LlamaConfig(**DENSE, intermediate_size=24, attention_bias=True),

@@ -107,6 +107,7 @@ BAD = [
     ("model.moe.router=top_k", "model.moe.router", "no such routing strategy"),
     ("model.moe.options.scael=2.0", "model.moe.options.scael", "did you mean 'scale'"),
     ("model.moe.losses.zz=2.0", "model.moe.losses.zz", "unknown loss"),
+    ("model.moe.activation=gelu", "model.moe.activation='gelu'", "unknown"),
     ("model.moe.shared_gate=True", "model.moe.shared_gate", "needs model.moe.num_shared_experts, which is 0"),
     ("model.moe.losses.z=-1.0", "model.moe.losses.z", "must not be negative"),
     ("model.moe.load_balance_devices=3", "model.moe.load_balance_devices=3", "must divide model.moe.num_experts=8"),

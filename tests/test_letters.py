@@ -131,7 +131,7 @@ def test_the_names_of_every_strategy_say_what_is_declared(name):
 PARTS = [
     EVERY_PART | {"qk_norm": "full", "out_bias": True},
     EVERY_PART | {"qk_norm": "head"},
-    {"tie_embeddings": True},
+    {"tie_embeddings": True, "moe.expert_bias": True},
     LATENT,
     SINKS,
 ]

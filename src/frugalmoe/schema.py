@@ -52,6 +52,8 @@ class MoE:
     num_experts: int = 8  # routed experts of a layer
     num_experts_per_token: int = 2  # experts that a token is sent to
     expert_dim: int = 128  # hidden width of one routed expert
+    activation: str = "swiglu"  # of routed experts: swiglu | clamped_swiglu (gpt-oss)
+    expert_bias: bool = False  # routed experts add biases to gate, up and down
     num_shared_experts: int = 0  # always active; computed as one feed-forward of width num_shared_experts * expert_dim
     shared_gate: bool = False  # what the shared experts add is scaled by the sigmoid of a learned score (Qwen2-MoE)
     losses: Mapping[str, float] = FrozenDict(load_balance=0.01, z=0.001)  # coefficient of each loss the router returns

@@ -188,6 +188,9 @@ def _executor(config: Config) -> None:
 
     moe = config.model.moe
     executor = experts.pick(moe, "cpu")  # which of its own a platform takes does not matter here
+    _one_of("model.moe.activation", moe.activation, experts.ACTIVATIONS)
+    if rule := experts.refusal(executor, moe):
+        raise UserError(f"model.moe.executor={moe.executor!r}: {rule}")
     _one_of("model.moe.drop_order", moe.drop_order, experts.ORDERS)
     _one_of("model.moe.exchange", moe.exchange, exchange.EXCHANGES)
     _each("model.moe", moe, "exchange_room", lambda v: v == 0 or v >= 1, "must be at least 1, or 0 for room for all")

@@ -58,6 +58,7 @@ ATTENTION = (
     Row(LAYER + "self_attn.k_proj.bias", "attention/key_bias_hd"),
     Row(LAYER + "self_attn.v_proj.bias", "attention/value_bias_hd"),
     Row(LAYER + "self_attn.o_proj.bias", "attention/out_bias_D"),
+    Row(LAYER + "self_attn.sinks", "attention/sink_H"),
     Row(LAYER + "self_attn.q_norm.weight", "attention/query_norm/scale"),
     Row(LAYER + "self_attn.k_norm.weight", "attention/key_norm/scale"),
 )

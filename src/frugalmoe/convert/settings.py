@@ -23,6 +23,7 @@ TRAINING = frozenset((
     "multi_token_prediction.coefficient",
 ))  # fmt: skip
 _THETA, _FRACTION = "rope_theta", "rope_fraction"  # among settings: where config.json names none
+_QUANTIZED = "quantization_config"
 _BY_KIND = "rope_by_kind"  # among settings: windows have angles of their own, which nothing stretches
 LATENT = "attention_options.latent"
 
@@ -30,6 +31,10 @@ LATENT = "attention_options.latent"
 def to_ours(family: Family, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns {dotted field: value} of our config. Raises `UserError` for a key that cannot be followed."""
     keys = Keys(values, where)
+    if _QUANTIZED in keys:
+        method = keys.section(_QUANTIZED).get("quant_method")
+        rule = "quantized weights are not read; load the model with transformers in bfloat16 and save it anew"
+        raise keys.refused(f"{_QUANTIZED}.quant_method", method, rule)
     settings = dict(family.settings)
     theta, fraction = settings.pop(_THETA, Model().rope_theta), settings.pop(_FRACTION, 1.0)
     fields = rope.to_ours(keys, theta, fraction, settings.pop(_BY_KIND, False))

@@ -18,7 +18,7 @@ from frugalmoe.model import depths, multi_token, pattern, scan
 from frugalmoe.model.attention import kinds
 from frugalmoe.model.block import Place, Report, Stream, prepare, stacked
 from frugalmoe.model.layers import RMSNorm, normal
-from frugalmoe.model.moe import Context, Routed, RouterState
+from frugalmoe.model.moe import OF_EXPERTS, Context, Routed, RouterState
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import Carry
 from frugalmoe.schema import Model
@@ -215,7 +215,7 @@ def count_parameters(config: Model) -> dict[str, int]:
     routed = 0
     if "moe_blocks" in params:
         moe = params["moe_blocks"]["moe"]
-        routed = size([moe["gate_up_ED2F"], moe["down_EFD"]])
+        routed = size([leaf for name, leaf in moe.items() if name in OF_EXPERTS])
     total, per_token = size(params), config.moe.num_experts_per_token
     idle = {"dense": 0, "moe": routed - routed * per_token // config.moe.num_experts}
     skipped = 0
