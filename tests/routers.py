@@ -84,6 +84,7 @@ class Form:
     others: int = 0  # choices that are no experts
     call: Callable[..., Decision] | None = None  # where a module is not called as most are
     more: Callable[..., Decision] | None = None  # where our decision is more than the plan
+    in_layers: bool = False  # one layer's decision needs those before: held to by a test of its own
     kernel: float = 1.0  # what our kernel is times the identity
     low: float = -100.0  # logits of this size alone; further down float32 has no digits of theirs
     cell: str = ""  # of the option that is a number for K alone
@@ -235,6 +236,13 @@ def call_longcat(module, x_NX, bias_X, config):
     _, weights_NK, experts_NK = module(x_NX)
     chosen_NX, weight_NX = _dense(experts_NK, weights_NK, E + Z)
     return Decision(chosen_NX[:, :E], np.concatenate([weight_NX[:, :E], weight_NX[:, E:].sum(1, keepdims=True)], 1))
+
+
+def call_inkling(module, x_NE, bias_E, config):
+    """Its learned scale is 1/2 here, as `theirs` sets it."""
+    _, weights_NK, experts_NK, shared = module(x_NE)
+    every = torch.arange(E, E + shared.shape[1]).expand(shared.shape)
+    return _dense(torch.cat([experts_NK, every], 1), torch.cat([weights_NK, shared], 1), E + shared.shape[1])
 
 
 FORMS = {
@@ -449,17 +457,28 @@ FORMS = {
         compared=lambda z, b, c: z / z.square().sum(-1, keepdim=True).sqrt() * torch.linspace(0.5, 1.5, z.shape[-1]),
         note="the gate sees what its experts see, not the stream before their norm",
     ),
-    "inkling": Form(
-        score="sigmoid, with shared experts",
-        bias="on scores",
-        weights="over their sum with that of the shared; x scale x a learned scale",
-        note="shared experts take part in the sum",
+    "inkling": variant(
+        SIGMOID,
+        score="sigmoid, shared experts too",
+        weights="over their sum with the shared; x scale x a learned scale",
+        options={"shared": Key("n_shared_experts"), "scale": Key("both_scales")},
+        cell="route_scale x global_scale",
+        note="shared experts are experts that every token has",
+        settings=(
+            dict(n_routed_experts=E, n_shared_experts=2, num_experts_per_tok=K, route_scale=8.0, both_scales=4.0),
+        ),
+        experts=E + 2,
+        k=K + 2,
+        compared=lambda z, b, c: torch.sigmoid(z) + b + 1e3 * (torch.arange(E + 2) >= E),
+        call=call_inkling,
     ),
     "zaya": Form(
-        score="softmax of an MLP, of experts and a skip choice",
+        score="softmax of an MLP over the layers, of experts and a skip choice",
         bias="on scores",
         weights=PLAIN,
-        note="its gate adds the hidden state of the previous layer's, and one choice is no expert",
+        strategy="zaya",
+        options={"hidden": Key("router_hidden_size"), "norm_eps": Key("rms_norm_eps")},
+        in_layers=True,
     ),
     "doge": Form(
         score="sum of two softmaxed halves (product keys)",
@@ -527,9 +546,9 @@ def theirs(form: Form, name: str, settings: Mapping[str, Any], given: Logits) ->
             if parameter.shape == (choices, choices):
                 parameter.copy_(torch.eye(choices))
             elif "bias" in name:
-                parameter.copy_(bias_X.reshape(parameter.shape))
+                parameter.copy_(bias_X[: parameter.numel()].reshape(parameter.shape))
             elif name.endswith("scale"):
-                parameter.copy_(torch.linspace(0.5, 1.5, parameter.numel()))
+                parameter.copy_(torch.linspace(0.5, 1.5, parameter.numel()).reshape(parameter.shape))
         x_ND = torch.from_numpy(given.logits_NX)
         if form.call:
             return form.call(module, x_ND, bias_X, config)
@@ -549,7 +568,7 @@ def _class(name: str) -> type:
 def _config(form: Form, settings: Mapping[str, Any]) -> SimpleNamespace:
     """A config with every name that families have for the numbers of experts and choices."""
     numbers = dict.fromkeys(_EXPERTS, form.experts) | dict.fromkeys(_TOP, form.k)
-    return SimpleNamespace(hidden_size=form.experts + form.others, **numbers, **settings)
+    return SimpleNamespace(**{"hidden_size": form.experts + form.others, **numbers, **settings})
 
 
 def _made(cls: type, config: SimpleNamespace) -> torch.nn.Module:
@@ -567,7 +586,8 @@ def ours(form: Form, settings: Mapping[str, Any], given: Logits) -> Decision:
     made = arrays(router.new_params(jax.random.key(0), width, config))
     bias = {"bias_E": jnp.asarray(given.bias_X[: form.experts])}
     params = {name: _ours_is(name, p, form, bias) for name, p in made.items()}
-    state = {n: bias.get(n, s) for n, s in router.init_state(width, config).items()}
+    begun = router.init_state(width, config)
+    state = {n: jnp.where(s > 0, s, bias.get(n, s)) for n, s in begun.items()}  # what begins high stays
     n, zeros = len(given.logits_NX), jnp.zeros((1, len(given.logits_NX)), jnp.int32)
     inputs = Inputs(
         jnp.asarray(given.logits_NX)[None],

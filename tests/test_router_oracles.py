@@ -3,14 +3,24 @@
 Letters: N tokens, X choices.
 """
 
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
 import routers
+import torch
 from routers import FORMS, PAIRS
+from transformers.models.zaya.modeling_zaya import ZayaRouter
+
+from frugalmoe.routing import strategies
+from frugalmoe.routing.contract import Inputs, combine_matrix
+from frugalmoe.schema import MoE
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
-HELD = [pair for pair in PAIRS if FORMS[pair[0]].strategy]
+HELD = [pair for pair in PAIRS if FORMS[pair[0]].strategy and not FORMS[pair[0]].in_layers]
 
 
 def given(form: routers.Form, biased: bool) -> routers.Logits:
@@ -59,6 +69,56 @@ def hold(form: routers.Form, name: str, biased: bool) -> None:
         ):  # equal scores have equal weights, whoever has them
             sizes = (np.sort(decision.weight_NX[defined]) for decision in (ours, theirs))
             np.testing.assert_allclose(*sizes, rtol=2e-5, atol=2e-6)
+
+
+ZAYA = {  # ours: theirs
+    "proj_DP": "down_proj.weight",
+    "proj_bias_P": "down_proj.bias",
+    "carry_scale_P": "router_states_scale",
+    "norm_scale_P": "router_mlp.norm.weight",
+    "first_PP": "router_mlp.fc1.weight",
+    "first_bias_P": "router_mlp.fc1.bias",
+    "second_PP": "router_mlp.fc2.weight",
+    "second_bias_P": "router_mlp.fc2.bias",
+    "kernel_PX": "router_mlp.out_proj.weight",
+}
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 100.0])
+def test_zaya_hands_its_state_from_layer_to_layer(sharpness):
+    """Two layers, whose logits are ordinary and beyond 100: experts, weights, skips, and the state."""
+    config = SimpleNamespace(hidden_size=24, num_experts=8, num_experts_per_tok=1, router_hidden_size=12)
+    config.rms_norm_eps = 1e-5
+    router = strategies.get("zaya")
+    moe = MoE(num_experts=8, num_experts_per_token=1, router="zaya", options=router.options(hidden=12))
+    x_BTD = np.random.default_rng(0).normal(size=(2, 20, 24)).astype(np.float32)
+    ones = jnp.ones((2, 20), jnp.int32)
+    given = Inputs(x_BTD, ones, ones, ones, jax.random.split(jax.random.key(0), 2), jnp.int32(0), jnp.int32(0))
+    carry, hidden, skipped = router.init_carry(moe, 2, 20), None, 0
+    for layer in range(2):
+        module = ZayaRouter(config, layer)
+        torch.manual_seed(layer)
+        with torch.no_grad():
+            for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                tensor.normal_(mean=float("norm" in name or "scale" in name), std=0.3)
+            module.router_mlp.out_proj.weight.mul_(5 * sharpness)
+            module.balancing_biases.mul_(0.2)[-1] = 0.5 if sharpness == 1 else 1.0  # so that some skip
+            logits, weights, experts, hidden = module(torch.from_numpy(x_BTD), hidden)
+        named = dict(module.named_parameters())
+        params = {ours: jnp.asarray(named[name].detach().numpy().T) for ours, name in ZAYA.items() if name in named}
+        params.setdefault("carry_scale_P", jnp.ones(12))  # the first layer has none
+        state = {"bias_X": jnp.asarray(module.balancing_biases.numpy())}
+        routing = router.route(params, state, given._replace(layer=jnp.int32(layer), carry=carry), moe)
+        carry = routing.carry
+        np.testing.assert_allclose(carry["hidden_BTP"], hidden, rtol=1e-5, atol=1e-5)
+        expected_NE = np.zeros((40, 8), np.float32)
+        np.put_along_axis(expected_NE, experts.numpy(), weights.numpy(), axis=1)
+        np.testing.assert_allclose(combine_matrix(routing.plan, 40, 8), expected_NE, rtol=2e-5 * sharpness, atol=1e-5)
+        skips = np.asarray(routing.plan.ids) == 8
+        assert np.all(weights.numpy()[skips] == 0)
+        skipped += skips.sum()
+        assert sharpness == 1 or logits.abs().max() > 100
+    assert 0 < skipped < 80
 
 
 def test_every_router_of_transformers_has_a_row():

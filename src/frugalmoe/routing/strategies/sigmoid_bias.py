@@ -8,6 +8,10 @@ the sum and `least_sum` is what it is at least, so that scores near 0 make small
 shares; `bias_on` = logit chooses by logit + bias; `softcap` = c makes c tanh(z / c) of a logit z; `group_mask` = zero
 leaves experts of closed groups in the race with a score of 0.
 
+`shared` = n: the last n experts begin with a bias of 1e6, which no step moves: each token has them, and they take part
+in the sum (Inkling; num_experts and num_experts_per_token count them). Balance is that of the other experts alone; the
+losses count all alike.
+
 Bias, once per optimizer step, from the counts c of the whole batch and their mean n:
 
 | update | b += update_rate * | from |
@@ -40,6 +44,7 @@ BEST = {"max": 1, "top2": 2}  # how many of its largest scores a group's score s
 CLOSED = {"never": -jnp.inf, "zero": 0.0}  # the score of experts in other groups
 BIASED = ("score", "logit")
 OF_LOAD = ("load_balance", "sequence_balance", "device_balance")
+PINNED = 1e6  # the bias of a shared expert; half of it is beyond all that steps add up to
 UPDATES = ("sign", "zero_mean", "proportional", "momentum")
 
 
@@ -60,6 +65,7 @@ class Options:
     update_rate: float = 1e-3  # step of the bias; 0 freezes it
     momentum: float = 0.9  # update=momentum: how much of m is kept; like sharpness, not a value from the report
     sharpness: float = 1.0  # update=momentum: how soon v is clamped
+    shared: int = 0  # experts that every token has, with weights from the same sum
     hash_layers: int = 0  # the first n MoE layers choose experts by token id
 
 
@@ -97,12 +103,22 @@ def silenced(loss: Loss, where: Array) -> Loss:
 
 
 def init_state(dim: int, config: MoE) -> State:
-    names = ("bias_E", "momentum_E") if config.options.update == "momentum" else ("bias_E",)
-    return {name: jnp.zeros(config.num_experts, jnp.float32) for name in names}
+    is_shared_E = jnp.arange(config.num_experts) >= config.num_experts - config.options.shared
+    state = {"bias_E": jnp.where(is_shared_E, jnp.float32(PINNED), 0)}
+    if config.options.update == "momentum":
+        state["momentum_E"] = jnp.zeros(config.num_experts, jnp.float32)
+    return state
 
 
 def update(state: State, batch_stats: Mapping[str, Array], config: MoE) -> State:
-    moved = moved_bias(state, batch_stats["counts"].astype(jnp.float32), config.options)
+    counts_E = batch_stats["counts"].astype(jnp.float32)
+    if config.options.shared:
+        is_shared_E = state["bias_E"] > PINNED / 2
+        mean = jnp.sum(counts_E, where=~is_shared_E) / jnp.maximum(jnp.sum(~is_shared_E), 1)
+        moved = moved_bias(state, jnp.where(is_shared_E, mean, counts_E), config.options)  # the mean moves no bias
+        moved["bias_E"] = jnp.where(is_shared_E, state["bias_E"], moved["bias_E"])
+    else:
+        moved = moved_bias(state, counts_E, config.options)
     if not config.options.hash_layers:
         return moved
     return jax.tree.map(lambda old, new: jnp.where(batch_stats["hashed"] > 0, old, new), state, moved)
@@ -135,6 +151,7 @@ def weight_sum(config: MoE) -> float | str:
 
 def check(config: MoE) -> str | None:
     o = config.options
+    few = f"options.shared={o.shared}: must be less than num_experts_per_token={config.num_experts_per_token}"
     return rules.first(
         rules.one_of("score", o.score, select.SCORES),
         rules.one_of("group_score", o.group_score, BEST),
@@ -149,6 +166,8 @@ def check(config: MoE) -> str | None:
         rules.positive("sharpness", o.sharpness),
         rules.positive("scale", o.scale),
         rules.at_least("hash_layers", o.hash_layers, 0),
+        rules.at_least("shared", o.shared, 0),
+        None if o.shared < config.num_experts_per_token else few,
         rules.gradient_at_one(config, o.renormalize, "set options.renormalize=False"),
         groups.check(config),
     )
@@ -188,6 +207,6 @@ ROUTER = Router(
                 least_sum=0.9,
             ),
         ),
-        (2, dict(score="sqrt_softplus", update="momentum", bias_on="logit", softcap=3.0, epsilon=0.1)),
+        (3, dict(score="sqrt_softplus", update="momentum", bias_on="logit", softcap=3.0, epsilon=0.1, shared=1)),
     ),
 )
