@@ -3,6 +3,7 @@
 Letters: B batch, T time, D model.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -152,6 +153,22 @@ def apply_block(
     """x + attention + feed-forward for every token."""
     added = parts.branches(kind, stream, context, prepared, place)
     return Passed(Stream(added.hidden_BTD + added.y_BTD, added.carry), added.routed, added.cache)
+
+
+class Layer(NamedTuple):
+    """A block as the pattern has it."""
+
+    parts: Parts
+    wrapper: Any  # decides which tokens pass; None: all do
+
+
+def apply_layer(
+    layer: Layer, kind: BlockKind, stream: Stream, context: Context, prepared: Mapping[str, Any], place: Place
+) -> Passed:
+    """The block for the tokens that pass it."""
+    if layer.wrapper is None:
+        return apply_block(layer.parts, kind, stream, context, prepared, place)
+    return layer.wrapper(functools.partial(layer.parts.branches, kind), stream, context, prepared, place)
 
 
 def attention_layer(key: Array, config: Model, name: str) -> Any:
