@@ -42,6 +42,7 @@ def _each(prefix: str, section: object, names: str, ok: Callable[[float], bool],
 ROUNDED_TO = 64  # a vocabulary that follows the tokenizer is rounded up to a multiple of this
 
 MOST_LAYERS = 10_000
+KINDS = ("text", "chat")  # of the records of a source
 _MARKS = re.compile(r"[./~]")  # of what is meant as a path
 
 
@@ -222,11 +223,17 @@ def _data(config: Config) -> None:
     named = {f"data.sources.{name}": source for name, source in d.sources.items()}
     for path, source in {**named, "data.validation": d.validation}.items():
         _one_of(f"{path}.null_text", source.null_text, ("stop", "skip"))
+        _one_of(f"{path}.kind", source.kind, KINDS)
+        names = source.chat_fields.split(",")
+        rule = "must be three names: of the list of messages, of the prompt and of the response"
+        _require(len(names) == 3 and all(names), f"{path}.chat_fields", source.chat_fields, rule)
         rule = "must be a text encoding that Python knows, as utf-8, utf-16, latin-1, cp1252"
         _require(_is_encoding(source.encoding), f"{path}.encoding", source.encoding, rule)
     _require(d.validation.weight == 0, "data.validation.weight", d.validation.weight, "must be 0: nothing is mixed")
-    rule = "belongs to data.path, which data.sources take the place of; set data.sources.NAME.text_field"
-    _require(d.text_field == "text" or not d.sources, "data.text_field", d.text_field, rule)
+    _one_of("data.kind", d.kind, KINDS)
+    for name in ("text_field", "kind"):
+        rule = f"belongs to data.path, which data.sources take the place of; set data.sources.NAME.{name}"
+        _require(getattr(d, name) == "text" or not d.sources, f"data.{name}", getattr(d, name), rule)
     weights = [s.weight for s in d.sources.values()]
     _require(
         all(0 <= w < math.inf for w in weights), "data.sources", weights, "weights must not be negative or infinite"
