@@ -216,6 +216,9 @@ class Checkpoint:
     every_steps: int = 0  # 0: at the end (and on SIGTERM) only
     keep_last: int = 2  # newest checkpoints that are kept
     keep_every_steps: int = 0  # steps that are multiples of this are kept for ever; 0: none
+    # A metric of evaluations, as eval/loss/mean or validation/bits_per_byte/DOMAIN, whose best checkpoint is saved and
+    # kept beside the last ones; RUN@best names it. Needs train.eval_every. Empty: none.
+    keep_best: str = ""
 
 
 @Frozen

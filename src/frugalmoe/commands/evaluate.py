@@ -13,7 +13,11 @@ EXAMPLES = """\
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `frugalmoe evaluate`."""
-    parser.add_argument("run", metavar="RUN[@STEP]", help="a run directory, and which checkpoint (default: the newest)")
+    parser.add_argument(
+        "run",
+        metavar="RUN[@STEP]",
+        help="a run directory, and which checkpoint: a step, or best (default: the newest)",
+    )
     parser.add_argument(
         "--data",
         metavar="PATH",

@@ -45,8 +45,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="origin",
         metavar="RUN[@STEP]|HFDIR",
-        help="a run directory, by default its newest step; or a directory in the layout of Hugging Face, which "
-        "--config=HFDIR makes a config of",
+        help="a run directory, by default its newest step, RUN@best its best; or a directory in the layout of Hugging "
+        "Face, which --config=HFDIR makes a config of",
     )
     origin.add_argument(
         "--from.state",

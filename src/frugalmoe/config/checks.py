@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 
+from frugalmoe import metrics
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.fields import check_seed
 from frugalmoe.files import check_name
@@ -288,6 +289,7 @@ def _train(config: Config) -> None:
     _each("train", t, "eval_every", lambda v: v >= 0, "must not be negative")
     _each("checkpoint", c, "every_steps keep_every_steps", lambda v: v >= 0, "must not be negative")
     _each("checkpoint", c, "keep_last", lambda v: v > 0, "must be positive")
+    _keep_best(config)
     _require(
         t.batch_size % t.accumulate_steps == 0,
         "train.batch_size",
@@ -299,6 +301,19 @@ def _train(config: Config) -> None:
     tokens = t.batch_size * config.data.sequence_length
     rule = f"times data.sequence_length={config.data.sequence_length} must be below {2**31} tokens"
     _require(tokens < 2**31, "train.batch_size", t.batch_size, rule)
+
+
+def _keep_best(config: Config) -> None:
+    metric, path = config.checkpoint.keep_best, "checkpoint.keep_best"
+    if not metric:
+        return
+    row = metrics.find(metric)
+    is_measured = row is not None and row.better and metric.startswith(("eval/", "validation/"))
+    rule = "must be a metric of evaluations: eval/ or validation/, loss/ or bits_per_byte/, a domain or mean"
+    _require(is_measured, path, metric, rule)
+    has_set = bool(config.data.validation.path) or not metric.startswith("validation/")
+    _require(has_set, path, metric, "needs a validation set, data.validation.path")
+    _require(config.train.eval_every > 0, path, metric, "needs train.eval_every, which is 0")
 
 
 def tracker_names(config: Config) -> tuple[str, ...]:
