@@ -185,6 +185,19 @@ def test_text_and_conversations_in_one_mixture(place, tmp_path):
     assert all(share is None or 0 < share < 1 for share in trained[0])
 
 
+def test_a_validation_set_may_hold_conversations(place, tmp_path):
+    """Beside text, with the chat template of the tokenizer of both."""
+    (tmp_path / "text").mkdir()
+    for n in range(9):
+        (tmp_path / f"text/{n}.txt").write_text(f"The moon calls the river {n}. " * 9)
+    own = Source(path=str(place / "talks.jsonl"), kind="chat")
+    data = opened(place, tmp_path / "text", kind="text", validation=own)
+    assert all(batch.loss_mask_BT.all() for batch in map(data.batch, range(4)))
+    found = documents(data.validation, data.validation.eval_batches("talks", 2))
+    said = [m["content"] for messages in TALKS for m in messages if m["role"] == "assistant"]
+    assert sum(int((targets >= 0).sum()) for _, targets in found) == sum(len(text) + 1 for text in said)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "pairs", "lists", "named", "folder"])
 def test_records_of_every_form_give_the_same_rows(place, tmp_path, kind):
     talks = [talk(f"{n}?", f"answer {n}") for n in range(9)]

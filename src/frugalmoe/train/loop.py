@@ -128,8 +128,8 @@ def opened(
             with distributed.together():
                 if main:
                     _describe(run, config, begun and begun.record)
-                    if begun and origin and origin.published:
-                        origin.published.accompany(workdir)
+                    if begun:
+                        origins.accompany(begun.origin, workdir)
             run.notes += [begun.note] if begun else []
             begun = None  # its arrays are the run's, which the first step may write over
             yield run
