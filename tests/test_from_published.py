@@ -87,6 +87,19 @@ def test_a_run_begins_with_the_numbers_of_the_files_and_says_which(place, train,
     assert manifest["family"] == "mixtral" and len(manifest["files"]["config.json"]["sha256"]) == 64
 
 
+@pytest.mark.slow
+def test_by_way_of_a_run_it_is_the_same(place, train, tmp_path):
+    """Converted before, it begins with the same numbers, and what came with the model goes along too."""
+    assert main(["convert", "from-hf", str(place / "model"), str(tmp_path / "between")]) == 0
+    assert train(f"--from={tmp_path / 'between'}", "--config.optim.learning_rate=1e-30")[0] == 0
+    assert "family" not in rundir.origin_of(tmp_path / "run")
+    for name in ("source.json", "source/chat_template.jinja", "source/config.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "between" / name).read_bytes()
+    assert main(["convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "back")]) == 0
+    theirs, ours = load_file(place / "model" / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS)
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
 def test_what_was_begun_goes_on_with_the_same_files_only(place, train, tmp_path):
     """A run that was killed before it saved reads them again; another number in them is seen."""
     shutil.copytree(place / "model", place / "copy")

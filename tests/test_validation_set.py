@@ -89,6 +89,19 @@ def test_of_a_prepared_directory_the_held_out_documents_are_taken(place, tmp_pat
     assert data.validation.validation_tokens == held_out.validation_tokens
 
 
+def test_it_is_prepared_with_the_data(place, tmp_path, capsys):
+    file = config_file(tmp_path, place / "text", tmp_path / "cache", FIELDS)
+    own = [f"--config.data.validation.path={place / 'own.jsonl'}", "--config.data.validation.text_field=content"]
+    assert main(["data", "prepare", f"--config={file}", *own]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("prepared in ") == 2 and f"{len(TEXTS['prose']) + 1}" in shown
+    made = sorted((tmp_path / "cache/prepared").iterdir())
+    opened(config(place, data__cache_dir=str(tmp_path / "cache")))
+    assert sorted((tmp_path / "cache/prepared").iterdir()) == made
+    assert main(["data", "prepare", f"--config={file}", f"--config.data.validation.path={place / 'text'}"]) == 2
+    assert "is training data too" in capsys.readouterr().err
+
+
 def test_texts_that_are_trained_on_are_told(place, tmp_path):
     shutil.copy(place / "own.jsonl", tmp_path / "own.jsonl")
     with (tmp_path / "own.jsonl").open("a") as file:

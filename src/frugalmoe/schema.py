@@ -164,6 +164,9 @@ class Source:
     path: str = ""
     weight: float = 0.0  # share of the mixture; 0 for all sources: in proportion to their tokens
     text_field: str = "text"  # field or column that holds a record's text; meta.text: `text` inside `meta`
+    # text | chat: records are conversations, which the tokenizer's chat template writes; the loss is of answers alone
+    kind: str = "text"
+    chat_fields: str = "messages,prompt,response"  # kind=chat: of the list of messages, or of question and answer
     null_text: str = "stop"  # at a record whose text is null or absent: stop | skip (they are counted and told)
     encoding: str = "utf-8"  # of text files, tables and JSON, by Python's names: utf-16, latin-1, cp1252, gb18030 ...
     domain: str = (
@@ -177,6 +180,7 @@ class Data:
     # defines CORPUS, as Source.path, or a prepared directory; ignored where `sources` is given.
     path: str = "quickstart"
     text_field: str = "text"  # of the records of `path`, as Source.text_field
+    kind: str = "text"  # of the records of `path`, as Source.kind: text | chat
     sources: Mapping[str, Source] = FrozenDict()  # several named sources, data.sources.NAME.path=... and so on
     # bytes | bpe:SIZE (trained on the data) | the path of a published vocabulary or of the directory that it is in:
     # tokenizer.json, tekken.json, *.tiktoken, tokenizer.model, vocab.json with merges.txt
@@ -230,6 +234,9 @@ class Checkpoint:
     every_steps: int = 0  # 0: at the end (and on SIGTERM) only
     keep_last: int = 2  # newest checkpoints that are kept
     keep_every_steps: int = 0  # steps that are multiples of this are kept for ever; 0: none
+    # A metric of evaluations, as eval/loss/mean or validation/bits_per_byte/DOMAIN, whose best checkpoint is saved and
+    # kept beside the last ones; RUN@best names it. Needs train.eval_every. Empty: none.
+    keep_best: str = ""
 
 
 @Frozen

@@ -34,7 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     summary = "Write a run in the layout of Hugging Face."
     to_hf = actions.add_parser("to-hf", help=summary, description=summary, allow_abbrev=False)
     to_hf.set_defaults(parser=to_hf)
-    to_hf.add_argument("run", metavar="RUN", type=Path, help="a run directory with a checkpoint")
+    to_hf.add_argument("run", metavar="RUN[@STEP]", help="a run directory with a checkpoint; RUN@best its best")
     to_hf.add_argument("directory", metavar="DIR", type=Path, help="a new directory")
     to_hf.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     for action in (from_hf, to_hf):
@@ -80,15 +80,18 @@ def _from_hf(args: argparse.Namespace) -> int:
 
 def _to_hf(args: argparse.Namespace) -> int:
     from frugalmoe.convert import table, to_hf
-    from frugalmoe.train.weights import load_model
+    from frugalmoe.train.weights import load_model, run_and_step
 
     console = table.console()
-    config, weights, _, _ = load_model(args.run, args.step)
-    made = to_hf.look(args.run, config, args.family)
+    run, step = run_and_step(args.run)
+    if None not in (step, args.step):
+        raise UserError(f"--step={args.step}: {args.run} names a step already")
+    config, weights, _, _ = load_model(run, step if args.step is None else args.step)
+    made = to_hf.look(run, config, args.family)
     if args.dry_run:
         console.print(table.of(made.plan, {entry.name: entry.dtype for entry in made.entries}))
         console.print(f"{made.family.name}: nothing was written", soft_wrap=True)
         return 0
-    to_hf.convert(args.run, made, weights, args.directory, progress=True)
+    to_hf.convert(run, made, weights, args.directory, progress=True)
     console.print(f"{args.directory}: {made.family.name}, {table.count(made.plan)} parameters", soft_wrap=True)
     return 0

@@ -16,6 +16,7 @@ EXAMPLES = """\
   frugalmoe train --config=configs/small.py --dry-run
   frugalmoe train --from=runs/quickstart@200 --config=configs/quickstart.py --workdir=runs/more
   frugalmoe train --from=models/OLMoE-1B-7B --config=models/OLMoE-1B-7B --config.data.path=texts/
+  frugalmoe train --from=models/Ling-mini --config=models/Ling-mini --config.data.path=talks/ --config.data.kind=chat
   frugalmoe train --config=configs/small.py --profile=5 --config.train.trackers=tensorboard,wandb
   frugalmoe train --config=configs/small.py --coordinator=node1:8476 --num-processes=4 --process-id=0"""
 
@@ -45,8 +46,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="origin",
         metavar="RUN[@STEP]|HFDIR",
-        help="a run directory, by default its newest step; or a directory in the layout of Hugging Face, which "
-        "--config=HFDIR makes a config of",
+        help="a run directory, by default its newest step, RUN@best its best; or a directory in the layout of Hugging "
+        "Face, which --config=HFDIR makes a config of",
     )
     origin.add_argument(
         "--from.state",

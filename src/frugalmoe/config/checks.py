@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 
+from frugalmoe import metrics
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.fields import check_seed
 from frugalmoe.files import check_name
@@ -42,6 +43,7 @@ def _each(prefix: str, section: object, names: str, ok: Callable[[float], bool],
 ROUNDED_TO = 64  # a vocabulary that follows the tokenizer is rounded up to a multiple of this
 
 MOST_LAYERS = 10_000
+KINDS = ("text", "chat")  # of the records of a source
 _MARKS = re.compile(r"[./~]")  # of what is meant as a path
 
 
@@ -228,11 +230,17 @@ def _data(config: Config) -> None:
     named = {f"data.sources.{name}": source for name, source in d.sources.items()}
     for path, source in {**named, "data.validation": d.validation}.items():
         _one_of(f"{path}.null_text", source.null_text, ("stop", "skip"))
+        _one_of(f"{path}.kind", source.kind, KINDS)
+        names = source.chat_fields.split(",")
+        rule = "must be three names: of the list of messages, of the prompt and of the response"
+        _require(len(names) == 3 and all(names), f"{path}.chat_fields", source.chat_fields, rule)
         rule = "must be a text encoding that Python knows, as utf-8, utf-16, latin-1, cp1252"
         _require(_is_encoding(source.encoding), f"{path}.encoding", source.encoding, rule)
     _require(d.validation.weight == 0, "data.validation.weight", d.validation.weight, "must be 0: nothing is mixed")
-    rule = "belongs to data.path, which data.sources take the place of; set data.sources.NAME.text_field"
-    _require(d.text_field == "text" or not d.sources, "data.text_field", d.text_field, rule)
+    _one_of("data.kind", d.kind, KINDS)
+    for name in ("text_field", "kind"):
+        rule = f"belongs to data.path, which data.sources take the place of; set data.sources.NAME.{name}"
+        _require(getattr(d, name) == "text" or not d.sources, f"data.{name}", getattr(d, name), rule)
     weights = [s.weight for s in d.sources.values()]
     _require(
         all(0 <= w < math.inf for w in weights), "data.sources", weights, "weights must not be negative or infinite"
@@ -287,6 +295,7 @@ def _train(config: Config) -> None:
     _each("train", t, "eval_every", lambda v: v >= 0, "must not be negative")
     _each("checkpoint", c, "every_steps keep_every_steps", lambda v: v >= 0, "must not be negative")
     _each("checkpoint", c, "keep_last", lambda v: v > 0, "must be positive")
+    _keep_best(config)
     _require(
         t.batch_size % t.accumulate_steps == 0,
         "train.batch_size",
@@ -298,6 +307,19 @@ def _train(config: Config) -> None:
     tokens = t.batch_size * config.data.sequence_length
     rule = f"times data.sequence_length={config.data.sequence_length} must be below {2**31} tokens"
     _require(tokens < 2**31, "train.batch_size", t.batch_size, rule)
+
+
+def _keep_best(config: Config) -> None:
+    metric, path = config.checkpoint.keep_best, "checkpoint.keep_best"
+    if not metric:
+        return
+    row = metrics.find(metric)
+    is_measured = row is not None and row.better and metric.startswith(("eval/", "validation/"))
+    rule = "must be a metric of evaluations: eval/ or validation/, loss/ or bits_per_byte/, a domain or mean"
+    _require(is_measured, path, metric, rule)
+    has_set = bool(config.data.validation.path) or not metric.startswith("validation/")
+    _require(has_set, path, metric, "needs a validation set, data.validation.path")
+    _require(config.train.eval_every > 0, path, metric, "needs train.eval_every, which is 0")
 
 
 def tracker_names(config: Config) -> tuple[str, ...]:

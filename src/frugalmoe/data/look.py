@@ -32,6 +32,7 @@ class Look(NamedTuple):
     fingerprint: str | None
     notes: tuple[str, ...]  # what has still to be done
     tokenizer: str | None  # its fingerprint
+    validation: tuple[str, ...] | None = None  # domains of the validation set of one's own
 
 
 def look(data: Data, *, batch_size: int = 1, seed: int = 0) -> Look:
@@ -45,10 +46,11 @@ def look(data: Data, *, batch_size: int = 1, seed: int = 0) -> Look:
     if not any(_to_be_built(each, source) for each in (data, other) for _, _, source in named_sources(each)):
         check_validation(data)
     if found.domains is None and found.tokenizer is None:  # it is not there yet to prepare them with
-        notes = [note for row in named_sources(other) for note in _look_at(other, *row)]
+        notes, domains = [note for row in named_sources(other) for note in _look_at(other, *row)], None
     else:
-        notes = list(_look(other, batch_size, seed).notes)
-    return found._replace(notes=tuple(dict.fromkeys((*found.notes, *notes))))
+        own = _look(other, batch_size, seed)
+        notes, domains = own.notes, own.domains
+    return found._replace(notes=tuple(dict.fromkeys((*found.notes, *notes))), validation=domains)
 
 
 def _look(data: Data, batch_size: int, seed: int) -> Look:

@@ -43,6 +43,7 @@ class Chat(NamedTuple):
     """A conversation."""
 
     tokens: np.ndarray  # int32[n]
+    sizes: np.ndarray  # int32[n]: UTF-8 bytes of the text that each token stands for, 0 for special tokens
     answers: np.ndarray  # bool[n]: whether a character of the token is the assistant's, where the template marks that
 
 
@@ -185,7 +186,9 @@ class JsonTokenizer:
         first_last = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         for begin, end in rendered.answers:
             answers |= (first_last[:, 0] < end) & (first_last[:, 1] > begin)
-        return Chat(np.array(encoding.ids, np.int32), answers)
+        tokens, text = np.array(encoding.ids, np.int32), rendered.text
+        sizes = _sizes(text, len(text.encode()), [end for _, end in encoding.offsets])[:-1]
+        return Chat(tokens, np.where(np.isin(tokens, self.silent), 0, sizes), answers)
 
     @functools.cached_property
     def _with_specials(self) -> tokenizers.Tokenizer:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,25 @@ RENAMED = {
 }
 
 
-def open_manager(workdir: Path, config: Checkpoint, cleanup: bool = False) -> ocp.CheckpointManager:
-    """Returns a manager that keeps the last `keep_last` steps and every multiple of `keep_every_steps`.
+class _These(policies.PreservationPolicy):
+    """Keeps the checkpoints of a set of steps, which its owner changes."""
+
+    def __init__(self, steps: Set[int]):
+        self._steps = steps
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [saved.step in self._steps for saved in checkpoints]
+
+
+def open_manager(
+    workdir: Path, config: Checkpoint, cleanup: bool = False, kept: Set[int] = frozenset()
+) -> ocp.CheckpointManager:
+    """Returns a manager that keeps the last `keep_last` steps, every multiple of `keep_every_steps`, and what is in
+    `kept` when another is saved.
 
     `cleanup` deletes what an interrupted save left, but also what another process is saving: for the run's owner only.
     """
-    keep = [policies.LatestN(config.keep_last)]
+    keep = [policies.LatestN(config.keep_last), _These(kept)]
     if config.keep_every_steps:
         keep.append(policies.EveryNSteps(config.keep_every_steps))
     options = ocp.CheckpointManagerOptions(

@@ -26,7 +26,7 @@ from frugalmoe.model.causality import causality
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
-from frugalmoe.train import checkpoint, distributed, rundir
+from frugalmoe.train import best, checkpoint, distributed, rundir
 from frugalmoe.train import origin as origins
 from frugalmoe.train.evaluate import Scores, evaluate, write_probe
 from frugalmoe.train.objective import StepReport, knobs
@@ -98,6 +98,8 @@ def opened(
     with distributed.together():
         data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed, progress=main)
         settled = settle(config, data.tokenizer.size, mesh.size)
+        parts = {"eval": data, "validation": data.validation}
+        best.check_metric(settled, {part: of_part.domains for part, of_part in parts.items() if of_part})
     distributed.check_same({"fingerprint of the data": data.fingerprint})
     with ExitStack() as held:
         with distributed.together():
@@ -126,8 +128,8 @@ def opened(
             with distributed.together():
                 if main:
                     _describe(run, config, begun and begun.record)
-                    if begun and origin and origin.published:
-                        origin.published.accompany(workdir)
+                    if begun:
+                        origins.accompany(begun.origin, workdir)
             run.notes += [begun.note] if begun else []
             begun = None  # its arrays are the run's, which the first step may write over
             yield run
@@ -245,10 +247,13 @@ class Run:
         model = config.model
         self.layers, self.routed_blocks = pattern.moe_layers(model), pattern.wrapped_layers(model)
         self.trained_layers = self.layers + multi_token.moe_layers(model)
-        self.manager = checkpoint.open_manager(workdir, config.checkpoint, cleanup=True)
+        self.kept: set[int] = set()  # steps of checkpoints that stay
+        self.manager = checkpoint.open_manager(workdir, config.checkpoint, cleanup=True, kept=self.kept)
         self.notes: list[str] = []  # for whoever started the run
         self.state = self._restored() or begun or init(config)
         self.start = self.step = int(self.state.step)
+        self.best = self._best_before()
+        self.kept |= {self.best.step} if self.best else set()
         self.knobs = jax.tree.map(lambda number: sharding.put(mesh, number, ""), knobs(config))
         main = distributed.is_main()
         log = lambda name: rundir.Log(workdir / name if main else Path(os.devnull), self.start)
@@ -268,6 +273,23 @@ class Run:
             self.manager.delete(step)
             self.notes.append(f"checkpoint of step {step}: not finite; deleted, the one of step {saved} is taken")
         return state
+
+    def _best_before(self) -> best.Best | None:
+        """The best checkpoint of the starts before this one."""
+        if not self.config.checkpoint.keep_best:
+            return None
+        steps = {step for step in self.manager.all_steps() if step <= self.start}
+        return best.find(self.workdir, self.config.checkpoint.keep_best, steps)
+
+    def _keep_best(self, scores: Mapping[str, float]) -> None:
+        """Saves the state that was evaluated and keeps it, if it is the best until now, in the place of that before."""
+        metric = self.config.checkpoint.keep_best
+        if metric and best.is_better(metric, scores[metric], self.best):
+            self.save()
+            self.manager.wait_until_finished()
+            self.best = best.Best(self.step, scores[metric])
+            self.kept.clear()
+            self.kept.add(self.step)
 
     def check(self, step: int, report: StepReport) -> None:
         """Raises `NotFinite` unless a step's loss and gradient and the state after it are finite."""
@@ -302,9 +324,10 @@ class Run:
             part.close()
 
     def evaluate(self) -> None:
-        self._log_scores("eval", self._scored(self.eval_step, self.data))
+        measured = self._log_scores("eval", self._scored(self.eval_step, self.data))
         if self.data.validation:
-            self._log_scores("validation", self._scored(self.eval_step, self.data.validation))
+            measured |= self._log_scores("validation", self._scored(self.eval_step, self.data.validation))
+        self._keep_best(measured)
 
     def _scored(self, eval_step: Callable, data: Dataset, trace: list | None = None) -> Scores:
         return evaluate(eval_step, self.state, data, self.config, self.mesh, trace)
@@ -349,13 +372,15 @@ class Run:
         self.metrics_log.write({"step": step, **row})
         self.trackers.log(step, row)
 
-    def _log_scores(self, what: str, scores: Scores) -> None:
-        """Logs losses under `eval/`, or those of the validation set of one's own under `validation/`."""
+    def _log_scores(self, what: str, scores: Scores) -> dict[str, float]:
+        """Logs losses under `eval/`, or those of the validation set of one's own under `validation/`; returns them."""
         if broken := [domain for domain, loss in scores.loss.items() if not np.isfinite(loss)]:
             name = "held-out" if what == "eval" else what
             raise NotFinite(self._broken(f"{name} loss of {', '.join(broken)} after step {self.step}"))
         named = {"loss": scores.loss, "bits_per_byte": scores.bits_per_byte}
-        self._write(self.step, {f"{what}/{k}/{d}": v for k, by_domain in named.items() for d, v in by_domain.items()})
+        row = {f"{what}/{k}/{d}": v for k, by_domain in named.items() for d, v in by_domain.items()}
+        self._write(self.step, row)
+        return row
 
     def _finish(self) -> tuple[Scores, Scores | None]:
         """Scores of the held-out documents, and of the validation set where there is one."""
@@ -363,10 +388,11 @@ class Run:
         traced = lambda: compiled_eval_step(self.config, trace=True, vocabulary=self.data.tokenizer.size)
         eval_step = traced() if self.layers else self.eval_step
         scores, own = self._scored(eval_step, self.data, trace), None
-        self._log_scores("eval", scores)
+        measured = self._log_scores("eval", scores)
         if self.data.validation:
             own = self._scored(eval_step, self.data.validation)
-            self._log_scores("validation", own)
+            measured |= self._log_scores("validation", own)
+        self._keep_best(measured)
         if trace:
             write_probe(self.workdir / "probe.npz", trace, self.layers, self.config.model.moe.num_experts)
         return scores, own
@@ -382,6 +408,7 @@ class Run:
             "domains": list(self.data.domains),
             "eval": _losses(scores),
             **({"validation": _losses(own)} if own else {}),
+            **({"best": {"metric": self.config.checkpoint.keep_best, **self.best._asdict()}} if self.best else {}),
             "parameters": count_parameters(self.config.model),
             "speed": {"tokens_per_second": speed, "train_seconds": seconds},
             "router": {"name": router.name, **self._causality(), "layers": layers},

@@ -47,15 +47,15 @@ class Stored(Protocol):
         """Returns the SHA-256 of the files that hold some items."""
         ...
 
+    def accompany(self, workdir: Path) -> None:
+        """Writes into a run's directory what came with the weights, so that it can be published as they were."""
+        ...
+
 
 class Published(Stored, Protocol):
     """A published model's directory, as `convert.origin` opens it."""
 
     family: str
-
-    def accompany(self, workdir: Path) -> None:
-        """Writes into a run's directory what goes along with the weights."""
-        ...
 
 
 class Origin(NamedTuple):
@@ -99,6 +99,9 @@ class _OfRun(NamedTuple):
     def digest(self, step: int, items: Iterable[str]) -> str:
         return checkpoint.digest(self.run, step, items)
 
+    def accompany(self, workdir: Path) -> None:
+        rundir.copy_source(self.run, workdir)
+
 
 @contextmanager
 def _stored(origin: Origin) -> Iterator[Stored]:
@@ -126,6 +129,7 @@ class Fit(NamedTuple):
 class Begun(NamedTuple):
     """The state before the first step, and what a run's record says of where it comes from."""
 
+    origin: Origin
     state: State
     record: dict[str, Any]
     note: str
@@ -227,7 +231,13 @@ def begin(origin: Origin, config: Config, digest: str | None = None) -> Begun:
         rule = f"has changed since the run began with it (sha256 {digest[:12]} then, {found[:12]} now)"
         raise UserError(f"{origin}: {rule}; --fresh starts over")
     taken = {"step": step, "sha256": found, "router_state": bool(fit.taken["router_state"]), "new": list(fit.new)}
-    return Begun(state, origin.recorded() | taken, f"{origin}: {fit}")
+    return Begun(origin, state, origin.recorded() | taken, f"{origin}: {fit}")
+
+
+def accompany(origin: Origin, workdir: Path) -> None:
+    """Writes into a run's directory what came with the weights that it began with."""
+    with _stored(origin) as stored:
+        stored.accompany(workdir)
 
 
 def _with_arrays(config: Config, stored: Stored, fit: Fit) -> State | None:

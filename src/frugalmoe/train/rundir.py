@@ -206,6 +206,15 @@ def origin_of(workdir: Path) -> dict[str, Any] | None:
     return found
 
 
+def copy_source(there: Path, workdir: Path) -> None:
+    """Copies what a run that was made of a published model keeps of it, `source.json` and the files in `source/`."""
+    for path in (there / "source.json", *sorted((there / "source").glob("*"))):
+        if path.is_file():
+            to = workdir / path.relative_to(there)
+            to.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, to)
+
+
 def describe_data(workdir: Path, data: Dataset) -> None:
     """Writes data.json: which data a run is about, and how much there is of it."""
     described = {

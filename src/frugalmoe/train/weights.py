@@ -14,7 +14,7 @@ from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json
 from frugalmoe.schema import Mesh, Source
-from frugalmoe.train import checkpoint, rundir
+from frugalmoe.train import best, checkpoint, rundir
 from frugalmoe.train.step import abstract
 
 
@@ -36,12 +36,14 @@ class Loaded(NamedTuple):
 
 
 def run_and_step(text: str) -> tuple[Path, int | None]:
-    """Returns (run directory, step or None) of RUN or RUN@STEP; a directory whose name has an @ is one too."""
+    """Returns (run directory, step or None) of RUN, RUN@STEP or RUN@best; a directory with an @ in its name is one."""
     name, at, step = text.rpartition("@")
     if not at or Path(text).is_dir():
         return Path(text), None
+    if step == best.NAME:
+        return Path(name), best.step_of(Path(name))
     if not (step.isascii() and step.isdecimal() and len(step) < 10):
-        raise UserError(f"{text}: no such directory, and STEP of RUN@STEP must be a whole number")
+        raise UserError(f"{text}: no such directory, and STEP of RUN@STEP must be a whole number, or {best.NAME}")
     return Path(name), int(step)
 
 
