@@ -1,12 +1,14 @@
 """Scores of a trained run: those of its own summary, and those of any text, however they are computed."""
 
 import json
+import os
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import run as command_line
 from runs import tiny, write_text
 
 from frugalmoe.cli import main
@@ -126,6 +128,27 @@ def test_the_command_prints_a_table_and_json(run, capsys):
     assert main(["evaluate", f"{run}@1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["step"] == 1 and found["loss"]["mean"] == pytest.approx(evaluate(run, 1).loss["mean"])
+
+
+def test_eight_devices_score_as_one(run):
+    """Rows that eight devices do not divide: 5 of one domain, and the few of the other."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    done = command_line("evaluate", run, "--data", run.parent / "two.jsonl", "--tokens=320", "--json", XLA_FLAGS=flags)
+    assert done.returncode == 0, done.stderr
+    found, one = json.loads(done.stdout), evaluate(run, data=str(run.parent / "two.jsonl"), tokens=320)
+    assert found["targets"] == one.targets and found["bytes"] == one.bytes and one.targets["many"] == 5 * 32
+    for name in ("loss", "bits_per_byte"):
+        assert found[name] == pytest.approx(getattr(one, name), rel=1e-6)
+
+
+def test_a_terminal_shows_a_bar(run, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    assert main(["evaluate", str(run), "--tokens=64"]) == 0
+    assert "evaluating" in capsys.readouterr().err
+    monkeypatch.delenv("FORCE_COLOR")
+    assert main(["evaluate", str(run), "--tokens=64"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

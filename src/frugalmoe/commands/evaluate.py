@@ -3,7 +3,7 @@
 import argparse
 import json
 
-SUMMARY = "Score a trained run on held-out text: loss and bits per byte of each domain, without training."
+SUMMARY = "Score a trained run on held-out text, on all devices here: loss and bits per byte of each domain."
 EXAMPLES = """\
   frugalmoe evaluate runs/quickstart
   frugalmoe evaluate runs/quickstart@100 --tokens=20000
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from frugalmoe.train.weights import run_and_step
 
     directory, step = run_and_step(args.run)
-    found = evaluate(directory, step, data=args.data, overrides=args.overrides, tokens=args.tokens)
+    found = evaluate(directory, step, data=args.data, overrides=args.overrides, tokens=args.tokens, progress=True)
     if args.json:
         print(json.dumps(found._asdict(), indent=1))
     else:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from frugalmoe.config import Config, default, override, resolve, settle
+from frugalmoe.console import bar
 from frugalmoe.convert import checkpoint as published
 from frugalmoe.convert import families, output, plan, safetensors, settings
 from frugalmoe.convert.contract import Family
@@ -138,13 +139,13 @@ def convert(found: Found, run: Path, progress: bool = False) -> None:
     output.check_new(run, "RUN")
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in found.plan.arrays.values())
     checkpoint.check_space_for(output.existing_parent(run), 2 * size)  # assembled, and in the checkpoint
-    with output.appearing(run) as place, output.bar(progress) as bar:
+    with output.appearing(run) as place, bar(progress) as shown:
         files = found.source.files
-        read = published.hashes(bar.track(files, description="reading"))
+        read = published.hashes(shown.track(files, description="reading"))
         _check_repeats(found)
         (place / _ASSEMBLY).mkdir()
         arrays = {}
-        for path in bar.track(list(found.plan.arrays), description="converting"):
+        for path in shown.track(list(found.plan.arrays), description="converting"):
             arrays[path] = _assemble(found, path, place / _ASSEMBLY / "-".join(path))
         _keep_source(place, found, read)
         output.write_run(place, found.config, found.tokenizer, Weights(*_trees(arrays)))
