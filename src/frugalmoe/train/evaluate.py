@@ -50,6 +50,7 @@ def evaluate(
     config: Config,
     mesh: jax.sharding.Mesh,
     trace: list[Traced] | None = None,
+    *,
     done: Callable[[int], None] | None = None,
 ) -> Scores:
     """Every domain's loss on the first `train.eval_rows` rows of its held-out documents.
