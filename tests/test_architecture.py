@@ -173,6 +173,11 @@ FAMILY = dataclasses.replace(
     settings={"moe.router": "mine", "attention": "plain"},
 )
 """
+TASK = """
+from frugalmoe.evaluate.contract import Square, Task
+
+TASK = Task(about="a day's number", choices=2, squares=lambda rng: iter([Square(("One", "Two"), (" is 1.", " is 2."))]))
+"""
 CORPUS = """
 from frugalmoe.data.corpus import Corpus
 
@@ -199,6 +204,7 @@ ADDITIONS = {
     "executor": {"experts/executors/own.py": EXECUTOR},
     "attention kind": {"model/attention/kinds/plain.py": ATTENTION},
     "model family": {"convert/families/own_moe.py": FAMILY},
+    "task of the suite": {"evaluate/suite/days.py": TASK},
     "data source": {"../songs.py": CORPUS},
     "gate loss": {
         "routing/losses.py": [
@@ -232,6 +238,7 @@ from frugalmoe.ablate.results import known_metrics
 from frugalmoe.cli import main
 code = main(["train", *sys.argv[1:]])
 run = sys.argv[2].removeprefix("--workdir=")
+code = code or main(["evaluate", run, "--suite=days"])
 code = code or main(["convert", "to-hf", run, run + "-published", "--family=own_moe"])
 names = ("loss/peak", "router/top_share")
 print(json.dumps({"code": code, "titles": [metrics.titled(n) for n in names], "known": known_metrics(["a"])}))
@@ -288,7 +295,7 @@ def test_a_run_uses_all_that_was_added(enlarged):
 def test_what_is_added_is_known_to_studies_and_reports(enlarged):
     run, said = enlarged
     assert said["titles"] == ["peak", "share of the first"]
-    assert {"loss/peak", "router/top_share"} <= set(said["known"])
+    assert {"loss/peak", "router/top_share", "suite/accuracy/days", "suite/margin/days"} <= set(said["known"])
     report = (run / "report/index.html").read_text()
     assert "share of the first" in report
     assert re.search(r"size loss [\d.]+ \(times 0\.0001\)", report)

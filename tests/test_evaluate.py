@@ -1,7 +1,10 @@
 """Scores of a trained run: those of its own summary, and those of any text, however they are computed."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ from runs import tiny, write_text
 from frugalmoe.cli import main
 from frugalmoe.errors import UserError
 from frugalmoe.evaluate import evaluate
+from frugalmoe.evaluate.grading import grade_run
 from frugalmoe.experts import executors
 from frugalmoe.files import read_json
 from frugalmoe.train import checkpoint
@@ -126,6 +130,35 @@ def test_the_command_prints_a_table_and_json(run, capsys):
     assert main(["evaluate", f"{run}@1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["step"] == 1 and found["loss"]["mean"] == pytest.approx(evaluate(run, 1).loss["mean"])
+
+
+BOTH = "import sys; from frugalmoe.cli import main; sys.exit(main(sys.argv[1:]) or main([*sys.argv[1:3], *SUITE]))"
+
+
+def test_eight_devices_score_as_one(run):
+    """Rows that eight devices do not divide: 5 of one domain, and the few of the other; and 32 short texts."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    text, suite = str(run.parent / "two.jsonl"), ["--suite=recall,copy", "--items=4", "--json"]
+    code = BOTH.replace("SUITE", repr(suite))
+    arguments = [sys.executable, "-c", code, "evaluate", str(run), f"--data={text}", "--tokens=320", "--json"]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": flags})
+    assert done.returncode == 0, done.stderr
+    (found, end), one = json.JSONDecoder().raw_decode(done.stdout), evaluate(run, data=text, tokens=320)
+    assert found["targets"] == one.targets and found["bytes"] == one.bytes and one.targets["many"] == 5 * 32
+    for name in ("loss", "bits_per_byte"):
+        assert found[name] == pytest.approx(getattr(one, name), rel=1e-6)
+    for name, grade in grade_run(run, names=("recall", "copy"), items=4).tasks.items():
+        assert json.loads(done.stdout[end:])["tasks"][name] == pytest.approx(grade._asdict(), abs=1e-4)
+
+
+def test_a_terminal_shows_a_bar(run, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    assert main(["evaluate", str(run), "--tokens=64"]) == 0
+    assert "evaluating" in capsys.readouterr().err
+    monkeypatch.delenv("FORCE_COLOR")
+    assert main(["evaluate", str(run), "--tokens=64"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """The terminal: one kind of `Console` for tables, progress and notes."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import rich.console
+from rich.progress import Progress
 
 from frugalmoe.interrupts import silence
 
@@ -20,3 +23,11 @@ class Console(rich.console.Console):
     def on_broken_pipe(self) -> None:
         self.quiet = True
         silence(sys.stderr if self.stderr else sys.stdout)
+
+
+@contextlib.contextmanager
+def bar(progress: bool) -> Iterator[Progress]:
+    """A progress bar on a terminal; nothing elsewhere."""
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as shown:
+        yield shown

@@ -1,8 +1,9 @@
 """Every metric of a run: its name, what it is called, its unit, which way is better, and what it is made from.
 
 A name is that of `metrics.jsonl` without its layer: `router/entropy` for `router/entropy/layer_03`. One that ends in a
-slash is a family, as `eval/loss/` of domains and `loss/` of auxiliary losses, which strategies bring with them. The
-tables, pictures and studies read their words here, and a study may ask for whatever has a row.
+slash is a family, as `eval/loss/` of domains, `suite/accuracy/` of tasks, and `loss/` of auxiliary losses, which
+strategies bring with them. The tables, pictures and studies read their words here, and a study may ask for whatever has
+a row.
 """
 
 import re
@@ -13,6 +14,7 @@ VALIDATION = "the validation set of one's own (data.validation.path) at the end"
 TRAINING = "training batches, mean over the last tenth of the steps"
 CLOCK = "the clock of the machine, with whatever else ran on it"
 SHAPES = "the shapes of the model"
+SUITE = "the suite that is ours, at the end"
 
 LESS, MORE, NEITHER = "less", "more", ""
 NATS = "nats per token"
@@ -36,6 +38,8 @@ ROWS = (
     Metric("eval/bits_per_byte/", "bits per byte", "", LESS, HELD_OUT),
     Metric("validation/loss/", "validation loss", NATS, LESS, VALIDATION),
     Metric("validation/bits_per_byte/", "validation bits per byte", "", LESS, VALIDATION),
+    Metric("suite/accuracy/", "accuracy", "", MORE, SUITE),
+    Metric("suite/margin/", "margin of the right choice", "nats", MORE, SUITE),
     Metric("train/loss", "training loss, last tenth", NATS, LESS, TRAINING),
     Metric("loss/ce", "training loss", NATS, LESS, TRAINING),
     Metric("loss/total", "training loss with all added losses", NATS, LESS, TRAINING),

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from frugalmoe import metrics
 from frugalmoe.errors import UserError
+from frugalmoe.evaluate import suite
 from frugalmoe.files import locked, read_json, write_atomically
 from frugalmoe.routing.strategies import loss_names
 
@@ -36,14 +37,15 @@ SCHEMA = pa.schema(
         ("value", pa.float64()),
     ]
 )
-DIVERGED, CROSS = "diverged", "cross/"
+DIVERGED, CROSS, SUITE = "diverged", "cross/", "suite/"
 TAIL = 0.1  # share of the steps whose mean is `train/loss`
 
 
 def known_metrics(domains: Iterable[str]) -> list[str]:
-    """Returns the names of final results that a study may ask for: every row of `metrics`, by domain and by loss."""
+    """Returns the names of final results that a study may ask for: every row of `metrics`, by domain, task and loss."""
     members = {"eval/loss/": (*domains, "mean"), "eval/bits_per_byte/": (*domains, "mean"), "loss/": loss_names()}
     members |= {"validation/loss/": ("mean",), "validation/bits_per_byte/": ("mean",)}
+    members |= {f"{SUITE}{kind}/": (*suite.names(), "mean") for kind in ("accuracy", "margin")}
     found = [m.name + member for m in metrics.ROWS for member in members.get(m.name, ("",))]
     return list(dict.fromkeys(found))
 
@@ -129,6 +131,8 @@ def _rows_of_run(directory: Path, study: Mapping[str, Any], arm: str, seed: int)
     results = final_metrics(summary, logged, study, arm)
     if (cross := directory / "cross.json").is_file():
         results |= {f"{CROSS}{other}": _number(loss) for other, loss in read_json(cross).items()}
+    if (graded := directory / "suite.json").is_file():
+        results |= {name: _number(value) for name, value in read_json(graded).items()}
     yield from ((arm, seed, name, summary["step"], True, value) for name, value in results.items())
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from frugalmoe import sharding
-from frugalmoe.ablate import results
+from frugalmoe.ablate import results, suite
 from frugalmoe.ablate.cross import evaluate_under_others
 from frugalmoe.ablate.plan import Pair, Plan, check_claim, claim, make_plan, read_study
 from frugalmoe.ablate.progress import OfRun, StudyProgress
@@ -131,6 +131,7 @@ def status(directory: Path) -> str:
 def _is_done(plan: Plan, pair: Pair, workdir: Path) -> bool:
     directory = pair.directory(workdir)
     evaluated = (directory / "cross.json").is_file() or not plan.study.evaluate_with
+    evaluated = evaluated and suite.is_there(directory, plan.study.metrics)
     return status(directory) == "diverged" or (status(directory) == "complete" and evaluated)
 
 
@@ -159,6 +160,8 @@ def _train_group(plan: Plan, pairs: Sequence[Pair], workdir: Path, shown: StudyP
         if plan.study.evaluate_with:
             for pair, run in zip(pairs, runs):
                 evaluate_under_others(plan, pair, run)
+        for run in runs if suite.wanted(plan.study.metrics) else ():
+            suite.grade_run(run, plan.study.metrics)
     for pair in pairs if not plan.study.keep_checkpoints else ():
         shutil.rmtree(pair.directory(workdir) / "checkpoints", ignore_errors=True)
     return False

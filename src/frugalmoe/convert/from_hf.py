@@ -15,6 +15,7 @@ import numpy as np
 
 from frugalmoe.config import RECORD as CONFIG
 from frugalmoe.config import Config, default, override, resolve, runnable, settle
+from frugalmoe.console import bar
 from frugalmoe.convert import checkpoint as published
 from frugalmoe.convert import families, output, plan, safetensors, settings
 from frugalmoe.convert.contract import Family
@@ -137,8 +138,8 @@ def link(found: Found, run: Path, progress: bool = False) -> None:
     if found.faults:
         raise UserError(found.faults)
     output.check_new(run, "RUN")
-    with output.appearing(run) as place, output.bar(progress) as bar:
-        read = published.hashes(bar.track(found.source.files, description="reading"))
+    with output.appearing(run) as place, bar(progress) as shown:
+        read = published.hashes(shown.track(found.source.files, description="reading"))
         check_repeats(found)
         accompany(place, found, read)
         output.describe_run(place, found.config, found.tokenizer)
@@ -165,13 +166,13 @@ def convert(found: Found, run: Path, progress: bool = False) -> None:
     output.check_new(run, "RUN")
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in found.plan.arrays.values())
     checkpoint.check_space_for(output.existing_parent(run), 2 * size)  # assembled, and in the checkpoint
-    with output.appearing(run) as place, output.bar(progress) as bar:
+    with output.appearing(run) as place, bar(progress) as shown:
         files = found.source.files
-        read = published.hashes(bar.track(files, description="reading"))
+        read = published.hashes(shown.track(files, description="reading"))
         check_repeats(found)
         (place / _ASSEMBLY).mkdir()
         arrays = {}
-        for path in bar.track(list(found.plan.arrays), description="converting"):
+        for path in shown.track(list(found.plan.arrays), description="converting"):
             arrays[path] = _assemble(found, path, place / _ASSEMBLY / "-".join(path))
         accompany(place, found, read)
         output.write_run(place, found.config, found.tokenizer, Weights(*plan.trees(arrays)))

@@ -11,10 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.progress import Progress
 
 from frugalmoe.config import Config, settle
-from frugalmoe.console import Console
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
 from frugalmoe.train import checkpoint, rundir
@@ -80,14 +78,6 @@ def _signals_raise() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def bar(progress: bool) -> Iterator[Progress]:
-    """A progress bar on a terminal; nothing elsewhere."""
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as shown:
-        yield shown
 
 
 def write_run(run: Path, config: Config, tokenizer: Tokenizer, weights: Weights) -> None:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from frugalmoe.config import Config
+from frugalmoe.console import bar
 from frugalmoe.convert import checkpoint as published
 from frugalmoe.convert import families, output, plan, safetensors, settings
 from frugalmoe.convert.contract import Family
@@ -104,17 +105,17 @@ def convert(
     output.check_new(directory, "DIR")
     checkpoint.check_space_for(output.existing_parent(directory), sum(entry.size for entry in made.entries))
     arrays = _flat(weights)
-    with output.appearing(directory) as place, output.bar(progress) as bar:
+    with output.appearing(directory) as place, bar(progress) as shown:
         _carry(run, place)
         write_json(place / published.CONFIG, {**_end_of_text(run), **made.values})
         shards = _shards(made.entries, largest)
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         names = names if len(shards) > 1 else [published.WEIGHTS]
-        task = bar.add_task("writing", total=len(made.entries))
+        task = shown.add_task("writing", total=len(made.entries))
         tensors = _tensors(made, arrays)
         for name, entries in zip(names, shards):
-            shown = bar.track(itertools.islice(tensors, len(entries)), task_id=task)
-            safetensors.write(place / name, entries, shown)
+            tracked = shown.track(itertools.islice(tensors, len(entries)), task_id=task)
+            safetensors.write(place / name, entries, tracked)
         if len(shards) > 1:
             weight_map = {entry.name: name for name, entries in zip(names, shards) for entry in entries}
             total = {"total_size": sum(entry.size for entry in made.entries)}

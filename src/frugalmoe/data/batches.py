@@ -235,6 +235,10 @@ class Dataset:
         sizes = rows.sizes()
         return sum(int(sizes[n].targets_BT.sum(dtype=np.int64)) for numbers in batches for n in numbers)
 
+    def eval_rows(self, domain: str, max_rows: int | None = None) -> int:
+        """Returns how many rows `eval_batches` yields in all, without those that only fill a batch."""
+        return sum(map(len, self._eval_rows(domain, 1, max_rows)[1]))
+
     def eval_batches(self, domain: str, batch_size: int, max_rows: int | None = None) -> Iterator[Batch]:
         """Yields the first `max_rows` validation rows of one domain, or all, in an order that no seed changes.
 

@@ -50,11 +50,13 @@ def evaluate(
     config: Config,
     mesh: jax.sharding.Mesh,
     trace: list[Traced] | None = None,
+    *,
+    done: Callable[[int], None] | None = None,
 ) -> Scores:
     """Every domain's loss on the first `train.eval_rows` rows of its held-out documents.
 
     The rows, and what a router draws for each, are the same whatever batches, micro-batches and devices they are
-    computed in. With `trace`, appends what it saw of every batch to it.
+    computed in. With `trace`, appends what it saw of every batch to it; `done` is told how many rows each batch had.
     """
     loss, bits, tokens, sizes = {}, {}, {}, {}
     stats = None  # (of the routers, of mixture of depths)
@@ -73,6 +75,8 @@ def evaluate(
             targets += int(batch.loss_mask_BT.sum())
             found = (out.stats, out.depths)
             stats = found if stats is None else jax.tree.map(np.add, stats, found)
+            if done is not None:
+                done(int(batch.segment_ids_BT.any(axis=1).sum()))
             if trace is not None:
                 trace.append(Traced(batch, documents_BT, out))
         loss[domain] = nats / max(targets, 1)

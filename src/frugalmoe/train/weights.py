@@ -15,6 +15,7 @@ from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json
 from frugalmoe.schema import Mesh, Source
 from frugalmoe.train import best, checkpoint, rundir
+from frugalmoe.train.placing import micro_batch
 from frugalmoe.train.step import abstract
 
 
@@ -26,7 +27,7 @@ class Weights(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A checkpoint of a run, on one device."""
+    """A checkpoint of a run, on the devices that it was asked for."""
 
     config: Config  # settled
     weights: Weights
@@ -58,12 +59,20 @@ def load_model(run: Path, step: int | None = None) -> tuple[Config, Weights, Tok
     return load_checkpoint(run, step)[:4]
 
 
-def load_checkpoint(run: Path, step: int | None = None) -> Loaded:
-    """Returns a run's checkpoint, the newest that is finite by default, on one device, with its step."""
+def load_checkpoint(run: Path, step: int | None = None, devices: int = 1) -> Loaded:
+    """Returns a run's checkpoint, the newest that is finite by default, with its step.
+
+    devices: how many of those here hold it, each whole, to share the rows of a batch. A micro-batch of the config is
+    rounded up to what they can share.
+    """
     check_run(run)
     config, tokenizer = resolve(runnable(run / RECORD)), load_from(run / "tokenizer")
-    config = settle(dataclasses.replace(config, mesh=Mesh()), tokenizer.size, 1)
-    mesh = sharding.make_mesh(to_dict(config.mesh), jax.devices()[:1])
+    unit = devices * config.model.moe.load_balance_group
+    rows = -(-micro_batch(config) // unit) * unit
+    train = dataclasses.replace(config.train, batch_size=rows * config.train.accumulate_steps)
+    config = dataclasses.replace(config, train=train, mesh=Mesh(data=devices))
+    config = settle(config, tokenizer.size, devices)
+    mesh = sharding.make_mesh(to_dict(config.mesh), jax.devices()[:devices])
     opened = checkpoint.open_manager(run, config.checkpoint)
     with checkpoint.one_line_errors(run), opened as manager, jax.set_mesh(mesh):
         if manager.latest_step() is None:

@@ -1,6 +1,7 @@
 """`evaluate(run)`: how well a trained model predicts text, by domain, without training."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 
 from frugalmoe.config import override, read, resolve
+from frugalmoe.console import bar
 from frugalmoe.data import open_data
 from frugalmoe.data.shards import is_prepared, read_manifest
 from frugalmoe.data.split import ALL
@@ -42,14 +44,17 @@ def evaluate(
     data: str | None = None,
     overrides: Mapping[str, Any] | Sequence[str] = (),
     tokens: int | None = None,
+    devices: int | None = None,
+    progress: bool = False,
 ) -> Evaluation:
-    """Returns the loss and the bits per byte of a run's checkpoint, the newest by default, on one device.
+    """Returns the loss and the bits per byte of a run's checkpoint, the newest by default.
 
     Without `data` and `overrides` they are those of the run's own held-out rows, as its summary has them. `data` is a
     source of text as `data.path` may name, of which all documents are scored; of a prepared directory its held-out
     ones. `overrides` change the section `data` of the run's config, and the held-out documents of that are scored.
     tokens: about how many, spread evenly over domains; by default `train.eval_rows` rows of a domain of the run's own
     data, and all rows of others. Rows are the same whatever batches they are computed in.
+    devices: those that share the rows, by default all here; the model is whole on each. progress: a bar, on a terminal.
 
     Raises `UserError` for a checkpoint that is not there or not finite, for data without text, made with another
     tokenizer, or unlike those that the run was trained on where its own are asked for.
@@ -58,7 +63,7 @@ def evaluate(
     if tokens is not None:
         check_integer("--tokens", tokens, least=1)
     chosen = _chosen(run, data, overrides)  # what is wrong with them is found before the checkpoint is read
-    config, weights, _, mesh, step = load_checkpoint(run, step)
+    config, weights, _, mesh, step = load_checkpoint(run, step, devices or jax.device_count())
     eval_step = compiled_eval_step(config)  # one program for all data
     if chosen is None:
         opened = open_run_data(run, config)
@@ -68,8 +73,11 @@ def evaluate(
         config = dataclasses.replace(config, data=chosen, train=train)
     if tokens is not None:
         config = held_out.limited(config, len(opened.domains), tokens)
-    with jax.set_mesh(mesh):
-        scores = held_out.evaluate(eval_step, weights, opened, config, mesh)
+    with jax.set_mesh(mesh), bar(progress) as shown:
+        rows = sum(opened.eval_rows(domain, config.train.eval_rows) for domain in opened.domains)
+        task = shown.add_task("evaluating", total=rows)
+        done = functools.partial(shown.advance, task)
+        scores = held_out.evaluate(eval_step, weights, opened, config, mesh, done=done)
     _check(run, step, scores)
     return Evaluation(str(run), step, opened.fingerprint, *scores[:4])
 
