@@ -135,6 +135,7 @@ def test_the_command_prints_a_table_and_json(run, capsys):
 BOTH = "import sys; from frugalmoe.cli import main; sys.exit(main(sys.argv[1:]) or main([*sys.argv[1:3], *SUITE]))"
 
 
+@pytest.mark.slow
 def test_eight_devices_score_as_one(run):
     """Rows that eight devices do not divide: 5 of one domain, and the few of the other; and 32 short texts."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"

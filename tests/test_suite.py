@@ -3,6 +3,7 @@
 import json
 import operator
 import re
+import sys
 import zlib
 
 import jax
@@ -157,7 +158,7 @@ def test_a_model_is_graded_by_its_own_likelihoods(run, loaded):
 def test_the_command_prints_a_table_and_json(run, capsys):
     assert main(["evaluate", str(run), "--suite=copy,recall", "--items=8"]) == 0
     shown = capsys.readouterr().out
-    assert "of our suite" in shown and "0.250" in shown and re.search(r"^mean +0\.", shown, re.M)
+    assert "step 1, our suite" in shown and "0.250" in shown and re.search(r"^mean +0\.", shown, re.M)
     assert main(["evaluate", f"{run}@1", "--suite=copy", "--items=8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tasks"]["copy"] == grade_run(run, names=["copy"], items=8).tasks["copy"]._asdict()
@@ -189,9 +190,9 @@ WRONG = {
         (["--suite=PLACE/longer.py"], "beginning of another"),
         (["--suite", "--items=0"], "--items=0"),
         (["--suite", "--items=100001"], "at most 100000"),
-        (["--items=5"], "--items=5: is of --suite"),
-        (["--suite", "--tokens=5"], "--tokens: is of the evaluation on text"),
-        (["--suite", "--config.data.path=x"], "--config.*: is of the evaluation on text"),
+        (["--items=5"], "--items: is of an evaluation on --suite or --tasks; this one is on text"),
+        (["--suite", "--tokens=5"], "--tokens: is of an evaluation on text; this one is on --suite"),
+        (["--suite", "--config.data.path=x"], "--config.*: is of an evaluation on text"),
     ],
 )
 def test_what_cannot_be_graded_is_one_line(run, tmp_path, capsys, flags, said):
@@ -200,6 +201,13 @@ def test_what_cannot_be_graded_is_one_line(run, tmp_path, capsys, flags, said):
     assert main(["evaluate", str(run), *(flag.replace("PLACE", str(tmp_path)) for flag in flags)]) == 2
     shown = capsys.readouterr()
     assert shown.err.count("\n") == 1 and said in shown.err and not shown.out
+
+
+def test_lm_eval_that_is_not_there_is_named(run, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(["evaluate", str(run), "--tasks=arc_easy"]) == 2
+    said = "frugalmoe: --tasks: needs a package that is not installed: pip install 'frugalmoe[lm-eval]'\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_task_that_has_few_items_is_asked_for_those(tmp_path):

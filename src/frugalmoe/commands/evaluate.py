@@ -14,7 +14,8 @@ EXAMPLES = """\
   frugalmoe evaluate runs/quickstart --data=mine.txt --json      (all documents of mine.txt)
   frugalmoe evaluate runs/quickstart --config.data.path=mixed    (the held-out documents of a config's data)
   frugalmoe evaluate runs/quickstart --suite                     (agreement, recall, copying ...: our own tasks)
-  frugalmoe evaluate runs/quickstart --suite=recall,mine.py --items=1000"""
+  frugalmoe evaluate runs/quickstart --suite=recall,mine.py --items=1000
+  frugalmoe evaluate runs/quickstart --tasks=mine --task-path=tasks/    (lm-eval, with YAML and data of one's own)"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="instead of text, small tasks that were made here: of a few continuations the most likely one is chosen. "
         "Without names all of them; a name may be the path of a file with TASK = Task(...)",
     )
-    parser.add_argument("--items", type=int, metavar="N", help="of a task of --suite, at most (default: 400)")
+    parser.add_argument(
+        "--tasks",
+        metavar="NAME,...",
+        help="instead of text, tasks, groups or tags of lm-eval (pip install 'frugalmoe[lm-eval]'), without a network "
+        "unless HF_HUB_OFFLINE=0 HF_DATASETS_OFFLINE=0. Texts have at most data.sequence_length tokens, and begin as "
+        "data.document_start says: of a published model that knows none in front, --config.data.document_start=none",
+    )
+    parser.add_argument(
+        "--task-path",
+        metavar="DIR",
+        help="where the tasks of --tasks are, a directory with YAML files (default: in lm-eval)",
+    )
+    parser.add_argument("--shots", type=int, metavar="N", help="examples in front, where a task of --tasks fixes none")
+    parser.add_argument(
+        "--items", type=int, metavar="N", help="of a task, at most (default: 400 of --suite, all of --tasks)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(config=None)  # overrides are of the run's config, and --config is no flag
 
@@ -53,7 +69,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the loss of each domain, or the accuracy of each task."""
     _check(args)
-    found, show = _suite(args) if args.suite is not None else _text(args)
+    kind = _suite if args.suite is not None else _text if args.tasks is None else _tasks
+    found, show = kind(args)
     if args.json:
         print(json.dumps(found, indent=1))
     else:
@@ -65,12 +82,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises `UserError` for flags that do not go together."""
-    of_text = {"--data": args.data, "--tokens": args.tokens, "--config.*": args.overrides or None}
-    for flag, value in of_text.items() if args.suite is not None else ():
-        if value is not None:
-            raise UserError(f"{flag}: is of the evaluation on text, and cannot be given with --suite")
-    if args.items is not None and args.suite is None:
-        raise UserError(f"--items={args.items}: is of --suite, which is not given")
+    kind = "text" if args.suite is args.tasks is None else "--suite" if args.tasks is None else "--tasks"
+    if args.suite is not None and args.tasks is not None:
+        raise UserError("--suite: cannot be given with --tasks; give one after the other")
+    used = {
+        "--data": (args.data, ("text",)),
+        "--tokens": (args.tokens, ("text",)),
+        "--config.*": (args.overrides or None, ("text", "--tasks")),
+        "--items": (args.items, ("--suite", "--tasks")),
+        "--task-path": (args.task_path, ("--tasks",)),
+        "--shots": (args.shots, ("--tasks",)),
+    }
+    for flag, (value, kinds) in used.items():
+        if value is not None and kind not in kinds:
+            raise UserError(f"{flag}: is of an evaluation on {' or '.join(kinds)}; this one is on {kind}")
 
 
 def _text(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
@@ -85,7 +110,7 @@ def _text(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 def _table_of_text(found):
     from rich.text import Text
 
-    table = _table(found, "domain", "tokens", "bytes", "loss (nats per token)", "bits per byte")
+    table = _table(found, "", "domain", "tokens", "bytes", "loss (nats per token)", "bits per byte")
     for domain, loss in found.loss.items():
         if domain == "mean" and len(found.targets) == 1:
             continue
@@ -108,7 +133,7 @@ def _suite(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 def _table_of_suite(found):
     from rich.text import Text
 
-    table = _table(found, "task (of our suite)", "items", "chance", "accuracy", "95% interval", "margin (nats)")
+    table = _table(found, "our suite", "task", "items", "chance", "accuracy", "95% interval", "margin (nats)")
     for name, grade in found.tasks.items():
         interval = f"{grade.low:.3f} to {grade.high:.3f}"
         numbers = (f"{grade.items:,}", f"{grade.chance:.3f}", f"{grade.accuracy:.3f}", interval, f"{grade.margin:+.3f}")
@@ -118,11 +143,45 @@ def _table_of_suite(found):
     return table
 
 
-def _table(found, first: str, *others: str):
+def _tasks(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    from frugalmoe.evaluate.tasks import run_tasks
+    from frugalmoe.train.weights import run_and_step
+
+    directory, step = run_and_step(args.run)
+    found = run_tasks(
+        directory,
+        step,
+        names=tuple(filter(None, args.tasks.split(","))),
+        path=args.task_path,
+        shots=args.shots,
+        items=args.items,
+        overrides=args.overrides,
+        progress=True,
+    )
+    return found._asdict() | {"results": [result._asdict() for result in found.results]}, _table_of_tasks(found)
+
+
+def _table_of_tasks(found):
+    from rich.text import Text
+
+    table = _table(found, "lm-eval", "task", "version", "shots", "items", "metric", "value", "error")
+    for result in found.results:
+        error = "" if result.error is None else f"{result.error:.4f}"
+        numbers = (result.version, f"{result.shots}", f"{result.items:,}", result.metric, f"{result.value:.4f}", error)
+        table.add_row(Text(result.task), *numbers)
+    return table
+
+
+def _table(found, what: str, first: str, *others: str):
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, title=Text(f"{found.run}, step {found.step:,}"), title_justify="left")
+    table = Table(
+        box=None,
+        pad_edge=False,
+        title=Text(f"{found.run}, step {found.step:,}" + f", {what}" * bool(what)),
+        title_justify="left",
+    )
     table.add_column(first)
     for name in others:
         table.add_column(name, justify="right")

@@ -62,7 +62,7 @@ def evaluate(
     run = Path(run)
     if tokens is not None:
         check_integer("--tokens", tokens, least=1)
-    chosen = _chosen(run, data, overrides)  # what is wrong with them is found before the checkpoint is read
+    chosen = chosen_data(run, data, overrides)  # what is wrong with them is found before the checkpoint is read
     config, weights, _, mesh, step = load_checkpoint(run, step, devices or jax.device_count())
     eval_step = compiled_eval_step(config)  # one program for all data
     if chosen is None:
@@ -82,7 +82,7 @@ def evaluate(
     return Evaluation(str(run), step, opened.fingerprint, *scores[:4])
 
 
-def _chosen(run: Path, path: str | None, overrides: Mapping[str, Any] | Sequence[str]) -> Data | None:
+def chosen_data(run: Path, path: str | None, overrides: Mapping[str, Any] | Sequence[str]) -> Data | None:
     """The data that are asked for, None for the run's own. Their tokenizer is the run's."""
     names = [override.partition("=")[0] for override in overrides]
     for name in names:

@@ -1,0 +1,121 @@
+"""A run as a model of lm-eval, the evaluation harness of EleutherAI: it has the tasks and their metrics, and what it
+asks of a model is answered here. To be imported behind `tasks.prepare`.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from frugalmoe import sharding
+from frugalmoe.config import Config
+from frugalmoe.data.tokenizer import Tokenizer
+from frugalmoe.errors import UserError
+from frugalmoe.evaluate.scoring import Asked, score
+from frugalmoe.generate import Sampling, stream
+from frugalmoe.train.weights import Weights
+
+_GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
+
+
+class Harnessed(TemplateLM):
+    """What lm-eval's `TemplateLM` asks for. The mesh must be in context.
+
+    A text begins as the run's documents do: behind the end of text where `data.document_start` says so. Contexts lose
+    their beginning where a text is longer than `data.sequence_length`, as in lm-eval's own models.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        weights: Weights,
+        tokenizer: Tokenizer,
+        mesh: jax.sharding.Mesh,
+        begin: Callable[[str, int], Callable[[int], None]] = lambda what, total: lambda done: None,
+    ):
+        """`begin(what, total)` is called before work of so many parts, and what it returns with each part done."""
+        super().__init__()
+        self._config, self._weights, self._tokenizer, self._mesh, self._begin = config, weights, tokenizer, mesh, begin
+        self._front = [tokenizer.eos] * (config.data.document_start == "end_of_text")
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokenizer.eos
+
+    @property
+    def max_length(self) -> int:
+        return self._config.data.sequence_length
+
+    @property
+    def max_gen_toks(self) -> int:
+        return min(256, self.max_length // 2)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._tokenizer.fingerprint
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return self._tokenizer.encode(string).tolist()
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        alone = [self._tokenizer.eos]  # what `TemplateLM` puts in place of an empty context
+        return self._scored(
+            [(context if context == alone else self._front + context, new) for _, context, new in requests]
+        )
+
+    def _scored(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        most = self.max_length + 1
+        for _, new in pairs:
+            if not 0 < len(new) < most:
+                rule = f"must be 1 to data.sequence_length={self.max_length} tokens behind its context"
+                raise UserError(f"--tasks: a text to score has {len(new)} tokens; it {rule}")
+        cut = [np.array((context + new)[-most:], np.int32) for context, new in pairs]
+        asked = [Asked(ids, len(ids) - len(new)) for ids, (_, new) in zip(cut, pairs)]
+        return score(self._config, self._weights, self._mesh, asked, self._begin("scoring", len(asked)))
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of each whole text, in windows of which no token is predicted twice."""
+        windows = functools.partial(
+            get_rolling_token_windows, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+        )
+        of_texts = [list(map(make_disjoint_window, windows(self.tok_encode(r.args[0])))) for r in requests]
+        scores = iter(self._scored([pair for pairs in of_texts for pair in pairs]))
+        return [sum(next(scores)[0] for _ in pairs) for pairs in of_texts]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model goes on with, up to a stop text, the end of the document or the most tokens; on one device."""
+        done = self._begin("generating", len(requests))
+        found = []
+        with sharding.one_device(self._weights) as weights:
+            for request in requests:
+                found.append(self._generated(weights, *request.args))
+                done(1)
+        return found
+
+    def _generated(self, weights: Weights, context: str, options: Mapping[str, Any]) -> str:
+        settings = normalize_gen_kwargs(dict(options), self.max_gen_toks)
+        if unknown := sorted(settings.keys() - set(_GENERATION)):
+            raise UserError(f"--tasks: generation_kwargs.{unknown[0]}: not known here; valid: {', '.join(_GENERATION)}")
+        sampling = Sampling(
+            temperature=settings["temperature"] if settings["do_sample"] else 0.0,
+            top_p=settings.get("top_p", 1.0),
+            max_tokens=settings["max_gen_toks"],
+            stop=tuple(filter(None, handle_stop_sequences(settings["until"], None))),
+        )
+        room = self.max_length - sampling.max_tokens - len(self._front)
+        if room < 1:
+            rule = f"must leave room for a context in data.sequence_length={self.max_length}"
+            raise UserError(f"--tasks: generation_kwargs.max_gen_toks={sampling.max_tokens}: {rule}")
+        ids = self._tokenizer.encode(context)
+        prompt = context if len(ids) <= room else self._tokenizer.decode(ids[-room:])
+        return "".join(stream(self._config, weights, self._tokenizer, prompt, sampling))
