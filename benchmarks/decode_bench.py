@@ -59,7 +59,7 @@ def rows(size: sizes.Size, dtype: str, seconds: dict) -> list[list[str]]:
     for label, of_action in seconds.items():
         cells = []
         for action in ACTIONS:
-            ratio = lambda kind, action=action: statistics.median(
+            ratio = lambda kind, action=action, of_action=of_action: statistics.median(
                 theirs[kind] / ours[kind] for theirs, ours in zip(of_action[action], seconds["frugalmoe"][action])
             )
             wall = statistics.median(wall for wall, _ in of_action[action])

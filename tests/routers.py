@@ -162,7 +162,12 @@ RENORMALIZED = variant(SOFTMAX, weights=OVER_SUM, options={}, settings=({},))
 CHOSEN = variant(
     RENORMALIZED, weights="softmax over the chosen", options={"softmax": "after"}, compared=lambda z, b, c: z
 )
-BIASED = variant(CHOSEN, bias="learned, on logits", strategy="biased_softmax", compared=lambda z, b, c: z + b)
+BIASED = variant(
+    CHOSEN,
+    bias="learned, on logits",
+    options={"softmax": "after", "logit_bias": True},
+    compared=lambda z, b, c: z + b,
+)
 MISTRAL = Form(
     score="softmax",
     groups="two best, others 0",
@@ -347,7 +352,10 @@ FORMS = {
     "chosen": CHOSEN,
     "gpt_oss": BIASED,
     "privacy_filter": variant(
-        BIASED, weights="softmax over the chosen / k", options={"softmax": "after", "scale": 1 / K}, cell="1 / k"
+        BIASED,
+        weights="softmax over the chosen / k",
+        options={"softmax": "after", "logit_bias": True, "scale": 1 / K},
+        cell="1 / k",
     ),
     "jetmoe": variant(CHOSEN, call=call_jetmoe, note="its attention, which routes too, is not ours"),
     "dbrx": variant(

@@ -6,7 +6,7 @@ weighted by its probability (softmax='before', renormalize=False).
 """
 
 from frugalmoe.routing import losses
-from frugalmoe.routing.contract import About, Router, linear_init
+from frugalmoe.routing.contract import About, Router, linear_init_with_bias
 from frugalmoe.routing.strategies import topk_softmax
 
 ROUTER = Router(
@@ -22,6 +22,6 @@ ROUTER = Router(
     ),
     route=topk_softmax.route,
     options=topk_softmax.Options,
-    init_shared=linear_init,
+    init_shared=linear_init_with_bias,
     check=topk_softmax.check,
 )

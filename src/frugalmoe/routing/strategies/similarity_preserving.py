@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.routing.contract import About, Inputs, Loss, Params, Router, Routing, State, linear_init
+from frugalmoe.routing.contract import About, Inputs, Loss, Params, Router, Routing, State, linear_init_with_bias
 from frugalmoe.routing.strategies import topk_softmax
 from frugalmoe.schema import MoE
 
@@ -43,6 +43,6 @@ ROUTER = Router(
     ),
     route=route,
     options=topk_softmax.Options,
-    init=linear_init,
+    init=linear_init_with_bias,
     check=topk_softmax.check,
 )
