@@ -56,14 +56,13 @@ def rows(size: sizes.Size, dtype: str, seconds: dict) -> list[list[str]]:
     """One row for each framework: tokens per second, how many times as fast as it ours is, by wall and by CPU time."""
     tokens = {"prefill": size.sequences * size.time, "decode": size.sequences * sizes.NEW}
     table = []
-    for label, of_action in seconds.items():
+    ours = seconds["frugalmoe"]
+    for label, theirs in seconds.items():
         cells = []
-        for action in ACTIONS:
-            ratio = lambda kind, action=action, of_action=of_action: statistics.median(
-                theirs[kind] / ours[kind] for theirs, ours in zip(of_action[action], seconds["frugalmoe"][action])
-            )
-            wall = statistics.median(wall for wall, _ in of_action[action])
-            cells += [f"{tokens[action] / wall:.0f}", f"{ratio(0):.2f}", f"{ratio(1):.2f}"]
+        for a in ACTIONS:
+            wall, cpu = (statistics.median(x[kind] / y[kind] for x, y in zip(theirs[a], ours[a])) for kind in (0, 1))
+            speed = tokens[a] / statistics.median(seconds for seconds, _ in theirs[a])
+            cells += [f"{speed:.0f}", f"{wall:.2f}", f"{cpu:.2f}"]
         table.append([dtype, str(size.sequences), label, *cells])
     return table
 
