@@ -7,10 +7,10 @@ CONFIG ?= configs/quickstart.py
 NEWEST_PYTHON = $(shell for python in python3.12 python3.13 $(HOME)/.pyenv/versions/3.1[23].*/bin/python; do \
 	"$$python" -c "import ensurepip" 2>/dev/null && echo "$$python" && break; done)
 # The newest stack has no PyTorch: parity with `transformers` is a matter of the pinned one.
-TORCHLESS = $(patsubst %,--ignore %,$(shell grep -lE "^(import|from) (torch|transformers|published)" tests/test_*.py))
+TORCHLESS = $(patsubst %,--ignore %,$(shell grep -lE "^(import|from) (torch|transformers|published|parity)" tests/test_*.py))
 NO_NEWEST_PYTHON = test-newest: no Python 3.12 or 3.13 runs on this machine, so nothing was tested on the newest JAX
 
-.PHONY: run laws test test-fast test-newest run-newest lint bench clean
+.PHONY: run laws test test-fast test-newest run-newest lint parity bench clean
 
 run: .venv/run.stamp
 	$(BIN)/frugalmoe train --config=$(CONFIG) $(if $(FRESH),--fresh) $(ARGS)
@@ -35,6 +35,9 @@ run-newest: .venv-newest/stamp
 lint: .venv/dev.stamp
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	$(BIN)/frugalmoe routers --format=markdown > docs/routers.md
+
+parity: .venv/dev.stamp
+	$(BIN)/python tests/parity.py
 
 bench: .venv/run.stamp .venv-bench/stamp
 	$(BIN)/python benchmarks/run.py --torch-python .venv-bench/bin/python $(ARGS)

@@ -37,6 +37,8 @@ class Size:
         return json.dumps(dataclasses.asdict(self))
 
 
+NEW = 32  # tokens that are decoded after a prompt of `time` tokens, where generation is measured
+
 # The same training recipe on every side.
 LEARNING_RATE = 1e-3
 BETAS = (0.9, 0.95)

@@ -37,6 +37,7 @@ LATENT = COMMON | dict(
     v_head_dim=6,
     first_k_dense_replace=1,
 )
+LITE = {name: value for name, value in LATENT.items() if name != "first_k_dense_replace"}
 QWEN3 = COMMON | dict(head_dim=d, moe_intermediate_size=F, num_experts=E, mlp_only_layers=[])
 QWEN2 = COMMON | dict(
     moe_intermediate_size=F, num_experts=E, shared_expert_intermediate_size=2 * F, intermediate_size=24
@@ -58,9 +59,8 @@ GLM4 = GLM4_SIZES | dict(
     routed_scaling_factor=2.5,
     rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5, "rope_type": "default"},
 )
-GRANITE = COMMON | dict(
-    intermediate_size=F,
-    num_local_experts=E,
+GRANITE_ROUTED = COMMON | dict(intermediate_size=F, num_local_experts=E)
+GRANITE = GRANITE_ROUTED | dict(
     shared_intermediate_size=2 * F,
     attention_multiplier=d**-0.5,
     embedding_multiplier=1.0,
@@ -88,6 +88,10 @@ CASES: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "olmoe renormalised": lambda: hf.OlmoeConfig(
         **COMMON | {"num_key_value_heads": H}, intermediate_size=F, num_experts=E, norm_topk_prob=True
     ),
+    "flex_olmo": lambda: hf.FlexOlmoConfig(**COMMON, intermediate_size=F, num_experts=E),
+    "flex_olmo renormalised, biases": lambda: hf.FlexOlmoConfig(
+        **COMMON, intermediate_size=F, num_experts=E, norm_topk_prob=True, attention_bias=True
+    ),
     "qwen3_moe": lambda: hf.Qwen3MoeConfig(**QWEN3, norm_topk_prob=True),
     "qwen3_moe as they are, dense layers, yarn": lambda: hf.Qwen3MoeConfig(
         **QWEN3 | {"mlp_only_layers": [0], "intermediate_size": 24}, norm_topk_prob=False, rope_parameters=YARN
@@ -105,6 +109,7 @@ CASES: dict[str, Callable[[], hf.PretrainedConfig]] = {
         n_group=1,
         topk_group=1,
         norm_topk_prob=False,
+        rms_norm_eps=1e-2,
         rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 0.8},
     ),
     "deepseek_v2": lambda: hf.DeepseekV2Config(
@@ -116,6 +121,14 @@ CASES: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "glm4_moe": lambda: hf.Glm4MoeConfig(**GLM4),
     "glm4_moe no bias, no norm, one group": lambda: hf.Glm4MoeConfig(
         **GLM4 | {"attention_bias": False, "use_qk_norm": False, "n_group": 1, "topk_group": 1}
+    ),
+    "glm4_moe_lite": lambda: hf.Glm4MoeLiteConfig(**LITE, n_group=4, topk_group=2),
+    "glm4_moe_lite whole queries, two dense layers, yarn": lambda: hf.Glm4MoeLiteConfig(
+        **LITE | {"q_lora_rank": None, "rms_norm_eps": 1e-2},
+        n_shared_experts=2,
+        norm_topk_prob=False,
+        mlp_layer_types=["dense", "dense", "sparse"],
+        rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 0.8},
     ),
     "dots1": lambda: hf.Dots1Config(
         **GLM4_SIZES, norm_topk_prob=True, routed_scaling_factor=2.5, n_group=4, topk_group=2
@@ -133,10 +146,46 @@ CASES: dict[str, Callable[[], hf.PretrainedConfig]] = {
         moe_num_shared_experts=0,
         moe_layer_start_index=0,
     ),
+    "granitemoe": lambda: hf.GraniteMoeConfig(
+        **GRANITE_ROUTED | {"attention_multiplier": 0.2, "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
+        logits_scaling=6.0,
+    ),
+    "granitemoe biases, tied, one head of keys": lambda: hf.GraniteMoeConfig(
+        **GRANITE_ROUTED | {"num_key_value_heads": 1, "tie_word_embeddings": True, "num_experts_per_tok": 3},
+        attention_multiplier=d**-0.5,
+        attention_bias=True,
+    ),
     "granitemoeshared": lambda: hf.GraniteMoeSharedConfig(**GRANITE),
     "granitemoeshared none shared": lambda: hf.GraniteMoeSharedConfig(**GRANITE | {"shared_intermediate_size": 0}),
+    "gpt_oss": lambda: hf.GptOssConfig(
+        **COMMON, head_dim=d, intermediate_size=F, num_local_experts=E, sliding_window=4
+    ),
+    "gpt_oss tied, no bias in attention, no window, not stretched": lambda: hf.GptOssConfig(
+        **COMMON | {"tie_word_embeddings": True, "num_key_value_heads": 1, "num_experts_per_tok": 3},
+        head_dim=16,
+        intermediate_size=F,
+        num_local_experts=E,
+        layer_types=["full_attention"] * L,
+        attention_bias=False,
+        rope_parameters={"rope_theta": 1e4, "rope_type": "default"},
+    ),
     "llama": lambda: hf.LlamaConfig(**DENSE, intermediate_size=24, rope_parameters=LLAMA3),
     "llama tied": lambda: hf.LlamaConfig(**DENSE | {"tie_word_embeddings": True}, intermediate_size=24),
+    "llama biases": lambda: hf.LlamaConfig(**DENSE, intermediate_size=24, attention_bias=True),
+    "olmo2": lambda: hf.Olmo2Config(**DENSE, intermediate_size=24, rope_parameters={"rope_theta": 5e5}),
+    "olmo2 tied, yarn": lambda: hf.Olmo2Config(
+        **DENSE | {"tie_word_embeddings": True, "num_key_value_heads": H}, intermediate_size=24, rope_parameters=YARN
+    ),
+    "olmo3": lambda: hf.Olmo3Config(
+        **DENSE | {"num_hidden_layers": 5},
+        intermediate_size=24,
+        sliding_window=4,
+        rope_parameters={
+            "full_attention": YARN | {"rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+        },
+    ),
+    "olmo3 no window": lambda: hf.Olmo3Config(**DENSE, intermediate_size=24, layer_types=["full_attention"] * L),
     "qwen3": lambda: hf.Qwen3Config(**DENSE, head_dim=d, intermediate_size=24),
     "qwen3 windows": lambda: hf.Qwen3Config(
         **DENSE, head_dim=d, intermediate_size=24, use_sliding_window=True, sliding_window=4, max_window_layers=1

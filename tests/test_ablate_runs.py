@@ -15,6 +15,7 @@ from runs import command, config_file, rows, run, without_times, write_text
 
 from frugalmoe.ablate import Study, load_comparison, load_study, results, run_study
 from frugalmoe.cli import main
+from frugalmoe.errors import UserError
 from frugalmoe.routing import strategies
 
 pytestmark = pytest.mark.slow
@@ -337,3 +338,32 @@ def test_a_damaged_table_is_refused_and_rebuilt_from_the_runs(place, alone, caps
         assert np.isfinite([r["value"] for r in results.read_table(alone, "tiny").to_pylist()]).all()
     finally:
         path.write_bytes(whole)
+
+
+def test_arms_begin_with_the_weights_of_other_runs(place, alone, study, tmp_path):
+    """Of the same seed; what is no run, or not the one that a run began with, is refused before a step."""
+    kept = dataclasses.replace(study, keep_checkpoints=True, seeds=(0,), evaluate_with=False)
+    run_study(kept, tmp_path / "first")
+    where = f"{tmp_path}/first/aux/seed_{{seed}}"
+    on = dataclasses.replace(kept, origins={"none": where}, name="on")
+    run_study(on, tmp_path / "on")
+    assert metrics(tmp_path / "on", "aux", 0) == metrics(tmp_path / "first", "aux", 0)
+    began, fresh = (metrics(tmp_path / name, "none", 0)[0]["loss/ce"] for name in ("on", "first"))
+    last = [row["loss/ce"] for row in metrics(tmp_path / "first", "aux", 0) if "loss/ce" in row][-1]
+    assert abs(began - last) < 0.3 < fresh - began
+    page = (tmp_path / "on" / "study.json").read_text()
+    assert json.loads(page)["origins"] == {"none": where}
+    (origin,) = (row["origin"] for row in [json.loads((tmp_path / "on/none/seed_0/history.jsonl").read_text())])
+    assert origin["run"] == where.format(seed=0)
+
+    def refused(**changes):
+        with pytest.raises(UserError) as e:
+            run_study(dataclasses.replace(on, **changes), tmp_path / changes.get("name", "on"))
+        return str(e.value)
+
+    assert "no such arm" in refused(origins={"nine": where}, name="a")
+    assert "must be RUN or RUN@STEP" in refused(origins={"none": "runs/{arm}"}, name="b")
+    assert "not a run directory" in refused(origins={"none": str(tmp_path / "gone")}, name="c")
+    shutil.rmtree(tmp_path / "on" / "none" / "seed_0" / "checkpoints")
+    (tmp_path / "on" / "none" / "seed_0" / "summary.json").unlink()
+    assert "did not begin with" in refused(origins={"none": f"{tmp_path}/first/none/seed_{{seed}}"})

@@ -1,5 +1,6 @@
 """Traces and interventions of real tiny runs. Letters: S checkpoints, L layers, N tokens, E experts, K choices."""
 
+import dataclasses
 import json
 import shutil
 
@@ -283,10 +284,14 @@ def test_a_router_without_a_next_choice_is_refused_and_the_others_work(root, tmp
 
 def test_experts_compute_what_the_oracle_does(run_dir):
     """`Experts.outputs` against the dense executor with one expert and weight 1."""
+    import jax
     import jax.numpy as jnp
 
+    from frugalmoe.experts import Biases, executors
+    from frugalmoe.experts.contract import Call
     from frugalmoe.laws.executors import run_dense
     from frugalmoe.routing.contract import TokenPlan
+    from frugalmoe.schema import MoE
 
     experts = analysis.load_experts(run_dir)
     assert experts.layers_L.tolist() == [1, 2] and experts.router_LDE.shape == (2, 32, E)
@@ -295,6 +300,14 @@ def test_experts_compute_what_the_oracle_does(run_dir):
     plan = TokenPlan(jnp.full((16, 1), 5), jnp.ones((16, 1)))
     y_ND = run_dense(plan, jnp.float32(x_ND), experts.gate_up_LED2F[1], experts.down_LEFD[1])
     np.testing.assert_allclose(experts.outputs(1, 16, seed=3)[5], y_ND, rtol=1e-4, atol=1e-7)
+    rng = np.random.default_rng(4)
+    biases = Biases(*(rng.standard_normal((2, E, *shape)).astype(np.float32) for shape in ((2, 16), (32,))))
+    other = dataclasses.replace(experts, activation="clamped_swiglu", biases_L=biases)
+    moe = MoE(num_experts=E, activation="clamped_swiglu", expert_bias=True)
+    call = Call(moe, biases=jax.tree.map(lambda a: a[1], biases))
+    arrays = jnp.float32(x_ND), experts.gate_up_LED2F[1], experts.down_LEFD[1]
+    y_ND, _ = executors.get("dense").run(plan, *arrays, call)
+    np.testing.assert_allclose(other.outputs(1, 16, seed=3)[5], y_ND, rtol=1e-4, atol=1e-6)
     neurons_EF = experts.neurons(1)
     assert neurons_EF.shape == (E, 16, 96)
     np.testing.assert_array_equal(neurons_EF[5, 3, :32], experts.gate_up_LED2F[1, 5, :, 0, 3])

@@ -282,6 +282,7 @@ BAD = [
     ("model.attention=latent,model.attention_options.latent.rank=-1", "latent.rank=-1", "must not be negative"),
     ("model.attention=latent,model.attention_options.latent.rotary_dim=7", "rotary_dim=7", "an even number"),
     ("model.attention=latent,model.qk_norm=head", "model.qk_norm='head'", "must be none with model.attention=latent"),
+    ("model.attention=latent,model.out_bias=True", "model.out_bias=True", "must be False"),
     ("model.attention=latent,model.rope_fraction=0.5", "model.rope_fraction=0.5", "must be 1.0"),
     ("model.rope_scaling.kind=yarm", "model.rope_scaling.kind='yarm'", "did you mean 'yarn'"),
     ("model.rope_scaling.kind=yarn", "model.rope_scaling.original_length=0", "with model.rope_scaling.kind=yarn"),

@@ -29,6 +29,10 @@ from frugalmoe.train.checkpoint import on_disk
 from frugalmoe.train.weights import load_model
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+STRETCHED = {"rope_type": "yarn", "factor": 4.0}
+LATENT_KEYS = dict.fromkeys(
+    ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank", "intermediate_size"), 8
+) | {"moe_intermediate_size": 8, "n_routed_experts": 8}
 WINDOWED = {"use_sliding_window": True, "sliding_window": 4}
 HEADER, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -154,6 +158,22 @@ def settings_of(case: str):
     return resolve(override(default(), fields))
 
 
+def test_the_older_config_of_olmo_3_stretches_the_angles_of_layers_without_a_window():
+    """As it was released: `rope_theta` and `rope_scaling` at the top."""
+    said = json.loads(CASES["olmo3"]().to_json_string())
+    parameters = said.pop("rope_parameters")["full_attention"]
+    older = said | {"rope_theta": parameters.pop("rope_theta"), "rope_scaling": parameters}
+    fields = settings.to_ours(families.get("olmo3"), older, "config.json")
+    assert resolve(override(default(), fields)) == settings_of("olmo3")
+
+
+def test_the_help_names_every_family(capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"config.json: {', '.join(families.names())}." in said
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_config_json_says_in_both_directions_what_a_model_is(case):
     config, family = settings_of(case), families.get(case.split()[0])
@@ -176,7 +196,13 @@ def test_config_json_says_in_both_directions_what_a_model_is(case):
         ({"model_type": "./evil.py"}, "model_type='./evil.py': no such family of models"),
         ({"model_type": None}, "model_type=None: no such family"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu': is not implemented; valid: 'silu'"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}: no meaning is known"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config.quant_method=None: quantized weights are not read"),
+        (
+            {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}},
+            "quantization_config.quant_method='mxfp4': quantized weights are not read; load the model with",
+        ),
+        ({"quantization_config": "mxfp4"}, "quantization_config='mxfp4': must be an object"),
+        ({"model_type": "gpt_oss", "swiglu_limit": 5.0}, "swiglu_limit=5.0: is not implemented; valid: 7.0"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type='longrope': is not implemented"),
         ({"rope_parameters": {"rope_theta": 1e4, "short_factor": [1]}}, "short_factor=[1]: no meaning is known"),
         ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta='big': must be a number"),
@@ -185,6 +211,23 @@ def test_config_json_says_in_both_directions_what_a_model_is(case):
         ({"model_type": "qwen3", **WINDOWED, "layer_types": 3}, "layer_types=3: must name a kind for each of the 3"),
         ({"model_type": "qwen3", "use_sliding_window": "no"}, "use_sliding_window='no': must be true or false"),
         ({"rope_parameters": []}, "rope_parameters=[]: must be an object"),
+        (
+            {"model_type": "olmo3", "rope_parameters": {"sliding_attention": STRETCHED}},
+            "sliding_attention: rope_type='yarn': is not implemented; valid: 'default'",
+        ),
+        (
+            {"model_type": "olmo3", "rope_parameters": {"sliding_attention": {"rope_theta": 3.0}}},
+            "sliding_attention: rope_theta=3.0: is not implemented; valid: 500000.0",
+        ),
+        ({"model_type": "olmo3", "rope_parameters": {"rope_theta": 1e4}}, "rope_theta=10000.0: no meaning is known"),
+        (
+            {"model_type": "granitemoe", "residual_multiplier": -1.0, "router_jitter_noise": None},
+            "residual_multiplier=-1.0: must be positive",
+        ),
+        (
+            {"model_type": "glm4_moe_lite", "mlp_layer_types": ["sparse", "dense", "sparse"], **LATENT_KEYS},
+            "mlp_layer_types=['sparse', 'dense', 'sparse']: is not implemented but as dense for the first",
+        ),
         ({"hidden_size": "32"}, "hidden_size='32'"),
         ({"hidden_size": 2**31 - 1}, "says a model of"),
         ({"num_hidden_layers": None}, "lacks 'num_hidden_layers'"),
@@ -328,7 +371,7 @@ def test_a_pickle_is_refused_with_the_reason(copy, tmp_path, capsys):
 def test_directories_and_flags_that_are_wrong_are_one_line(models, copy, tmp_path, capsys):
     run = tmp_path / "run"
     assert "no such directory" in refused(capsys, "from-hf", tmp_path / "none", run)
-    assert "give --tokenizer=bytes" in refused(capsys, "from-hf", copy, run)
+    assert "with --tokenizer=bytes" in refused(capsys, "from-hf", copy, run)
     assert "--tokenizer=bpe:300" in refused(capsys, "from-hf", copy, run, "--tokenizer=bpe:300")
     assert "no such family" in refused(capsys, "from-hf", copy, run, "--tokenizer=bytes", "--family=palm")
     changed = refused(capsys, "from-hf", copy, run, "--tokenizer=bytes", "--config.model.norm_eps=0.1")
@@ -411,8 +454,9 @@ def test_a_run_of_our_own_is_published_with_its_tokenizer(models, tmp_path, caps
     """In float32, as the one family that is named, with the token that ends a text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run = tmp_path / "run"
-    assert main(["convert", "from-hf", str(models / "many"), str(run)]) == 0
+    run, given = tmp_path / "run", Path(shutil.copytree(models / "many", tmp_path / "given"))
+    edit(given / "tokenizer_config.json", chat_template="{{ bos_token }}{{ messages[0].content }}", bos_token="a")
+    assert main(["convert", "from-hf", str(given), str(run)]) == 0
     shutil.rmtree(run / "source")
     (run / "source.json").unlink()
     assert "several families" in refused(capsys, "to-hf", run, tmp_path / "out")
@@ -420,6 +464,8 @@ def test_a_run_of_our_own_is_published_with_its_tokenizer(models, tmp_path, caps
     text, (_, _, ours, _) = "the moon", load_model(run)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs(text)["input_ids"] == ours.encode(text).tolist() and theirs.eos_token_id == ours.eos
+    messages = [{"role": "user", "content": text}]
+    assert theirs.apply_chat_template(messages, tokenize=False) == ours.chat.render(messages).text == "athe moon"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.float32 and model.config.eos_token_id == ours.eos
 

@@ -24,7 +24,7 @@ def run(config, *argv) -> int:
     """The command line on a config file with this data section."""
     path = Path(config.data.cache_dir) / "config.py"
     path.parent.mkdir(parents=True, exist_ok=True)
-    fields = {f"data.{k}": v for k, v in to_dict(config.data).items() if k != "sources"}
+    fields = {f"data.{k}": v for k, v in to_dict(config.data).items() if k not in ("sources", "validation")}
     path.write_text(
         "from frugalmoe.config import default, override\n\n\n"
         f"def get_config(arg=None):\n    return override(default(), {fields!r})\n"

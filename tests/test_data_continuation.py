@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from frugalmoe.data.continuation import Continuation, until
+from frugalmoe.data.continuation import Continuation, Until
 from frugalmoe.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
 
 TEXT = "the cat sat, the cat's hat isn't 日本語 and 😀 café.\n\n"
@@ -129,6 +129,11 @@ def test_text_comes_while_tokens_do():
     assert seconds[4000] < 4 * seconds[500]
 
 
+def until(stops: list[str], pieces: list[str], prompt: str = "") -> str:
+    one = Until(stops, prompt)
+    return "".join([*map(one.add, pieces), one.rest()])
+
+
 def expected(text: str, border: int, stops: list[str]) -> str:
     ends = [(at + len(s), at) for s in stops for at in range(len(text)) if text.startswith(s, at)]
     ends = [found for found in ends if found[0] > border]
@@ -144,9 +149,12 @@ def test_a_stop_text_ends_it_however_the_text_is_cut():
         border = int(rng.integers(0, len(text) + 1))
         cuts = sorted(rng.integers(border, len(text) + 1, int(rng.integers(0, 6))).tolist())
         pieces = [text[a:b] for a, b in zip([border, *cuts], [*cuts, len(text)])]
-        assert "".join(until(stops, pieces, text[:border])) == expected(text, border, stops)
+        assert until(stops, pieces, text[:border]) == expected(text, border, stops)
 
 
-def test_nothing_is_read_behind_a_stop_text():
-    pieces = iter(["so ", "it ends. ", "never"])
-    assert "".join(until(["."], pieces)) == "so it ends" and next(pieces) == "never"
+def test_what_may_begin_a_stop_text_is_held_back():
+    """And nothing comes behind one."""
+    one = Until(["END.", "ENDED"])
+    assert [one.add(piece) for piece in ("so E", "N", "D", "s, EN")] == ["so ", "", "", "ENDs, "]
+    assert not one.ended and one.add("D. never") == "" and one.ended
+    assert one.add("never") == one.rest() == ""

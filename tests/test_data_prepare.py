@@ -429,7 +429,7 @@ def test_bits_per_byte_count_the_bytes_that_the_targets_stand_for(tmp_path):
     dataset = open_data(data, batch_size=4, seed=0, progress=False)
     total = sum(len(json.loads(line)["text"].encode()) for line in Path(data.path).read_text().splitlines())
     assert total == sum(side["bytes"] for sides in dataset.manifest["counts"].values() for side in sides.values())
-    fields = {f"data.{name}": value for name, value in vars(data).items() if name != "sources"}
+    fields = {f"data.{name}": value for name, value in vars(data).items() if name not in ("sources", "validation")}
     config = resolve(override(default(), fields | {"train.batch_size": 4, "train.eval_rows": 8}))
     mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
     seen = {"targets": 0, "bytes": 0}

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from frugalmoe.config import default, override, resolve
 from frugalmoe.errors import UserError
-from frugalmoe.experts import execute_here, executors, grouped, pick, triton_interpreter
-from frugalmoe.experts.contract import Executor
+from frugalmoe.experts import ACTIVATIONS, activations, execute_here, executors, grouped, pick, triton_interpreter
+from frugalmoe.experts.contract import Call, Executor
 from frugalmoe.experts.executors import blocks, gpu
 from frugalmoe.experts.executors.blocks import block_sizes, cover
 from frugalmoe.experts.rows import sort_rows
@@ -47,6 +48,19 @@ def test_equals_the_oracle(name, executor):
     check_plan(executors.get(executor), name)
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_pulls_gradients_as_autodiff_does(name):
+    """At its bounds too, of which autodiff and PyTorch say that the gradient passes."""
+    value, pull = ACTIVATIONS[name]
+    edge = activations.LIMIT
+    gates, ups = [-30.0, -edge, -1.0, 0.0, 0.5, edge, 8.0, 90.0], [-9.0, -edge, 0.0, 3.0, edge, 9.0]
+    gate, up = np.float32(np.meshgrid(gates, ups))
+    _, transpose = jax.vjp(value, gate, up)
+    dhidden = np.cos(np.arange(gate.size, dtype=np.float32)).reshape(gate.shape)
+    for ours, theirs in zip(pull(gate, up, dhidden), transpose(dhidden), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("executor", executors.names())
 @pytest.mark.parametrize("law", [name for name in LAWS if name != "oracle"])
 def test_law(law, executor):
@@ -77,6 +91,19 @@ def forgets_its_drops(plan, x_ND, gate_up, down, call):
     return executors.get("capacity").run(plan, x_ND, gate_up, down, call)[0], jnp.int32(0)
 
 
+def without_biases(plan, x_ND, gate_up, down, call):
+    return blocks.run(plan, x_ND, gate_up, down, call._replace(biases=None))
+
+
+def with_swiglu(plan, x_ND, gate_up, down, call):
+    return blocks.run(plan, x_ND, gate_up, down, call._replace(config=MoE()))
+
+
+def twice_the_bias(plan, x_ND, gate_up, down, call):
+    once = call.biases
+    return blocks.run(plan, x_ND, gate_up, down, call._replace(biases=once._replace(down_ED=2 * once.down_ED)))
+
+
 CAPACITY = {"keeps_room": False, "drops": executors.get("capacity").drops}
 BROKEN = [
     ("oracle", without_weights, {}),
@@ -87,6 +114,9 @@ BROKEN = [
     ("drops", forgets_its_drops, CAPACITY),
     ("drops", blocks.run, CAPACITY),
     ("oracle", blocks.run, {"platforms": ("an NPU",)}),
+    ("forms", without_biases, {"every_form": True}),
+    ("forms", with_swiglu, {"every_form": True}),
+    ("forms", twice_the_bias, {"every_form": True}),
 ]
 
 
@@ -112,12 +142,25 @@ def test_a_new_file_is_found_and_held_to_the_laws(tmp_path, monkeypatch):
     sys.modules.pop("frugalmoe.experts.executors.mine")
 
 
+def test_an_executor_that_declares_no_form_is_refused_where_experts_have_one(tmp_path):
+    path = tmp_path / "plain.py"
+    path.write_text(
+        "from frugalmoe.experts.contract import Executor\n"
+        "EXECUTOR = Executor(run=lambda *arguments: None, work='0', purpose='none')\n"
+    )
+    fields = {"model.moe.executor": str(path), "model.moe.expert_bias": True, "model.moe.activation": "clamped_swiglu"}
+    resolve(override(default(), {"model.moe.executor": str(path)}))
+    both = r"not model.moe.activation='clamped_swiglu', model.moe.expert_bias=True"
+    with pytest.raises(UserError, match=rf"executor='{path}': computes SwiGLU without biases alone .*, {both}"):
+        resolve(override(default(), fields))
+
+
 def run_blocks(plan, x, gate_up, down):
     return run_whole(executors.get("blocks"))(plan, x, gate_up, down)
 
 
 def run_kernels(kernels, plan, x, gate_up, down):
-    return grouped.run(kernels, sort_rows(plan, down.shape[0]), x, gate_up, down)
+    return grouped.run(kernels, sort_rows(plan, down.shape[0]), x, gate_up, down, Call(MoE()))
 
 
 def test_blocks_of_every_size_are_used_and_agree():

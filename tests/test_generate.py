@@ -14,11 +14,21 @@ from test_train_step import DEPTHS, WITH_DEPTHS, config_of, mesh_of, router
 from tokenizers import Tokenizer, decoders, models
 
 from frugalmoe import cli, sharding
-from frugalmoe import generate as module
 from frugalmoe.commands.generate import unescaped
 from frugalmoe.data.tokenizer import ByteTokenizer, JsonTokenizer
 from frugalmoe.errors import UserError
-from frugalmoe.generate import Decoding, Sampling, generate, sample_text, stream
+from frugalmoe.generate import (
+    Decoding,
+    Sampled,
+    Sampling,
+    completions,
+    decoding,
+    generate,
+    sample_text,
+    stream,
+    text_prompt,
+    texts,
+)
 from frugalmoe.model.attention.kinds import window
 from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import structure
@@ -105,8 +115,8 @@ PAIRS += [
 @pytest.mark.parametrize("fields", PAIRS)
 def test_decoding_computes_the_logits_of_evaluation(fields, monkeypatch):
     """Token by token after a prompt that comes in pieces, in a cache that grows, against a padded row of evaluation."""
-    monkeypatch.setattr(module, "_PIECE", 32)
-    monkeypatch.setattr(module, "_SLOTS", 64)
+    monkeypatch.setattr(decoding, "_PIECE", 32)
+    monkeypatch.setattr(decoding, "_SLOTS", 64)
     monkeypatch.setattr(window, "PIECE", 32)  # a ring of 41 slots
     config, mesh, real, length = config_of(fields | BYTES), mesh_of(), 87, 96
     tokens_T = np.random.default_rng(0).integers(0, 320, length).astype(np.int32)
@@ -124,10 +134,94 @@ def test_decoding_computes_the_logits_of_evaluation(fields, monkeypatch):
             return model.logits(model(context).hidden_BTD)[0]
 
         expected_TV = np.asarray(evaluated(weights, sharding.put(mesh, tokens_T[None], "BT")))
-        decoding = Decoding(config.model, weights, real)
-        for begin, end in ((0, 7), (7, 8), (8, 9), (9, 79), *((t, t + 1) for t in range(79, real))):
-            logits_V = decoding.feed(tokens_T[begin:end])
+        one = Decoding(config.model, weights, real)
+        for begin, end in ((0, 7), (7, 79), *((t, t + 1) for t in range(79, real))):
+            logits_V = one.feed([tokens_T[begin:end]])[0]
             np.testing.assert_allclose(logits_V, expected_TV[end - 1], rtol=2e-4, atol=2e-5, err_msg=str(end))
+
+
+LENGTHS = (3, 71, 1, 40)  # of prompts in one batch: the second comes in pieces, while the others get nothing
+BATCHES = {
+    "sigmoid_bias": router("sigmoid_bias"),
+    "mixed": ATTENTION["mixed"] | {"model.attention_options.window.window": 9, "model.num_layers": 3},
+    "window of depths": ATTENTION["window of depths"] | {"model.attention_options.window.window": 9},
+}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [pytest.param(f, id=n, marks=pytest.mark.slow if n == "window of depths" else []) for n, f in BATCHES.items()],
+)
+def test_a_text_is_in_a_batch_what_it_is_alone(fields, monkeypatch):
+    """Greedy and sampled, for prompts of different lengths, when others have ended, and in a batch that is not full."""
+    monkeypatch.setattr(decoding, "_PIECE", 32)
+    monkeypatch.setattr(window, "PIECE", 32)
+    config, rng = config_of(fields | BYTES), np.random.default_rng(0)
+    prompts = [rng.integers(0, 320, length).astype(np.int32) for length in LENGTHS]
+    every = np.ones(320, bool)
+    with jax.set_mesh(mesh_of()):
+        weights = weights_of(config)
+        for temperature in (0.0, 1.0):
+            sampling = Sampling(temperature=temperature, max_tokens=24, seed=5)
+            alone = Sampled(config, weights, sampling, every, 1)
+            single = np.array([[step[0] for step in alone.of([p], n)] for n, p in enumerate(prompts)])
+            assert np.unique(single, axis=0).shape == single.shape and len(np.unique(single)) > 20
+            together, found = Sampled(config, weights, sampling, every, 5), []
+            for n, step in enumerate(together.of(prompts)):
+                found.append(step)
+                together.live = np.array([True, n < 3, True, n < 9])
+            found_BT = np.array(found).T
+            np.testing.assert_array_equal(found_BT[[0, 2]], single[[0, 2]])
+            np.testing.assert_array_equal(found_BT[1, :4], single[1, :4])
+            np.testing.assert_array_equal(found_BT[3, :10], single[3, :10])
+
+
+def test_texts_of_many_prompts_are_those_of_each(monkeypatch):
+    """In order, in batches of which the last is not full; each says what ended it, and computing ends with the last."""
+    config, one = config_of(BYTES), ByteTokenizer()
+    texts_, steps = ["ab", "", "the moon and " * 4, "x", "日本"], []
+    with jax.set_mesh(mesh_of()):
+        weights = weights_of(config)
+        prompts = [text_prompt(config, one, text) for text in texts_]
+        sampling = Sampling(temperature=0.7, max_tokens=40, seed=3)
+        whole = list(completions(config, weights, one, prompts, sampling, batch_size=2))
+        assert [text.ended for text in whole] == ["length"] * 5 and {text.tokens for text in whole} == {40}
+        assert whole[0].text == "".join(stream(config, weights, one, "ab", sampling))
+        stops = [text.text[4:6] for text in whole]
+        sampling, ended = dataclasses.replace(sampling, stop=tuple(stops)), []
+        watched = Decoding.advance
+        monkeypatch.setattr(Decoding, "advance", lambda *args: steps.append(1) or watched(*args))
+        cut = list(completions(config, weights, one, prompts, sampling, batch_size=2, ended=lambda: ended.append(1)))
+    for before, after in zip(whole, cut):
+        assert after.ended == "stop" and before.text.startswith(after.text) and len(after.text) <= 4
+        assert not any(stop in after.text for stop in stops)
+    assert len(ended) == 5 and len(steps) < 3 * 30
+
+
+def test_a_text_may_end_at_each_token_that_ends_one():
+    config, one = config_of(BYTES), letters()
+    with jax.set_mesh(mesh_of()):
+        weights, hot = weights_of(config), Sampling(temperature=1e4, top_p=1.0, max_tokens=200, seed=1)
+        prompts = [text_prompt(config, one, "abc")] * 8
+        for ends in ((one.eos,), (one.eos, 13), (one.eos, 13, 1)):
+            one.ends = ends
+            found = list(completions(config, weights, one, prompts, hot, batch_size=8))
+            assert {text.ended for text in found} == {"end"}
+            assert all(len(text.text) == text.tokens - 1 and ("a" in text.text) <= (13 not in ends) for text in found)
+
+
+def test_a_router_that_looks_at_other_texts_samples_one_at_a_time(tmp_path):
+    (tmp_path / "looks.py").write_text(
+        "import dataclasses as d\nfrom frugalmoe.routing.strategies import topk_softmax as t\n"
+        "ROUTER = d.replace(t.ROUTER, about=d.replace(t.ROUTER.about, causal='batch'))\n"
+    )
+    config, one = config_of({"model.moe.router": str(tmp_path / "looks.py")} | BYTES), ByteTokenizer()
+    with jax.set_mesh(mesh_of()):
+        prompts, rest = [text_prompt(config, one, "ab")] * 2, (Sampling(),)
+        rule = r"^--batch-size=2: with model\.moe\.router='.*' it must be 1, because .* \(causal=batch\)$"
+        with pytest.raises(UserError, match=rule):
+            completions(config, Weights({}, {}), one, prompts, *rest, batch_size=2)
+        completions(config, Weights({}, {}), one, prompts, *rest, batch_size=1)
 
 
 def test_a_capacity_that_may_drop_is_refused():
@@ -175,10 +269,10 @@ def test_only_ids_that_show_text_are_sampled(monkeypatch):
             seen.append(token)
             yield token
 
-    monkeypatch.setattr(module, "generate", watched)
+    monkeypatch.setattr(texts, "generate", watched)
     with jax.set_mesh(mesh_of()):
         weights = weights_of(config)
-        for seed in range(4):
+        for seed in range(16):
             sampling = Sampling(temperature=1e4, top_p=1.0, max_tokens=60, seed=seed)
             before = len(seen)
             text = "".join(stream(config, weights, one, "abc", sampling))
@@ -243,6 +337,18 @@ BAD = [
     ("--temperature=1e300", "--temperature=1e+300: must be 0 or from"),
     ("--top-p=nan", "--top-p=nan: must be in (0, 1]"),
     ("--top-p=1.1", "--top-p=1.1: must be in (0, 1]"),
+    ("--top-p=0", "--top-p=0.0: must be in (0, 1]"),
+    ("--top-k=-1", "--top-k=-1: must not be negative"),
+    ("--top-k=99999999999", "--top-k=99999999999: must be from 0 to 2147483647"),
+    ("--min-p=-0.1", "--min-p=-0.1: must be in [0, 1]"),
+    ("--min-p=1.1", "--min-p=1.1: must be in [0, 1]"),
+    ("--min-p=nan", "--min-p=nan: must be in [0, 1]"),
+    ("--batch-size=0", "--batch-size=0: must be positive"),
+    ("--context=0", "--context=0: must be positive"),
+    ("--step=-1", "--step=-1: must be 0 or more"),
+    ("--output=x.txt", "--output=x.txt: must end with .jsonl or .ndjson"),
+    ("--output=none/x.jsonl", "--output=none/x.jsonl: must be a file in a directory that is there"),
+    ("--prompts=none.txt", "--prompts=none.txt: No such file or directory"),
     ("--seed=-1", "--seed=-1: must be"),
     ("--seed=4294967296", "--seed=4294967296: must be"),
     ("--seed=99999999999999999999", "--seed=99999999999999999999: must be"),

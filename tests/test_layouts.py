@@ -41,6 +41,7 @@ WIDE = {
     "data.sequence_length": 32,
     "train.batch_size": 16,
 }
+BIASES = {"model.moe.expert_bias": True, "model.moe.activation": "clamped_swiglu"}
 # Every form of plan, executor, exchange, state, carry and optimizer, with and without accumulation and remat.
 FORMS = {
     "all_gather": DENSE_TOO
@@ -49,15 +50,18 @@ FORMS = {
         "model.moe.losses.load": 0.1,
         "model.moe.load_balance_scope": "global",
         "model.moe.exchange": "all_gather",
-    },
+    }
+    | BIASES,
     "all_to_all": HALVED
     | {
         "model.moe.router": "similarity_preserving",
         "model.moe.losses.orthogonality": 0.1,
         "model.moe.exchange": "all_to_all",
         "model.remat": "full",
-    },
-    "capacity": {"model.moe.executor": "capacity", "model.moe.capacity_factor": 1.0, "model.remat": "dots"} | HALVED,
+    }
+    | BIASES,
+    "capacity": {"model.moe.executor": "capacity", "model.moe.capacity_factor": 1.0, "model.remat": "dots"}
+    | (HALVED | BIASES),
     "expert_choice": {"model.moe.router": "expert_choice", "model.remat": "full"},
     "state": STATEFUL | {"model.moe.losses.sequence_balance": 0.01, "model.moe.exchange": "all_to_all"} | HALVED,
     "carry": {"model.moe.router": "recurrent", "model.moe.options.hidden": 8, "model.remat": "full"}
@@ -77,6 +81,13 @@ FORMS = {
         "model.attention_options.window.window": 7,
         "model.attention_options.window.sinks": True,
         "model.attention_options.grouped.sinks": True,
+        "model.moe.options.logit_bias": True,
+        "model.qk_norm": "rotated",
+        "model.out_bias": True,
+        "model.norm_position": "after",
+        "model.multipliers.embedding": 3.0,
+        "model.multipliers.residual": 0.5,
+        "model.multipliers.logits": 2.0,
     }
     | HALVED,
     "latent": {

@@ -128,7 +128,13 @@ def test_the_names_of_every_strategy_say_what_is_declared(name):
             assert of_name == (letters or of_name.lower()), parameter_name
 
 
-PARTS = [EVERY_PART | {"qk_norm": "full"}, EVERY_PART | {"qk_norm": "head"}, {"tie_embeddings": True}, LATENT, SINKS]
+PARTS = [
+    EVERY_PART | {"qk_norm": "full", "out_bias": True},
+    EVERY_PART | {"qk_norm": "head"},
+    {"tie_embeddings": True, "moe.expert_bias": True},
+    LATENT,
+    SINKS,
+]
 
 
 @pytest.mark.parametrize("fields", PARTS, ids=str)

@@ -19,7 +19,7 @@ from runs import command, config_file, rows, without_times, write_text
 
 from frugalmoe.errors import UserError
 from frugalmoe.train import distributed
-from frugalmoe.train.weights import load_model
+from frugalmoe.train.weights import load_model, run_and_step
 
 pytestmark = pytest.mark.slow
 STEPS, SAVE_EVERY = 12, 4
@@ -28,6 +28,8 @@ FIELDS = {
     "train.steps": STEPS,
     "train.eval_rows": 8,
     "checkpoint.every_steps": SAVE_EVERY,
+    "train.eval_every": SAVE_EVERY,
+    "checkpoint.keep_best": "eval/loss/mean",
     "model.num_layers": 2,
     "model.num_dense_layers": 0,
     "model.moe.num_shared_experts": 0,
@@ -178,6 +180,8 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     for our, their in zip(*(without_times(rows(workdir)) for workdir in (ours, theirs)), strict=True):
         assert our.keys() == their.keys()
         np.testing.assert_allclose(list(our.values()), list(their.values()), rtol=1e-5, atol=1e-6, err_msg=str(their))
+    best = [run_and_step(f"{workdir}@best")[1] for workdir in (ours, theirs)]
+    assert best[0] == best[1] and best[0] in saved(ours)
     # Restored on the one device of this process.
     weights = [jax.tree.leaves(load_model(workdir)[1]) for workdir in (ours, theirs)]
     for our, their in zip(*weights, strict=True):

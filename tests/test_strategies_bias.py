@@ -25,6 +25,13 @@ REFUSED = [
     ("sigmoid_bias", 2, {"momentum": 1.0}, "momentum=1.0"),
     ("sigmoid_bias", 2, {"sharpness": 0.0}, "sharpness=0.0"),
     ("sigmoid_bias", 2, {"hash_layers": -1}, "hash_layers=-1"),
+    ("sigmoid_bias", 2, {"group_mask": "zeros"}, "did you mean 'zero'"),
+    ("sigmoid_bias", 2, {"bias_on": "logits"}, "did you mean 'logit'"),
+    ("sigmoid_bias", 2, {"shared": 2}, "shared=2: must be less than num_experts_per_token=2"),
+    ("sigmoid_bias", 2, {"shared": -1}, "shared=-1"),
+    ("sigmoid_bias", 2, {"softcap": -1.0}, "softcap=-1.0"),
+    ("sigmoid_bias", 2, {"epsilon": float("nan")}, "epsilon=nan"),
+    ("sigmoid_bias", 2, {"least_sum": float("inf")}, "least_sum=inf"),
     ("quantile_balance", 1, {}, "no gradient"),
     ("quantile_balance", 8, {}, "num_experts_per_token=8"),
     ("quantile_balance", 2, {"score": "sigmoidal"}, "did you mean 'sigmoid'"),
@@ -50,6 +57,28 @@ def logits_of(case, inputs) -> np.ndarray:
 def softmax(x: np.ndarray) -> np.ndarray:
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
+
+
+def test_weights_over_a_sum_with_something_added_by_hand() -> None:
+    """Scores 1/4 and 1/2: over 3/4 + 1/4; over 3/4, which is more than 1/2; over 1, which is more than 3/4."""
+    log = jnp.log(jnp.asarray([0.25, 0.5]))
+    np.testing.assert_allclose(select.over_sum(log), [1 / 3, 2 / 3], rtol=1e-6)
+    np.testing.assert_allclose(select.over_sum(log, epsilon=0.25), [0.25, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(select.over_sum(log, least=0.5), [1 / 3, 2 / 3], rtol=1e-6)
+    np.testing.assert_allclose(select.over_sum(log, least=1.0), [0.25, 0.5], rtol=1e-6)
+
+
+def test_shared_experts_are_in_every_choice_and_no_step_moves_them() -> None:
+    """Loads 1, 3, 2 of the routed and 6 of the shared one: the mean of the routed is 2."""
+    case = make_case("sigmoid_bias", 8, 3, shared=1)
+    state = case.router.init_state(D, case.config)
+    chosen_BTE = selections(case, route(case, make_inputs(), state=state))
+    assert np.all(chosen_BTE[np.asarray(make_inputs().valid_BT)][:, -1] == 1)
+    four = make_case("sigmoid_bias", 4, 2, shared=1, update_rate=0.5)
+    moved = four.router.update(
+        four.router.init_state(D, four.config), {"counts": jnp.asarray([1, 3, 2, 6])}, four.config
+    )
+    np.testing.assert_array_equal(moved["bias_E"], [0.5, -0.5, 0, 1e6])
 
 
 # Scores and groups

@@ -10,6 +10,7 @@ import re
 from typing import NamedTuple
 
 HELD_OUT = "held-out documents at the end"
+VALIDATION = "the validation set of one's own (data.validation.path) at the end"
 TRAINING = "training batches, mean over the last tenth of the steps"
 CLOCK = "the clock of the machine, with whatever else ran on it"
 SHAPES = "the shapes of the model"
@@ -35,6 +36,8 @@ class Metric(NamedTuple):
 ROWS = (
     Metric("eval/loss/", "loss", NATS, LESS, HELD_OUT),
     Metric("eval/bits_per_byte/", "bits per byte", "", LESS, HELD_OUT),
+    Metric("validation/loss/", "validation loss", NATS, LESS, VALIDATION),
+    Metric("validation/bits_per_byte/", "validation bits per byte", "", LESS, VALIDATION),
     Metric("suite/accuracy/", "accuracy", "", MORE, SUITE),
     Metric("suite/margin/", "margin of the right choice", "nats", MORE, SUITE),
     Metric("train/loss", "training loss, last tenth", NATS, LESS, TRAINING),

@@ -52,6 +52,8 @@ class MoE:
     num_experts: int = 8  # routed experts of a layer
     num_experts_per_token: int = 2  # experts that a token is sent to
     expert_dim: int = 128  # hidden width of one routed expert
+    activation: str = "swiglu"  # of routed experts: swiglu | clamped_swiglu (gpt-oss)
+    expert_bias: bool = False  # routed experts add biases to gate, up and down
     num_shared_experts: int = 0  # always active; computed as one feed-forward of width num_shared_experts * expert_dim
     shared_gate: bool = False  # what the shared experts add is scaled by the sigmoid of a learned score (Qwen2-MoE)
     losses: Mapping[str, float] = FrozenDict(load_balance=0.01, z=0.001)  # coefficient of each loss the router returns
@@ -103,6 +105,16 @@ class MultiTokenPrediction:
 
 
 @Frozen
+class Multipliers:
+    """Fixed factors in the network, as Granite has them."""
+
+    embedding: float = 1.0  # of what token ids look up
+    residual: float = 1.0  # of what attention and feed-forward add to the residual stream
+    scores: float = 0.0  # of queries times keys; 0: 1 / sqrt(channels of a head)
+    logits: float = 1.0  # logits are divided by it
+
+
+@Frozen
 class Model:
     """A decoder-only transformer."""
 
@@ -120,12 +132,18 @@ class Model:
         8  # heads of keys and values, each shared by num_heads / num_kv_heads query heads; not of latent
     )
     head_dim: int = 32  # channels of a head
-    qk_norm: str = "none"  # none | head (per head, as Qwen3 and Ling 2.0) | full (over all heads, as OLMoE)
+    # none | head (per head, as Qwen3 and Ling 2.0) | full (over all heads, as OLMoE) | rotated (per head, and after
+    # rotation, as Hunyuan)
+    qk_norm: str = "none"
     qkv_bias: bool = False  # biases on the projections to queries, keys and values
+    out_bias: bool = False  # a bias on attention's projection back to the residual stream
     rope_theta: float = 10_000.0  # base of the rotary angles' wavelengths
     rope_fraction: float = 1.0  # share of each head that is rotated
     rope_scaling: RopeScaling = RopeScaling()
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    # Of a block's attention and feed-forward what is normalized: before (what they see) | after (what they add, OLMo 2)
+    norm_position: str = "before"
+    multipliers: Multipliers = Multipliers()
     tie_embeddings: bool = False  # the head's weights are the embedding's
     norm_head: bool = False  # Ling 1: head weights divided by their norm over the vocabulary
     init_std: float = 0.02  # weights that write into the residual stream are further divided by sqrt(2 * num_layers)
@@ -146,6 +164,9 @@ class Source:
     path: str = ""
     weight: float = 0.0  # share of the mixture; 0 for all sources: in proportion to their tokens
     text_field: str = "text"  # field or column that holds a record's text; meta.text: `text` inside `meta`
+    # text | chat: records are conversations, which the tokenizer's chat template writes; the loss is of answers alone
+    kind: str = "text"
+    chat_fields: str = "messages,prompt,response"  # kind=chat: of the list of messages, or of question and answer
     null_text: str = "stop"  # at a record whose text is null or absent: stop | skip (they are counted and told)
     encoding: str = "utf-8"  # of text files, tables and JSON, by Python's names: utf-16, latin-1, cp1252, gb18030 ...
     domain: str = (
@@ -158,6 +179,8 @@ class Data:
     # A file, directory or glob of text, hf:NAME[:SPLIT], quickstart[:DOMAIN], mixed[:DOMAIN] or a Python file that
     # defines CORPUS, as Source.path, or a prepared directory; ignored where `sources` is given.
     path: str = "quickstart"
+    text_field: str = "text"  # of the records of `path`, as Source.text_field
+    kind: str = "text"  # of the records of `path`, as Source.kind: text | chat
     sources: Mapping[str, Source] = FrozenDict()  # several named sources, data.sources.NAME.path=... and so on
     # bytes | bpe:SIZE (trained on the data) | the path of a published vocabulary or of the directory that it is in:
     # tokenizer.json, tekken.json, *.tiktoken, tokenizer.model, vocab.json with merges.txt
@@ -165,6 +188,9 @@ class Data:
     sequence_length: int = 256  # tokens in a row
     document_start: str = "end_of_text"  # in front of a document, its first token a target: end_of_text | none
     validation_fraction: float = 0.05  # of documents, by a hash of their text; at least one per domain
+    # A validation set of your own beside the held-out documents; path empty: none. None of it is trained on, and
+    # train.eval_rows of each of its domains are scored. A prepared directory gives its held-out documents.
+    validation: Source = Source()
     cache_dir: str = ""  # empty: $FRUGALMOE_CACHE, else ~/.cache/frugalmoe
 
 
@@ -208,6 +234,9 @@ class Checkpoint:
     every_steps: int = 0  # 0: at the end (and on SIGTERM) only
     keep_last: int = 2  # newest checkpoints that are kept
     keep_every_steps: int = 0  # steps that are multiples of this are kept for ever; 0: none
+    # A metric of evaluations, as eval/loss/mean or validation/bits_per_byte/DOMAIN, whose best checkpoint is saved and
+    # kept beside the last ones; RUN@best names it. Needs train.eval_every. Empty: none.
+    keep_best: str = ""
 
 
 @Frozen

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from frugalmoe.ablate import suite
 from frugalmoe.ablate.results import known_metrics
 from frugalmoe.ablate.study import Arm, Study, arms_of, check_arm, check_seeds, choose
 from frugalmoe.config import Config, settle
@@ -17,6 +18,8 @@ from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.fields import to_dict
 from frugalmoe.files import check_name, read_json, write_json
 from frugalmoe.model.transformer import count_parameters
+from frugalmoe.train.origin import Origin
+from frugalmoe.train.weights import run_and_step
 
 
 class Pair(NamedTuple):
@@ -42,6 +45,11 @@ class Plan:
 
     def config(self, pair: Pair) -> Config:
         return self.arms[pair.arm].with_seed(self.study, pair.seed)
+
+    def origin(self, pair: Pair) -> Origin | None:
+        """The run with whose weights a run begins; None for one that begins anew."""
+        run = self.study.origins.get(pair.arm)
+        return None if run is None else Origin(*run_and_step(run.format(seed=pair.seed)))
 
     @property
     def steps(self) -> int:
@@ -72,6 +80,7 @@ def make_plan(
             raise UserError(f"{study.name}: metrics={metric!r}: unknown metric; {did_you_mean(metric, known)}")
     if not study.metrics or not study.metrics[0].startswith("eval/"):
         raise UserError(f"{study.name}: metrics={study.metrics}: the first one decides and must be one of eval/...")
+    suite.check({name: arm.config for name, arm in all_arms.items()}, study.metrics)
     models = {name: settle(arm.config, data.vocabulary, None).model for name, arm in all_arms.items()}
     flops = {name: forward_flops(model, config.data.sequence_length) for name, model in models.items()}
     check_budgets(study, flops)
@@ -141,6 +150,7 @@ def describe(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
         "question": study.question,
         "expectation": study.expectation,
         "arms": {name: to_dict(changes) for name, changes in study.arms.items()},
+        "origins": dict(study.origins),
         "baseline": study.baseline,
         "varies": list(study.varies),
         "metrics": list(study.metrics),

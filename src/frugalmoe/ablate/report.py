@@ -4,7 +4,7 @@ import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -210,11 +210,20 @@ def _page(c: Comparison, drawn: Mapping[str, bytes]) -> str:
         *others,
         tag("h2", "Reproduce"),
         tag("pre", reproduce(c)),
-        folded("Arms: what each one changes", tag("pre", json.dumps(study["arms"], indent=1))),
+        folded("Arms: what each one changes", tag("pre", json.dumps(_changes(study), indent=1))),
         folded("The study as it was run", tag("pre", json.dumps(study, indent=1))),
         tag("p", "Each picture is also a PNG file beside this page; RESULTS.md has the tables as markdown.", "note"),
     ]
     return document(f"{study['name']} – frugalmoe study", join(body))
+
+
+def _changes(study: Mapping[str, Any]) -> dict[str, Any]:
+    """What each arm changes, and with whose weights it begins where those are another run's."""
+    begun = study.get("origins", {})
+    return {
+        arm: {**({"begins with": begun[arm]} if arm in begun else {}), **fields}
+        for arm, fields in study["arms"].items()
+    }
 
 
 HOW_DIFFERENCES = (

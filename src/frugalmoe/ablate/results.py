@@ -44,6 +44,7 @@ TAIL = 0.1  # share of the steps whose mean is `train/loss`
 def known_metrics(domains: Iterable[str]) -> list[str]:
     """Returns the names of final results that a study may ask for: every row of `metrics`, by domain, task and loss."""
     members = {"eval/loss/": (*domains, "mean"), "eval/bits_per_byte/": (*domains, "mean"), "loss/": loss_names()}
+    members |= {"validation/loss/": ("mean",), "validation/bits_per_byte/": ("mean",)}
     members |= {f"{SUITE}{kind}/": (*suite.names(), "mean") for kind in ("accuracy", "margin")}
     found = [m.name + member for m in metrics.ROWS for member in members.get(m.name, ("",))]
     return list(dict.fromkeys(found))
@@ -61,7 +62,9 @@ def final_metrics(
     values = {name: float(np.mean([_number(row[name]) for row in late if name in row])) for name in names}
     if "loss/ce" in values:
         values["train/loss"] = values["loss/ce"]
-    values |= {f"eval/{kind}/{d}": _number(v) for kind, scores in summary["eval"].items() for d, v in scores.items()}
+    for part in ("eval", "validation"):
+        scores = summary.get(part, {})
+        values |= {f"{part}/{kind}/{d}": _number(v) for kind, of_kind in scores.items() for d, v in of_kind.items()}
     for kind, section in (("router", "router"), ("depth", "mixture_of_depths")):
         layers = list(summary.get(section, {}).get("layers", {}).values())
         for name in dict.fromkeys(name for layer in layers for name in layer):

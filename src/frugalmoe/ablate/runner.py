@@ -63,6 +63,9 @@ def check(plan: Plan, workdir: Path, fresh: bool = False) -> list[str]:
         trackers.check(config)
         notes += preflight.check_size(settle(config, plan.vocabulary, None), workdir)
     check_claim(workdir, plan)
+    for pair in plan.pairs:
+        if (origin := plan.origin(pair)) is not None and not _is_done(plan, pair, workdir):
+            preflight.check_origin(origin, pair.directory(workdir), fresh)
     if (workdir / "study.json").is_file() and not fresh:
         results.check(workdir, plan.study.name)
         for pair in plan.pairs:
@@ -147,7 +150,8 @@ def _train_group(plan: Plan, pairs: Sequence[Pair], workdir: Path, shown: StudyP
         runs = []
         for pair in pairs:
             done = functools.partial(_is_done, plan, pair, workdir)
-            runs.append(stack.enter_context(opened(plan.config(pair), pair.directory(workdir), done=done)))
+            place = plan.config(pair), pair.directory(workdir)
+            runs.append(stack.enter_context(opened(*place, origin=plan.origin(pair), done=done)))
         # Those that an interruption left at different steps cannot share a program.
         for _, equal in groupby(sorted(runs, key=lambda run: run.start), key=lambda run: run.start):
             summaries = train_runs(list(equal), lambda config, start: OfRun(shown))

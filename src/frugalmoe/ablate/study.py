@@ -34,6 +34,8 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
     metrics: tuple[str, ...] = METRICS  # the columns of the report; the first one, a loss, decides
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # dotted fields of every arm
+    # arm -> RUN or RUN@STEP with whose weights its runs begin; {seed} in it stands for the seed
+    origins: Mapping[str, str] = dataclasses.field(default_factory=dict)
     equal_flops: bool = True  # refuse arms whose active FLOPs per token differ by more than `tolerance`
     tolerance: float = 0.03
     evaluate_with: bool = False  # also evaluate each run under the routers of the other arms
@@ -138,6 +140,14 @@ def _check_declaration(study: Study) -> None:
     check_name("name", study.name)
     for name in study.arms:
         check_arm(f"{study.name}: arm", name)
+    for name, run in study.origins.items():
+        if name not in study.arms:
+            raise UserError(f"{study.name}: origins={name!r}: no such arm; {did_you_mean(name, study.arms)}")
+        try:
+            run.format(seed=0)
+        except (LookupError, ValueError, AttributeError):
+            rule = "must be RUN or RUN@STEP, in which {seed} may stand"
+            raise UserError(f"{study.name}: origins: {name}={run!r}: {rule}") from None
     if study.baseline not in study.arms:
         raise UserError(
             f"{study.name}: baseline={study.baseline!r}: no such arm; {did_you_mean(study.baseline, study.arms)}"

@@ -14,7 +14,9 @@ library, this package and `frugalmoe.errors`; what takes time is imported in `ru
 
 import argparse
 import importlib
+import os
 import pkgutil
+from pathlib import Path
 from types import ModuleType
 
 
@@ -35,15 +37,30 @@ def add_config_flag(parser: argparse.ArgumentParser, required: bool = True) -> N
         required=required,
         metavar="FILE[:ARG]",
         help="a Python file with get_config(ARG), or the name of one of ours, as quickstart:laptop or "
-        "ling_2:flash; set fields with --config.section.field=VALUE (`frugalmoe config` lists them)",
+        "ling_2:flash; or the directory of a run or of a published model; set fields with "
+        "--config.section.field=VALUE (`frugalmoe config` lists them)",
     )
 
 
 def load_config(args: argparse.Namespace):
     """Returns the checked `Config` that --config and its overrides name."""
-    from frugalmoe.config import load
+    from frugalmoe.config import override, resolve
 
-    return load(args.config, args.overrides)
+    return resolve(override(read_config(args.config), args.overrides))
+
+
+def read_config(spec: str):
+    """Returns the ConfigDict that --config names: of a file, of a run, or of a published model."""
+    from frugalmoe.config import read
+
+    if os.path.isdir(spec):
+        from frugalmoe.convert.checkpoint import is_published
+
+        if is_published(Path(spec)):
+            from frugalmoe.convert.origin import config_of
+
+            return config_of(Path(spec))
+    return read(spec)
 
 
 def set_up_training(config) -> None:

@@ -23,12 +23,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the fields; what is wrong with them comes after them."""
-    from frugalmoe.config import default, override, read
+    from frugalmoe.commands import read_config
+    from frugalmoe.config import default, override
     from frugalmoe.config.checks import check
     from frugalmoe.config.describe import describe
     from frugalmoe.config.load import typed
 
-    config = typed(override(read(args.config) if args.config else default(), args.overrides))
+    config = typed(override(read_config(args.config) if args.config else default(), args.overrides))
     fields = describe(config)
     if args.changed:
         fields = [field for field in fields if field.value != field.default]

@@ -1,6 +1,8 @@
 """`frugalmoe convert from-hf` and `frugalmoe convert to-hf`."""
 
 import argparse
+import pkgutil
+import textwrap
 from pathlib import Path
 
 from frugalmoe.errors import UserError
@@ -10,22 +12,29 @@ EXAMPLES = """\
   frugalmoe convert from-hf models/OLMoE-1B-7B runs/olmoe --dry-run    (what would go where)
   frugalmoe convert from-hf models/OLMoE-1B-7B runs/olmoe
   frugalmoe generate runs/olmoe --prompt="The capital of France is"
+  frugalmoe convert from-hf models/Moonlight-16B-A3B runs/moonlight --link --config.model.compute_dtype=bfloat16
+  frugalmoe trace runs/moonlight --tokens=8192         (a layer in memory at one time)
   frugalmoe convert to-hf runs/olmoe published/olmoe"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds `from-hf` and `to-hf`, each with its flags."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="from-hf|to-hf")
+    known = textwrap.fill(f"Families of models, by model_type of their config.json: {', '.join(_families())}.", 100)
+    titles = {"title": "actions", "description": known}
+    actions = parser.add_subparsers(dest="action", required=True, metavar="from-hf|to-hf", **titles)
     summary = "Make a run of a published model; fields of its config that change no answer are set by --config.FIELD."
     from_hf = actions.add_parser("from-hf", help=summary, description=summary, allow_abbrev=False)
     from_hf.set_defaults(parser=from_hf, config=None)
     from_hf.add_argument("directory", metavar="DIR", type=Path, help="with config.json and safetensors")
     from_hf.add_argument("run", metavar="RUN", type=Path, help="a new run directory")
+    from_hf.add_argument(
+        "--link", action="store_true", help="leave the weights in DIR: RUN is for `frugalmoe trace`, a layer at a time"
+    )
     from_hf.add_argument("--tokenizer", default="", help="bytes, or the path of one, in place of the directory's own")
     summary = "Write a run in the layout of Hugging Face."
     to_hf = actions.add_parser("to-hf", help=summary, description=summary, allow_abbrev=False)
     to_hf.set_defaults(parser=to_hf)
-    to_hf.add_argument("run", metavar="RUN", type=Path, help="a run directory with a checkpoint")
+    to_hf.add_argument("run", metavar="RUN[@STEP]", help="a run directory with a checkpoint; RUN@best its best")
     to_hf.add_argument("directory", metavar="DIR", type=Path, help="a new directory")
     to_hf.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     for action in (from_hf, to_hf):
@@ -33,6 +42,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             "--family", default="", help="a family of models, or the path of a file (default: found by itself)"
         )
         action.add_argument("--dry-run", action="store_true", help="show which tensor goes where, and write nothing")
+
+
+def _families() -> list[str]:
+    """The files that `convert.families` finds, without importing any."""
+    folder = Path(__file__).parents[1] / "convert/families"
+    return sorted(module.name for module in pkgutil.iter_modules([str(folder)]))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,6 +69,10 @@ def _from_hf(args: argparse.Namespace) -> int:
             raise UserError(found.faults)
         console.print(f"{found.family.name}: all tensors have a place; nothing was written", soft_wrap=True)
         return 0
+    if args.link:
+        from_hf.link(found, args.run, progress=True)
+        console.print(f"{args.run}: {found.family.name}; its weights stay in {args.directory}", soft_wrap=True)
+        return 0
     from_hf.convert(found, args.run, progress=True)
     console.print(f"{args.run}: {found.family.name}, {table.count(found.plan)} parameters as float32", soft_wrap=True)
     return 0
@@ -61,15 +80,18 @@ def _from_hf(args: argparse.Namespace) -> int:
 
 def _to_hf(args: argparse.Namespace) -> int:
     from frugalmoe.convert import table, to_hf
-    from frugalmoe.train.weights import load_model
+    from frugalmoe.train.weights import load_model, run_and_step
 
     console = table.console()
-    config, weights, _, _ = load_model(args.run, args.step)
-    made = to_hf.look(args.run, config, args.family)
+    run, step = run_and_step(args.run)
+    if None not in (step, args.step):
+        raise UserError(f"--step={args.step}: {args.run} names a step already")
+    config, weights, _, _ = load_model(run, step if args.step is None else args.step)
+    made = to_hf.look(run, config, args.family)
     if args.dry_run:
         console.print(table.of(made.plan, {entry.name: entry.dtype for entry in made.entries}))
         console.print(f"{made.family.name}: nothing was written", soft_wrap=True)
         return 0
-    to_hf.convert(args.run, made, weights, args.directory, progress=True)
+    to_hf.convert(run, made, weights, args.directory, progress=True)
     console.print(f"{args.directory}: {made.family.name}, {table.count(made.plan)} parameters", soft_wrap=True)
     return 0

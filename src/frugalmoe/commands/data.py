@@ -42,27 +42,40 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    """Prepares and prints where the data is and how much there is of each domain."""
-    from rich.table import Table
-
-    from frugalmoe.console import Console
+    """Prepares and prints where the data is and how much there is of each domain; a validation set of one's own too."""
+    from frugalmoe.data.batches import check_validation, held_out_data, prepared_path
     from frugalmoe.data.prepare import prepare
-    from frugalmoe.data.shards import read_manifest
 
     if args.workers < 1:
         raise UserError(f"--workers={args.workers}: must be at least 1")
     config = load_config(args)
+    if config.data.validation.path:
+        check_validation(config.data)
     directory = prepare(config.data, args.output, args.workers)
+    directories = [directory]
+    if config.data.validation.path:
+        own = held_out_data(config.data, str(directory))
+        directories.append(prepared_path(own) or prepare(own, workers=args.workers))
+    for path in directories:
+        _print_prepared(path)
+    return 0
+
+
+def _print_prepared(directory: Path) -> None:
+    from rich.table import Table
+
+    from frugalmoe.console import Console
+    from frugalmoe.data.shards import read_manifest
+
     manifest = read_manifest(directory)
     table = Table("domain", "split", "documents", "tokens", "bytes", "bytes/token")
     for domain, sides in manifest["counts"].items():
-        for side, count in sides.items():
+        for side, count in ((side, count) for side, count in sides.items() if count["documents"]):
             numbers = [f"{count[name]:,}" for name in ("documents", "tokens", "bytes")]
             table.add_row(domain, side, *numbers, f"{count['bytes'] / count['tokens']:.2f}")
     console = Console()
     console.print(table)
     console.print(f"prepared in {directory}", soft_wrap=True)
-    return 0
 
 
 def _show(args: argparse.Namespace) -> int:

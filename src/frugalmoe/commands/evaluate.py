@@ -10,6 +10,7 @@ SUMMARY = "Score a trained run, on all devices here: loss and bits per byte of h
 EXAMPLES = """\
   frugalmoe evaluate runs/quickstart
   frugalmoe evaluate runs/quickstart@100 --tokens=20000
+  frugalmoe evaluate runs/chat@best --data=talks.jsonl --config.data.kind=chat    (the answers of conversations)
   frugalmoe evaluate runs/quickstart --data=mine.txt --json      (all documents of mine.txt)
   frugalmoe evaluate runs/quickstart --config.data.path=mixed    (the held-out documents of a config's data)
   frugalmoe evaluate runs/quickstart --suite                     (agreement, recall, copying ...: our own tasks)
@@ -19,7 +20,11 @@ EXAMPLES = """\
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `frugalmoe evaluate`."""
-    parser.add_argument("run", metavar="RUN[@STEP]", help="a run directory, and which checkpoint (default: the newest)")
+    parser.add_argument(
+        "run",
+        metavar="RUN[@STEP]",
+        help="a run directory, and which checkpoint: a step, or best (default: the newest)",
+    )
     parser.add_argument(
         "--data",
         metavar="PATH",

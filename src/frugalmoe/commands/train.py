@@ -15,6 +15,8 @@ EXAMPLES = """\
   frugalmoe train --config=configs/quickstart.py --config.model.moe.router=hash --workdir=runs/hash
   frugalmoe train --config=configs/small.py --dry-run
   frugalmoe train --from=runs/quickstart@200 --config=configs/quickstart.py --workdir=runs/more
+  frugalmoe train --from=models/OLMoE-1B-7B --config=models/OLMoE-1B-7B --config.data.path=texts/
+  frugalmoe train --from=models/Ling-mini --config=models/Ling-mini --config.data.path=talks/ --config.data.kind=chat
   frugalmoe train --config=configs/small.py --profile=5 --config.train.trackers=tensorboard,wandb
   frugalmoe train --config=configs/small.py --coordinator=node1:8476 --num-processes=4 --process-id=0"""
 
@@ -37,11 +39,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--profile", type=int, metavar="STEPS", help="trace so many steps into the run directory's profile/, for XProf"
     )
     origin = parser.add_argument_group(
-        "weights of another run",
+        "weights of another run, or of a published model",
         "The run begins with them; data, schedule and optimizer's state are its own. What does not fit is named.",
     )
     origin.add_argument(
-        "--from", dest="origin", metavar="RUN[@STEP]", help="a run directory, by default its newest step"
+        "--from",
+        dest="origin",
+        metavar="RUN[@STEP]|HFDIR",
+        help="a run directory, by default its newest step, RUN@best its best; or a directory in the layout of Hugging "
+        "Face, which --config=HFDIR makes a config of",
     )
     origin.add_argument(
         "--from.state",
@@ -115,15 +121,21 @@ def run(args: argparse.Namespace) -> int:
 
 def _origin(args: argparse.Namespace):
     """The `Origin` that the flags name, or None."""
+    from frugalmoe.convert.checkpoint import is_published
     from frugalmoe.train.origin import Origin
     from frugalmoe.train.weights import run_and_step
 
     if args.origin is None:
         for flag, given in (("state", args.origin_state), ("drop", args.origin_drop)):
             if given is not None:
-                raise UserError(f"--from.{flag}: needs --from=RUN[@STEP], whose weights it is about")
+                raise UserError(f"--from.{flag}: needs --from=RUN[@STEP] or HFDIR, whose weights it is about")
         return None
-    return Origin(*run_and_step(args.origin), args.origin_state or "auto", tuple(args.origin_drop or ()))
+    origin = Origin(*run_and_step(args.origin), args.origin_state or "auto", tuple(args.origin_drop or ()))
+    if not is_published(origin.run):
+        return origin
+    from frugalmoe.convert.origin import open_published
+
+    return origin._replace(published=open_published(origin.run))
 
 
 def _dry_run(ready, workdir: Path, talks: bool) -> int:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 
+from frugalmoe import metrics
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.fields import check_seed
 from frugalmoe.files import check_name
@@ -42,6 +43,7 @@ def _each(prefix: str, section: object, names: str, ok: Callable[[float], bool],
 ROUNDED_TO = 64  # a vocabulary that follows the tokenizer is rounded up to a multiple of this
 
 MOST_LAYERS = 10_000
+KINDS = ("text", "chat")  # of the records of a source
 _MARKS = re.compile(r"[./~]")  # of what is meant as a path
 
 
@@ -60,7 +62,10 @@ def _model(config: Config) -> None:
         f"must be at most model.num_layers={m.num_layers}",
     )
     _require(m.num_dense_layers == 0 or m.dense_dim > 0, "model.dense_dim", m.dense_dim, "dense layers need a width")
-    _one_of("model.qk_norm", m.qk_norm, ("none", "head", "full"))
+    _one_of("model.qk_norm", m.qk_norm, ("none", "head", "full", "rotated"))
+    _one_of("model.norm_position", m.norm_position, ("before", "after"))
+    _each("model.multipliers", m.multipliers, "embedding residual logits", lambda v: v > 0, "must be positive")
+    _each("model.multipliers", m.multipliers, "scores", lambda v: v >= 0, "must not be negative")
     _one_of("model.compute_dtype", m.compute_dtype, ("float32", "bfloat16"))
     _one_of("model.remat", m.remat, ("none", "dots", "full"))
 
@@ -185,6 +190,9 @@ def _executor(config: Config) -> None:
 
     moe = config.model.moe
     executor = experts.pick(moe, "cpu")  # which of its own a platform takes does not matter here
+    _one_of("model.moe.activation", moe.activation, experts.ACTIVATIONS)
+    if rule := experts.refusal(executor, moe):
+        raise UserError(f"model.moe.executor={moe.executor!r}: {rule}")
     _one_of("model.moe.drop_order", moe.drop_order, experts.ORDERS)
     _one_of("model.moe.exchange", moe.exchange, exchange.EXCHANGES)
     _each("model.moe", moe, "exchange_room", lambda v: v == 0 or v >= 1, "must be at least 1, or 0 for room for all")
@@ -219,10 +227,20 @@ def _data(config: Config) -> None:
         d.tokenizer,
         "must be bytes, bpe:SIZE with SIZE > 256, or the path of a tokenizer.json or of its directory",
     )
-    for name, source in d.sources.items():
-        _one_of(f"data.sources.{name}.null_text", source.null_text, ("stop", "skip"))
+    named = {f"data.sources.{name}": source for name, source in d.sources.items()}
+    for path, source in {**named, "data.validation": d.validation}.items():
+        _one_of(f"{path}.null_text", source.null_text, ("stop", "skip"))
+        _one_of(f"{path}.kind", source.kind, KINDS)
+        names = source.chat_fields.split(",")
+        rule = "must be three names: of the list of messages, of the prompt and of the response"
+        _require(len(names) == 3 and all(names), f"{path}.chat_fields", source.chat_fields, rule)
         rule = "must be a text encoding that Python knows, as utf-8, utf-16, latin-1, cp1252"
-        _require(_is_encoding(source.encoding), f"data.sources.{name}.encoding", source.encoding, rule)
+        _require(_is_encoding(source.encoding), f"{path}.encoding", source.encoding, rule)
+    _require(d.validation.weight == 0, "data.validation.weight", d.validation.weight, "must be 0: nothing is mixed")
+    _one_of("data.kind", d.kind, KINDS)
+    for name in ("text_field", "kind"):
+        rule = f"belongs to data.path, which data.sources take the place of; set data.sources.NAME.{name}"
+        _require(getattr(d, name) == "text" or not d.sources, f"data.{name}", getattr(d, name), rule)
     weights = [s.weight for s in d.sources.values()]
     _require(
         all(0 <= w < math.inf for w in weights), "data.sources", weights, "weights must not be negative or infinite"
@@ -277,6 +295,7 @@ def _train(config: Config) -> None:
     _each("train", t, "eval_every", lambda v: v >= 0, "must not be negative")
     _each("checkpoint", c, "every_steps keep_every_steps", lambda v: v >= 0, "must not be negative")
     _each("checkpoint", c, "keep_last", lambda v: v > 0, "must be positive")
+    _keep_best(config)
     _require(
         t.batch_size % t.accumulate_steps == 0,
         "train.batch_size",
@@ -288,6 +307,19 @@ def _train(config: Config) -> None:
     tokens = t.batch_size * config.data.sequence_length
     rule = f"times data.sequence_length={config.data.sequence_length} must be below {2**31} tokens"
     _require(tokens < 2**31, "train.batch_size", t.batch_size, rule)
+
+
+def _keep_best(config: Config) -> None:
+    metric, path = config.checkpoint.keep_best, "checkpoint.keep_best"
+    if not metric:
+        return
+    row = metrics.find(metric)
+    is_measured = row is not None and row.better and metric.startswith(("eval/", "validation/"))
+    rule = "must be a metric of evaluations: eval/ or validation/, loss/ or bits_per_byte/, a domain or mean"
+    _require(is_measured, path, metric, rule)
+    has_set = bool(config.data.validation.path) or not metric.startswith("validation/")
+    _require(has_set, path, metric, "needs a validation set, data.validation.path")
+    _require(config.train.eval_every > 0, path, metric, "needs train.eval_every, which is 0")
 
 
 def tracker_names(config: Config) -> tuple[str, ...]:

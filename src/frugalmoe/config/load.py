@@ -34,7 +34,12 @@ _RENAMED = {router: {"normalize": "renormalize"} for router in ("sigmoid_bias", 
 
 def default() -> ConfigDict:
     """A locked ConfigDict with every field at its default; a config file edits it and returns it."""
-    return _open(ConfigDict(to_dict(schema.Config())))
+    return opened(to_dict(schema.Config()))
+
+
+def opened(fields: Mapping[str, Any]) -> ConfigDict:
+    """A locked ConfigDict of a whole config's fields, to be edited."""
+    return _open(ConfigDict(fields))
 
 
 def _open(config: ConfigDict) -> ConfigDict:
@@ -158,7 +163,7 @@ def read(spec: str) -> ConfigDict:
     """
     run = Path(spec) / RECORD
     if os.path.isfile(run) or spec.endswith(".json"):
-        return _open(ConfigDict(asked(run if os.path.isfile(run) else Path(spec))))
+        return opened(asked(run if os.path.isfile(run) else Path(spec)))
     file, _, arg = spec.partition(":")
     get_config = python_file(CONFIGS, file, f"--config={spec}", "get_config")
     with one_line_errors(f"--config={spec}", str(CONFIGS.find(file, f"--config={spec}")), _message):

@@ -37,7 +37,7 @@ def specs(config: Config) -> dict[str, str]:
     kinds = pattern.attention_names(config.model.attention)
     named |= {f"{ATTENTION}.{pattern.short(kind)}": kind for kind in kinds if found.is_outside(kind)}
     sources = {f"data.sources.{name}.path": source.path for name, source in config.data.sources.items()}
-    corpora = sources or {"data.path": config.data.path}
+    corpora = (sources or {"data.path": config.data.path}) | {"data.validation.path": config.data.validation.path}
     return named | {field: spec for field, spec in corpora.items() if found.defines(spec, CORPUS)}
 
 

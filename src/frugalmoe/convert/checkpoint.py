@@ -42,6 +42,19 @@ class Published:
         return sorted({info.path for info in self.tensors.values()} | {*self.carried, self.path / CONFIG})
 
 
+def is_published(directory: Path) -> bool:
+    """Whether a directory is meant to be that of a published model: it holds its weights or its config, and no run."""
+    if not directory.is_dir() or (directory / "checkpoints").is_dir():
+        return False
+    if (directory / INDEX).is_file() or any(directory.glob("*.safetensors")):
+        return True
+    try:
+        config = read_json(directory / CONFIG)
+    except UserError:
+        return False
+    return isinstance(config, Mapping) and "model_type" in config
+
+
 def look(directory: Path) -> Published:
     """Returns what a directory holds. Raises `UserError` for what is missing, damaged, or would run code."""
     if not directory.is_dir():

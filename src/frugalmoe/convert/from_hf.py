@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from frugalmoe.config import Config, default, override, resolve, settle
+from frugalmoe.config import RECORD as CONFIG
+from frugalmoe.config import Config, default, override, resolve, runnable, settle
 from frugalmoe.console import bar
 from frugalmoe.convert import checkpoint as published
 from frugalmoe.convert import families, output, plan, safetensors, settings
 from frugalmoe.convert.contract import Family
 from frugalmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_from, load_json, parse
 from frugalmoe.errors import UserError, did_you_mean
-from frugalmoe.files import write_json
+from frugalmoe.files import read_json, write_json
 from frugalmoe.model import pattern
 from frugalmoe.schema import Data
 from frugalmoe.train import checkpoint
@@ -117,7 +118,7 @@ def _tokenizer(spec: str, directory: Path) -> Tokenizer:
         try:
             return load_from(directory)
         except UserError as e:
-            raise UserError(f"{e}; or give --tokenizer=bytes, or the path of another") from e
+            raise UserError(f"{e}; or convert from-hf with --tokenizer=bytes, or the path of another") from e
     found = parse(spec)
     if isinstance(found, int):
         raise UserError(f"--tokenizer={spec}: there is no text to train it on; valid: bytes, or a path")
@@ -132,6 +133,32 @@ def _modules(family: Family, layers: Any, names: Collection[str]) -> int:
     return next(m for m in itertools.count() if rows[0].format(mtp=layers + m) not in names)
 
 
+def link(found: Found, run: Path, progress: bool = False) -> None:
+    """Writes a run directory without weights, which stay where they are: it can be traced, a layer at a time."""
+    if found.faults:
+        raise UserError(found.faults)
+    output.check_new(run, "RUN")
+    with output.appearing(run) as place, bar(progress) as shown:
+        read = published.hashes(shown.track(found.source.files, description="reading"))
+        check_repeats(found)
+        accompany(place, found, read)
+        output.describe_run(place, found.config, found.tokenizer)
+
+
+def linked(run: Path) -> Found:
+    """Returns the published model that `link` made a run of. Raises `UserError` where it is gone or another now."""
+    record = read_json(run / RECORD)
+    if not (isinstance(record, Mapping) and isinstance(record.get("directory"), str) and "family" in record):
+        raise UserError(f"{run / RECORD}: damaged; needs directory and family")
+    mine = resolve(runnable(run / CONFIG))
+    tokenizer = "bytes" if mine.data.tokenizer == "bytes" else str(run / output.TOKENIZER)
+    kept = [f"model.compute_dtype={mine.model.compute_dtype}"]
+    found = look(Path(record["directory"]), run, family=str(record["family"]), tokenizer=tokenizer, overrides=kept)
+    if found.faults or (lines := settings.unlike(found.config.model, mine.model)):
+        raise UserError(f"{run}: the model in {record['directory']} has changed: {found.faults or lines[0]}")
+    return found._replace(config=settle(mine, found.tokenizer.size, 1))
+
+
 def convert(found: Found, run: Path, progress: bool = False) -> None:
     """Writes the run directory, whole or not at all."""
     if found.faults:
@@ -142,19 +169,39 @@ def convert(found: Found, run: Path, progress: bool = False) -> None:
     with output.appearing(run) as place, bar(progress) as shown:
         files = found.source.files
         read = published.hashes(shown.track(files, description="reading"))
-        _check_repeats(found)
+        check_repeats(found)
         (place / _ASSEMBLY).mkdir()
         arrays = {}
         for path in shown.track(list(found.plan.arrays), description="converting"):
             arrays[path] = _assemble(found, path, place / _ASSEMBLY / "-".join(path))
-        _keep_source(place, found, read)
-        output.write_run(place, found.config, found.tokenizer, Weights(*_trees(arrays)))
+        accompany(place, found, read)
+        output.write_run(place, found.config, found.tokenizer, Weights(*plan.trees(arrays)))
         shutil.rmtree(place / _ASSEMBLY)
 
 
 def read_arrays(found: Found) -> tuple[dict, dict]:
     """Returns (parameters, router state) of a published model in memory, float32."""
-    return _trees({path: _assemble(found, path, None) for path in found.plan.arrays})
+    return plan.trees({path: read_array(found, path) for path in found.plan.arrays})
+
+
+def read_array(found: Found, path: plan.Path) -> np.ndarray:
+    """Returns one of our arrays in memory, float32: beside it, one tensor is in memory at one time."""
+    return _assemble(found, path, None)
+
+
+def read_layer(found: Found, path: plan.Path, index: int, dtype: np.dtype) -> np.ndarray:
+    """Returns one layer of one of our stacks of layers in memory; of the files, only its tensors are read."""
+    array = np.empty(found.plan.arrays[path].shape[1:], dtype)
+    for tensor, number in found.plan.by_path[path]:
+        if (place := tensor.parts[number].index)[0] == index:
+            array[place[1:]] = _part(found, tensor, number)
+    return array
+
+
+def _part(found: Found, tensor: plan.Tensor, number: int) -> np.ndarray:
+    """What a tensor in the files has of one of our arrays."""
+    numbers = safetensors.read(tensor.name, found.source.tensors[tensor.name])
+    return tensor.parts[number].ours(tensor.form.split(numbers, found.config.model)[number])
 
 
 def _assemble(found: Found, path: plan.Path, file: Path | None) -> np.ndarray:
@@ -163,9 +210,7 @@ def _assemble(found: Found, path: plan.Path, file: Path | None) -> np.ndarray:
     shape, dtype = leaf.shape, np.float32
     array = np.empty(shape, dtype) if file is None else np.memmap(file, dtype, "w+", shape=shape)
     for tensor, number in found.plan.by_path[path]:
-        numbers = safetensors.read(tensor.name, found.source.tensors[tensor.name])
-        part = tensor.parts[number]
-        array[part.index] = part.ours(tensor.form.split(numbers, found.config.model)[number])
+        array[tensor.parts[number].index] = _part(found, tensor, number)
     if file is None:
         return array
     array.flush()
@@ -173,7 +218,7 @@ def _assemble(found: Found, path: plan.Path, file: Path | None) -> np.ndarray:
     return checkpoint.on_disk(file, shape)
 
 
-def _check_repeats(found: Found) -> None:
+def check_repeats(found: Found) -> None:
     """Tensors that stand in the files twice are the same."""
     for name in sorted(found.repeats):
         other = plan.repeated(found.family, name)
@@ -183,20 +228,12 @@ def _check_repeats(found: Found) -> None:
             raise UserError(f"{found.source.tensors[name].path}: tensor {name!r}: {rule}")
 
 
-def _trees(arrays: Mapping[plan.Path, Any]) -> tuple[dict, dict]:
-    params: dict = {}
-    state: dict = {}
-    for path, array in arrays.items():
-        node = state if plan.is_state(path) else params
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = array
-    return params, state
+def accompany(run: Path, found: Found, read: Mapping[str, Any]) -> None:
+    """Writes what goes along with the weights into a run's directory, so that `to_hf` gives it back.
 
-
-def _keep_source(run: Path, found: Found, read: Mapping[str, Any]) -> None:
-    """Writes what was read, and the files that go along."""
-    (run / FOLDER).mkdir()
+    `read`: hashes of the files.
+    """
+    (run / FOLDER).mkdir(exist_ok=True)
     for path in found.source.carried:
         shutil.copyfile(path, run / FOLDER / path.name)
     manifest = {

@@ -81,12 +81,15 @@ def _signals_raise() -> Iterator[None]:
 
 
 def write_run(run: Path, config: Config, tokenizer: Tokenizer, weights: Weights) -> None:
-    """Fills a directory as a run that has made no step: a checkpoint without an optimizer's state, and what describes
-    it, config.json last.
-    """
+    """Fills a directory as a run that has made no step: a checkpoint without an optimizer's state, and the rest."""
     state = State(jnp.int32(0), jnp.int32(0), *weights, opt_state=())
     with checkpoint.open_manager(run, config.checkpoint) as manager:
         checkpoint.save(manager, 0, state)
+    describe_run(run, config, tokenizer)
+
+
+def describe_run(run: Path, config: Config, tokenizer: Tokenizer) -> None:
+    """Writes what a run is beside its weights; config.json is last."""
     (run / TOKENIZER).mkdir()
     tokenizer.save_into(run / TOKENIZER)
     (run / "metrics.jsonl").touch()  # no step was made here

@@ -16,6 +16,23 @@ KEYS = (
 HEAD_DIM = Key(
     "head_dim", "head_dim", lambda keys: keys.integer("hidden_size") // max(keys.integer("num_attention_heads"), 1)
 )
+BIASES = (  # on all projections of attention, or on none
+    Key("attention_bias", "qkv_bias", False),
+    Key("attention_bias", "out_bias", False),
+)
+WIDTHS = (
+    Key("intermediate_size", "dense_dim"),
+    Key("moe_intermediate_size", "moe.expert_dim"),
+)
+DEEPSEEK = (  # of the families that route as DeepSeek-V3; `norm_topk_prob` and the number of dense layers differ
+    *WIDTHS,
+    Key("n_routed_experts", "moe.num_experts", also=("num_local_experts",)),
+    Key("n_shared_experts", "moe.num_shared_experts", 0),
+    Key("num_experts_per_tok", "moe.num_experts_per_token"),
+    Key("n_group", "moe.options.num_groups", 1),
+    Key("topk_group", "moe.options.groups_per_token", 1),
+    Key("routed_scaling_factor", "moe.options.scale", 1.0),
+)
 FIXED = {"hidden_act": ("silu",)}
 
 ENDS = (
@@ -28,6 +45,10 @@ NORMS = (
     Row(LAYER + "input_layernorm.weight", "attention_norm/scale"),
     Row(LAYER + "post_attention_layernorm.weight", "ffn_norm/scale"),
 )
+NORMS_AFTER = (
+    Row(LAYER + "post_attention_layernorm.weight", "attention_norm/scale"),
+    Row(LAYER + "post_feedforward_layernorm.weight", "ffn_norm/scale"),
+)
 ATTENTION = (
     Row(LAYER + "self_attn.q_proj.weight", "attention/query_DHd"),
     Row(LAYER + "self_attn.k_proj.weight", "attention/key_Dhd"),
@@ -36,6 +57,8 @@ ATTENTION = (
     Row(LAYER + "self_attn.q_proj.bias", "attention/query_bias_Hd"),
     Row(LAYER + "self_attn.k_proj.bias", "attention/key_bias_hd"),
     Row(LAYER + "self_attn.v_proj.bias", "attention/value_bias_hd"),
+    Row(LAYER + "self_attn.o_proj.bias", "attention/out_bias_D"),
+    Row(LAYER + "self_attn.sinks", "attention/sink_H"),
     Row(LAYER + "self_attn.q_norm.weight", "attention/query_norm/scale"),
     Row(LAYER + "self_attn.k_norm.weight", "attention/key_norm/scale"),
 )
@@ -64,3 +87,10 @@ def experts(theirs: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", 
 BLOCKS = (*ENDS, *NORMS, *ATTENTION)
 DENSE = swiglu("mlp", "ffn")
 ROUTER = (Row(LAYER + "mlp.gate.weight", "moe/router/kernel_DE"),)
+DEEPSEEK_FFN = (
+    *DENSE,
+    *ROUTER,
+    Row(LAYER + "mlp.gate.e_score_correction_bias", "moe/router_state/bias_E"),
+    *experts("mlp"),
+    *swiglu("mlp.shared_experts", "moe/shared"),
+)

@@ -8,7 +8,7 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -85,12 +85,29 @@ def arrays(model: Model) -> dict[Path, jax.ShapeDtypeStruct]:
     return {tuple(key.key for key in path): leaf for path, leaf in leaves}
 
 
+def tree(arrays: Mapping[Path, Any]) -> dict[str, Any]:
+    """Returns arrays as nested dicts."""
+    root: dict[str, Any] = {}
+    for path, array in arrays.items():
+        node = root
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = array
+    return root
+
+
+def trees(arrays: Mapping[Path, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns (parameters, router state) as nested dicts."""
+    params, state = ({p: a for p, a in arrays.items() if is_state(p) is of_state} for of_state in (False, True))
+    return tree(params), tree(state)
+
+
 def is_state(path: Path) -> bool:
     """Whether an array is of a router's state, and no parameter."""
     return _STATE in path
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where the blocks of a layer lie: in a stack, at an index, and their attention in a stack of its own."""
 
     prefix: Path
@@ -98,30 +115,40 @@ class _Place(NamedTuple):
     attention: Path
     attention_index: int
 
+    def within(self, path: Path) -> tuple[Path | None, int]:
+        """(names that lead to one of our arrays in the block, index of the layer in it); None where it is elsewhere."""
+        size, name = len(self.attention), "attention"
+        if path[:size] == self.attention:
+            return (name, *path[size:]), self.attention_index
+        size = len(self.prefix)
+        if path[:size] == self.prefix and path[size] != name:
+            return path[size:], self.index
+        return None, 0
 
-def _places(model: Model) -> list[_Place]:
-    """Of every layer, then of every module of multi-token prediction."""
+
+def places(model: Model) -> list[Place]:
+    """Returns where every layer lies, then every module of multi-token prediction."""
     found, kinds = [], pattern.layers(model)
     for layer, kind in enumerate(kinds):
         before = [one for one in kinds[:layer] if one.feed_forward == kind.feed_forward]
         same = {one.attention for one in kinds if one.feed_forward == kind.feed_forward}
         stack = (pattern.NAMES[kind.feed_forward, ""],)
         if len(same) == 1:
-            found.append(_Place(stack, len(before), (*stack, "attention"), len(before)))
+            found.append(Place(stack, len(before), (*stack, "attention"), len(before)))
         else:
             number = sum(one.attention == kind.attention for one in before)
-            found.append(_Place(stack, len(before), (*stack, "attention", pattern.short(kind.attention)), number))
+            found.append(Place(stack, len(before), (*stack, "attention", pattern.short(kind.attention)), number))
     block = (_FURTHER, "block")
     for module in range(model.multi_token_prediction.depth):
-        found.append(_Place(block, module, (*block, "attention"), module))
+        found.append(Place(block, module, (*block, "attention"), module))
     return found
 
 
 def make(family: Family, model: Model) -> Plan:
     """Returns the plan of a model; nothing is read and nothing is allocated."""
-    known, places = arrays(model), _places(model)
+    known, of_layers = arrays(model), places(model)
     resolve = _Resolver(known, model)
-    tensors = tuple(tensor for row in family.rows for tensor in _of_row(row, places, resolve))
+    tensors = tuple(tensor for row in family.rows for tensor in _of_row(row, of_layers, resolve))
     filled: dict[Path, int] = {}
     for part in (part for tensor in tensors for part in tensor.parts):
         filled[part.path] = filled.get(part.path, 0) + math.prod(part.form.ours)
@@ -136,7 +163,7 @@ class _Resolver:
         self.known, self.model = known, model
         self.declared, self.cache = declarations(model), {}  # of one part of each kind
 
-    def path(self, spec: str, place: _Place | None) -> tuple[Path, int | None, str]:
+    def path(self, spec: str, place: Place | None) -> tuple[Path, int | None, str]:
         """(whole path, index of the layer, number of the pair's part) of a row's path."""
         spec, _, pair = spec.partition(":")
         names = tuple(spec.split("/"))
@@ -174,12 +201,12 @@ class _Resolver:
         return _Turn(ours, (*batch, math.prod(ours) // inner // math.prod(batch), inner), True), axes
 
 
-def _of_row(row: Row, places: list[_Place], resolve: _Resolver) -> Iterator[Tensor]:
+def _of_row(row: Row, places: list[Place], resolve: _Resolver) -> Iterator[Tensor]:
     """The tensors of a row, of the layers that have all of its parameters."""
     further = "{mtp}" in row.theirs
     if further:
         depth, first = resolve.model.multi_token_prediction.depth, resolve.model.num_layers
-        numbered = [(first + m, _Place((_FURTHER,), m, (), m)) for m in range(depth)]
+        numbered = [(first + m, Place((_FURTHER,), m, (), m)) for m in range(depth)]
     elif "{layer}" in row.theirs:
         numbered = list(enumerate(places))
     else:

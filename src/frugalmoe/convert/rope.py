@@ -1,5 +1,6 @@
 """Rotary positions in config.json, of today (`rope_parameters`) and of before (`rope_theta` and `rope_scaling`)."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,15 +23,21 @@ _FIELDS = {
     },
     "llama3": {"factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"},
 }
+_WHOLE, _WINDOWS = "full_attention", "sliding_attention"
 _LENGTH, _LONGEST = "original_max_position_embeddings", "max_position_embeddings"
 
 
-def to_ours(keys: Keys, theta: float, fraction: float) -> dict[str, Any]:
-    """Returns fields of our `model`; `theta` and `fraction` of a head are the family's where the file names none."""
+def to_ours(keys: Keys, theta: float, fraction: float, by_kind: bool = False) -> dict[str, Any]:
+    """Returns fields of our `model`; `theta` and `fraction` of a head are the family's where the file names none.
+
+    by_kind: `rope_parameters` are an object for each kind of layer, and that of windows may stretch nothing.
+    """
     new, old = keys.section("rope_parameters"), keys.section("rope_scaling")
     fraction = keys.get("partial_rotary_factor", fraction)
     theta = keys.get("rope_theta", theta)
     has_new = "rope_parameters" in keys
+    if by_kind and has_new:
+        new = _of_whole(new, theta, fraction)
     scaling = new if has_new else old
     if has_new and "rope_scaling" in keys:
         raise keys.refused("rope_scaling", keys.get("rope_scaling"), "stands beside rope_parameters; remove one")
@@ -55,11 +62,29 @@ def to_ours(keys: Keys, theta: float, fraction: float) -> dict[str, Any]:
     return fields
 
 
+def _of_whole(by_kind: Keys, theta: float, fraction: float) -> Keys:
+    """The parameters of layers that see everything. Raises `UserError` where windows have others, but for scaling."""
+    whole, windows = by_kind.section(_WHOLE), by_kind.section(_WINDOWS)
+    by_kind.check_all_asked()
+    windows.fix("rope_type", ("default",))
+    for name, default in (("rope_theta", theta), ("partial_rotary_factor", fraction)):
+        windows.fix(name, (whole.get(name, default),))
+    windows.check_all_asked()
+    return whole
+
+
 def _number(keys: Keys, name: str, default: Any) -> float:
     value = keys.get(name, default)
     if type(value) not in (int, float):
         raise keys.refused(name, value, "must be a number")
     return value
+
+
+def to_theirs_by_kind(model: Model) -> dict[str, Mapping[str, Any]]:
+    """Returns `rope_parameters` with an object for each kind of layer; see `to_ours`."""
+    plain = dataclasses.replace(model, rope_scaling=RopeScaling())
+    both = {_WHOLE: to_theirs(model), _WINDOWS: to_theirs(plain)}
+    return {"rope_parameters": {kind: found["rope_parameters"] for kind, found in both.items()}}
 
 
 def to_theirs(model: Model) -> dict[str, Mapping[str, Any]]:

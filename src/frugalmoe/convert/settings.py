@@ -23,14 +23,21 @@ TRAINING = frozenset((
     "multi_token_prediction.coefficient",
 ))  # fmt: skip
 _THETA, _FRACTION = "rope_theta", "rope_fraction"  # among settings: where config.json names none
+_QUANTIZED = "quantization_config"
+_BY_KIND = "rope_by_kind"  # among settings: windows have angles of their own, which nothing stretches
 LATENT = "attention_options.latent"
 
 
 def to_ours(family: Family, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns {dotted field: value} of our config. Raises `UserError` for a key that cannot be followed."""
     keys = Keys(values, where)
+    if _QUANTIZED in keys:
+        method = keys.section(_QUANTIZED).get("quant_method")
+        rule = "quantized weights are not read; load the model with transformers in bfloat16 and save it anew"
+        raise keys.refused(f"{_QUANTIZED}.quant_method", method, rule)
     settings = dict(family.settings)
-    fields = rope.to_ours(keys, settings.pop(_THETA, Model().rope_theta), settings.pop(_FRACTION, 1.0))
+    theta, fraction = settings.pop(_THETA, Model().rope_theta), settings.pop(_FRACTION, 1.0)
+    fields = rope.to_ours(keys, theta, fraction, settings.pop(_BY_KIND, False))
     for key in family.keys:
         value = keys.require(key.theirs, key.also) if key.default is REQUIRED else keys.get(key.theirs, None, key.also)
         if value is None:
@@ -51,7 +58,8 @@ def to_theirs(family: Family, model: Model) -> dict[str, Any]:
     if any("{mtp}" in row.theirs for row in family.rows):
         values["num_nextn_predict_layers"] = model.multi_token_prediction.depth
     values |= rope.to_theirs(model) | dict(family.more_theirs(model))
-    return {"architectures": [family.architecture], "model_type": pattern.short(family.name), **values}
+    named = {"architectures": [family.architecture], "model_type": pattern.short(family.name)}
+    return named | {"pad_token_id": None, **values}  # the default of a family may lie beyond the vocabulary
 
 
 def differing(family: Family, values: Mapping[str, Any], model: Model, where: str) -> list[str]:
@@ -76,9 +84,11 @@ def _counting(model: Model) -> dict[str, Any]:
     unused = () if pattern.has_experts(model) else ("moe",)
     unused += () if model.num_dense_layers else ("dense_dim",)
     if set(pattern.attention_names(model.attention)) == {"latent"}:
-        size = latent.sizes(model, kinds.options_of(model, "latent"))  # of which 0 means one that follows from another
+        options = kinds.options_of(model, "latent")
+        size = latent.sizes(model, options)  # of which 0 means one that follows from another, as of the epsilon
         flat = {name: value for name, value in flat.items() if not _is_below(name, (LATENT, "num_kv_heads"))}
         flat |= {f"{LATENT}.{name}": value for name, value in size._asdict().items()}
+        flat[f"{LATENT}.norm_eps"] = options.norm_eps or model.norm_eps
     return {name: value for name, value in flat.items() if not _is_below(name, (*TRAINING, *unused))}
 
 

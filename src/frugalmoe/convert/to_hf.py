@@ -19,6 +19,7 @@ from frugalmoe.convert import checkpoint as published
 from frugalmoe.convert import families, output, plan, safetensors, settings
 from frugalmoe.convert.contract import Family
 from frugalmoe.convert.from_hf import FOLDER, RECORD
+from frugalmoe.data import chat, end_of_text
 from frugalmoe.data.tokenizer import load_from
 from frugalmoe.errors import UserError
 from frugalmoe.files import read_json, write_json
@@ -172,6 +173,9 @@ def _carry(run: Path, place: Path) -> None:
     tokenizer = run / "tokenizer"
     if (tokenizer / "tokenizer.json").is_file():  # bytes have none, and nothing else reads them
         shutil.copyfile(tokenizer / "tokenizer.json", place / "tokenizer.json")
-        eos = read_json(tokenizer / "tokenizer_config.json")["eos_token"]
-        fast = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
-        write_json(place / "tokenizer_config.json", fast)
+        saved = read_json(tokenizer / chat.CONFIG)
+        fast = {"tokenizer_class": "PreTrainedTokenizerFast"} | {k: v for k, v in saved.items() if k in chat.TOKENS}
+        write_json(place / chat.CONFIG, fast)
+        for name in (chat.FILE, end_of_text.GENERATION):
+            if (tokenizer / name).is_file():
+                shutil.copyfile(tokenizer / name, place / name)

@@ -3,6 +3,8 @@
 Letters: B rows of a batch, T tokens of a row, I places of stored pieces of documents.
 
 Documents, each ending with the end-of-text token, are put in an order fixed by the seed and cut into rows of T tokens.
+A conversation, of which answers alone are targets, is kept whole: what does not fit into the rest of a row begins the
+next one, and of one that is longer than a row the first T tokens are taken.
 Rows are drawn in a fresh shuffled order in each epoch; where sources have weights, each is its own such stream and the
 streams are mixed. The last partial row of a stream, the `remainder`, is left out of an epoch.
 
@@ -15,6 +17,7 @@ target.
 """
 
 import copy
+import dataclasses
 import hashlib
 import os
 import sys
@@ -27,11 +30,12 @@ import numpy as np
 
 from frugalmoe.data.cache import digest
 from frugalmoe.data.prepare import prepare, say
-from frugalmoe.data.shards import AGAIN, Sizes, Store, is_prepared
+from frugalmoe.data.shards import AGAIN, Sizes, Store, is_prepared, read_manifest
+from frugalmoe.data.sources import check_apart, of_validation, open_inputs
 from frugalmoe.data.split import ALL, check_domain
 from frugalmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_json, parse
 from frugalmoe.errors import UserError
-from frugalmoe.schema import Data
+from frugalmoe.schema import Data, FrozenDict, Source
 
 EVAL_SEED = "validation"  # of the order of validation rows; the same in every run, so that runs can be compared
 
@@ -70,6 +74,12 @@ class Rows:
         self.tokens = int(self._ends[-1]) if len(self._ends) else 0
         self.remainder = 0 if pad else self.tokens % self._length
         self._num_rows = -(-self.tokens // self._length) if pad else self.tokens // self._length
+        self._bounds_R2 = None  # of rows that do not follow one another without a gap
+        is_chat_I = store.is_chat_I[self._pieces]
+        if is_chat_I.any():
+            self._bounds_R2 = _whole(self._document, self._ends, is_chat_I, self._length)
+            self._num_rows = len(self._bounds_R2)
+            self.remainder = self.tokens - int(np.diff(self._bounds_R2).sum())
 
     def __len__(self) -> int:
         return self._num_rows
@@ -84,13 +94,14 @@ class Rows:
         """Returns one row. It takes one token more to read: the one before its first, or the one after its last."""
         start, stop = self._bounds(row)
         if self._front is None:
-            tokens, document, domain = self._read(start, min(stop + 1, self.tokens))
-            mask = document[1:] == document[:-1]
+            tokens, wanted, document, domain = self._read(start, min(stop + 1, self.tokens))
+            mask = (document[1:] == document[:-1]) & wanted[1:]
             return _row(tokens[: stop - start], tokens[1:] * mask, mask, document, domain, self._length)
-        tokens, document, domain = self._read(max(start - 1, 0), stop)
+        tokens, wanted, document, domain = self._read(max(start - 1, 0), stop)
         tokens = tokens if start else np.append(self._front, tokens)
         n = stop - start
-        return _row(tokens[:n], tokens[1:], np.ones(n, bool), document[-n:], domain[-n:], self._length)
+        mask = wanted[-n:]
+        return _row(tokens[:n], tokens[1:] * mask, mask, document[-n:], domain[-n:], self._length)
 
     def documents(self, row: int) -> np.ndarray:
         """Returns the number in the store of the document of each token of a row; -1 for padding. Reads no text."""
@@ -100,15 +111,19 @@ class Rows:
 
     def _bounds(self, row: int) -> tuple[int, int]:
         """Returns the part of the stream that is a row's targets, or its inputs if documents begin with nothing."""
+        if self._bounds_R2 is not None:
+            start, stop = self._bounds_R2[row]
+            return int(start), int(stop)
         start = row * self._length
         return start, min(start + self._length, self.tokens)
 
-    def _read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns tokens of the stream, and the document and the domain of each."""
+    def _read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Returns tokens of the stream, whether each is to be predicted, and its document and domain."""
         span, inside = self._place(start, stop)
-        tokens = np.concatenate([self._store.read(piece).tokens for piece in self._pieces[span]])
+        records = [self._store.read(piece) for piece in self._pieces[span]]
+        of_token = (np.concatenate(column) for column in zip(*((r.tokens, r.targets) for r in records)))
         of_piece = (np.repeat(column[span], self._lengths[span]) for column in (self._document, self._domain))
-        return tokens[inside], *(column[inside] for column in of_piece)
+        return tuple(column[inside] for column in (*of_token, *of_piece))
 
     def _place(self, start: int, stop: int) -> tuple[slice, slice]:
         """Returns (pieces that hold a part of the stream, where it lies in their tokens)."""
@@ -116,6 +131,30 @@ class Rows:
         last = int(np.searchsorted(self._ends, stop, side="left"))
         skipped = start - (self._ends[first] - self._lengths[first])
         return slice(first, last + 1), slice(skipped, skipped + stop - start)
+
+
+def _whole(document_I: np.ndarray, ends_I: np.ndarray, is_chat_I: np.ndarray, length: int) -> np.ndarray:
+    """Returns [R, 2], where each row begins and ends in a stream in which no conversation is cut into two rows.
+
+    ends_I: of the pieces, in tokens of the stream. Texts go on in the next row.
+    """
+    last_of_document = np.flatnonzero(np.append(document_I[1:] != document_I[:-1], True))
+    rows, start, begin = [], 0, 0
+    for end, is_chat in zip(ends_I[last_of_document].tolist(), is_chat_I[last_of_document].tolist()):
+        if is_chat and end - start > length:
+            if begin > start:
+                rows.append((start, begin))
+            start = begin
+            if end - begin > length:
+                rows.append((begin, begin + length))
+                start = end
+        while end - start >= length:
+            rows.append((start, start + length))
+            start += length
+        begin = end
+    if begin > start:
+        rows.append((start, begin))
+    return np.array(rows, np.int64).reshape(-1, 2)
 
 
 def _row(
@@ -133,8 +172,12 @@ def _row(
 class Dataset:
     """The prepared data of a config: batches for training and evaluation, by random access.
 
-    Of data whose documents are all validation, `split.ALL`, there are batches for evaluation only.
+    Of data whose documents are all validation, `split.ALL`, there are batches for evaluation only. `validation` is
+    such a set, where the config has one.
     """
+
+    validation: "Dataset | None" = None
+    notes: tuple[str, ...] = ()  # beside those of the manifest
 
     def __init__(self, store: Store, data: Data, weights: Sequence[float], batch_size: int, seed: int) -> None:
         self._store, self._data, self._batch_size = store, data, batch_size
@@ -152,6 +195,7 @@ class Dataset:
         self.fingerprint: str = digest(made_from)
         counts = self.manifest["counts"]
         self.train_tokens: int = sum(counts[domain]["train"]["tokens"] for domain in self.domains)
+        self.notes = tuple(_too_long(store, data.sequence_length))
         self.validation_tokens: dict[str, int] = {d: counts[d]["validation"]["tokens"] for d in self.domains}
         streams = self._streams(weights, seed) if self.manifest["validation_fraction"] != ALL else []
         self.remainder: int = sum(rows.remainder for rows in streams)  # tokens of an epoch that are in no row
@@ -226,20 +270,86 @@ class Dataset:
 
 
 def open_data(data: Data, *, batch_size: int, seed: int, progress: bool = True) -> Dataset:
-    """Returns the data of a config, prepared in the cache at the first call. `data.path` may be prepared already."""
+    """Returns the data of a config, prepared in the cache at the first call. `data.path` may be prepared already.
+
+    Where the config has a validation set, that is opened too, as `Dataset.validation`.
+    """
     if batch_size < 1 or seed < 0:
         raise UserError(f"batch_size={batch_size}, seed={seed}: must be at least 1 and at least 0")
+    own = bool(data.validation.path) and data.validation_fraction != ALL
+    if own:
+        check_validation(data, progress)
+    store = _store(data, progress)
+    weights = [source["weight"] for source in store.manifest["sources"]]
+    if data.sources:
+        weights = [data.sources[source["name"]].weight for source in store.manifest["sources"]]
+    found = Dataset(store, data, weights, batch_size, seed)
+    if own:
+        held_out = _store(held_out_data(data, str(store.directory)), progress)
+        found.validation = Dataset(held_out, data, [0.0] * len(held_out.manifest["sources"]), batch_size, seed)
+        found.notes += tuple(_repeated(store, held_out))
+        found.notes += tuple(f"data.validation: {line}" for line in found.validation.notes)
+    if progress:
+        say(found.notes)
+    return found
+
+
+def _store(data: Data, progress: bool) -> Store:
+    path = prepared_path(data)
+    if path is None:
+        return Store(prepare(data, progress=progress))
+    store = Store(path)
+    _check_prepared(data, store)
+    if progress:
+        say(store.manifest["notes"])
+    return store
+
+
+def prepared_path(data: Data) -> Path | None:
+    """Returns the prepared directory that a config's `path` names."""
     path = Path(os.path.expanduser(data.path))
-    if not data.sources and data.path and is_prepared(path):
-        store = Store(path)
-        _check_prepared(data, store)
-        if progress:
-            say(store.manifest["notes"])
-        weights = [source["weight"] for source in store.manifest["sources"]]
-    else:
-        store = Store(prepare(data, progress=progress))
-        weights = [data.sources[source["name"]].weight if data.sources else 0.0 for source in store.manifest["sources"]]
-    return Dataset(store, data, weights, batch_size, seed)
+    return path if not data.sources and data.path and is_prepared(path) else None
+
+
+def held_out_data(data: Data, tokenizer: str) -> Data:
+    """Returns a config's own validation set as data by themselves, tokenized by the tokenizer at a path.
+
+    Of a prepared directory they are its held-out documents.
+    """
+    there = dataclasses.replace(data, path=data.validation.path, sources=FrozenDict(), validation=Source())
+    if (path := prepared_path(there)) is None:
+        return of_validation(data, tokenizer)
+    fraction = read_manifest(path)["validation_fraction"]
+    return dataclasses.replace(there, tokenizer=tokenizer, validation_fraction=fraction)
+
+
+def check_validation(data: Data, progress: bool = False) -> None:
+    """Raises `UserError` where a config's own validation set cannot be found, or names what is trained on."""
+    other = held_out_data(data, data.tokenizer)
+    paths = prepared_path(data), prepared_path(other)
+    if paths[0] and paths[1] and paths[0].resolve() == paths[1].resolve():
+        rule = "is data.path too, whose held-out documents are scored anyway"
+        raise UserError(f"data.validation.path={data.validation.path!r}: {rule}")
+    inputs = [[] if path else open_inputs(each, progress) for path, each in zip(paths, (data, other))]
+    check_apart(*inputs)
+
+
+def _too_long(store: Store, length: int) -> list[str]:
+    """A line on conversations that are longer than a row."""
+    _, number = np.unique(store.columns["document"][store.is_chat_I], return_inverse=True)
+    tokens = np.bincount(number, store.columns["length"][store.is_chat_I])
+    count = int((tokens > length).sum())
+    rule = f"{count:,} of {len(tokens):,} conversations are longer than a row; their first {length} tokens are taken"
+    return [f"data.sequence_length={length}: {rule}"] if count else []
+
+
+def _repeated(training: Store, validation: Store) -> list[str]:
+    """A line on validation documents whose text is trained on."""
+    chosen = validation.columns["validation"]
+    hashes = np.unique(validation.columns["hash"][chosen])
+    count = int(np.isin(hashes, training.columns["hash"][~training.columns["validation"]]).sum())
+    rule = f"{count:,} of its {len(hashes):,} documents repeat the text of a training document"
+    return [f"data.validation.path: {rule}"] if count else []
 
 
 def _check_prepared(data: Data, store: Store) -> None:

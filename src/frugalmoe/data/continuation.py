@@ -5,7 +5,7 @@ came before. So new tokens are decoded behind earlier ones, and a text is given 
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from frugalmoe.data.tokenizer import Tokenizer
 
@@ -93,24 +93,34 @@ def _doubled(first: int, end: int) -> Iterator[int]:
         first *= 2
 
 
-def until(stops: Sequence[str], pieces: Iterable[str], prompt: str = "") -> Iterator[str]:
-    """Yields the pieces up to the stop text that ends first; how the text is cut into pieces makes no difference.
+class Until:
+    """Gives out a text up to the stop text that ends first; how the text is cut into pieces makes no difference.
 
-    A stop text may begin in the prompt, which is no part of the result.
+    A stop text may begin in the prompt, which is no part of the result. What may turn out to begin one is held back.
     """
-    most = max(map(len, stops), default=1) - 1  # characters that may turn out to begin a stop text
-    seen, held = prompt[len(prompt) - most :] if most < len(prompt) else prompt, ""
-    for piece in pieces:
-        held += piece
-        text = seen + held
-        places = ((stop, text.find(stop, max(len(seen) + 1 - len(stop), 0))) for stop in stops)
+
+    def __init__(self, stops: Sequence[str], prompt: str = ""):
+        self.ended = False  # whether a stop text was found
+        self._stops, self._most = stops, max(map(len, stops), default=1) - 1  # characters that may begin a stop text
+        self._seen, self._held = prompt[max(len(prompt) - self._most, 0) :], ""
+
+    def add(self, piece: str) -> str:
+        """Takes more text; returns what is no part of a stop text, whatever follows."""
+        if self.ended:
+            return ""
+        self._held += piece
+        seen, text = self._seen, self._seen + self._held
+        places = ((stop, text.find(stop, max(len(seen) + 1 - len(stop), 0))) for stop in self._stops)
         if ends := [(at + len(stop), at) for stop, at in places if at >= 0]:
-            yield held[: max(min(ends)[1] - len(seen), 0)]
-            return
-        ready = max(len(held) - most, 0)
-        if ready:
-            yield held[:ready]
-        seen, held = text[: len(seen) + ready], held[ready:]
-        seen = seen[max(len(seen) - most, 0) :]
-    if held:
-        yield held
+            self.ended = True
+            return self._held[: max(min(ends)[1] - len(seen), 0)]
+        begun = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        ready = max(len(self._held) - max(begun, default=0), 0)
+        given, self._held = self._held[:ready], self._held[ready:]
+        seen = text[: len(seen) + ready]
+        self._seen = seen[max(len(seen) - self._most, 0) :]
+        return given
+
+    def rest(self) -> str:
+        """Returns the text that is left when no more comes."""
+        return "" if self.ended else self._held

@@ -21,10 +21,11 @@ KNOWN = (
     "<|im_end|>",
     "[SEP]",
 )
+GENERATION = "generation_config.json"
 NAMED_BY = (  # file beside the vocabulary, its field: a token, or its id
     ("tokenizer_config.json", "eos_token"),
     ("special_tokens_map.json", "eos_token"),
-    ("generation_config.json", "eos_token_id"),
+    (GENERATION, "eos_token_id"),
     ("config.json", "eos_token_id"),
 )
 
@@ -43,6 +44,19 @@ def find(directory: Path, vocabulary: Mapping[str, int], specials: Collection[st
         rule = 'name it in a tokenizer_config.json beside it: {"eos_token": "..."}'
         raise UserError(f"{where}: no end-of-text token is named or known ({there}); {rule}")
     return token
+
+
+def ids_of_generation(directory: Path, vocabulary: Mapping[str, int]) -> tuple[int, ...]:
+    """Returns the tokens of the vocabulary at which a published model ends a text or its turn in a conversation: those
+    of its settings of generation, if they are there.
+    """
+    path = directory / GENERATION
+    named = read_object(path).get("eos_token_id") if path.is_file() else None
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if wrong := [i for i in ids if type(i) is not int]:
+        raise UserError(f"{path}: eos_token_id={wrong[0]!r}: must be an id, a list of ids, or null")
+    known = set(vocabulary.values())
+    return tuple(sorted(i for i in set(ids) if i in known))
 
 
 def _token(named: Any, vocabulary: Mapping[str, int], where: str) -> str | None:

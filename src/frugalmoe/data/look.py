@@ -7,15 +7,13 @@ import dataclasses
 import importlib.util
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from frugalmoe.data import mixed, quickstart
-from frugalmoe.data.batches import open_data
+from frugalmoe.data.batches import check_validation, held_out_data, open_data, prepared_path
 from frugalmoe.data.cache import cache_root
 from frugalmoe.data.prepare import prepared_in_cache
-from frugalmoe.data.shards import is_prepared
-from frugalmoe.data.sources import Input, documents, open_inputs
+from frugalmoe.data.sources import Input, documents, named_sources, open_inputs
 from frugalmoe.data.tokenizer import expected_size, known
 from frugalmoe.errors import UserError, did_you_mean, needs_package
 from frugalmoe.schema import Data, Source
@@ -34,17 +32,33 @@ class Look(NamedTuple):
     fingerprint: str | None
     notes: tuple[str, ...]  # what has still to be done
     tokenizer: str | None  # its fingerprint
+    validation: tuple[str, ...] | None = None  # domains of the validation set of one's own
 
 
 def look(data: Data, *, batch_size: int = 1, seed: int = 0) -> Look:
-    """Returns what is known. Reads the first document of each source, and raises `UserError` for data or a tokenizer
-    that cannot be read.
+    """Returns what is known. Reads the first document of each source, and raises `UserError` for data, a validation
+    set or a tokenizer that cannot be read, and for a validation set that is trained on.
     """
-    named = sorted(data.sources.items()) or [("", Source(path=data.path))]
-    if (not data.sources and is_prepared(Path(os.path.expanduser(data.path)))) or _is_cached(data, named):
+    found = _look(dataclasses.replace(data, validation=Source()), batch_size, seed)
+    if not data.validation.path:
+        return found
+    other = held_out_data(data, data.tokenizer)
+    if not any(_to_be_built(each, source) for each in (data, other) for _, _, source in named_sources(each)):
+        check_validation(data)
+    if found.domains is None and found.tokenizer is None:  # it is not there yet to prepare them with
+        notes, domains = [note for row in named_sources(other) for note in _look_at(other, *row)], None
+    else:
+        own = _look(other, batch_size, seed)
+        notes, domains = own.notes, own.domains
+    return found._replace(notes=tuple(dict.fromkeys((*found.notes, *notes))), validation=domains)
+
+
+def _look(data: Data, batch_size: int, seed: int) -> Look:
+    named = named_sources(data)
+    if prepared_path(data) or _is_cached(data, named):
         found = open_data(data, batch_size=batch_size, seed=seed, progress=False)
         return Look(found.tokenizer.size, found.domains, found.fingerprint, (), found.tokenizer.fingerprint)
-    notes = [note for name, source in named for note in _look_at(data, name, source)]
+    notes = [note for row in named for note in _look_at(data, *row)]
     size, tokenizer = expected_size(data.tokenizer), known(data.tokenizer)
     if tokenizer is None:
         notes.append(f"data.tokenizer={data.tokenizer!r} is trained on the data when they are prepared")
@@ -52,9 +66,9 @@ def look(data: Data, *, batch_size: int = 1, seed: int = 0) -> Look:
     return Look(size, None, None, tuple(notes), tokenizer.fingerprint if tokenizer else None)
 
 
-def _is_cached(data: Data, named: Sequence[tuple[str, Source]]) -> bool:
+def _is_cached(data: Data, named: Sequence[tuple[str, str, Source]]) -> bool:
     """Whether `open_data` finds all that it needs, so that it prepares nothing."""
-    if any(_to_be_built(data, source) for _, source in named):
+    if any(_to_be_built(data, source) for _, _, source in named):
         return False
     return prepared_in_cache(data, open_inputs(data, progress=False))
 
@@ -64,9 +78,8 @@ def _to_be_built(data: Data, source: Source) -> bool:
     return kind in _BUILT and not (cache_root(data) / _BUILT[kind][0]).exists()
 
 
-def _look_at(data: Data, name: str, source: Source) -> list[str]:
+def _look_at(data: Data, field: str, name: str, source: Source) -> list[str]:
     """Returns what has to be done for a source, a line each. Raises `UserError` for one that cannot be read."""
-    field = f"data.sources.{name}.path" if name else "data.path"
     where = f"{field}={source.path!r}"
     kind, _, domain = source.path.partition(":")
     if _to_be_built(data, source):

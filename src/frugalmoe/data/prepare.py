@@ -111,7 +111,9 @@ def _prepare_into(directory: Path, data: Data, inputs: list[Input], key: str, wo
         "data": f"{survey.digest:032x}",
         "tokenizer": {"spec": data.tokenizer, "fingerprint": tokenizer.fingerprint, "size": tokenizer.size},
         "validation_fraction": data.validation_fraction,
-        "sources": [{"name": i.name, "path": i.source.path, "weight": i.source.weight} for i in inputs],
+        "sources": [
+            {"name": i.name, "path": i.source.path, "weight": i.source.weight, "kind": i.source.kind} for i in inputs
+        ],
         "domains": domains,
         "counts": counts,
         "notes": [line for i, of_input in zip(inputs, notes) for line in of_input.lines(i)] + of_tokenizer,
@@ -151,7 +153,8 @@ def _shards(inputs: list[Input], split: Split, domains: list[str], total: int) -
     items, size = [], 0
     for source, document in _documents(inputs):
         h = text_hash(document.text)
-        items.append(Item(document.text, document.id, h, numbers[document.domain], source, split.is_validation(h)))
+        about = (numbers[document.domain], source, split.is_validation(h), document.answers)
+        items.append(Item(document.text, document.id, h, *about))
         size += len(document.text)
         if size >= full:
             yield items

@@ -13,7 +13,7 @@ import lzma
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -229,8 +229,8 @@ def is_text(file: Path, encoding: str) -> bool:
         return False
 
 
-def records(file: Path, name: str, encoding: str, field: str) -> Iterator[Found]:
-    """Yields the records of a file that is no plain text; those of Parquet have only their `field` and `domain`."""
+def records(file: Path, name: str, encoding: str, fields: Sequence[str]) -> Iterator[Found]:
+    """Yields the records of a file that is no plain text; those of Parquet have only their `fields` and `domain`."""
     suffix = kind(file).suffix
     if suffix in LINES:
         yield from _json_lines(file, name, encoding)
@@ -239,7 +239,7 @@ def records(file: Path, name: str, encoding: str, field: str) -> Iterator[Found]
     elif suffix in TABLES:
         yield from _table(file, name, encoding, TABLES[suffix])
     else:
-        yield from _parquet(file, name, field)
+        yield from _parquet(file, name, fields)
 
 
 # Numbers are never used, and Python refuses to read one of more than 4300 digits.
@@ -342,13 +342,15 @@ def _table(file: Path, name: str, encoding: str, separator: str) -> Iterator[Fou
         ) from error
 
 
-def _parquet(file: Path, name: str, field: str) -> Iterator[Found]:
+def _parquet(file: Path, name: str, fields: Sequence[str]) -> Iterator[Found]:
     packed, unpacked, row = file.stat().st_size, 0, 0
     with pyarrow.parquet.ParquetFile(file) as table:
         names = table.schema_arrow.names
-        columns = [column for column in dict.fromkeys((field, "domain")) if _has(table.schema_arrow, column)]
-        if field not in columns:
-            raise UserError(f"{file}: no column {field!r} (text_field of the source); columns: {', '.join(names)}")
+        columns = [column for column in dict.fromkeys((*fields, "domain")) if _has(table.schema_arrow, column)]
+        if not set(fields) & set(columns):
+            wanted = " or ".join(map(repr, fields))
+            option = "text_field" if len(fields) == 1 else "chat_fields"
+            raise UserError(f"{file}: no column {wanted} ({option} of the source); columns: {', '.join(names)}")
         for group in range(table.num_row_groups):
             for number in range(table.metadata.row_group(group).num_columns):
                 chunk = table.metadata.row_group(group).column(number)
@@ -365,6 +367,8 @@ def _size(value: Any) -> int:
     """Returns the characters or bytes of the texts in a value."""
     if isinstance(value, dict):
         return sum(map(_size, value.values()))
+    if isinstance(value, list):
+        return sum(map(_size, value))
     return len(value) if isinstance(value, str | bytes) else 0
 
 

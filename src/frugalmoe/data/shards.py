@@ -24,6 +24,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from frugalmoe.data.cache import digest
+from frugalmoe.data.chat import Rendered
 from frugalmoe.data.end_of_text import read_object
 from frugalmoe.data.tokenizer import Tokenizer, load_from
 from frugalmoe.errors import UserError
@@ -56,6 +57,7 @@ _MANIFEST = {  # what must be in one, and of what type; "*" stands for every key
     "shards": {"*": {"bytes": int, "index": str}},
 }
 HEADER = struct.Struct("<IIHH")  # domain, offset of the first token in the document, bytes of the id, odd sizes
+GIVEN = 1 << 31  # added to the size of a token that is not to be predicted
 ODD = np.dtype([("at", "<u2"), ("size", "<u4")])  # a token that stands for another number of bytes than it has
 
 
@@ -68,6 +70,7 @@ class Item(NamedTuple):
     domain: int
     source: int
     validation: bool
+    answers: tuple[tuple[int, int], ...] | None = None  # as `sources.Document` has them
 
 
 class Record(NamedTuple):
@@ -78,6 +81,7 @@ class Record(NamedTuple):
     id: str
     tokens: np.ndarray  # int32[n]
     sizes: np.ndarray  # int32[n]: UTF-8 bytes of the document's text that each token stands for
+    targets: np.ndarray  # bool[n]: whether the token is to be predicted; of a text every one is
 
 
 def token_dtype(tokenizer: Tokenizer) -> str:
@@ -86,9 +90,9 @@ def token_dtype(tokenizer: Tokenizer) -> str:
 
 def encode_record(record: Record, tokenizer: Tokenizer) -> bytes:
     name = record.id.encode(errors="replace")[:1000]
-    (at,) = np.nonzero(record.sizes != tokenizer.token_bytes[record.tokens])
+    (at,) = np.nonzero((record.sizes != tokenizer.token_bytes[record.tokens]) | ~record.targets)
     odd = np.empty(len(at), ODD)
-    odd["at"], odd["size"] = at, record.sizes[at]
+    odd["at"], odd["size"] = at, record.sizes[at] + np.where(record.targets[at], 0, GIVEN)
     header = HEADER.pack(record.domain, record.offset, len(name), len(odd))
     return header + name + odd.tobytes() + record.tokens.astype(token_dtype(tokenizer)).tobytes()
 
@@ -99,9 +103,10 @@ def decode_record(raw: bytes, tokenizer: Tokenizer) -> Record:
     name = raw[HEADER.size : start].decode(errors="replace")
     odd = np.frombuffer(raw, ODD, count, start)
     tokens = np.frombuffer(raw, token_dtype(tokenizer), offset=start + odd.nbytes).astype(np.int32)
-    sizes = tokenizer.token_bytes[tokens]
-    sizes[odd["at"]] = odd["size"]
-    return Record(domain, offset, name, tokens, sizes)
+    sizes, targets = tokenizer.token_bytes[tokens], np.ones(len(tokens), bool)
+    sizes[odd["at"]] = odd["size"] % GIVEN
+    targets[odd["at"]] = odd["size"] < GIVEN
+    return Record(domain, offset, name, tokens, sizes, targets)
 
 
 def record_hash(raw: bytes) -> int:
@@ -139,9 +144,29 @@ def write_shard(path: Path, items: Sequence[Item], tokenizer: Tokenizer) -> None
 
 def _pieces(item: Item, tokenizer: Tokenizer) -> tuple[list[Record], bool]:
     """Returns the document in pieces, and whether decoding gives it back."""
-    tokens, sizes, same = tokenizer.document(item.text)
+    if item.answers is None:
+        tokens, sizes, same = tokenizer.document(item.text)
+        targets = np.ones(len(tokens), bool)
+    else:
+        tokens, sizes, targets = _conversation(Rendered(item.text, item.answers), tokenizer)
+        same = True
     cuts = [slice(offset, offset + PIECE_TOKENS) for offset in range(0, len(tokens), PIECE_TOKENS)]
-    return [Record(item.domain, cut.start, item.id, tokens[cut], sizes[cut]) for cut in cuts], same
+    of_item = lambda cut: Record(item.domain, cut.start, item.id, tokens[cut], sizes[cut], targets[cut])
+    return [of_item(cut) for cut in cuts], same
+
+
+def _conversation(rendered: Rendered, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns tokens, sizes and targets of a conversation, which ends with the end-of-text token as all documents do.
+
+    A template that ends answers with a token of its own says all that a model has to learn of ends. Where it does not,
+    and an answer is the last of the text, the end-of-text token is a target too.
+    """
+    tokens, sizes, targets = tokenizer.encode_chat(rendered)
+    if tokens[-1] == tokenizer.eos:
+        return tokens, sizes, targets
+    has_end = np.isin(tokens[targets], tokenizer.silent).any()
+    ends = bool(targets[-1]) and not has_end
+    return np.append(tokens, np.int32(tokenizer.eos)), np.append(sizes, np.int32(0)), np.append(targets, ends)
 
 
 def read_index(path: Path, sha256: str = "") -> dict[str, np.ndarray]:
@@ -223,6 +248,7 @@ class Store:
     """Random access to the pieces of a prepared directory, numbered over all shards. Safe to use from many threads."""
 
     def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self.manifest = read_manifest(directory)
         self.tokenizer = load_from(directory)
         made = self.manifest["tokenizer"]
@@ -238,6 +264,8 @@ class Store:
         for index, start in zip(indexes, documents):
             index["document"] = index["document"] + start
         self.columns = {name: np.concatenate([index[name] for index in indexes]) for name in COLUMNS}
+        kinds = [source.get("kind", "text") for source in self.manifest["sources"]]  # texts had none before
+        self.is_chat_I = np.isin(self.columns["source"], [n for n, kind in enumerate(kinds) if kind == "chat"])
         self._readers = [_reader(path) for path in self._paths]
 
     def read(self, piece: int) -> Record:

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from frugalmoe import found
-from frugalmoe.data import corpus, mixed, quickstart, readers
+from frugalmoe.data import conversations, corpus, mixed, quickstart, readers
 from frugalmoe.data.cache import cache_root
+from frugalmoe.data.chat import ChatTemplate
+from frugalmoe.data.tokenizer import known
 from frugalmoe.errors import UserError, needs_package
-from frugalmoe.schema import Data, Source
+from frugalmoe.schema import Data, FrozenDict, Source
 
+ALL = 1.0  # as the fraction: all documents are validation, and none is trained on
 BUILT_IN = {"quickstart": quickstart.build, "mixed": mixed.build}
 
 
@@ -27,6 +30,8 @@ class Document(NamedTuple):
     text: str
     domain: str
     id: str  # where it comes from: FILE, FILE:LINE, FILE#ROW
+    # Of a conversation: characters begin .. end - 1 of its answers, which alone are trained on. None: of a text.
+    answers: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Input:
     left_out: str = ""  # what was found but is not read
     built_in: bool = False
     outside: found.Outside | None = None  # the Python file that defines CORPUS
+    template: ChatTemplate | None = None  # of conversations
     # Hashes of what it gave, one for each reading; more than one means that it changes.
     digests: set[str] = dataclasses.field(default_factory=set, compare=False)
 
@@ -59,9 +65,19 @@ class Input:
         place = Path(self.hf[0] if self.hf else self.root)
         place = str(place.resolve() if place.exists() else place)
         options = dataclasses.asdict(dataclasses.replace(self.source, path="", weight=0.0))
+        if self.template:
+            options["template"] = [self.template.source, dict(self.template.tokens)]
+        else:  # texts that are prepared already have no such options
+            options = {name: value for name, value in options.items() if name not in ("kind", "chat_fields")}
         if self.outside:
             return [self.name, options, self.outside.sha256, self.fingerprint()]
         return [self.name, options, self.hf, place, files]
+
+    def places(self) -> list[str]:
+        """What names its texts: files, a Python file, or a Hugging Face data set with its split."""
+        if self.hf:
+            return ["hf:" + ":".join(self.hf)]
+        return [str(file.resolve()) for file in ([self.outside.path] if self.outside else self.files)]
 
     @property
     def corpus(self) -> corpus.Corpus:
@@ -82,6 +98,7 @@ class Notes:
     def __init__(self) -> None:
         self.empty: list[str] = []  # files that gave no document
         self.skipped = self.blank = self.carriage_returns = self.documents = 0
+        self.chat = conversations.Count()
 
     def lines(self, source: Input) -> list[str]:
         told = []
@@ -89,31 +106,67 @@ class Notes:
             more = f" and {len(self.empty) - 5} more" if len(self.empty) > 5 else ""
             told.append(f"no document in {', '.join(self.empty[:5])}{more}")
         if self.skipped:
-            told.append(f"skipped {self.skipped:,} records without {source.source.text_field!r}")
+            told.append(f"skipped {self.skipped:,} records without {' or '.join(map(repr, columns(source.source)))}")
         if self.blank:
             told.append(f"left out {self.blank:,} records or files of white space alone")
         if self.carriage_returns:
             told.append(
                 f"{self.carriage_returns:,} of {self.documents:,} documents have line ends \\r\\n, which are kept"
             )
-        return [f"{source.where}: {line}" for line in told]
+        return [f"{source.where}: {line}" for line in (*told, *self.chat.lines())]
 
 
 def open_inputs(data: Data, progress: bool) -> list[Input]:
     """Returns the inputs of a config, sorted by name. Every path is checked; documents are not read yet."""
-    if not data.sources:
-        return [_open_input("data.path", "", Source(path=data.path), data, progress)]
-    named = sorted(data.sources.items())
-    weights = [source.weight for _, source in named]
+    named = named_sources(data)
+    weights = [source.weight for _, _, source in named]
     if any(weights):
-        for name, source in named:
+        for _, name, source in named:
             if not 0 < source.weight < float("inf"):
                 rule = "must be positive for every source, or 0 for all (in proportion to their tokens)"
                 raise UserError(f"data.sources.{name}.weight={source.weight}: {rule}")
-    return [_open_input(f"data.sources.{name}.path", name, source, data, progress) for name, source in named]
+    return [_open_input(field, name, source, data, progress) for field, name, source in named]
+
+
+def named_sources(data: Data) -> list[tuple[str, str, Source]]:
+    """Returns (field of the path, name or "", source) of a config's sources, sorted by name."""
+    if data.validation_fraction == ALL and data.validation.path:  # see `of_validation`
+        return [("data.validation.path", "", data.validation)]
+    if not data.sources:
+        return [("data.path", "", Source(path=data.path, text_field=data.text_field, kind=data.kind))]
+    return [(f"data.sources.{name}.path", name, source) for name, source in sorted(data.sources.items())]
+
+
+def of_validation(data: Data, tokenizer: str) -> Data:
+    """Returns a config's own validation set as data by themselves, of which nothing is trained on."""
+    return dataclasses.replace(data, path="", sources=FrozenDict(), validation_fraction=ALL, tokenizer=tokenizer)
+
+
+def check_apart(training: Iterable[Input], validation: Iterable[Input]) -> None:
+    """Raises `UserError` where a validation set and the training data name the same file, data set or corpus."""
+    places = {place: source.where for source in training for place in source.places()}
+    for source in validation:
+        for place in source.places():
+            if place in places:
+                rule = f"{place} is training data too ({places[place]}); a validation set must be none of them"
+                raise UserError(f"{source.where}: {rule}")
 
 
 def _open_input(field: str, name: str, source: Source, data: Data, progress: bool) -> Input:
+    opened = _opened(field, name, source, data, progress)
+    return opened if source.kind == "text" else dataclasses.replace(opened, template=_template(opened, data))
+
+
+def _template(source: Input, data: Data) -> ChatTemplate:
+    """The chat template of a config's tokenizer."""
+    tokenizer = known(data.tokenizer)
+    if tokenizer is None or tokenizer.chat is None:
+        rule = "has no chat template, which writes conversations; name the directory of a tokenizer that has one"
+        raise UserError(f"{source.where}: kind='chat': data.tokenizer={data.tokenizer!r} {rule}")
+    return tokenizer.chat
+
+
+def _opened(field: str, name: str, source: Source, data: Data, progress: bool) -> Input:
     kind, _, rest = source.path.partition(":")
     if kind == "hf":
         dataset, _, split = rest.partition(":")
@@ -191,15 +244,28 @@ def _walk(root: Path, field: str) -> tuple[list[Path], collections.Counter]:
 def _is_named(file: Path, source: Source) -> bool:
     """Returns whether a file of a directory is read. A table or a .json is only if its records have the text field."""
     kind = readers.kind(file)
+    if source.kind == "chat" and kind.suffix in readers.TEXT:
+        return False
     if not kind.is_known or kind.suffix not in (*readers.JSON, *readers.TABLES):
         return kind.is_known
     try:
-        first = next(readers.records(file, "", source.encoding, source.text_field), None)
+        first = next(readers.records(file, "", source.encoding, columns(source)), None)
     except UserError:
         return False
     except readers.ERRORS:  # a file that is cut off or damaged: reading it will raise
         return True
+    if source.kind == "chat":
+        return first is not None and _messages(first.value, source) is not None
     return first is not None and isinstance(_value(first.value, source.text_field), str)
+
+
+def columns(source: Source) -> tuple[str, ...]:
+    """The fields of a record that hold what is read."""
+    return tuple(source.chat_fields.split(",")) if source.kind == "chat" else (source.text_field,)
+
+
+def _messages(record: Any, source: Source) -> Any:
+    return conversations.messages_of(record, columns(source), _value) if isinstance(record, dict) else None
 
 
 def _is_other_text(file: Path, source: Source) -> bool:
@@ -241,12 +307,17 @@ def _records(file: Path, source: Input) -> Iterator[readers.Found]:
     name, encoding = file.relative_to(source.root).as_posix(), source.source.encoding
     kind = readers.kind(file)
     if kind.is_known and kind.suffix not in readers.TEXT:
-        return readers.records(file, name, encoding, source.source.text_field)
+        return readers.records(file, name, encoding, columns(source.source))
     return readers.texts(file, name, encoding, alone=len(source.files) == 1)
 
 
 def _documents(found: Iterable[readers.Found], source: Input, notes: Notes) -> Iterator[Document]:
     for record in found:
+        if source.template:
+            if document := _conversation(record, source, notes):
+                notes.documents += 1
+                yield document
+            continue
         text, domain = _fields(record, source.source)
         if text is None:
             notes.skipped += 1
@@ -256,6 +327,24 @@ def _documents(found: Iterable[readers.Found], source: Input, notes: Notes) -> I
             notes.documents += 1
             notes.carriage_returns += "\r\n" in text
             yield Document(text, source.source.domain or domain or source.name, record.id)
+
+
+def _conversation(record: readers.Found, source: Input, notes: Notes) -> Document | None:
+    """Returns a conversation as its template writes it, None for a record that is counted and left out."""
+    messages = _messages(record.value, source.source)
+    if messages is None:
+        if source.source.null_text == "skip":
+            notes.skipped += 1
+            return None
+        messages_field, *others = columns(source.source)
+        rule = f"no {messages_field!r}, and no {' with '.join(map(repr, others))} (chat_fields)"
+        there = ", ".join(record.value)[:200] if isinstance(record.value, dict) else type(record.value).__name__
+        raise UserError(f"{record.where}: {rule}; it has {there or 'no field'}; null_text='skip' skips such records")
+    rendered = conversations.written(source.template, messages, record.where, notes.chat)
+    if rendered is None:
+        return None
+    domain = source.source.domain or _domain(record.value, record.where) or source.name
+    return Document(rendered.text, domain, record.id, rendered.answers)
 
 
 def _corpus_records(source: Input) -> Iterator[readers.Found]:
@@ -315,14 +404,23 @@ def _fields(record: readers.Found, source: Source) -> tuple[str | None, str]:
         if text is None:
             state = "is null or absent; null_text='skip' of its source skips and counts such records"
         raise UserError(f"{where}: field {field!r} (text_field) {state}; fields: {', '.join(fields)[:200] or 'none'}")
+    _check_encodes(field, text, where)
+    return text, _domain(fields, where)
+
+
+def _domain(fields: Mapping[str, Any], where: str) -> str:
+    """The domain that a record names, empty where it names none."""
     domain = fields.get("domain")
     domain = domain if isinstance(domain, str) else ""
-    for name, value in ((field, text), ("domain", domain)):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"{where}: field {name!r} has a lone surrogate at character {error.start}") from error
-    return text, domain
+    _check_encodes("domain", domain, where)
+    return domain
+
+
+def _check_encodes(name: str, value: str, where: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: field {name!r} has a lone surrogate at character {error.start}") from error
 
 
 def _value(fields: Any, field: str) -> Any:

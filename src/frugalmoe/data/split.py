@@ -5,11 +5,10 @@ import hashlib
 import heapq
 from collections.abc import Iterable
 
-from frugalmoe.data.sources import Document
+from frugalmoe.data.sources import ALL, Document
 from frugalmoe.errors import UserError
 
 HASHES = 1 << 64
-ALL = 1.0  # as the fraction: all documents are validation, and none is trained on
 TAKEN = ("mean", "all")  # names beside the domains' own: of their mean, and of all tokens
 
 
@@ -50,6 +49,7 @@ class Survey:
     def add(self, source: str, document: Document, text_hash: int) -> None:
         size = len(document.text.encode())
         key = f"{source}\0{document.domain}\0{text_hash}\0{size}".encode()
+        key += repr(document.answers).encode() if document.answers is not None else b""
         self.documents += 1
         self.bytes += size
         self.digest += int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "big")

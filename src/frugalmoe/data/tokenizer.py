@@ -1,9 +1,11 @@
 """Text to token ids and back: raw bytes, byte-level BPE trained on the data, or a published vocabulary.
 
 A tokenizer is saved as the two files that Hugging Face uses, `tokenizer.json` and `tokenizer_config.json` (bytes need
-only the second), so that a run directory and a published model directory are read by the same function.
+only the second), so that a run directory and a published model directory are read by the same function. What it knows
+of conversations is in two more, its chat template and where else than at the end of a text sampling ends.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -15,7 +17,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from frugalmoe.data import end_of_text, vocabularies
+from frugalmoe.data import chat, end_of_text, vocabularies
+from frugalmoe.data.chat import ChatTemplate, Rendered
 from frugalmoe.data.end_of_text import END_OF_TEXT, read_object
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.files import write_atomically, write_json
@@ -36,6 +39,14 @@ class Encoded(NamedTuple):
     same: bool  # decoding gives the text back
 
 
+class Chat(NamedTuple):
+    """A conversation."""
+
+    tokens: np.ndarray  # int32[n]
+    sizes: np.ndarray  # int32[n]: UTF-8 bytes of the text that each token stands for, 0 for special tokens
+    answers: np.ndarray  # bool[n]: whether a character of the token is the assistant's, where the template marks that
+
+
 class Tokenizer(Protocol):
     """What the rest of the code knows of a tokenizer."""
 
@@ -44,6 +55,8 @@ class Tokenizer(Protocol):
     silent: tuple[int, ...]  # ids below `size` that show no text: specials, and gaps between ids
     token_bytes: np.ndarray  # int32[size]: bytes of a token by itself, 0 for specials: `document` counts
     fingerprint: str  # equal for equal tokenizers, on every machine
+    chat: ChatTemplate | None  # how it writes conversations
+    ends: tuple[int, ...]  # ids at which a sampled text ends: `eos`, and where a turn of a conversation does
 
     def encode(self, text: str) -> np.ndarray:
         """Returns int32 ids of the text, without specials."""
@@ -53,6 +66,10 @@ class Tokenizer(Protocol):
 
     def document(self, text: str) -> Encoded:
         """Returns the text with its end-of-text token, and how many bytes of it each token stands for."""
+        ...
+
+    def encode_chat(self, rendered: Rendered) -> Chat:
+        """Returns the tokens of a conversation as its template wrote it, special tokens as such, nothing added."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -68,6 +85,8 @@ class ByteTokenizer:
     size = 257
     eos = 256
     silent = (eos,)
+    chat = None
+    ends = (eos,)
 
     def __init__(self) -> None:
         self.token_bytes = np.array([1] * 256 + [0], np.int32)
@@ -83,6 +102,9 @@ class ByteTokenizer:
         tokens = np.append(self.encode(text), np.int32(self.eos))
         return Encoded(tokens, self.token_bytes[tokens], True)
 
+    def encode_chat(self, rendered: Rendered) -> Chat:
+        raise UserError("data.tokenizer='bytes': has no chat template")
+
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in map(int, ids) if i < 256).decode(errors="replace")
 
@@ -94,6 +116,7 @@ class JsonTokenizer:
     """A Hugging Face `tokenizer.json`. The text `<|endoftext|>` in a document is text, not the special token.
 
     Its end-of-text token is `eos_token`, or None: what a file of `directory` names, or a special token of a known name.
+    Its chat template, and where else a sampled text ends, are those of `directory`.
     """
 
     def __init__(self, content: str, eos_token: str | None, where: str, directory: Path | None = None) -> None:
@@ -117,6 +140,10 @@ class JsonTokenizer:
             raise UserError(f"{where}: end-of-text token {eos_token!r} is not in its vocabulary")
         self._where, self._eos_token = where, eos_token
         self.eos = vocabulary[eos_token]
+        self.chat = directory and chat.find(directory)
+        self.ends = (self.eos,)
+        if directory:
+            self.ends += tuple(i for i in end_of_text.ids_of_generation(directory, vocabulary) if i != self.eos)
         specials = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         self.silent = tuple(sorted(specials | {self.eos} | (set(range(self.size)) - set(vocabulary.values()))))
         self._pieces = _pieces(self._content, self._tokenizer, self.size)
@@ -153,6 +180,23 @@ class JsonTokenizer:
             sizes = _sizes(text, len(raw), [end for _, end in encoding.offsets])
         return Encoded(tokens, sizes, self.decode(encoding.ids) == text)
 
+    def encode_chat(self, rendered: Rendered) -> Chat:
+        encoding = self._with_specials.encode(rendered.text, add_special_tokens=False)
+        answers = np.zeros(len(encoding.ids), bool)
+        first_last = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        for begin, end in rendered.answers:
+            answers |= (first_last[:, 0] < end) & (first_last[:, 1] > begin)
+        tokens, text = np.array(encoding.ids, np.int32), rendered.text
+        sizes = _sizes(text, len(text.encode()), [end for _, end in encoding.offsets])[:-1]
+        return Chat(tokens, np.where(np.isin(tokens, self.silent), 0, sizes), answers)
+
+    @functools.cached_property
+    def _with_specials(self) -> tokenizers.Tokenizer:
+        """The same, but the text of a special token is that token: for texts that a chat template wrote."""
+        copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        copy.encode_special_tokens = False
+        return copy
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
@@ -160,7 +204,12 @@ class JsonTokenizer:
         content = json.dumps(self._content, ensure_ascii=False).encode()
         write_atomically(Path(directory) / "tokenizer.json", content)
         config = {"kind": "json", "eos_token": self._eos_token, "fingerprint": self.fingerprint}
-        write_json(Path(directory) / "tokenizer_config.json", config)
+        if self.chat:
+            write_atomically(Path(directory) / chat.FILE, self.chat.source.encode())
+            config = {**self.chat.tokens, **config}
+        if len(self.ends) > 1:
+            write_json(Path(directory) / end_of_text.GENERATION, {"eos_token_id": list(self.ends)})
+        write_json(Path(directory) / chat.CONFIG, config)
 
 
 def load_from(directory: str | Path) -> Tokenizer:

@@ -97,7 +97,10 @@ def chosen_data(run: Path, path: str | None, overrides: Mapping[str, Any] | Sequ
     check_run(run)
     config = read(str(run))
     if path is not None or other:
-        config = override(config, {"data.sources": {}, "data.path": path or ""})
+        config = override(
+            config, {"data.sources": {}, "data.path": path or "", "data.text_field": "text", "data.kind": "text"}
+        )
+    config = override(config, {"data.validation.path": ""})
     data = resolve(override(config, overrides)).data
     data = dataclasses.replace(data, tokenizer=str(run / "tokenizer"))
     if path is None:

@@ -4,9 +4,21 @@
 """
 
 from frugalmoe.experts import executors
+from frugalmoe.experts.activations import ACTIVATIONS
+from frugalmoe.experts.contract import Biases, refusal
 from frugalmoe.experts.exchange import execute, execute_slots
 from frugalmoe.experts.executors import pick
 from frugalmoe.experts.executors.capacity import ORDERS
 from frugalmoe.experts.here import execute_here
 
-__all__ = ["ORDERS", "execute", "execute_here", "execute_slots", "executors", "pick"]
+__all__ = [
+    "ACTIVATIONS",
+    "ORDERS",
+    "Biases",
+    "execute",
+    "execute_here",
+    "execute_slots",
+    "executors",
+    "pick",
+    "refusal",
+]

@@ -1,11 +1,16 @@
-"""The contract between a routing plan and what executes it: y_n = sum_e G[n, e] * expert_e(x_n), expert_e a SwiGLU.
+"""The contract between a routing plan and what executes it: y_n = sum_e G[n, e] * expert_e(x_n), where
+
+    expert_e(x) = activation(x @ gate_e + gate_bias_e, x @ up_e + up_bias_e) @ down_e + down_bias_e
+
+with SwiGLU for activation and no biases, unless the executor declares `every_form`.
 
 An executor is one file in `executors/` that ends with `EXECUTOR = Executor(...)`. Its `run` is a pure function
 
     run(plan, x_ND, gate_up_ED2F, down_EFD, call) -> (y[N, D] in x's dtype, int32 [] rows that were dropped)
 
-with gradients for the plan's weights, x and both weights, which are float32 or of x's dtype. Both forms of a plan may
-come. One table holds all executors to the dense oracle, in value and in every gradient (`frugalmoe.laws.executors`).
+with gradients for the plan's weights, x, both weights and `call.biases`, which are float32 or of x's dtype. Both forms
+of a plan may come. One table holds all executors to the dense oracle, in value and in every gradient
+(`frugalmoe.laws.executors`).
 
 Letters: N tokens, D model, E experts, F expert hidden; 2 = (gate, up).
 """
@@ -14,19 +19,32 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 from jax import Array
 
+from frugalmoe.experts.activations import ACTIVATIONS, SWIGLU, Activation, swiglu
 from frugalmoe.routing.contract import ExpertPlan, Plan, TokenPlan
 from frugalmoe.schema import MoE
 
 
+class Biases(NamedTuple):
+    """What experts add to their products; float32 or of x's dtype."""
+
+    gate_up_E2F: Array
+    down_ED: Array
+
+
 class Call(NamedTuple):
-    """What an executor may look at beside its arrays; all of it is static."""
+    """What an executor may look at beside plan, rows and weights; all but the biases is static."""
 
     config: MoE
     num_sequences: int = 1  # equal parts of the N tokens
     room: int | None = None  # the most rows of a token-major plan that it holds, the first ones by expert; None: all
+    biases: Biases | None = None  # of experts that have some
+
+    @property
+    def activation(self) -> Activation:
+        """What an expert makes of gate and up."""
+        return ACTIVATIONS[self.config.activation]
 
 
 Run = Callable[[Plan, Array, Array, Array, Call], tuple[Array, Array]]
@@ -55,10 +73,19 @@ class Executor:
     platforms: tuple[str, ...] = ()  # where it runs; empty: everywhere
     default_on: tuple[str, ...] = ()  # platforms where `auto` and `grouped` mean it; "*": where they mean no other
     keeps_room: bool = True  # whether it keeps to `Call.room`
+    every_form: bool = False  # whether it adds `Call.biases` and computes every `Call.activation`; else it gets none
     drops: Drops | None = None  # None: it computes every row
     interpreted: Run | None = None  # the same on any platform, slowly, for tests; needed where `platforms` are named
     name: str = ""  # set by `executors.get` to what the config says
 
 
-def swiglu(gate: Array, up: Array) -> Array:
-    return jax.nn.silu(gate) * up
+def refusal(executor: Executor, config: MoE) -> str | None:
+    """Why an executor cannot compute the experts of a config, naming its fields, or None."""
+    asked = {"activation": config.activation != SWIGLU, "expert_bias": config.expert_bias}
+    fields = [f"model.moe.{name}={getattr(config, name)!r}" for name, more in asked.items() if more]
+    if executor.every_form or not fields:
+        return None
+    return f"computes SwiGLU without biases alone (its EXECUTOR declares no every_form), not {', '.join(fields)}"
+
+
+__all__ = ["Biases", "Call", "Drops", "Executor", "Run", "refusal", "swiglu"]

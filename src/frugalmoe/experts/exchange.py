@@ -16,12 +16,14 @@ Letters: B batch, T time, N tokens, D model, E experts, F expert hidden, K choic
 one device for another), Q slots of all devices for an expert, R rows, M devices of the expert axis; 2 = (gate, up).
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
+from frugalmoe.experts.contract import Biases
 from frugalmoe.experts.executors import pick
 from frugalmoe.experts.here import execute_here
 from frugalmoe.experts.rows import sort_rows
@@ -32,15 +34,17 @@ from frugalmoe.sharding import axis_size, has_ragged_all_to_all, own_part, platf
 EXCHANGES = ("auto", "all_gather", "all_to_all")  # choices of model.moe.exchange
 
 
-def execute(plan: Plan, x_BTD: Array, gate_up_ED2F: Array, down_EFD: Array, config: MoE) -> tuple[Array, Array]:
+def execute(
+    plan: Plan, x_BTD: Array, gate_up_ED2F: Array, down_EFD: Array, config: MoE, biases: Biases | None = None
+) -> tuple[Array, Array]:
     """What all devices make of a plan with their experts. Plan and x are of whole sequences.
 
     -> (y [B, T, D] of this device's tokens in x's dtype, int32 [] dropped rows).
     """
     batch, time, dim = x_BTD.shape
-    x_ND, weights = x_BTD.reshape(-1, dim), (gate_up_ED2F, down_EFD)
+    x_ND, weights, biases = x_BTD.reshape(-1, dim), (gate_up_ED2F, down_EFD), _once(biases)
     if axis_size("expert", "tensor", "context") == 1:
-        y_ND, dropped = execute_here(plan, x_ND, *weights, config, batch)
+        y_ND, dropped = execute_here(plan, x_ND, *weights, config, batch, biases=biases)
         return y_ND.reshape(x_BTD.shape), dropped
     dropped = jnp.int32(0)
     drops = pick(config, platform()).drops
@@ -48,28 +52,38 @@ def execute(plan: Plan, x_BTD: Array, gate_up_ED2F: Array, down_EFD: Array, conf
         plan, dropped = drops.slots(plan, config, batch)
     if isinstance(plan, ExpertPlan):
         # Each device of the context axis executes a part of the slots, whose tokens may be of any device of the axis.
-        y_BTD = execute_slots(_share(plan, x_ND.shape[0]), x_ND, *weights, config).reshape(x_BTD.shape)
+        y_BTD = execute_slots(_share(plan, x_ND.shape[0]), x_ND, *weights, config, biases).reshape(x_BTD.shape)
         return lax.psum_scatter(y_BTD, "context", scatter_dimension=1, tiled=True), dropped
     own = lambda a: own_part(a.reshape(batch, time, -1), "context", 1)
     plan = TokenPlan(*(own(a).reshape(-1, a.shape[-1]) for a in plan))
-    y_ND, lost = _execute_tokens(plan, own(x_ND).reshape(-1, dim), *weights, config)
+    y_ND, lost = _execute_tokens(plan, own(x_ND).reshape(-1, dim), *weights, config, biases)
     return lax.psum(y_ND, "tensor").reshape(batch, -1, dim), dropped + lax.psum(lost, "context")
 
 
-def execute_slots(plan: ExpertPlan, x_RD: Array, gate_up_ED2F: Array, down_EFD: Array, config: MoE) -> Array:
+def execute_slots(
+    plan: ExpertPlan, x_RD: Array, gate_up_ED2F: Array, down_EFD: Array, config: MoE, biases: Biases | None = None
+) -> Array:
     """y[R, D] in x's dtype of a plan that names this device's rows: the slots travel, their weights do not."""
     devices, dim = axis_size("expert"), x_RD.shape[1]
+    here = functools.partial(execute_here, biases=_once(biases))
     if devices == 1:
-        return lax.psum(execute_here(plan, x_RD, gate_up_ED2F, down_EFD, config, 1)[0], "tensor")
+        return lax.psum(here(plan, x_RD, gate_up_ED2F, down_EFD, config, 1)[0], "tensor")
     x_ECD = x_RD.at[plan.token_EC].get(mode="fill", fill_value=0)
     x_EQD = lax.all_to_all(x_ECD, "expert", 0, 1, tiled=True)
     row_EQ = jnp.arange(math.prod(x_EQD.shape[:2]), dtype=jnp.int32).reshape(x_EQD.shape[:2])
     each = ExpertPlan(row_EQ, jnp.ones(row_EQ.shape, jnp.float32))
-    rows_RD, _ = execute_here(each, x_EQD.reshape(-1, dim), gate_up_ED2F, down_EFD, config, 1)
+    rows_RD, _ = here(each, x_EQD.reshape(-1, dim), gate_up_ED2F, down_EFD, config, 1)
     y_ECD = lax.all_to_all(rows_RD.reshape(x_EQD.shape), "expert", 1, 0, tiled=True)
     y_RD = jnp.zeros(x_RD.shape, jnp.float32)
     y_RD = y_RD.at[plan.token_EC].add(y_ECD * plan.weight_EC[..., None], mode="drop")
     return lax.psum(y_RD.astype(x_RD.dtype), "tensor")
+
+
+def _once(biases: Biases | None) -> Biases | None:
+    """Biases of which one device of the tensor axis adds what the sum over the axis is to have once."""
+    if biases is None or axis_size("tensor") == 1:
+        return biases
+    return biases._replace(down_ED=jnp.where(lax.axis_index("tensor") == 0, biases.down_ED, 0))
 
 
 def causality(plan: Plan, config: MoE, devices: int) -> str:
@@ -111,18 +125,18 @@ def _share(plan: ExpertPlan, nowhere: int) -> ExpertPlan:
 
 
 def _execute_tokens(
-    plan: TokenPlan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, config: MoE
+    plan: TokenPlan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, config: MoE, biases: Biases | None
 ) -> tuple[Array, Array]:
     """-> (y[N, D], this device's part of a sum over the tensor axis; int32 [] rows that found no room)."""
     devices, num_choices = axis_size("expert"), plan.expert_NK.shape[1]
     weights = gate_up_ED2F, down_EFD
     if devices == 1:
-        return execute_here(plan, x_ND, *weights, config, 1)
+        return execute_here(plan, x_ND, *weights, config, 1, biases=biases)
     exchange = config.exchange
     if exchange == "auto":  # the one that sends less; without a ragged collective, rows are padded to the worst case
         exchange = "all_to_all" if devices > num_choices and has_ragged_all_to_all() else "all_gather"
     run = _by_all_gather if exchange == "all_gather" else _by_all_to_all
-    return run(plan, x_ND, *weights, config)
+    return run(plan, x_ND, *weights, config, biases)
 
 
 def _room(plan: TokenPlan, num_experts: int, config: MoE) -> int:
@@ -133,7 +147,7 @@ def _room(plan: TokenPlan, num_experts: int, config: MoE) -> int:
     return min(worst, math.ceil(config.exchange_room * fair)) if config.exchange_room else worst
 
 
-def _by_all_gather(plan, x_ND, gate_up_ED2F, down_EFD, config):
+def _by_all_gather(plan, x_ND, gate_up_ED2F, down_EFD, config, biases):
     """Every device of the axis runs its own experts on the tokens of all; the results are summed where they belong."""
     num_experts = down_EFD.shape[0]
     all_ND, all_expert_NK, all_weight_NK = (lax.all_gather(a, "expert", tiled=True) for a in (x_ND, *plan))
@@ -141,11 +155,11 @@ def _by_all_gather(plan, x_ND, gate_up_ED2F, down_EFD, config):
     held_NK = (own_NK >= 0) & (own_NK < num_experts)
     own = TokenPlan(jnp.where(held_NK, own_NK, num_experts), jnp.where(held_NK, all_weight_NK, 0))
     room = _room(plan, num_experts, config)
-    y_ND, lost = execute_here(own, all_ND, gate_up_ED2F, down_EFD, config, 1, room=room)
+    y_ND, lost = execute_here(own, all_ND, gate_up_ED2F, down_EFD, config, 1, room=room, biases=biases)
     return lax.psum_scatter(y_ND, "expert", scatter_dimension=0, tiled=True), lost
 
 
-def _by_all_to_all(plan, x_ND, gate_up_ED2F, down_EFD, config):
+def _by_all_to_all(plan, x_ND, gate_up_ED2F, down_EFD, config, biases):
     """A row for each choice of a token travels to the device of its expert, and its result back."""
     num_experts, room = down_EFD.shape[0], _room(plan, down_EFD.shape[0], config)
     me, most = lax.axis_index("expert"), x_ND.shape[0] * min(plan.expert_NK.shape[1], num_experts)
@@ -159,7 +173,7 @@ def _by_all_to_all(plan, x_ND, gate_up_ED2F, down_EFD, config):
     expert_R = jnp.searchsorted(end_ME.reshape(-1), row_R, side="right").astype(jnp.int32) % num_experts
     expert_R = jnp.where(row_R < there.taken_M.sum(), expert_R, num_experts)
     each = TokenPlan(expert_R[:, None], jnp.ones((room, 1), jnp.float32))
-    moved_RD, _ = execute_here(each, moved_RD, gate_up_ED2F, down_EFD, config, 1)
+    moved_RD, _ = execute_here(each, moved_RD, gate_up_ED2F, down_EFD, config, 1, biases=biases)
     y_RD = _move(moved_RD, back, rows.token_R.size, most).astype(jnp.float32) * rows.weight_R[:, None]
     y_ND = jnp.zeros(x_ND.shape, jnp.float32).at[rows.token_R].add(y_RD, mode="drop")
     return y_ND.astype(x_ND.dtype), rows.group_sizes_E.sum(dtype=jnp.int32) - there.count_M.sum()

@@ -1,4 +1,4 @@
-"""The grouped executor on accelerators: gather rows, grouped product, swiglu, grouped product, weighted scatter-add.
+"""The grouped executor on accelerators: gather rows, two grouped products, weighted scatter-add.
 
 A platform brings two kernels (`Kernels`); their gradients and everything around them are here, once.
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.experts.contract import Call, Run, swiglu
+from frugalmoe.experts.contract import Call, Run
 from frugalmoe.experts.rows import Rows, held_rows
 from frugalmoe.routing.contract import Plan
 
@@ -48,8 +48,8 @@ def _backward(kernels, saved, dy_RJ):
 grouped_matmul.defvjp(_forward, _backward)
 
 
-def run(kernels: Kernels, rows: Rows, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array) -> Array:
-    """y[N, D] in x's dtype."""
+def run(kernels: Kernels, rows: Rows, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, call: Call) -> Array:
+    """y[N, D] in x's dtype. Biases are no part of the kernels: rows gather theirs, zeros outside the groups."""
     num_experts, hidden, dim = down_EFD.shape
     spare = kernels.row_multiple + -rows.token_R.size % kernels.row_multiple
     token_R = jnp.pad(rows.token_R, (0, spare), constant_values=x_ND.shape[0])
@@ -61,10 +61,19 @@ def run(kernels: Kernels, rows: Rows, x_ND: Array, gate_up_ED2F: Array, down_EFD
         y_RJ = grouped_matmul(kernels, jnp.where(live_R1, a_RI, 0), w_EIJ, rows.group_sizes_E)
         return jnp.where(live_R1, y_RJ, 0)
 
+    def biased(y_RJ: Array, bias_EJ: Array) -> Array:
+        expert_R = jnp.searchsorted(jnp.cumsum(rows.group_sizes_E), jnp.arange(token_R.size), side="right")
+        return y_RJ + bias_EJ.at[expert_R].get(mode="fill", fill_value=0).astype(jnp.float32)
+
     x_RD = x_ND.at[token_R].get(mode="fill", fill_value=0)
     h_RJ = matmul(x_RD, gate_up_ED2F.reshape(num_experts, dim, 2 * hidden)).astype(jnp.float32)
-    a_RF = swiglu(h_RJ[:, :hidden], h_RJ[:, hidden:]).astype(x_ND.dtype)
-    y_RD = matmul(a_RF, down_EFD).astype(jnp.float32) * weight_R[:, None]
+    if call.biases is not None:
+        h_RJ = biased(h_RJ, call.biases.gate_up_E2F.reshape(num_experts, -1))
+    a_RF = call.activation.value(h_RJ[:, :hidden], h_RJ[:, hidden:]).astype(x_ND.dtype)
+    y_RD = matmul(a_RF, down_EFD).astype(jnp.float32)
+    if call.biases is not None:
+        y_RD = biased(y_RD, call.biases.down_ED)
+    y_RD = y_RD * weight_R[:, None]
     return jnp.zeros(x_ND.shape, jnp.float32).at[token_R].add(y_RD, mode="drop").astype(x_ND.dtype)
 
 
@@ -73,6 +82,6 @@ def by(kernels: Callable[[int], Kernels]) -> Run:
 
     def with_kernels(plan: Plan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, call: Call) -> tuple[Array, Array]:
         rows, dropped = held_rows(plan, down_EFD.shape[0], call.room)
-        return run(kernels(rows.token_R.size), rows, x_ND, gate_up_ED2F, down_EFD), dropped
+        return run(kernels(rows.token_R.size), rows, x_ND, gate_up_ED2F, down_EFD, call), dropped
 
     return with_kernels

@@ -6,7 +6,7 @@ Letters: N tokens, D model, E experts, F expert hidden; 2 = (gate, up).
 from jax import Array
 
 from frugalmoe.errors import UserError
-from frugalmoe.experts.contract import Call
+from frugalmoe.experts.contract import Biases, Call
 from frugalmoe.experts.executors import pick
 from frugalmoe.routing.contract import Plan
 from frugalmoe.schema import MoE
@@ -22,6 +22,7 @@ def execute_here(
     num_sequences: int,
     *,
     room: int | None = None,
+    biases: Biases | None = None,
 ) -> tuple[Array, Array]:
     """What the executor of the config makes of a plan with the experts that this device holds.
 
@@ -33,4 +34,4 @@ def execute_here(
     if executor.platforms and here not in executor.platforms:
         rule = f"runs on {', '.join(executor.platforms)}, and this is {here}; model.moe.executor=auto runs anywhere"
         raise UserError(f"model.moe.executor={config.executor!r}: {rule}")
-    return executor.run(plan, x_ND, gate_up_ED2F, down_EFD, Call(config, num_sequences, room))
+    return executor.run(plan, x_ND, gate_up_ED2F, down_EFD, Call(config, num_sequences, room, biases))

@@ -25,6 +25,7 @@ def check_visible(config: Config, template: str) -> list[str]:
         raise UserError("requirements.txt: not here; the template installs frugalmoe from its checkout: start it there")
     named = {f"data.sources.{name}.path": source.path for name, source in config.data.sources.items()}
     named = (named or {"data.path": config.data.path}) | {"data.tokenizer": config.data.tokenizer}
+    named["data.validation.path"] = config.data.validation.path
     unseen = []
     for field, value in named.items():
         path = Path(value).expanduser()

@@ -5,7 +5,9 @@ A law takes an `Executor` and asserts. One that runs on few platforms is interpr
 Letters: N tokens, D model, E experts, F expert hidden, K choices, C slots per expert; 2 = (gate, up).
 """
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -14,7 +16,8 @@ import numpy as np
 from jax import Array
 
 from frugalmoe.experts import executors
-from frugalmoe.experts.contract import Call, Executor, Run
+from frugalmoe.experts.activations import ACTIVATIONS
+from frugalmoe.experts.contract import Biases, Call, Executor, Run
 from frugalmoe.routing.contract import ExpertPlan, Plan, TokenPlan, combine_matrix
 from frugalmoe.schema import MoE
 from frugalmoe.sharding import platform
@@ -89,13 +92,14 @@ def _call(executor: Executor, num_experts: int, capacity_factor: float = 1e6, ro
 
 
 def value_and_gradients(run: Callable[..., Array], plan: Plan, *arrays: Array) -> tuple[Array, ...]:
-    """y and the gradients of a generic scalar of it for (plan weights, x, gate_up, down)."""
+    """y and the gradients of a generic scalar of it for (plan weights, x, gate_up, down, and any biases)."""
 
     def loss(weight: Array, *arrays: Array) -> tuple[Array, Array]:
         y = run(plan.with_weights(weight), *arrays)
         return jnp.sum(y.astype(jnp.float32) * jnp.cos(jnp.arange(y.size).reshape(y.shape))), y
 
-    (_, y), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(plan.weights, *arrays)
+    every = tuple(range(len(arrays) + 1))
+    (_, y), grads = jax.jit(jax.value_and_grad(loss, every, has_aux=True))(plan.weights, *arrays)
     # The weight of an empty slot is no variable: the oracle sees another value of it than executors that skip the slot.
     live = plan.ids < (arrays[2].shape[0] if isinstance(plan, TokenPlan) else y.shape[0])
     return y, jnp.where(live, grads[0], 0), *grads[1:]
@@ -125,7 +129,8 @@ def run_whole(executor: Executor) -> Callable[..., Array]:
 
 def assert_close(got: tuple[Array, ...], expected: tuple[Array, ...], tolerance: float) -> None:
     """Both are `value_and_gradients`; the distance of each pair is held against its length."""
-    for name, a, b in zip(("y", "plan weights", "x", "gate_up", "down"), got, expected, strict=True):
+    assert len(got) == len(expected)
+    for name, a, b in zip(("y", "plan weights", "x", "gate_up", "down", "biases", "down_bias"), got, expected):
         assert a.dtype == b.dtype and a.shape == b.shape, f"{name}: {a.dtype}{a.shape}, expected {b.dtype}{b.shape}"
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         apart, length = np.linalg.norm(a - b), np.linalg.norm(b)
@@ -154,6 +159,44 @@ def law_bfloat16(executor: Executor) -> None:
     full = oracle("null slots")
     expected = (full[0].astype(jnp.bfloat16), full[1], *(g.astype(jnp.bfloat16) for g in full[2:]))
     assert_close(got, expected, 2e-2)
+
+
+def law_forms(executor: Executor) -> None:
+    """With biases and every activation, output and all gradients equal the oracle's; `every_form` may deny it."""
+    if not executor.every_form:
+        return
+    for activation, plan in zip(ACTIVATIONS, itertools.cycle(("expert-major, empty slots", "null slots"))):
+        try:
+            assert_close(form(executor, activation, plan), form(executors.get("dense"), activation, plan), 1e-5)
+        except AssertionError as e:
+            raise AssertionError(f"activation {activation!r}, with biases, plan {plan!r}: {e}") from e
+
+
+@functools.cache
+def form(executor: Executor, activation: str, name: str) -> tuple[Array, ...]:
+    """`value_and_gradients` of experts with an activation and biases, for one of the plans."""
+    num_experts, plan = plans()[name]
+    run = form_of(executor, activation, num_experts)
+    return value_and_gradients(run, plan, *weights(num_experts), *biases(num_experts))
+
+
+def form_of(executor: Executor, activation: str, num_experts: int) -> Callable[..., Array]:
+    """(plan, x, gate_up, down, biases of gate_up and of down) -> y; NaN where a row is dropped."""
+    call = _call(executor, num_experts)
+    call = call._replace(config=dataclasses.replace(call.config, activation=activation, expert_bias=True))
+
+    def run(plan: Plan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, *of_both: Array) -> Array:
+        own = call._replace(biases=Biases(*of_both))
+        y_ND, dropped = runnable(executor)(plan, x_ND, gate_up_ED2F, down_EFD, own)
+        return jnp.where(dropped == 0, y_ND, jnp.nan)
+
+    return run
+
+
+def biases(num_experts: int) -> Biases:
+    """As long as what they are added to; some gates and ups lie beyond every bound."""
+    keys = jax.random.split(jax.random.key(2), 2)
+    return Biases(5 * jax.random.normal(keys[0], (num_experts, 2, F)), jax.random.normal(keys[1], (num_experts, D)))
 
 
 def law_room(executor: Executor) -> None:

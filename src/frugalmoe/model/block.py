@@ -1,8 +1,9 @@
-"""One block: pre-norm attention and feed-forward, each added to the residual stream.
+"""One block: attention and feed-forward, each with a norm, each added to the residual stream.
 
 Letters: B batch, T time, D model.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -93,15 +94,33 @@ class Parts(NamedTuple):
         self, kind: BlockKind, stream: Stream, context: Context, prepared: Mapping[str, Any], place: Place
     ) -> Branches:
         """`prepared`: what each kind of attention has of the positions."""
-        normed = self.attention_norm(stream.x_BTD)
+        seen, added = _norms(kind)
         attended_BTD, cache = self.attention(
-            normed, prepared[kind.attention], context.segment_ids_BT, place.cache, place.start
+            seen(self.attention_norm, stream.x_BTD),
+            prepared[kind.attention],
+            context.segment_ids_BT,
+            place.cache,
+            place.start,
         )
+        attended_BTD = added(self.attention_norm, attended_BTD)
         hidden_BTD = stream.x_BTD + attended_BTD
-        normed = self.ffn_norm(hidden_BTD)
-        apply = FEED_FORWARDS[kind.feed_forward].apply
-        y_BTD, routed, carry = apply(self.feed_forward, normed, context, place.layer, stream.carry)
-        return Branches(attended_BTD, hidden_BTD, y_BTD, carry, routed, cache)
+        apply, seen_BTD = FEED_FORWARDS[kind.feed_forward].apply, seen(self.ffn_norm, hidden_BTD)
+        y_BTD, routed, carry = apply(self.feed_forward, seen_BTD, context, place.layer, stream.carry)
+        return Branches(attended_BTD, hidden_BTD, added(self.ffn_norm, y_BTD), carry, routed, cache)
+
+
+Normed = Callable[[RMSNorm, Array], Array]
+
+
+def _norms(kind: BlockKind) -> tuple[Normed, Normed]:
+    """What is done with the norm of attention, or of the feed-forward, to what it sees and to what it adds."""
+
+    def scaled(y_BTD: Array) -> Array:
+        return y_BTD if kind.multiplier == 1 else y_BTD * kind.multiplier
+
+    if kind.norm_position == "before":
+        return (lambda norm, x_BTD: norm(x_BTD)), (lambda norm, y_BTD: scaled(y_BTD))
+    return (lambda norm, x_BTD: x_BTD), (lambda norm, y_BTD: scaled(norm(y_BTD)))
 
 
 class Block(nnx.Module):
@@ -134,6 +153,22 @@ def apply_block(
     """x + attention + feed-forward for every token."""
     added = parts.branches(kind, stream, context, prepared, place)
     return Passed(Stream(added.hidden_BTD + added.y_BTD, added.carry), added.routed, added.cache)
+
+
+class Layer(NamedTuple):
+    """A block as the pattern has it."""
+
+    parts: Parts
+    wrapper: Any  # decides which tokens pass; None: all do
+
+
+def apply_layer(
+    layer: Layer, kind: BlockKind, stream: Stream, context: Context, prepared: Mapping[str, Any], place: Place
+) -> Passed:
+    """The block for the tokens that pass it."""
+    if layer.wrapper is None:
+        return apply_block(layer.parts, kind, stream, context, prepared, place)
+    return layer.wrapper(functools.partial(layer.parts.branches, kind), stream, context, prepared, place)
 
 
 def attention_layer(key: Array, config: Model, name: str) -> Any:

@@ -62,18 +62,20 @@ class Shards(NamedTuple):
     state: Mapping[str, Array]  # of the router
     gate_up_ED2F: Array
     down_EFD: Array
+    biases: experts.Biases | None  # of the experts
     inputs: Inputs
     intervention: Callable | None  # of `Context`
 
 
-LETTERS = Shards("", "", "ED2F", "EFD", Inputs("BTD", "BT", "BT", "BT", "B", "", "", train=None, carry="BT"), "")
+_OF_INPUTS = Inputs("BTD", "BT", "BT", "BT", "B", "", "", train=None, carry="BT")
+LETTERS = Shards("", "", "ED2F", "EFD", experts.Biases("E2F", "ED"), _OF_INPUTS, "")
 
 
 def route_and_execute(shards: Shards, config: MoE, train: bool, trace: bool) -> tuple[Array, Routed, Carry]:
     """One device's part of the layer -> (y[B, T, D] of its tokens, the layer's report, its tokens' carry)."""
     weights = (shards.gate_up_ED2F, shards.down_EFD)
-    fixed, dtype = jax.lax.stop_gradient(weights), shards.inputs.x_BTD.dtype
-    run_experts = lambda plan, x_RD: experts.execute_slots(plan, x_RD.astype(dtype), *fixed, config)
+    (*fixed, biases), dtype = jax.lax.stop_gradient((*weights, shards.biases)), shards.inputs.x_BTD.dtype
+    run_experts = lambda plan, x_RD: experts.execute_slots(plan, x_RD.astype(dtype), *fixed, config, biases)
     inputs = whole_sequences(shards.inputs, LETTERS.inputs)
     inputs = inputs._replace(train=train, axis_names=BATCH_AXES, run_experts=run_experts)
     routing = strategies.get(config.router).route(shards.router, jax.lax.stop_gradient(shards.state), inputs, config)
@@ -81,7 +83,9 @@ def route_and_execute(shards: Shards, config: MoE, train: bool, trace: bool) -> 
     plan = jax.tree.map(lambda a: checkpoint_name(a, "routing_plan"), routing.plan)
     if shards.intervention is not None:
         plan = shards.intervention(plan, inputs, config.num_experts, routing.added_BTD is not None)
-    y_BTD, dropped = apply_routing(routing._replace(plan=plan), inputs.x_BTD, inputs.valid_BT, *weights, config)
+    routing = routing._replace(plan=plan)
+    rest = {"config": config, "biases": shards.biases}
+    y_BTD, dropped = apply_routing(routing, inputs.x_BTD, inputs.valid_BT, *weights, **rest)
     stats = {**routing.stats, "dropped": dropped, **load_of_devices(plan, inputs.valid_BT, config)}
     losses, stats = jax.lax.psum((routing.losses, stats), BATCH_AXES)
     seen = _trace(plan, inputs, config) if trace else (None, None)
@@ -89,7 +93,14 @@ def route_and_execute(shards: Shards, config: MoE, train: bool, trace: bool) -> 
 
 
 def apply_routing(
-    routing: Routing, x_BTD: Array, valid_BT: Array, gate_up_ED2F: Array, down_EFD: Array, config: MoE
+    routing: Routing,
+    x_BTD: Array,
+    valid_BT: Array,
+    gate_up_ED2F: Array,
+    down_EFD: Array,
+    config: MoE,
+    *,
+    biases: experts.Biases | None = None,
 ) -> tuple[Array, Array]:
     """-> (y_n = sum_e G[n, e] * expert_e(s_n * x_n) + a_n in x's dtype, int32 [] rows that were dropped).
 
@@ -99,7 +110,7 @@ def apply_routing(
     if routing.input_scale_BT is not None:
         scale_BT1 = routing.input_scale_BT[..., None].astype(x_BTD.dtype)
         scaled_BTD = jnp.where(valid_BT[..., None], x_BTD, 0) * scale_BT1
-    y_BTD, dropped = experts.execute(routing.plan, scaled_BTD, gate_up_ED2F, down_EFD, config)
+    y_BTD, dropped = experts.execute(routing.plan, scaled_BTD, gate_up_ED2F, down_EFD, config, biases)
     added_BTD = own_tokens(routing.added_BTD)
     return y_BTD if added_BTD is None else y_BTD + added_BTD.astype(y_BTD.dtype), dropped
 
@@ -109,6 +120,9 @@ def _trace(plan: Plan, inputs: Inputs, config: MoE) -> tuple[Array, TokenPlan]:
     batch, time = inputs.token_ids_BT.shape
     found = tuple(f(plan, batch * time, config.num_experts) for f in (selection_matrix, token_major))
     return own_tokens(jax.tree.map(lambda a_Nx: a_Nx.reshape(batch, time, -1), found))
+
+
+OF_EXPERTS = ("gate_up_ED2F", "down_EFD", "gate_up_bias_E2F", "down_bias_ED")  # parameters, of each routed expert
 
 
 class MoELayer(nnx.Module):
@@ -122,6 +136,9 @@ class MoELayer(nnx.Module):
         self.router_state = nnx.Dict({k: RouterState(v) for k, v in router.init_state(config.dim, moe).items()})
         self.gate_up_ED2F = normal(up_key, "ED->2F", (moe.num_experts, config.dim, 2, moe.expert_dim), config.init_std)
         self.down_EFD = normal(down_key, "EF->D", (moe.num_experts, moe.expert_dim, config.dim), out_std)
+        if moe.expert_bias:
+            self.gate_up_bias_E2F = parameter(jnp.zeros((moe.num_experts, 2, moe.expert_dim)), "E2F", "vector")
+            self.down_bias_ED = parameter(jnp.zeros((moe.num_experts, config.dim)), "ED", "vector")
         if moe.num_shared_experts:
             hidden = moe.num_shared_experts * moe.expert_dim
             self.shared = FeedForward(shared_key, config.dim, hidden, config.init_std, out_std)
@@ -129,16 +146,21 @@ class MoELayer(nnx.Module):
             self.shared_gate_D = parameter(jnp.zeros(config.dim), "D", "vector")
 
     def __call__(self, x_BTD: Array, context: Context, layer: Array, carry: Carry) -> tuple[Array, Routed, Carry]:
+        biases = None
+        if self.config.expert_bias:
+            biases = experts.Biases(*(b.astype(x_BTD.dtype) for b in (self.gate_up_bias_E2F, self.down_bias_ED)))
+        letters = LETTERS if biases else LETTERS._replace(biases=None)
         shards = Shards(
             router={k: v[...] for k, v in self.router.items()} | dict(context.shared_router),
             state={k: v[...] for k, v in self.router_state.items()},
             gate_up_ED2F=self.gate_up_ED2F.astype(x_BTD.dtype),
             down_EFD=self.down_EFD.astype(x_BTD.dtype),
+            biases=biases,
             inputs=context.inputs(x_BTD, layer, carry),
             intervention=context.intervention,
         )
         on_device = functools.partial(route_and_execute, config=self.config, train=context.train, trace=context.trace)
-        y_BTD, routed, carry = local(on_device, (LETTERS,), ("BTD", Routed("", "", "BT", "BT"), "BT"))(shards)
+        y_BTD, routed, carry = local(on_device, (letters,), ("BTD", Routed("", "", "BT", "BT"), "BT"))(shards)
         if self.config.num_shared_experts:
             y_BTD = y_BTD + self._shared(x_BTD)
         return y_BTD, routed, carry

@@ -28,6 +28,8 @@ class BlockKind:
     attention: str  # a name of `attention.kinds`
     feed_forward: str  # one of FEED_FORWARDS
     wrapper: str = ""  # what decides which tokens pass it; empty: all do
+    norm_position: str = "before"  # as model.norm_position
+    multiplier: float = 1.0  # as model.multipliers.residual
 
 
 class Segment(NamedTuple):
@@ -60,7 +62,9 @@ def layers(config: Model) -> tuple[BlockKind, ...]:
     The last of each `every` dense blocks is wrapped by mixture of depths, and the last of each `every` MoE blocks.
     """
     attention, depths, dense = attention_names(config.attention), config.mixture_of_depths, config.num_dense_layers
-    found, kind = [], functools.cache(BlockKind)  # equal kinds are one object: `segments` compares them very often
+    same = {"norm_position": config.norm_position, "multiplier": config.multipliers.residual}
+    # Equal kinds are one object: `segments` compares them very often.
+    found, kind = [], functools.cache(functools.partial(BlockKind, **same))
     for layer in range(config.num_layers):
         feed_forward, index = ("dense", layer) if layer < dense else ("moe", layer - dense)
         wrapper = DEPTHS if depths.capacity and (index + 1) % depths.every == 0 else ""

@@ -7,7 +7,6 @@ Letters: L layers, G groups of layers (repeats of a unit), g members of one grou
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from frugalmoe import sharding
 from frugalmoe.model import pattern
-from frugalmoe.model.block import Parts, Place, Stream, apply_block
+from frugalmoe.model.block import Layer, Parts, Place, Stream, apply_layer
 from frugalmoe.model.moe import Context
 
 
@@ -35,18 +34,12 @@ def runs(segment: pattern.Segment) -> list[Run]:
     return [Run(kind, len(list(equal))) for kind, equal in itertools.groupby(segment.unit)]
 
 
-def leading_axes(segment: pattern.Segment, count: int) -> tuple[int, ...]:
-    """Of what a run of `count` blocks takes from outside: repeats, and the blocks of a run that is a scan."""
-    return (segment.repeats,) if count == 1 else (segment.repeats, count)
-
-
 class Layers(NamedTuple):
-    """What the scan gives to blocks: parameters, numbers of layers, caches."""
+    """What the scan gives to blocks: parameters and numbers of layers."""
 
     parts: Parts  # its attention by name, as the pattern has it
     wrapper: Mapping[str, Any]  # what decides who passes, by name
     layer: Array
-    cache: Any  # None but in generation
 
 
 @dataclasses.dataclass
@@ -57,41 +50,34 @@ class Segment:
     segment: pattern.Segment
     context: Context
     prepared: Mapping[str, Any]
-    start: Array | None
 
-    def __call__(self, stream: Stream, caches: tuple | None) -> tuple[Stream, tuple]:
-        """-> (stream, (routed, caches, reports)); routed and reports with a leading axis over layers, or None."""
+    def __call__(self, stream: Stream) -> tuple[Stream, tuple]:
+        """-> (stream, (routed, reports)), each with a leading axis over layers, or None."""
         stacks, of_runs = self._stacks(), runs(self.segment)
         if len(of_runs) == 1:
-            layers = stacks._replace(cache=None if caches is None else caches[0])
-            stream, (routed, cache, report) = jax.lax.scan(self._body(of_runs[0].kind), stream, layers)
-            return stream, (routed, None if caches is None else (cache,), report)
+            return jax.lax.scan(self._body(of_runs[0].kind), stream, stacks)
 
-        def unit(stream: Stream, xs: tuple) -> tuple[Stream, tuple]:
-            stacks, caches = xs
+        def unit(stream: Stream, stacks: Layers) -> tuple[Stream, tuple]:
             found = []
-            for run, layers, cache in zip(of_runs, _split(stacks, of_runs), caches or [None] * len(of_runs)):
-                stream, out = self._run(run, stream, layers._replace(cache=cache))
+            for run, layers in zip(of_runs, _split(stacks, of_runs)):
+                stream, out = self._run(run, stream, layers)
                 found.append(out)
-            routed, new_caches, reports = zip(*found)
-            return stream, (joined(routed), new_caches, joined(reports))
+            routed, reports = zip(*found)
+            return stream, (joined(routed), joined(reports))
 
         stacks = jax.tree.map(
             lambda a: _reshape(a, (self.segment.repeats, a.shape[0] // self.segment.repeats), 1), stacks
         )
-        stream, (routed, new_caches, reports) = jax.lax.scan(unit, stream, (stacks, caches))
-        flat = lambda a: _reshape(a, (a.shape[0] * a.shape[1],), 2)
-        routed, reports = jax.tree.map(flat, (routed, reports))
-        return stream, (routed, None if caches is None else new_caches, reports)
+        stream, found = jax.lax.scan(unit, stream, stacks)
+        return stream, jax.tree.map(lambda a: _reshape(a, (a.shape[0] * a.shape[1],), 2), found)
 
     def _run(self, run: Run, stream: Stream, layers: Layers) -> tuple[Stream, tuple]:
         """The same of the blocks of a run."""
         body = self._body(run.kind)
         if run.count > 1:
             return jax.lax.scan(body, stream, layers)
-        one = jax.tree.map(lambda a: a[0], layers._replace(cache=None))
-        stream, (routed, cache, report) = body(stream, one._replace(cache=layers.cache))
-        return stream, (jax.tree.map(lambda a: a[None], routed), cache, jax.tree.map(lambda a: a[None], report))
+        stream, found = body(stream, jax.tree.map(lambda a: a[0], layers))
+        return stream, jax.tree.map(lambda a: a[None], found)
 
     def _body(self, kind: pattern.BlockKind) -> Callable[[Stream, Layers], tuple[Stream, tuple]]:
         """One block, as a scan wants it."""
@@ -100,12 +86,9 @@ class Segment:
         def body(stream: Stream, layers: Layers) -> tuple[Stream, tuple]:
             wrapper, parts = sharding.gather(layers.wrapper, dtype), sharding.gather(layers.parts, dtype)
             parts = parts._replace(attention=parts.attention[kind.attention])
-            rest = (stream, self.context, self.prepared, Place(layers.layer, layers.cache, self.start))
-            if kind.wrapper:
-                passed = wrapper[kind.wrapper](functools.partial(parts.branches, kind), *rest)
-            else:
-                passed = apply_block(parts, kind, *rest)
-            return passed.stream, (passed.routed, passed.cache, passed.report)
+            rest = (stream, self.context, self.prepared, Place(layers.layer))
+            passed = apply_layer(Layer(parts, wrapper.get(kind.wrapper)), kind, *rest)
+            return passed.stream, (passed.routed, passed.report)
 
         return remat(body, self.model.config.remat)
 
@@ -140,7 +123,7 @@ class Segment:
             for name in dict.fromkeys(kind.wrapper for kind in own if kind.wrapper)
         }
         first = segment.first - same[0]
-        return Layers(parts, wrappers, jnp.arange(first, first + len(own), dtype=jnp.int32), None)
+        return Layers(parts, wrappers, jnp.arange(first, first + len(own), dtype=jnp.int32))
 
 
 def _split(stacks: Layers, of_runs: Sequence[Run]) -> list[Layers]:
@@ -153,7 +136,7 @@ def _split(stacks: Layers, of_runs: Sequence[Run]) -> list[Layers]:
     for run, (parts, layer) in zip(of_runs, rest):
         own = {run.kind.attention: next(attention[run.kind.attention])}
         wrapped = {run.kind.wrapper: next(wrapper[run.kind.wrapper])} if run.kind.wrapper else {}
-        found.append(Layers(parts._replace(attention=own), wrapped, layer, None))
+        found.append(Layers(parts._replace(attention=own), wrapped, layer))
     return found
 
 

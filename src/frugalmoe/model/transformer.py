@@ -16,14 +16,14 @@ from jax import Array
 from frugalmoe import sharding
 from frugalmoe.model import depths, multi_token, pattern, scan
 from frugalmoe.model.attention import kinds
-from frugalmoe.model.block import Place, Report, Stream, prepare, stacked
+from frugalmoe.model.block import Layer, Place, Report, Stream, apply_layer, prepare, stacked
 from frugalmoe.model.layers import RMSNorm, normal
-from frugalmoe.model.moe import Context, Routed, RouterState
+from frugalmoe.model.moe import OF_EXPERTS, Context, Routed, RouterState
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import Carry
 from frugalmoe.schema import Model
 
-Caches = tuple[tuple[Any, ...], ...]  # of each segment, of each of its runs
+Caches = tuple[Any, ...]  # of each layer
 
 # What decides which tokens pass a block, by its name in the pattern: a module that is called in front of the block, as
 # `depths.Depth`, and how its cache holds the block's.
@@ -35,7 +35,6 @@ class Output(NamedTuple):
 
     hidden_BTD: Array  # after the last norm
     routed: Routed | None  # every leaf with a leading axis L over the MoE layers
-    caches: Caches | None  # in generation only
     depths: Report | None  # of the blocks that some tokens skip, in order of depth
     further_LBTD: Array | None = None  # of modules that predict further ahead; theirs end `routed`
 
@@ -72,26 +71,57 @@ class Transformer(nnx.Module):
             make, keys = WRAPPERS[name][0], jax.random.split(jax.random.fold_in(key, wrapper_number), len(wrapped))
             setattr(self, pattern.NAMES[feed_forward, name], jax.vmap(lambda key, make=make: make(key, config))(keys))
 
-    def __call__(self, context: Context, caches: Caches | None = None, start: Array | None = None) -> Output:
-        """Hidden states of every token; `caches` and `start` are given in generation only."""
+    def __call__(self, context: Context) -> Output:
+        """Hidden states of every token."""
         config = self.config
-        stream = Stream(self._look_up()(context.token_ids_BT))
+        stream = Stream(self.embed(context.token_ids_BT))
         prepared = prepare(context.positions_BT, config, pattern.attention_names(config.attention))
         of_segments = []
-        for i, segment in enumerate(pattern.segments(config)):
+        for segment in pattern.segments(config):
             if segment.feed_forward == "moe" and segment.first == config.num_dense_layers:
                 context, carry = self._before_experts(context)
                 stream = stream._replace(carry=carry)
-            run = scan.Segment(self, segment, context, prepared, start)
-            stream, found = run(stream, None if caches is None else caches[i])
+            stream, found = scan.Segment(self, segment, context, prepared)(stream)
             of_segments.append(found)
-        routed, new_caches, reports = zip(*of_segments)
-        return Output(
-            self.final_norm(stream.x_BTD),
-            scan.joined(routed),
-            None if caches is None else new_caches,
-            scan.joined(reports),
-        )
+        routed, reports = zip(*of_segments)
+        return Output(self.final_norm(stream.x_BTD), scan.joined(routed), scan.joined(reports))
+
+    def layers(self, take: Callable[[nnx.Variable, int], nnx.Variable]) -> tuple[Layer, ...]:
+        """Every layer by itself, in order of depth. `take`: an entry of a stack."""
+        of_layers, count = pattern.layers(self.config), collections.Counter()
+        is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
+        entry = lambda stack, n: jax.tree.map(lambda leaf: take(leaf, n), stack, is_leaf=is_variable)
+        found = []
+        for kind in of_layers:
+            half, stacks = kind.feed_forward, getattr(self, pattern.NAMES[kind.feed_forward, ""]).parts
+            if len({other.attention for other in of_layers if other.feed_forward == half}) > 1:
+                attention = entry(stacks.attention[pattern.short(kind.attention)], count[half, kind.attention])
+            else:
+                attention = entry(stacks.attention, count[half])
+            parts = entry(stacks._replace(attention=None), count[half])._replace(attention=attention)
+            name, number = pattern.NAMES.get((half, kind.wrapper)), count[half, kind.wrapper]
+            found.append(Layer(parts, entry(getattr(self, name), number) if kind.wrapper else None))
+            count.update([half, (half, kind.attention), (half, kind.wrapper)])
+        return tuple(found)
+
+    def decode(self, layers: tuple[Layer, ...], context: Context, caches: Caches, start: Array) -> tuple[Array, Caches]:
+        """Hidden states of tokens that come behind those in the caches: the first of each sequence is its `start`th.
+
+        Layers one by one: a scan would copy every layer's parameters and cache for every token.
+        """
+        config, new = self.config, []
+        stream = Stream(self._look_up()(context.token_ids_BT))
+        prepared = prepare(context.positions_BT, config, pattern.attention_names(config.attention))
+        for number, (kind, layer, cache) in enumerate(zip(pattern.layers(config), layers, caches)):
+            before = config.num_dense_layers if kind.feed_forward == "moe" else 0
+            if kind.feed_forward == "moe" and number == before:
+                context, carry = self._before_experts(context)
+                stream = stream._replace(carry=carry)
+            place, layer = Place(jnp.int32(number - before), cache, start), sharding.gather(layer, config.compute_dtype)
+            passed = apply_layer(layer, kind, stream, context, prepared, place)
+            stream = passed.stream
+            new.append(passed.cache)
+        return self.final_norm(stream.x_BTD), tuple(new)
 
     def further(self, context: Context, out: Output) -> Output:
         """What the network made of a batch, and what its modules that predict further ahead make of that, if any."""
@@ -111,11 +141,17 @@ class Transformer(nnx.Module):
         passed = multi_token.draft(self.multi_token, config, context, *rest)
         return passed.stream.x_BTD, passed.cache
 
+    def embed(self, token_ids_BT: Array) -> Array:
+        """Embeddings [B, T, D] in compute dtype."""
+        return self._look_up()(token_ids_BT)
+
     def _look_up(self) -> Callable[[Array], Array]:
         """ids [B, T] -> their embeddings in compute dtype."""
         dtype = self.config.compute_dtype
         embed_VD = sharding.gather(self.embed_VD, dtype)[...].astype(dtype)
-        return functools.partial(sharding.local(_look_up, ("VD", "BT"), "BTD"), embed_VD)
+        look_up = functools.partial(sharding.local(_look_up, ("VD", "BT"), "BTD"), embed_VD)
+        multiplier = self.config.multipliers.embedding
+        return look_up if multiplier == 1 else lambda ids_BT: look_up(ids_BT) * multiplier
 
     def _before_experts(self, context: Context) -> tuple[Context, Carry]:
         """What a first layer with experts is given: the parameters that all routers share, and a carry of nothing.
@@ -131,7 +167,7 @@ class Transformer(nnx.Module):
         return context._replace(shared_router={k: v[...] for k, v in shared.items()}), carry
 
     def head(self) -> Array:
-        """The matrix [D, V] in compute dtype that turns hidden states into logits.
+        """The matrix [D, V] in compute dtype that turns hidden states into logits, over model.multipliers.logits.
 
         NormHead (Ling, arXiv 2503.05139 section 3.2.3, axis as in its released code): each hidden channel's weights are
         divided by their L2 norm over the vocabulary, and the norm carries no gradient.
@@ -139,6 +175,8 @@ class Transformer(nnx.Module):
         head_DV = self.embed_VD[...].T if self.config.tie_embeddings else self.head_DV[...]
         if self.config.norm_head:
             head_DV = head_DV / (jax.lax.stop_gradient(jnp.linalg.norm(head_DV, axis=1, keepdims=True)) + 1e-7)
+        if self.config.multipliers.logits != 1:
+            head_DV = head_DV / self.config.multipliers.logits
         dtype = self.config.compute_dtype
         return sharding.gather_array(head_DV, sharding.Declaration("DV", "head"), dtype).astype(dtype)
 
@@ -148,21 +186,21 @@ class Transformer(nnx.Module):
 
 
 def empty_caches(config: Model, batch: int, slots: int) -> Caches:
-    """One cache per segment and run of equal blocks, stacked as the scan wants it."""
+    """One cache per layer."""
+    zeros = lambda a: sharding.reshard(jnp.zeros(a.shape, a.dtype), "B" + "." * (a.ndim - 1))
+    return tuple(jax.tree.map(zeros, _cache(config, kind, batch, slots)) for kind in pattern.layers(config))
 
-    def of_run(segment: pattern.Segment, kind: pattern.BlockKind, count: int) -> Any:
-        cache = kinds.get(kind.attention).empty_cache(config, kinds.options_of(config, kind.attention), batch, slots)
-        if kind.wrapper:
-            cache = WRAPPERS[kind.wrapper][1](cache, batch)
-        leading = scan.leading_axes(segment, count)
-        letters = "." * len(leading) + "B"
-        zeros = lambda a: sharding.reshard(jnp.zeros((*leading, *a.shape), a.dtype), letters + "." * (a.ndim - 1))
-        return jax.tree.map(zeros, cache)
 
-    return tuple(
-        tuple(of_run(segment, kind, count) for kind, count in scan.runs(segment))
-        for segment in pattern.segments(config)
-    )
+def _cache(config: Model, kind: pattern.BlockKind, batch: int, slots: int) -> Any:
+    cache = kinds.get(kind.attention).empty_cache(config, kinds.options_of(config, kind.attention), batch, slots)
+    return WRAPPERS[kind.wrapper][1](cache, batch) if kind.wrapper else cache
+
+
+def bytes_of_caches(config: Model, batch: int, slots: int) -> int:
+    """What `empty_caches` would take."""
+    of_kind = lambda kind: jax.tree.leaves(jax.eval_shape(lambda: _cache(config, kind, batch, slots)))
+    size = lambda kind: sum(a.size * a.dtype.itemsize for a in of_kind(kind))
+    return sum(count * size(kind) for kind, count in collections.Counter(pattern.layers(config)).items())
 
 
 def _look_up(embed_VD: Array, token_ids_BT: Array) -> Array:
@@ -207,7 +245,7 @@ def count_parameters(config: Model) -> dict[str, int]:
     routed = 0
     if "moe_blocks" in params:
         moe = params["moe_blocks"]["moe"]
-        routed = size([moe["gate_up_ED2F"], moe["down_EFD"]])
+        routed = size([leaf for name, leaf in moe.items() if name in OF_EXPERTS])
     total, per_token = size(params), config.moe.num_experts_per_token
     idle = {"dense": 0, "moe": routed - routed * per_token // config.moe.num_experts}
     skipped = 0

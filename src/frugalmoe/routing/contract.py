@@ -297,7 +297,10 @@ def project(x_BTI: Array, kernel_IJ: Array) -> Array:
 def linear_logits(params: Params, inputs: Inputs) -> Array:
     """Router logits [B, T, E] in float32 whatever the activation dtype (bf16 scores tie: Megatron PR 7081).
 
-    A wrapper's `inputs.logit_map` applies here: a strategy that calls this once can be wrapped.
+    A wrapper's `inputs.logit_map` applies here: a strategy that calls this once can be wrapped. A parameter `bias_E` is
+    added, where there is one.
     """
     logits_BTE = project(clean(inputs), params["kernel_DE"])
+    if "bias_E" in params:
+        logits_BTE = logits_BTE + params["bias_E"]
     return logits_BTE if inputs.logit_map is None else inputs.logit_map(logits_BTE)

@@ -45,16 +45,24 @@ def routing(
     )
 
 
-def by_scores(logits_BTE: Array, choice: select.Choice, inputs: Inputs, config: MoE) -> Routing:
+def by_scores(
+    logits_BTE: Array,
+    choice: select.Choice,
+    inputs: Inputs,
+    config: MoE,
+    *,
+    epsilon: float = 0.0,
+    least_sum: float = 0.0,
+) -> Routing:
     """The routing of experts that a bias or a price helped to choose, weighted by their scores alone.
 
     Of the options: `score`, a name of `select.SCORES`; `renormalize`, whether weights are the scores over their sum;
-    `scale`, a factor on all weights.
+    `scale`, a factor on all weights. `epsilon`, `least_sum`: see `select.over_sum`.
     """
     options = config.options
     log_BTE = select.LOG_SCORES[options.score](logits_BTE)
     if options.renormalize:
-        weight_BTK = select.shares(select.at(log_BTE, choice.expert_BTK))
+        weight_BTK = select.over_sum(select.at(log_BTE, choice.expert_BTK), epsilon, least_sum)
     else:
         weight_BTK = select.at(select.SCORES[options.score](logits_BTE), choice.expert_BTK)
     probs_BTE, by_score = select.shares(log_BTE), select.top_k(logits_BTE, config.num_experts_per_token)

@@ -3,6 +3,7 @@
 Letters: B batch, T time, N tokens (B*T), E experts, K choices.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -69,6 +70,19 @@ def shares(log_score_BTE: Array, among_BTE: Array | None = None) -> Array:
     nobody_BT1 = ~jnp.any(among_BTE, axis=-1, keepdims=True)
     share_BTE = jax.nn.softmax(jnp.where(among_BTE | nobody_BT1, log_score_BTE, -jnp.inf), axis=-1)
     return jnp.where(among_BTE, share_BTE, 0)
+
+
+def over_sum(log_score_BTK: Array, epsilon: float = 0.0, least: float = 0.0) -> Array:
+    """Positive scores over (their sum + `epsilon`), and over `least` where that is more, from their logarithms."""
+    if epsilon:
+        further_BT1 = jnp.full_like(log_score_BTK[..., :1], math.log(epsilon))
+        share_BTK = shares(jnp.concatenate([log_score_BTK, further_BT1], axis=-1))[..., :-1]
+    else:
+        share_BTK = shares(log_score_BTK)
+    if not least:
+        return share_BTK
+    log_sum_BT1 = jax.nn.logsumexp(log_score_BTK, axis=-1, keepdims=True)
+    return share_BTK * jnp.exp(jnp.minimum(log_sum_BT1 - math.log(least), 0))
 
 
 def token_plan(expert_BTK: Array, weight_BTK: Array, inputs: Inputs, num_experts: int) -> TokenPlan:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,25 @@ RENAMED = {
 }
 
 
-def open_manager(workdir: Path, config: Checkpoint, cleanup: bool = False) -> ocp.CheckpointManager:
-    """Returns a manager that keeps the last `keep_last` steps and every multiple of `keep_every_steps`.
+class _These(policies.PreservationPolicy):
+    """Keeps the checkpoints of a set of steps, which its owner changes."""
+
+    def __init__(self, steps: Set[int]):
+        self._steps = steps
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [saved.step in self._steps for saved in checkpoints]
+
+
+def open_manager(
+    workdir: Path, config: Checkpoint, cleanup: bool = False, kept: Set[int] = frozenset()
+) -> ocp.CheckpointManager:
+    """Returns a manager that keeps the last `keep_last` steps, every multiple of `keep_every_steps`, and what is in
+    `kept` when another is saved.
 
     `cleanup` deletes what an interrupted save left, but also what another process is saving: for the run's owner only.
     """
-    keep = [policies.LatestN(config.keep_last)]
+    keep = [policies.LatestN(config.keep_last), _These(kept)]
     if config.keep_every_steps:
         keep.append(policies.EveryNSteps(config.keep_every_steps))
     options = ocp.CheckpointManagerOptions(
@@ -174,7 +187,12 @@ def restore_arrays(manager: ocp.CheckpointManager, step: int, wanted: Arrays) ->
         restored = _restored(Path(manager.directory) / str(step) / item, target) if arrays else {}
         by_path = {_joined(names): leaf for names, leaf in _named(restored, today)}
         found[item] = {path: by_path[path] for path in arrays}
-    return jax.jit(lambda values: _typed(values, wanted), donate_argnums=0)(found)
+    return typed(found, wanted)
+
+
+def typed(arrays: Arrays, wanted: Arrays) -> Arrays:
+    """Returns arrays, which are donated, with types that are written as those of a step's results are."""
+    return jax.jit(lambda values: _typed(values, wanted), donate_argnums=0)(arrays)
 
 
 def _restored(directory: Path, target: Any) -> Any:

@@ -26,7 +26,7 @@ from frugalmoe.model.causality import causality
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
-from frugalmoe.train import checkpoint, distributed, rundir
+from frugalmoe.train import best, checkpoint, distributed, rundir
 from frugalmoe.train import origin as origins
 from frugalmoe.train.evaluate import Scores, evaluate, write_probe
 from frugalmoe.train.objective import StepReport, knobs
@@ -59,10 +59,11 @@ def train(
     """Trains, or continues, the run in `workdir` and returns its summary. `status` is complete or stopped.
 
     resume: auto continues a run of the same config; force continues it whatever its config; never refuses. fresh
-    replaces the run that is there, once all has been checked. origin: a run whose weights this one begins with; it is
-    read once, and not when this run is continued. sample: draws the passage of text in a complete run's
-    summary, as `generate.sample_text` does; None: the summary has none. Raises UserError for input that cannot be run;
-    nothing is written or deleted then. With several processes (`distributed.start`) each calls it with equal arguments.
+    replaces the run that is there, once all has been checked. origin: a run, or a published model, whose weights this
+    one begins with; it is read once, and not when this run is continued. sample: draws the passage of text in a
+    complete run's summary, as `generate.sample_text` does; None: the summary has none. Raises UserError for input that
+    cannot be run; nothing is written or deleted then. With several processes (`distributed.start`) each calls it with
+    equal arguments.
     """
     config = config if fresh else rundir.as_begun(config, workdir)
     flags = {"--workdir": str(workdir), "--resume": resume, "--fresh": fresh, "--from": repr(origin)}
@@ -97,6 +98,8 @@ def opened(
     with distributed.together():
         data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed, progress=main)
         settled = settle(config, data.tokenizer.size, mesh.size)
+        parts = {"eval": data, "validation": data.validation}
+        best.check_metric(settled, {part: of_part.domains for part, of_part in parts.items() if of_part})
     distributed.check_same({"fingerprint of the data": data.fingerprint})
     with ExitStack() as held:
         with distributed.together():
@@ -125,6 +128,8 @@ def opened(
             with distributed.together():
                 if main:
                     _describe(run, config, begun and begun.record)
+                    if begun:
+                        origins.accompany(begun.origin, workdir)
             run.notes += [begun.note] if begun else []
             begun = None  # its arrays are the run's, which the first step may write over
             yield run
@@ -143,10 +148,15 @@ def _begun(
 
 def _check_data(workdir: Path, data: Dataset) -> None:
     path = workdir / "data.json"
-    if path.is_file() and (old := read_json(path)["fingerprint"]) != data.fingerprint:
-        raise UserError(
-            f"--workdir={workdir}: the run's data changed (fingerprint {old} there, {data.fingerprint} now)"
-        )
+    if not path.is_file():
+        return
+    there = read_json(path)
+    sets = [("data", there["fingerprint"], data.fingerprint)]
+    if data.validation and "validation" in there:
+        sets.append(("validation set", there["validation"]["fingerprint"], data.validation.fingerprint))
+    for what, old, new in sets:
+        if old != new:
+            raise UserError(f"--workdir={workdir}: the run's {what} changed (fingerprint {old} there, {new} now)")
 
 
 def _describe(run: "Run", config: Config, origin: Mapping[str, Any] | None) -> None:
@@ -237,10 +247,13 @@ class Run:
         model = config.model
         self.layers, self.routed_blocks = pattern.moe_layers(model), pattern.wrapped_layers(model)
         self.trained_layers = self.layers + multi_token.moe_layers(model)
-        self.manager = checkpoint.open_manager(workdir, config.checkpoint, cleanup=True)
+        self.kept: set[int] = set()  # steps of checkpoints that stay
+        self.manager = checkpoint.open_manager(workdir, config.checkpoint, cleanup=True, kept=self.kept)
         self.notes: list[str] = []  # for whoever started the run
         self.state = self._restored() or begun or init(config)
         self.start = self.step = int(self.state.step)
+        self.best = self._best_before()
+        self.kept |= {self.best.step} if self.best else set()
         self.knobs = jax.tree.map(lambda number: sharding.put(mesh, number, ""), knobs(config))
         main = distributed.is_main()
         log = lambda name: rundir.Log(workdir / name if main else Path(os.devnull), self.start)
@@ -260,6 +273,23 @@ class Run:
             self.manager.delete(step)
             self.notes.append(f"checkpoint of step {step}: not finite; deleted, the one of step {saved} is taken")
         return state
+
+    def _best_before(self) -> best.Best | None:
+        """The best checkpoint of the starts before this one."""
+        if not self.config.checkpoint.keep_best:
+            return None
+        steps = {step for step in self.manager.all_steps() if step <= self.start}
+        return best.find(self.workdir, self.config.checkpoint.keep_best, steps)
+
+    def _keep_best(self, scores: Mapping[str, float]) -> None:
+        """Saves the state that was evaluated and keeps it, if it is the best until now, in the place of that before."""
+        metric = self.config.checkpoint.keep_best
+        if metric and best.is_better(metric, scores[metric], self.best):
+            self.save()
+            self.manager.wait_until_finished()
+            self.best = best.Best(self.step, scores[metric])
+            self.kept.clear()
+            self.kept.add(self.step)
 
     def check(self, step: int, report: StepReport) -> None:
         """Raises `NotFinite` unless a step's loss and gradient and the state after it are finite."""
@@ -284,7 +314,7 @@ class Run:
         self.manager.wait_until_finished()
         summary = {"status": "stopped" if stopped else "complete", "step": self.step, "steps": self.config.train.steps}
         if scores:
-            summary |= self._summary(scores, seconds) | ({"sample": self._sample(sample)} if sample else {})
+            summary |= self._summary(*scores, seconds) | ({"sample": self._sample(sample)} if sample else {})
             if distributed.is_main():
                 write_json(self.workdir / "summary.json", summary)
         return summary
@@ -294,7 +324,13 @@ class Run:
             part.close()
 
     def evaluate(self) -> None:
-        self._log_scores(evaluate(self.eval_step, self.state, self.data, self.config, self.mesh))
+        measured = self._log_scores("eval", self._scored(self.eval_step, self.data))
+        if self.data.validation:
+            measured |= self._log_scores("validation", self._scored(self.eval_step, self.data.validation))
+        self._keep_best(measured)
+
+    def _scored(self, eval_step: Callable, data: Dataset, trace: list | None = None) -> Scores:
+        return evaluate(eval_step, self.state, data, self.config, self.mesh, trace)
 
     def save(self) -> None:
         """Saves the state; raises `NotFinite` for one that is not finite."""
@@ -336,23 +372,32 @@ class Run:
         self.metrics_log.write({"step": step, **row})
         self.trackers.log(step, row)
 
-    def _log_scores(self, scores: Scores) -> None:
+    def _log_scores(self, what: str, scores: Scores) -> dict[str, float]:
+        """Logs losses under `eval/`, or those of the validation set of one's own under `validation/`; returns them."""
         if broken := [domain for domain, loss in scores.loss.items() if not np.isfinite(loss)]:
-            raise NotFinite(self._broken(f"held-out loss of {', '.join(broken)} after step {self.step}"))
+            name = "held-out" if what == "eval" else what
+            raise NotFinite(self._broken(f"{name} loss of {', '.join(broken)} after step {self.step}"))
         named = {"loss": scores.loss, "bits_per_byte": scores.bits_per_byte}
-        self._write(self.step, {f"eval/{k}/{d}": v for k, by_domain in named.items() for d, v in by_domain.items()})
+        row = {f"{what}/{k}/{d}": v for k, by_domain in named.items() for d, v in by_domain.items()}
+        self._write(self.step, row)
+        return row
 
-    def _finish(self) -> Scores:
+    def _finish(self) -> tuple[Scores, Scores | None]:
+        """Scores of the held-out documents, and of the validation set where there is one."""
         trace: list | None = [] if self.layers and distributed.is_main() else None
         traced = lambda: compiled_eval_step(self.config, trace=True, vocabulary=self.data.tokenizer.size)
         eval_step = traced() if self.layers else self.eval_step
-        scores = evaluate(eval_step, self.state, self.data, self.config, self.mesh, trace)
-        self._log_scores(scores)
+        scores, own = self._scored(eval_step, self.data, trace), None
+        measured = self._log_scores("eval", scores)
+        if self.data.validation:
+            own = self._scored(eval_step, self.data.validation)
+            measured |= self._log_scores("validation", own)
+        self._keep_best(measured)
         if trace:
             write_probe(self.workdir / "probe.npz", trace, self.layers, self.config.model.moe.num_experts)
-        return scores
+        return scores, own
 
-    def _summary(self, scores: Scores, seconds: float) -> dict[str, Any]:
+    def _summary(self, scores: Scores, own: Scores | None, seconds: float) -> dict[str, Any]:
         moe = self.config.model.moe
         router = strategies.get(moe.router)
         layers = _by_layer(routing_stats.metrics, scores.stats, self.layers)
@@ -361,7 +406,9 @@ class Run:
         speed = float(np.median(self.tokens_per_second)) if self.tokens_per_second else None
         return {
             "domains": list(self.data.domains),
-            "eval": {"loss": scores.loss, "bits_per_byte": scores.bits_per_byte},
+            "eval": _losses(scores),
+            **({"validation": _losses(own)} if own else {}),
+            **({"best": {"metric": self.config.checkpoint.keep_best, **self.best._asdict()}} if self.best else {}),
             "parameters": count_parameters(self.config.model),
             "speed": {"tokens_per_second": speed, "train_seconds": seconds},
             "router": {"name": router.name, **self._causality(), "layers": layers},
@@ -381,6 +428,10 @@ class Run:
             return {"prompt": "", "text": "", "why": "no sample: the parameters do not fit on one device"}
         with sharding.one_device(weights) as weights:
             return sample(self.config, weights, self.data.tokenizer) if distributed.is_main() else {}
+
+
+def _losses(scores: Scores) -> dict[str, dict[str, float]]:
+    return {"loss": scores.loss, "bits_per_byte": scores.bits_per_byte}
 
 
 def _by_layer(metrics: Callable, stats: Mapping[str, Any], layers: list[int]) -> dict[str, dict[str, float]]:

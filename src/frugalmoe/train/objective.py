@@ -253,7 +253,23 @@ def forward(
     intervention: Callable | None = None,
     further: bool = False,
 ) -> Output:
-    """Returns what the model makes of a batch; with `further` its modules that predict further ahead run too.
+    """Returns what the model makes of a batch; with `further` its modules that predict further ahead run too."""
+    seen = context(batch, first_row, step, seed, train=train, trace=trace, intervention=intervention)
+    out = model(seen)
+    return model.further(seen, out) if further else out
+
+
+def context(
+    batch: Batch,
+    first_row: Array | int,
+    step: Array,
+    seed: int | Array,
+    *,
+    train: bool,
+    trace: bool = False,
+    intervention: Callable | None = None,
+) -> Context:
+    """Returns what every layer may look at of a batch.
 
     A sequence's key depends on its place in the step or in the held-out set, not on that in the batch or on a device.
     """
@@ -261,9 +277,7 @@ def forward(
     key = jax.random.fold_in(jax.random.key(seed), step)
     keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B + first_row)
     of_batch = (batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, keys_B)
-    context = Context(*of_batch, step, train, trace, intervention)
-    out = model(context)
-    return model.further(context, out) if further else out
+    return Context(*of_batch, step, train, trace, intervention)
 
 
 def token_losses(

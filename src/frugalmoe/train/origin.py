@@ -1,13 +1,14 @@
-"""A run that begins with the weights of another run: what they are, what of them fits, and what is made new.
+"""A run that begins with the weights of another, or of a published model: what of them fits, and what is made new.
 
 Parameters are taken by their paths, names joined by `/`. What does not fit is named and refused, unless it is said to
 be new on purpose. The optimizer's state and the two clocks begin anew.
 """
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -28,40 +29,107 @@ SHOWN = 10  # of what does not fit
 Shapes = Mapping[str, tuple[int, ...]]  # by path
 
 
+class Stored(Protocol):
+    """Arrays that a run may begin with: those of a run's checkpoints, or of a published model."""
+
+    router: Any  # of the config that they were made with
+    tokenizer: str  # fingerprint
+
+    def shapes(self, step: int, item: str, ours: Iterable[str]) -> Shapes:
+        """Returns the shapes of `params` or `router_state`; ours: the paths that a model of today has."""
+        ...
+
+    def arrays(self, step: int, wanted: checkpoint.Arrays) -> checkpoint.Arrays:
+        """Returns some arrays, placed as `wanted` has them, which holds abstract ones; others are not read."""
+        ...
+
+    def digest(self, step: int, items: Iterable[str]) -> str:
+        """Returns the SHA-256 of the files that hold some items."""
+        ...
+
+    def accompany(self, workdir: Path) -> None:
+        """Writes into a run's directory what came with the weights, so that it can be published as they were."""
+        ...
+
+
+class Published(Stored, Protocol):
+    """A published model's directory, as `convert.origin` opens it."""
+
+    family: str
+
+
 class Origin(NamedTuple):
     """Where a run's first weights come from, as it is asked for."""
 
-    run: Path
+    run: Path  # or the directory of a published model
     step: int | None = None  # of the checkpoint; None: the newest that is finite
     state: str = "auto"  # whether the routers' state comes too: yes | no | auto, where the router is the same
     drop: tuple[str, ...] = ()  # glob patterns of paths, as head*, that are made new
+    published: Published | None = None  # None: `run` is a run
 
     def __str__(self) -> str:
         return f"--from={self.run}" + (f"@{self.step}" if self.step is not None else "")
 
     def recorded(self) -> dict[str, Any]:
         """What a run's record says of what was asked for."""
-        return {"run": str(self.run.resolve()), "state": self.state, "drop": list(self.drop)}
+        asked = {"run": str(self.run.resolve()), "state": self.state, "drop": list(self.drop)}
+        return asked | ({"family": self.published.family} if self.published else {})
+
+
+class _OfRun(NamedTuple):
+    """The checkpoints of a run, as `Stored`."""
+
+    run: Path
+    manager: Any
+
+    @property
+    def router(self) -> Any:
+        return record(self.run / RECORD)["model"]["moe"]["router"]
+
+    @property
+    def tokenizer(self) -> str:
+        return load_from(self.run / "tokenizer").fingerprint
+
+    def shapes(self, step: int, item: str, ours: Iterable[str]) -> Shapes:
+        return checkpoint.shapes(self.manager, step, item, ours)
+
+    def arrays(self, step: int, wanted: checkpoint.Arrays) -> checkpoint.Arrays:
+        return checkpoint.restore_arrays(self.manager, step, wanted)
+
+    def digest(self, step: int, items: Iterable[str]) -> str:
+        return checkpoint.digest(self.run, step, items)
+
+    def accompany(self, workdir: Path) -> None:
+        rundir.copy_source(self.run, workdir)
+
+
+@contextmanager
+def _stored(origin: Origin) -> Iterator[Stored]:
+    if origin.published is not None:
+        yield origin.published
+        return
+    with checkpoint.one_line_errors(origin.run), checkpoint.open_manager(origin.run, Checkpoint()) as manager:
+        yield _OfRun(origin.run, manager)
 
 
 class Fit(NamedTuple):
-    """What of a checkpoint a config takes."""
+    """What of a checkpoint, or of a published model, a config takes."""
 
-    step: int
+    of: str  # step 12, or a family
+    step: int  # 0 for a published model
     taken: Mapping[str, tuple[str, ...]]  # of params and router_state: paths
     new: tuple[str, ...]  # paths of parameters that are made new
 
     def __str__(self) -> str:
         new = ", ".join(self.new[:SHOWN]) + (f" and {len(self.new) - SHOWN} more" if len(self.new) > SHOWN else "")
         state = "with" if self.taken["router_state"] else "without"
-        return (
-            f"{len(self.taken['params'])} parameters of step {self.step}, {state} routers' state; new: {new or 'none'}"
-        )
+        return f"{len(self.taken['params'])} parameters of {self.of}, {state} routers' state; new: {new or 'none'}"
 
 
 class Begun(NamedTuple):
     """The state before the first step, and what a run's record says of where it comes from."""
 
+    origin: Origin
     state: State
     record: dict[str, Any]
     note: str
@@ -96,6 +164,11 @@ def to_read(origin: Origin | None, workdir: Path, fresh: bool) -> ToRead:
     found = rundir.origin_of(workdir)
     if found is None:
         return ToRead(origin)
+    if "family" in found:
+        if origin is None or origin.published is None:
+            rule = "the run began with a published model, and has not saved since"
+            raise UserError(f"--workdir={workdir}: {rule}; give --from={found['run']} again, or --fresh to start over")
+        return ToRead(origin._replace(state=found["state"], drop=tuple(found["drop"])), found["sha256"])
     return ToRead(Origin(Path(found["run"]), found["step"], found["state"], tuple(found["drop"])), found["sha256"])
 
 
@@ -103,6 +176,10 @@ def check_there(origin: Origin, workdir: Path | None) -> list[int]:
     """Returns the steps of an origin's checkpoints; raises `UserError` for one that is no run or lacks its step."""
     if origin.state not in STATES:
         raise UserError(f"--from.state={origin.state}: unknown; {did_you_mean(origin.state, STATES)}")
+    if origin.published is not None:
+        if origin.step is not None:
+            raise UserError(f"{origin}: a published model has no steps; leave @{origin.step} out")
+        return [0]
     check_run(origin.run)
     if workdir is not None and origin.run.resolve() == workdir.resolve():
         raise UserError(f"{origin}: is the run directory itself; give another --workdir")
@@ -121,9 +198,9 @@ def check(origin: Origin, config: Config, tokenizer: str) -> Fit:
     origin that is no run, has no such checkpoint or does not fit.
     """
     steps = check_there(origin, None)
-    with checkpoint.one_line_errors(origin.run), checkpoint.open_manager(origin.run, Checkpoint()) as manager:
-        fit = _fit(origin, config, manager, steps[-1] if origin.step is None else origin.step)
-    _check_tokenizer(origin, config, fit, tokenizer)
+    with _stored(origin) as stored:
+        fit = _fit(origin, config, stored, steps[-1] if origin.step is None else origin.step)
+        _check_tokenizer(origin, config, fit, (stored.tokenizer, tokenizer))
     return fit
 
 
@@ -139,31 +216,37 @@ def begin(origin: Origin, config: Config, digest: str | None = None) -> Begun:
     To be called after `check`. `digest` is that of its files where they were read before. Raises `UserError` where it
     is another now, and for numbers that are not finite.
     """
-    steps = checkpoint.saved_steps(origin.run)[::-1] if origin.step is None else [origin.step]
-    with checkpoint.one_line_errors(origin.run), checkpoint.open_manager(origin.run, Checkpoint()) as manager:
+    steps = check_there(origin, None)[::-1] if origin.step is None else [origin.step]
+    with _stored(origin) as stored:
         for step in steps:
-            fit = _fit(origin, config, manager, step)
-            state = _with_arrays(config, manager, fit)
+            fit = _fit(origin, config, stored, step)
+            state = _with_arrays(config, stored, fit)
             if state is not None:
                 break
         else:
             which = "no checkpoint" if origin.step is None else f"not the checkpoint of step {origin.step}"
             raise UserError(f"{origin}: holds finite numbers in {which}, so there is no model")
-    found = checkpoint.digest(origin.run, step, [item for item, paths in fit.taken.items() if paths])
+        found = stored.digest(step, [item for item, paths in fit.taken.items() if paths])
     if digest not in (None, found):
         rule = f"has changed since the run began with it (sha256 {digest[:12]} then, {found[:12]} now)"
         raise UserError(f"{origin}: {rule}; --fresh starts over")
     taken = {"step": step, "sha256": found, "router_state": bool(fit.taken["router_state"]), "new": list(fit.new)}
-    return Begun(state, origin.recorded() | taken, f"{origin}: {fit}")
+    return Begun(origin, state, origin.recorded() | taken, f"{origin}: {fit}")
 
 
-def _with_arrays(config: Config, manager: Any, fit: Fit) -> State | None:
+def accompany(origin: Origin, workdir: Path) -> None:
+    """Writes into a run's directory what came with the weights that it began with."""
+    with _stored(origin) as stored:
+        stored.accompany(workdir)
+
+
+def _with_arrays(config: Config, stored: Stored, fit: Fit) -> State | None:
     """The state before the first step with a checkpoint's arrays; None where they are not finite."""
     like = abstract(config)
     wanted = {
         item: {p: a for p, a in _by_path(getattr(like, item)).items() if p in fit.taken[item]} for item in fit.taken
     }
-    arrays = checkpoint.restore_arrays(manager, fit.step, wanted)
+    arrays = stored.arrays(fit.step, wanted)
     if not jax.jit(finite)(arrays):
         return None
     state = init(config)
@@ -171,17 +254,17 @@ def _with_arrays(config: Config, manager: Any, fit: Fit) -> State | None:
     return state._replace(**{item: put(item, getattr(state, item)) for item in arrays})
 
 
-def _fit(origin: Origin, config: Config, manager: Any, step: int) -> Fit:
+def _fit(origin: Origin, config: Config, stored: Stored, step: int) -> Fit:
     """What a config takes of a step; raises `UserError` that lists what does not fit."""
     _, params, router_state = structure(config.model)
     ours = {"params": _shapes(params), "router_state": _shapes(router_state)}
-    theirs = {item: checkpoint.shapes(manager, step, item, ours[item]) for item in ours}
+    theirs = {item: dict(stored.shapes(step, item, ours[item])) for item in ours}
     for pattern in origin.drop:
         if not any(fnmatch.filter(shapes, pattern) for shapes in (*ours.values(), *theirs.values())):
             rule = "matches no parameter; valid: " + ", ".join(sorted({path.split("/")[0] for path in ours["params"]}))
             raise UserError(f"--from.drop={pattern}: {rule}, and what is below them, joined by /")
     new = tuple(path for path in ours["params"] if _matches(path, origin.drop))
-    if not _takes_state(origin, config, new):
+    if not _takes_state(origin, config, new, stored):
         ours["router_state"] = theirs["router_state"] = {}
     wrong, taken = [], {}
     for item in ours:
@@ -192,7 +275,7 @@ def _fit(origin: Origin, config: Config, manager: Any, step: int) -> Fit:
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         rule = "--from.drop=GLOB makes new what it names; --from.state=no the routers' state"
         raise UserError(f"{origin}: {len(wrong)} arrays do not fit: {'; '.join(wrong[:SHOWN])}{more}. {rule}")
-    return Fit(step, taken, new)
+    return Fit(origin.published.family if origin.published else f"step {step}", step, taken, new)
 
 
 def _differences(ours: Shapes, theirs: Shapes) -> list[str]:
@@ -204,21 +287,24 @@ def _differences(ours: Shapes, theirs: Shapes) -> list[str]:
     ]
 
 
-def _takes_state(origin: Origin, config: Config, new: Iterable[str]) -> bool:
+def _takes_state(origin: Origin, config: Config, new: Iterable[str], stored: Stored) -> bool:
     """Whether the routers' state is taken: by default that of the same router, none of whose parameters is new."""
     if origin.state != "auto":
         return origin.state == "yes"
-    theirs = record(origin.run / RECORD)["model"]["moe"]["router"]
     declared = declarations(config.model)
     is_router = lambda path: declared[tuple(path.split("/"))].role == "router"
-    return theirs == to_dict(config.model.moe)["router"] and not any(map(is_router, new))
+    return stored.router == to_dict(config.model.moe)["router"] and not any(map(is_router, new))
 
 
-def _check_tokenizer(origin: Origin, config: Config, fit: Fit, tokenizer: str) -> None:
-    """Refuses weights that mean other tokens than the run's, unless nothing that knows tokens is taken."""
+def _check_tokenizer(origin: Origin, config: Config, fit: Fit, fingerprints: tuple[str, str]) -> None:
+    """Refuses weights that mean other tokens than the run's, unless nothing that knows tokens is taken.
+
+    fingerprints: of the origin's tokenizer, and of the run's.
+    """
     roles = {declarations(config.model)[tuple(path.split("/"))].role for path in fit.taken["params"]}
-    if roles & {"embedding", "head"} and load_from(origin.run / "tokenizer").fingerprint != tokenizer:
-        rule = f"another tokenizer than that of {origin}; give --config.data.tokenizer={origin.run / 'tokenizer'}"
+    if roles & {"embedding", "head"} and len(set(fingerprints)) > 1:
+        own = origin.run if origin.published else origin.run / "tokenizer"
+        rule = f"another tokenizer than that of {origin}; give --config.data.tokenizer={own}"
         raise UserError(
             f"data.tokenizer={config.data.tokenizer!r}: {rule}, or make embedding and head new: --from.drop"
         )

@@ -16,7 +16,7 @@ from frugalmoe.data.look import Look, look
 from frugalmoe.data.tokenizer import parse
 from frugalmoe.errors import UserError
 from frugalmoe.files import read_json
-from frugalmoe.train import checkpoint, distributed, rundir, trackers
+from frugalmoe.train import best, checkpoint, distributed, rundir, trackers
 from frugalmoe.train.optim import bytes_of
 from frugalmoe.train.origin import Origin, check_there, differences, to_read
 from frugalmoe.train.origin import check as check_fit
@@ -60,6 +60,8 @@ def check(
     if unseen:
         return Ready(config, tuple(f"{field} cannot be seen from here, and was not checked" for field in unseen))
     found = look(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
+    domains = {"eval": found.domains} | ({"validation": found.validation} if config.data.validation.path else {})
+    best.check_metric(config, domains)
     settled, notes = _with_vocabulary(config, found)
     if workdir is None:
         return Ready(settled, notes)
@@ -85,7 +87,7 @@ def check_directory(
     _existing_parent(workdir)
     rundir.check_idle(workdir)
     if origin is not None:
-        _check_origin(workdir, origin, fresh, resume == "force")
+        check_origin(origin, workdir, fresh, resume == "force")
     if fresh:
         rundir.check_fresh(workdir)
         return
@@ -94,8 +96,8 @@ def check_directory(
     rundir.check_config(workdir, config, force=resume == "force")
 
 
-def _check_origin(workdir: Path, origin: Origin, fresh: bool, force: bool) -> None:
-    """Compares an origin with that of the run that is there; only one that will be read must be there itself."""
+def check_origin(origin: Origin, workdir: Path, fresh: bool = False, force: bool = False) -> None:
+    """Raises `UserError` for an origin that is not that of the run in `workdir`, or that will be read and is no run."""
     goes_on = (workdir / RECORD).is_file() and not fresh
     if goes_on and not force and (differing := differences(origin, rundir.origin_of(workdir))):
         rule = f"holds a run that did not begin with {origin} ({', '.join(differing)})"
@@ -136,7 +138,9 @@ def _checkpoints_at_once(config: Config) -> int:
     c, steps = config.checkpoint, config.train.steps
     saved = -(-steps // c.every_steps) if c.every_steps else 1
     kept = steps // c.keep_every_steps if c.keep_every_steps and c.every_steps else 0
-    return min(saved, c.keep_last + 1 + kept)
+    if c.keep_best:  # each evaluation may be followed by a save
+        saved = steps
+    return min(saved, c.keep_last + 1 + kept + bool(c.keep_best))
 
 
 def _existing_parent(workdir: Path) -> Path:

@@ -33,6 +33,7 @@ _BEGINNING = ("checkpoints", "metrics.jsonl", "expert_load.jsonl", "tensorboard"
 _OWN = ("config.json", "environment.json", "data.json", "history.jsonl", "metrics.jsonl", "expert_load.jsonl",
         "summary.json", "probe.npz", "cross.json", "suite.json", ".*.json.*.tmp", ".*.jsonl.*.tmp",
         "tensorboard/events.out.tfevents.*", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
+        "tokenizer/chat_template.jinja", "tokenizer/generation_config.json",
         "report/index.html", "report/*.png", "trace/step_*.npz", "trackers.json", "wandb", "profile",
         "outside.json", "outside/*/*.py", "source.json", "source/*")  # fmt: skip
 _FOLDERS = ("checkpoints", "tensorboard", "tokenizer", "report", "trace", "outside/*", "outside", "source")
@@ -205,6 +206,15 @@ def origin_of(workdir: Path) -> dict[str, Any] | None:
     return found
 
 
+def copy_source(there: Path, workdir: Path) -> None:
+    """Copies what a run that was made of a published model keeps of it, `source.json` and the files in `source/`."""
+    for path in (there / "source.json", *sorted((there / "source").glob("*"))):
+        if path.is_file():
+            to = workdir / path.relative_to(there)
+            to.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, to)
+
+
 def describe_data(workdir: Path, data: Dataset) -> None:
     """Writes data.json: which data a run is about, and how much there is of it."""
     described = {
@@ -213,8 +223,14 @@ def describe_data(workdir: Path, data: Dataset) -> None:
         "train_tokens": data.train_tokens,
         "validation_tokens": data.validation_tokens,
         "remainder": data.remainder,
-        "notes": data.manifest["notes"],
+        "notes": [*data.manifest["notes"], *data.notes],
     }
+    if data.validation:
+        described["validation"] = {
+            "fingerprint": data.validation.fingerprint,
+            "domains": list(data.validation.domains),
+            "tokens": data.validation.validation_tokens,
+        }
     write_json(workdir / "data.json", described)
 
 

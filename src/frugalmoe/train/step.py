@@ -219,13 +219,13 @@ def make_eval_step(
         routed = out.routed
         stats, *traced = (routed.stats, routed.selected_BTE, routed.plan) if routed is not None else ({}, None, None)
         passed = {} if out.depths is None else out.depths.stats
-        predicted = _predicted(model, out.hidden_BTD, config, vocabulary) if trace else None
+        predicted = predicted_tokens(model, out.hidden_BTD, config, vocabulary) if trace else None
         return Evaluated(ce_BT * batch.loss_mask_BT, stats, passed, *traced, predicted)
 
     return eval_step
 
 
-def _predicted(model: Transformer, hidden_BTD: Array, config: Config, vocabulary: int | None) -> Array:
+def predicted_tokens(model: Transformer, hidden_BTD: Array, config: Config, vocabulary: int | None) -> Array:
     """Returns the most likely next token [B, T], the lowest id among equals.
 
     Logits are those of the loss, float32 whatever the dtype of hidden states, for `loss_chunk` tokens at one time.

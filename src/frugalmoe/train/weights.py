@@ -13,8 +13,8 @@ from frugalmoe.data.tokenizer import Tokenizer, load_from
 from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json
-from frugalmoe.schema import Mesh
-from frugalmoe.train import checkpoint, rundir
+from frugalmoe.schema import Mesh, Source
+from frugalmoe.train import best, checkpoint, rundir
 from frugalmoe.train.placing import micro_batch
 from frugalmoe.train.step import abstract
 
@@ -37,12 +37,14 @@ class Loaded(NamedTuple):
 
 
 def run_and_step(text: str) -> tuple[Path, int | None]:
-    """Returns (run directory, step or None) of RUN or RUN@STEP; a directory whose name has an @ is one too."""
+    """Returns (run directory, step or None) of RUN, RUN@STEP or RUN@best; a directory with an @ in its name is one."""
     name, at, step = text.rpartition("@")
     if not at or Path(text).is_dir():
         return Path(text), None
+    if step == best.NAME:
+        return Path(name), best.step_of(Path(name))
     if not (step.isascii() and step.isdecimal() and len(step) < 10):
-        raise UserError(f"{text}: no such directory, and STEP of RUN@STEP must be a whole number")
+        raise UserError(f"{text}: no such directory, and STEP of RUN@STEP must be a whole number, or {best.NAME}")
     return Path(name), int(step)
 
 
@@ -94,7 +96,8 @@ def open_run_data(run: Path, config: Config) -> Dataset:
 
     A published model was trained on others: the data of the run's config, at which it is looked first, become its own.
     """
-    data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
+    data = dataclasses.replace(config.data, validation=Source())  # that set is no part of what the run is about
+    data = open_data(data, batch_size=config.train.batch_size, seed=config.train.seed)
     if not (run / "data.json").is_file():
         rundir.describe_data(run, data)
     there = read_json(run / "data.json")["fingerprint"]

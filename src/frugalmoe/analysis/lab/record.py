@@ -19,18 +19,21 @@ import jax
 import numpy as np
 from rich.progress import track
 
+from frugalmoe import sharding
+from frugalmoe.analysis.lab import streamed
 from frugalmoe.analysis.lab.lab import TOKENS, moe_layers
 from frugalmoe.analysis.stored.probe import read_columns
 from frugalmoe.analysis.stored.trace import FOLDER, check_file, fingerprints, trace_files
 from frugalmoe.config import RECORD, resolve, runnable
+from frugalmoe.convert import from_hf
 from frugalmoe.errors import UserError
-from frugalmoe.fields import check_integer
+from frugalmoe.fields import check_integer, to_dict
 from frugalmoe.files import write_atomically
 from frugalmoe.routing import stats
 from frugalmoe.train import checkpoint
-from frugalmoe.train.evaluate import Traced, evaluate, limited, probe_columns
+from frugalmoe.train.evaluate import Scores, Traced, evaluate, limited, probe_columns
 from frugalmoe.train.step import make_eval_step
-from frugalmoe.train.weights import load_model, open_run_data
+from frugalmoe.train.weights import Weights, load_model, open_run_data
 
 
 def write_trace(
@@ -44,7 +47,9 @@ def write_trace(
     if not (run / "config.json").is_file():
         raise UserError(f"{run}: not a run directory (it holds no config.json)")
     steps = checkpoint.saved_steps(run)
-    if not steps:
+    if not steps and (run / from_hf.RECORD).is_file():
+        steps = [0]  # of the files, a layer at a time
+    elif not steps:
         raise UserError(f"{run}: holds no checkpoint yet")
     if not (run / "data.json").is_file():
         open_run_data(run, resolve(runnable(run / RECORD)))
@@ -56,7 +61,7 @@ def write_trace(
     if not missing:
         return []
     (run / FOLDER).mkdir(exist_ok=True)
-    recorder = Recorder(run, tokens)
+    recorder = Recorder(run, tokens) if checkpoint.saved_steps(run) else StreamedRecorder(run, tokens, progress)
     for step in track(missing, "tracing checkpoints", disable=not progress):
         columns = recorder.columns(step) | {n: np.array(v) for n, v in made_from.items()}
         buffer = io.BytesIO()
@@ -86,12 +91,16 @@ class Recorder:
         self.config = limited(config, len(self.data.domains), tokens)
         self.eval_step = jax.jit(make_eval_step(self.config, trace=True, vocabulary=self.data.tokenizer.size))
 
+    def evaluated(self, step: int, seen: list[Traced]) -> Scores:
+        """Appends what a checkpoint makes of every batch to `seen`."""
+        _, weights, _, _ = load_model(self.run, step)
+        return evaluate(self.eval_step, weights, self.data, self.config, self.mesh, seen)
+
     def columns(self, step: int) -> dict[str, np.ndarray]:
         """The arrays of one checkpoint's file that follow from its weights."""
-        _, weights, _, _ = load_model(self.run, step)
         seen: list[Traced] = []
         with jax.set_mesh(self.mesh):
-            scores = evaluate(self.eval_step, weights, self.data, self.config, self.mesh, seen)
+            scores = self.evaluated(step, seen)
             router = jax.device_get(jax.vmap(stats.metrics)(scores.stats))
         layers, num_experts = self.layers, self.config.model.moe.num_experts
         columns = probe_columns(seen, layers, num_experts)
@@ -100,6 +109,24 @@ class Recorder:
         columns["expert"], columns["weight"] = _compact(*plan, num_experts)
         columns["domains"] = np.array(self.data.domains)
         return columns | {f"router/{name}": value for name, value in router.items()}
+
+
+class StreamedRecorder(Recorder):
+    """The same of a run whose weights lie in a published model's files: a layer is in memory at one time."""
+
+    def __init__(self, run: Path, tokens: int, progress: bool):
+        self.run, self.found, self.progress = run, from_hf.linked(run), progress
+        self.mesh = sharding.make_mesh(to_dict(self.found.config.mesh), jax.devices()[:1])
+        self.layers = moe_layers(run, self.found.config)
+        self.data = open_run_data(run, self.found.config)
+        self.config = limited(self.found.config, len(self.data.domains), tokens)
+
+    def evaluated(self, step: int, seen: list[Traced]) -> Scores:
+        rest = (self.data, self.config, self.mesh)
+        inputs: list[streamed.Input] = []
+        evaluate(streamed.note(inputs), Weights({}, {}), *rest)
+        outputs = iter(streamed.evaluate(self.found, self.config, inputs, self.progress))
+        return evaluate(lambda *_, **__: next(outputs), Weights({}, {}), *rest, seen)
 
 
 def _plans(seen: list[Traced]) -> tuple[list[np.ndarray], list[np.ndarray]]:

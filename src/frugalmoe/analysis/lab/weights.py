@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import scipy.special
 
 from frugalmoe.errors import UserError
+from frugalmoe.experts import ACTIVATIONS, Biases
 from frugalmoe.model import pattern
 from frugalmoe.train.weights import load_model
 
@@ -20,9 +20,11 @@ class Experts:
     layers_L: np.ndarray  # index in the whole network
     router: str  # its name
     columns_LDE: np.ndarray | None  # as `router_columns`
-    norm_LD: np.ndarray  # scale of the norm before the layer
+    norm_LD: np.ndarray  # scale of the norm before the layer; ones where there is none
     gate_up_LED2F: np.ndarray
     down_LEFD: np.ndarray
+    biases_L: Biases | None  # with a leading axis of layers, where experts have some
+    activation: str
 
     @property
     def router_LDE(self) -> np.ndarray:
@@ -45,8 +47,12 @@ class Experts:
         """
         x_ND = np.random.default_rng(seed).standard_normal((tokens, self.norm_LD.shape[1]))
         x_ND *= self.norm_LD[l] / np.sqrt(np.mean(x_ND**2, axis=-1, keepdims=True))
-        gate_ENF, up_ENF = np.einsum("nd,edgf->genf", x_ND, self.gate_up_LED2F[l], optimize=True)
-        return np.einsum("enf,efd->end", gate_ENF * scipy.special.expit(gate_ENF) * up_ENF, self.down_LEFD[l])
+        h_ENF2 = np.einsum("nd,edgf->genf", x_ND, self.gate_up_LED2F[l], optimize=True)
+        if self.biases_L is not None:
+            h_ENF2 += np.moveaxis(self.biases_L.gate_up_E2F[l], 1, 0)[:, :, None]
+        hidden_ENF = np.asarray(ACTIVATIONS[self.activation].value(*h_ENF2.astype(np.float32)))
+        y_END = np.einsum("enf,efd->end", hidden_ENF, self.down_LEFD[l])
+        return y_END if self.biases_L is None else y_END + self.biases_L.down_ED[l][:, None]
 
 
 def load_experts(run: str | Path, checkpoint: int | None = None) -> Experts:
@@ -57,16 +63,20 @@ def load_experts(run: str | Path, checkpoint: int | None = None) -> Experts:
     if "moe_blocks" not in weights.params:
         raise UserError(f"{run}: a dense model, which has no experts")
     blocks, layers = weights.params["moe_blocks"], np.array(pattern.moe_layers(config.model))
+    scale_LD = np.asarray(blocks["ffn_norm"]["scale"])
     moe, shared = blocks["moe"], weights.params.get("shared_router", {})
     router = {name: np.asarray(value) for name, value in moe.get("router", {}).items()}
     router |= {name: np.stack([value] * len(layers)) for name, value in shared.items()}
+    biases = moe.get("gate_up_bias_E2F"), moe.get("down_bias_ED")
     return Experts(
         layers_L=layers,
         router=config.model.moe.router,
         columns_LDE=router_columns(router, config.model.moe.num_experts),
-        norm_LD=np.asarray(blocks["ffn_norm"]["scale"]),
+        norm_LD=scale_LD if config.model.norm_position == "before" else np.ones_like(scale_LD),
         gate_up_LED2F=np.asarray(moe["gate_up_ED2F"]),
         down_LEFD=np.asarray(moe["down_EFD"]),
+        biases_L=Biases(*map(np.asarray, biases)) if all(a is not None for a in biases) else None,
+        activation=config.model.moe.activation,
     )
 
 

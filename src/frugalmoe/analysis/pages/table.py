@@ -52,10 +52,13 @@ def _causality(router: dict) -> str:
     return training if evaluation in (None, training) else f"{training}; {evaluation} in evaluation"
 
 
-def loss_rows(run: Run) -> list[tuple[str, str, str]]:
-    """Returns (domain, validation loss, bits per byte); the mean last; empty where the run has not been evaluated."""
-    losses = run.summary.get("eval", {}).get("loss", {})
-    bits = run.summary.get("eval", {}).get("bits_per_byte", {})
+def loss_rows(run: Run, part: str = "eval") -> list[tuple[str, str, str]]:
+    """Returns (domain, loss, bits per byte); the mean last; empty where the run has not been evaluated.
+
+    part: eval, of held-out documents, or validation, of the validation set of the run's own.
+    """
+    losses = run.summary.get(part, {}).get("loss", {})
+    bits = run.summary.get(part, {}).get("bits_per_byte", {})
     names = [n for n in losses if n != "mean"] + ["mean"] * ("mean" in losses and len(losses) > 2)
     return [(n, number(losses[n], 4), number(bits.get(n), 4)) for n in names]
 
@@ -108,6 +111,8 @@ def summary_table(run: Run) -> Table:
         table.add_row(Text(what), Text(value))
     for domain, loss, bits in loss_rows(run):
         table.add_row(Text(f"validation loss: {domain}"), Text(f"{loss} nats per token, {bits} bits per byte"))
+    for domain, loss, bits in loss_rows(run, "validation"):
+        table.add_row(Text(f"validation set: {domain}"), Text(f"{loss} nats per token, {bits} bits per byte"))
     header, rows = balance_rows(run)
     for layer, *values in rows:
         parts = [f"{name} {value}" for name, value in zip(header[1:], values)]

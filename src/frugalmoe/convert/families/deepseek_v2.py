@@ -34,7 +34,7 @@ FAMILY: Family = dataclasses.replace(
         for key in deepseek_v3.FAMILY.keys
         if key.ours not in _GROUPS
     ),
-    settings={"attention": "latent", "moe.router": "topk_softmax", "moe.options.renormalize": False},
+    settings={**deepseek_v3.SETTINGS, "moe.router": "topk_softmax", "moe.options.renormalize": False},
     fixed={
         **{name: values for name, values in deepseek_v3.FAMILY.fixed.items() if name != "topk_method"},
         "mlp_bias": (False,),

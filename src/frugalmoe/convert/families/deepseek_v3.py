@@ -1,7 +1,7 @@
 """DeepSeek-V3 (2412.19437): latent attention, sigmoid scores with a balance bias, modules that predict further ahead.
 
 Its released weights rotate channel 2 i with 2 i + 1, ours i with i + r / 2: the rotated channels are put in another
-order. The norms of its latents have an epsilon of 1e-6 always, ours that of the model.
+order. The norms of its latents have an epsilon of 1e-6 always.
 
 Letters: H heads, D model, P channels inside, n channels of a head without rotation, r with, e of its value.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from frugalmoe.convert.contract import Family, Form, Key
 from frugalmoe.convert.further import COPIES, FURTHER
 from frugalmoe.convert.pairs import halves, pairs
-from frugalmoe.convert.parts import DENSE, ENDS, FIXED, KEYS, LAYER, NORMS, ROUTER, TIED, Row, experts, swiglu
+from frugalmoe.convert.parts import DEEPSEEK, DEEPSEEK_FFN, ENDS, FIXED, KEYS, LAYER, NORMS, TIED, Row
 from frugalmoe.model.attention.kinds import options_of
 from frugalmoe.model.attention.kinds.latent import Sizes, sizes
 from frugalmoe.schema import Model
@@ -57,6 +57,7 @@ def _join_up(pieces: tuple[np.ndarray, ...], model: Model) -> np.ndarray:
 
 UP = Form(_split_up, _join_up)
 
+SETTINGS = {"attention": "latent", _LATENT + "norm_eps": 1e-6}
 ATTENTION = (
     Row(LAYER + "self_attn.q_proj.weight", "attention/query_DHd", QUERIES),
     Row(LAYER + "self_attn.q_a_proj.weight", "attention/query_down_DP"),
@@ -98,23 +99,15 @@ FAMILY = Family(
         Key("v_head_dim", _LATENT + "value_dim"),
         Key("kv_lora_rank", _LATENT + "rank"),
         Key("q_lora_rank", _LATENT + "query_rank", 0),
-        Key("intermediate_size", "dense_dim"),
+        *DEEPSEEK,
         Key("first_k_dense_replace", "num_dense_layers", 3),
-        Key("moe_intermediate_size", "moe.expert_dim"),
-        Key("n_routed_experts", "moe.num_experts", also=("num_local_experts",)),
-        Key("n_shared_experts", "moe.num_shared_experts", 0),
-        Key("num_experts_per_tok", "moe.num_experts_per_token"),
-        Key("n_group", "moe.options.num_groups", 1),
-        Key("topk_group", "moe.options.groups_per_token", 1),
-        Key("routed_scaling_factor", "moe.options.scale", 1.0),
         Key("norm_topk_prob", "moe.options.renormalize", True),
     ),
-    settings={"attention": "latent", "moe.router": "sigmoid_bias"},
+    settings={**SETTINGS, "moe.router": "sigmoid_bias"},
     fixed={
         **FIXED,
         "attention_bias": (False,),
         "rope_interleave": (True,),
-        "rms_norm_eps": (1e-6,),
         "scoring_func": ("sigmoid",),
         "topk_method": ("noaux_tc",),
         "moe_layer_freq": (1,),
@@ -129,16 +122,6 @@ FAMILY = Family(
     },
     more_ours=_ours,
     more_theirs=_theirs,
-    rows=(
-        *ENDS,
-        *NORMS,
-        *ATTENTION,
-        *DENSE,
-        *ROUTER,
-        Row(LAYER + "mlp.gate.e_score_correction_bias", "moe/router_state/bias_E"),
-        *experts("mlp"),
-        *swiglu("mlp.shared_experts", "moe/shared"),
-        *FURTHER,
-    ),
+    rows=(*ENDS, *NORMS, *ATTENTION, *DEEPSEEK_FFN, *FURTHER),
     same={**TIED, **COPIES},
 )

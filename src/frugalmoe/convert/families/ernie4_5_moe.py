@@ -6,7 +6,21 @@ Letters: E experts, d channels of a head.
 
 from frugalmoe.convert.contract import Family, Form, Key
 from frugalmoe.convert.pairs import halves, pairs
-from frugalmoe.convert.parts import DENSE, ENDS, FIXED, HEAD_DIM, KEYS, LAYER, NORMS, ROUTER, TIED, Row, experts, swiglu
+from frugalmoe.convert.parts import (
+    DENSE,
+    ENDS,
+    FIXED,
+    HEAD_DIM,
+    KEYS,
+    LAYER,
+    NORMS,
+    ROUTER,
+    TIED,
+    WIDTHS,
+    Row,
+    experts,
+    swiglu,
+)
 
 HEADS = Form(
     lambda tensor, model: (halves(tensor.reshape(-1, model.head_dim, tensor.shape[-1])).reshape(tensor.shape),),
@@ -28,9 +42,8 @@ FAMILY = Family(
     keys=(
         *(key._replace(default=True) if key.theirs == "tie_word_embeddings" else key for key in KEYS),
         HEAD_DIM,
-        Key("intermediate_size", "dense_dim"),
+        *WIDTHS,
         Key("moe_layer_start_index", "num_dense_layers", 1),
-        Key("moe_intermediate_size", "moe.expert_dim"),
         Key("moe_num_experts", "moe.num_experts"),
         Key("moe_num_shared_experts", "moe.num_shared_experts", 2),
         Key("moe_k", "moe.num_experts_per_token", 6),

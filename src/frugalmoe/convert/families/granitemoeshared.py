@@ -1,48 +1,36 @@
-"""Granite-MoE with shared experts, where all its multipliers are 1. Ling 1 is the same model, but for NormHead."""
+"""Granite-MoE with shared experts. Ling 1 is the same model, but for NormHead and the multipliers."""
 
-from frugalmoe.convert.contract import Family, Key
-from frugalmoe.convert.parts import BLOCKS, FIXED, HEAD_DIM, KEYS, LAYER, TIED, Row
+import dataclasses
+
+from frugalmoe.convert.contract import Family
+from frugalmoe.convert.families import granitemoe
+from frugalmoe.convert.keys import Keys
+from frugalmoe.convert.parts import LAYER, Row
+from frugalmoe.schema import Model
 
 
-def _ours(keys):
-    """Shared experts in units of a routed one, and scores that are scaled by the root of the head's channels."""
+def _ours(keys: Keys) -> dict:
+    """Shared experts are counted in units of a routed one."""
     shared, width = keys.integer("shared_intermediate_size", 0), keys.integer("intermediate_size")
     if not width or shared % width:
         raise keys.refused("shared_intermediate_size", shared, f"must be a multiple of intermediate_size={width}")
-    keys.fix("attention_multiplier", (HEAD_DIM.default(keys) ** -0.5,))
-    return {"moe.num_shared_experts": shared // width}
+    return granitemoe.FAMILY.more_ours(keys) | {"moe.num_shared_experts": shared // width}
 
 
-FAMILY = Family(
+def _theirs(model: Model) -> dict:
+    shared = {"shared_intermediate_size": model.moe.num_shared_experts * model.moe.expert_dim}
+    return granitemoe.FAMILY.more_theirs(model) | shared
+
+
+FAMILY: Family = dataclasses.replace(
+    granitemoe.FAMILY,
     about="IBM: Granite MoE with shared experts",
     architecture="GraniteMoeSharedForCausalLM",
-    keys=(
-        *KEYS,
-        HEAD_DIM,
-        Key("intermediate_size", "moe.expert_dim"),
-        Key("num_local_experts", "moe.num_experts", also=("num_experts",)),
-        Key("num_experts_per_tok", "moe.num_experts_per_token"),
-    ),
-    settings={"moe.router": "topk_softmax"},
-    fixed={
-        **FIXED,
-        "attention_bias": (False,),
-        "embedding_multiplier": (1.0,),
-        "logits_scaling": (1.0,),
-        "residual_multiplier": (1.0,),
-    },
     more_ours=_ours,
-    more_theirs=lambda model: {
-        "shared_intermediate_size": model.moe.num_shared_experts * model.moe.expert_dim,
-        "attention_multiplier": model.head_dim**-0.5,
-    },
+    more_theirs=_theirs,
     rows=(
-        *BLOCKS,
-        Row(LAYER + "block_sparse_moe.router.layer.weight", "moe/router/kernel_DE"),
-        Row(LAYER + "block_sparse_moe.input_linear.weight", "moe/gate_up_ED2F"),
-        Row(LAYER + "block_sparse_moe.output_linear.weight", "moe/down_EFD"),
+        *granitemoe.FAMILY.rows,
         Row(LAYER + "shared_mlp.input_linear.weight", "moe/shared/gate_up_D2F"),
         Row(LAYER + "shared_mlp.output_linear.weight", "moe/shared/down_FD"),
     ),
-    same=TIED,
 )

@@ -2,7 +2,7 @@
 
 from frugalmoe.convert import window
 from frugalmoe.convert.contract import Family, Key
-from frugalmoe.convert.parts import BLOCKS, DENSE, FIXED, HEAD_DIM, KEYS, TIED
+from frugalmoe.convert.parts import BIASES, BLOCKS, DENSE, FIXED, HEAD_DIM, KEYS, TIED
 
 
 def _ours(keys):
@@ -14,9 +14,9 @@ def _ours(keys):
 FAMILY = Family(
     about="Alibaba: Qwen3 0.6B to 32B",
     architecture="Qwen3ForCausalLM",
-    keys=(*KEYS, HEAD_DIM, Key("intermediate_size", "dense_dim")),
+    keys=(*KEYS, HEAD_DIM, *BIASES, Key("intermediate_size", "dense_dim")),
     settings={"qk_norm": "head"},
-    fixed={**FIXED, "attention_bias": (False,)},
+    fixed=FIXED,
     more_ours=_ours,
     more_theirs=window.by_layer_theirs,
     rows=(*BLOCKS, *DENSE),

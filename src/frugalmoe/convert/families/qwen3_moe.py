@@ -2,7 +2,7 @@
 
 from frugalmoe.convert.contract import Family, Key
 from frugalmoe.convert.dense import first_dense_ours, first_dense_theirs
-from frugalmoe.convert.parts import BLOCKS, DENSE, FIXED, HEAD_DIM, KEYS, ROUTER, TIED, experts
+from frugalmoe.convert.parts import BIASES, BLOCKS, DENSE, FIXED, HEAD_DIM, KEYS, ROUTER, TIED, experts
 from frugalmoe.convert.window import WINDOW
 
 FAMILY = Family(
@@ -11,13 +11,14 @@ FAMILY = Family(
     keys=(
         *KEYS,
         HEAD_DIM,
+        *BIASES,
         Key("moe_intermediate_size", "moe.expert_dim"),
         Key("num_experts", "moe.num_experts", also=("num_local_experts",)),
         Key("num_experts_per_tok", "moe.num_experts_per_token"),
         Key("norm_topk_prob", "moe.options.renormalize", False),
     ),
     settings={"qk_norm": "head", "moe.router": "topk_softmax"},
-    fixed={**FIXED, "attention_bias": (False,)},
+    fixed=FIXED,
     inert={"max_window_layers": "read by no code of this family"},
     more_ours=lambda keys: {**_window_ours(keys), **first_dense_ours(keys)},
     more_theirs=lambda model: {**_window_theirs(model), **first_dense_theirs(model)},

@@ -14,13 +14,14 @@ I and J any two axes of a matrix (J is 2F: gate, then up).
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from frugalmoe.experts.contract import Call, Executor
+from frugalmoe.experts.activations import Activation
+from frugalmoe.experts.contract import Biases, Call, Executor
 from frugalmoe.experts.rows import Rows, held_rows
 from frugalmoe.routing.contract import Plan
 
@@ -96,50 +97,68 @@ def run(plan: Plan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, call: Cal
     rows, dropped = held_rows(plan, num_experts, call.room)
     sizes = block_sizes(rows.token_R.size, num_experts, hidden)
     gate_up_EDJ = gate_up_ED2F.reshape(num_experts, dim, 2 * hidden)
-    return _blocks(sizes, rows, x_ND, gate_up_EDJ, down_EFD), dropped
+    form = _Form(sizes, call.activation)
+    return _blocks(form, call.biases, rows, x_ND, gate_up_EDJ, down_EFD), dropped
+
+
+class _Form(NamedTuple):
+    """What is static."""
+
+    sizes: tuple[int, ...]  # rows of the blocks
+    activation: Activation
+
+
+def _hidden(x_gD: Array, gate_up_DJ: Array, biases: Biases | None, e: Array) -> list[Array]:
+    """[gate[g, F], up[g, F]] of an expert, float32."""
+    h_gJ = _dot(x_gD, gate_up_DJ, 1, 0)
+    if biases is not None:
+        h_gJ = h_gJ + biases.gate_up_E2F[e].reshape(-1).astype(jnp.float32)
+    return jnp.split(h_gJ, 2, axis=1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocks(sizes, rows: Rows, x_ND, gate_up_EDJ, down_EFD):
-    hidden = down_EFD.shape[1]
+def _blocks(form: _Form, biases: Biases | None, rows: Rows, x_ND, gate_up_EDJ, down_EFD):
+    sizes = form.sizes
 
     def body(y_ND, e, start, token_g, weight_g):
-        h_gJ = _dot(_take(x_ND, token_g), gate_up_EDJ[e], 1, 0)
-        a_gF = jax.nn.silu(h_gJ[:, :hidden]) * h_gJ[:, hidden:]
-        y_gD = _dot(a_gF, down_EFD[e], 1, 0) * weight_g[:, None]
-        return y_ND.at[token_g].add(y_gD, mode="drop")
+        a_gF = form.activation.value(*_hidden(_take(x_ND, token_g), gate_up_EDJ[e], biases, e))
+        y_gD = _dot(a_gF, down_EFD[e], 1, 0)
+        if biases is not None:
+            y_gD = y_gD + biases.down_ED[e].astype(jnp.float32)
+        return y_ND.at[token_g].add(y_gD * weight_g[:, None], mode="drop")
 
     return for_blocks(_pad(rows, sizes[0]), sizes, body, jnp.zeros(x_ND.shape, jnp.float32)).astype(x_ND.dtype)
 
 
-def _forward(sizes, *args):
-    return _blocks(sizes, *args), args
+def _forward(form, *args):
+    return _blocks(form, *args), args
 
 
-def _backward(sizes, args, dy_ND):
+def _backward(form, args, dy_ND):
     """For y = w * (a @ down): da_raw = dy @ down', dw = sum(da_raw * a), da = w * da_raw; no output is needed."""
-    given, x_ND, gate_up_EDJ, down_EFD = args
-    hidden, dtype = down_EFD.shape[1], x_ND.dtype
+    biases, given, x_ND, gate_up_EDJ, down_EFD = args
+    sizes, dtype = form.sizes, x_ND.dtype
 
     def body(carry, e, start, token_g, weight_g):
-        dweight_R, dx_ND, dgate_up_EDJ, ddown_EFD = carry
+        dbiases, dweight_R, dx_ND, dgate_up_EDJ, ddown_EFD = carry
         gate_up_DJ, down_FD = gate_up_EDJ[e], down_EFD[e]
         x_gD, dy_gD = _take(x_ND, token_g), _take(dy_ND, token_g)
-        h_gJ = _dot(x_gD, gate_up_DJ, 1, 0)
-        gate_gF, up_gF = h_gJ[:, :hidden], h_gJ[:, hidden:]
-        sigmoid_gF = jax.nn.sigmoid(gate_gF)
-        silu_gF = gate_gF * sigmoid_gF
-        a_gF = silu_gF * up_gF
+        gate_gF, up_gF = _hidden(x_gD, gate_up_DJ, biases, e)
+        a_gF = form.activation.value(gate_gF, up_gF)
         da_raw_gF = _dot(dy_gD, down_FD, 1, 1)
-        da_gF = da_raw_gF * weight_g[:, None]
-        dgate_gF = da_gF * up_gF * (sigmoid_gF + silu_gF * (1 - sigmoid_gF))
-        dh_gJ = jnp.concatenate([dgate_gF, da_gF * silu_gF], axis=1).astype(dtype)
+        dh_gJ = jnp.concatenate(form.activation.pull(gate_gF, up_gF, da_raw_gF * weight_g[:, None]), axis=1)
         weighted_gF = (a_gF * weight_g[:, None]).astype(dtype)
 
         dweight_g = jnp.sum(da_raw_gF * a_gF, axis=1)
+        if biases is not None:
+            dweight_g = dweight_g + jnp.sum(dy_gD.astype(jnp.float32) * biases.down_ED[e], axis=1)
+            of_expert = Biases(dh_gJ.sum(0).reshape(2, -1), jnp.sum(dy_gD * weight_g[:, None], axis=0))
+            dbiases = jax.tree.map(lambda total, value: _add_at(total, e, value), dbiases, of_expert)
+        dh_gJ = dh_gJ.astype(dtype)
         others_g = lax.dynamic_slice_in_dim(dweight_R, start, token_g.size)
         dweight_g = jnp.where(token_g == NOWHERE, others_g, dweight_g)  # past the end of the group: others' rows
         return (
+            dbiases,
             lax.dynamic_update_slice_in_dim(dweight_R, dweight_g, start, 0),
             dx_ND.at[token_g].add(_dot(dh_gJ, gate_up_DJ, 1, 1), mode="drop"),
             _add_at(dgate_up_EDJ, e, _dot(x_gD, dh_gJ, 0, 0)),
@@ -147,15 +166,14 @@ def _backward(sizes, args, dy_ND):
         )
 
     rows = _pad(given, sizes[0])
-    shapes = (rows.weight_R.shape, x_ND.shape, gate_up_EDJ.shape, down_EFD.shape)
-    grads = for_blocks(rows, sizes, body, tuple(jnp.zeros(shape, jnp.float32) for shape in shapes))
-    dweight_R, *others = grads
-    dtypes = (dtype, gate_up_EDJ.dtype, down_EFD.dtype)
-    return Rows(None, dweight_R[: given.weight_R.size], None), *(g.astype(t) for g, t in zip(others, dtypes))
+    wanted = (biases, rows.weight_R, x_ND, gate_up_EDJ, down_EFD)
+    grads = for_blocks(rows, sizes, body, jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), wanted))
+    dbiases, dweight_R, *others = jax.tree.map(lambda gradient, a: gradient.astype(a.dtype), grads, wanted)
+    return dbiases, Rows(None, dweight_R[: given.weight_R.size], None), *others
 
 
 def _add_at(total_EIJ: Array, e: Array, value_IJ: Array) -> Array:
-    """In place inside the loop: only one expert's matrix is read and written."""
+    """In place inside the loop: only one expert's matrix, or bias, is read and written."""
     old_IJ = lax.dynamic_index_in_dim(total_EIJ, e, 0, keepdims=False)
     return lax.dynamic_update_index_in_dim(total_EIJ, old_IJ + value_IJ, e, 0)
 
@@ -167,4 +185,5 @@ EXECUTOR = Executor(
     work="1 (at most 4/3, plus a partial block per expert)",
     purpose="plain XLA on any platform, made for CPUs",
     default_on=("*",),
+    every_form=True,
 )

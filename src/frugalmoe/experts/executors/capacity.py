@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from frugalmoe.experts.contract import Call, Drops, Executor, swiglu
+from frugalmoe.experts.contract import Call, Drops, Executor
 from frugalmoe.experts.rows import sort_rows
 from frugalmoe.routing.contract import ExpertPlan, TokenPlan
 from frugalmoe.schema import MoE
@@ -90,12 +90,16 @@ def slots_of(plan: TokenPlan, config: MoE, num_sequences: int) -> tuple[ExpertPl
     return to_slots(plan, slots, num_sequences, config.num_experts), dropped
 
 
-def padded(plan: ExpertPlan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array) -> Array:
+def padded(plan: ExpertPlan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, call: Call) -> Array:
     """All slots, full or empty, as products batched over experts."""
     x_EQD = x_ND.at[plan.token_EC].get(mode="fill", fill_value=0)
     h_EQ2F = jnp.einsum("eqd,edgf->eqgf", x_EQD, gate_up_ED2F, preferred_element_type=jnp.float32)
-    a_EQF = swiglu(h_EQ2F[..., 0, :], h_EQ2F[..., 1, :]).astype(x_ND.dtype)
+    if call.biases is not None:
+        h_EQ2F = h_EQ2F + call.biases.gate_up_E2F[:, None].astype(jnp.float32)
+    a_EQF = call.activation.value(h_EQ2F[..., 0, :], h_EQ2F[..., 1, :]).astype(x_ND.dtype)
     y_EQD = jnp.einsum("eqf,efd->eqd", a_EQF, down_EFD, preferred_element_type=jnp.float32)
+    if call.biases is not None:
+        y_EQD = y_EQD + call.biases.down_ED[:, None].astype(jnp.float32)
     y_ND = jnp.zeros(x_ND.shape, jnp.float32)
     return y_ND.at[plan.token_EC].add(y_EQD * plan.weight_EC[..., None], mode="drop").astype(x_ND.dtype)
 
@@ -107,7 +111,7 @@ def run(
     dropped = jnp.int32(0)
     if isinstance(plan, TokenPlan):
         plan, dropped = slots_of(plan, call.config, call.num_sequences)
-    return padded(plan, x_ND, gate_up_ED2F, down_EFD), dropped
+    return padded(plan, x_ND, gate_up_ED2F, down_EFD, call), dropped
 
 
 def may_drop(config: MoE) -> str | None:
@@ -123,5 +127,6 @@ EXECUTOR = Executor(
     work="capacity_factor",
     purpose="comparison with systems of limited capacity",
     keeps_room=False,
+    every_form=True,
     drops=Drops(limit=limit, slots=slots_of, may=may_drop, causality=causality, fields=("drop_order",)),
 )

@@ -16,9 +16,22 @@ Letters: B batch, T time, E experts, K choices.
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+from jax import Array
 
 from frugalmoe.routing import gate, groups, losses, rules, select
-from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
+from frugalmoe.routing.contract import (
+    About,
+    Inputs,
+    NewParams,
+    Params,
+    Router,
+    Routing,
+    State,
+    declare,
+    linear_init,
+    linear_logits,
+)
 from frugalmoe.schema import MoE
 
 
@@ -27,6 +40,7 @@ class Options:
     softmax: str = "before"  # before | after the selection
     renormalize: bool = True  # weights of the K experts sum to `scale`
     scale: float = 1.0  # factor on all weights
+    logit_bias: bool = False  # a learned bias on the logits (gpt-oss)
     num_groups: int = 1  # equal groups of consecutive experts
     groups_per_token: int = 1  # groups that a token may choose from: those with the largest logits
 
@@ -40,6 +54,11 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     weight_BTK = gate.weights(logits_BTE, probs_BTE, choice.expert_BTK, options.renormalize)
     by_score = select.top_k(logits_BTE, k) if options.groups_per_token < options.num_groups else None
     return gate.routing(logits_BTE, probs_BTE, choice, weight_BTK * options.scale, inputs, config, by_score=by_score)
+
+
+def init(key: Array, dim: int, config: MoE) -> NewParams:
+    made = linear_init(key, dim, config)
+    return made | {"bias_E": declare(jnp.zeros(config.num_experts), "E")} if config.options.logit_bias else made
 
 
 def weight_sum(config: MoE) -> float | str:
@@ -80,11 +99,11 @@ ROUTER = Router(
     ),
     route=route,
     options=Options,
-    init=linear_init,
+    init=init,
     check=check,
     cases=(
         (3, {"softmax": "after", "scale": 2.5}),
         (1, {"renormalize": False}),
-        (2, {"num_groups": 4, "groups_per_token": 2}),
+        (2, {"num_groups": 4, "groups_per_token": 2, "logit_bias": True}),
     ),
 )

@@ -1,4 +1,4 @@
-"""Grouped-query attention with rotary positions, optional QK-norm, QKV bias and sinks.
+"""Grouped-query attention with rotary positions, optional QK-norm, biases and sinks.
 
 Letters: B batch, T time, C slots of a cache, D model, H query heads, h key-value heads, d channels of a head.
 """
@@ -38,7 +38,7 @@ class GroupedAttention(nnx.Module):
     """softmax(q k^T / sqrt(d)) v over earlier tokens of the same document, of the last `window` where there is one."""
 
     def __init__(self, key: Array, config: Model, options: Options, out_std: float, window: int = 0):
-        self.config, self.form = config, Form(config.head_dim**-0.5, window)
+        self.config, self.form = config, Form(config.multipliers.scores or config.head_dim**-0.5, window)
         d, heads, kv_heads = config.head_dim, config.num_heads, config.num_kv_heads
         q_key, k_key, v_key, o_key = jax.random.split(key, 4)
         self.query_DHd = normal(q_key, "D->Hd", (config.dim, heads, d), config.init_std)
@@ -49,6 +49,8 @@ class GroupedAttention(nnx.Module):
             self.query_bias_Hd = parameter(jnp.zeros((heads, d)), "Hd", "vector")
             self.key_bias_hd = parameter(jnp.zeros((kv_heads, d)), "hd", "vector")
             self.value_bias_hd = parameter(jnp.zeros((kv_heads, d)), "hd", "vector")
+        if config.out_bias:
+            self.out_bias_D = parameter(jnp.zeros(config.dim), "D", "vector")
         if config.qk_norm != "none":
             whole = config.qk_norm == "full"
             self.query_norm = RMSNorm(heads * d if whole else d, config.norm_eps, "." if whole else "d")
@@ -60,7 +62,11 @@ class GroupedAttention(nnx.Module):
     ) -> tuple[Array, Cache | None]:
         """See `contract`."""
         q_BTHd, k_BThd, v_BThd = self._project(x_BTD)
+        if self.config.qk_norm != "rotated":
+            q_BTHd, k_BThd = self._normed(q_BTHd, k_BThd)
         q_BTHd, k_BThd = rotate(q_BTHd, angles), rotate(k_BThd, angles)
+        if self.config.qk_norm == "rotated":
+            q_BTHd, k_BThd = self._normed(q_BTHd, k_BThd)
         sink_H = None if self.sink_H is None else self.sink_H[...]
         if cache is None:
             o_BTHd = attend(q_BTHd, k_BThd, v_BThd, segment_ids_BT, sink_H, self.form)
@@ -68,7 +74,8 @@ class GroupedAttention(nnx.Module):
             cache = Cache(*(write(old, new, start) for old, new in zip(cache, (k_BThd, v_BThd))))
             o_BTHd = cache_attention(q_BTHd, *cache, start, form=self.form, sink_H=sink_H)
         out_HdD = self.out_HdD.astype(x_BTD.dtype)
-        return jnp.einsum("bthk,hkd->btd", o_BTHd, out_HdD, out_sharding=spec("BTD")), cache
+        y_BTD = jnp.einsum("bthk,hkd->btd", o_BTHd, out_HdD, out_sharding=spec("BTD"))
+        return (y_BTD + self.out_bias_D.astype(x_BTD.dtype) if self.config.out_bias else y_BTD), cache
 
     def _project(self, x_BTD: Array) -> tuple[Array, Array, Array]:
         dtype = x_BTD.dtype
@@ -78,14 +85,18 @@ class GroupedAttention(nnx.Module):
         if self.config.qkv_bias:
             biases = (self.query_bias_Hd, self.key_bias_hd, self.value_bias_hd)
             q_BTHd, k_BThd, v_BThd = (a + b.astype(dtype) for a, b in zip((q_BTHd, k_BThd, v_BThd), biases))
-        if self.config.qk_norm == "head":
-            q_BTHd, k_BThd = self.query_norm(q_BTHd), self.key_norm(k_BThd)
-        elif self.config.qk_norm == "full":
-            q_BTHd, k_BThd = (
+        return q_BTHd, k_BThd, v_BThd
+
+    def _normed(self, q_BTHd: Array, k_BThd: Array) -> tuple[Array, Array]:
+        """Queries and keys as model.qk_norm has them."""
+        if self.config.qk_norm == "none":
+            return q_BTHd, k_BThd
+        if self.config.qk_norm == "full":
+            return tuple(
                 norm(a.reshape(*a.shape[:2], -1)).reshape(a.shape)
                 for norm, a in ((self.query_norm, q_BTHd), (self.key_norm, k_BThd))
             )
-        return q_BTHd, k_BThd, v_BThd
+        return self.query_norm(q_BTHd), self.key_norm(k_BThd)
 
 
 def prepare(positions_BT: Array, config: Model, options: Options) -> Rotary:

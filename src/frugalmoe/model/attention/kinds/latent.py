@@ -39,6 +39,7 @@ class Options:
     query_rank: int = 0  # of the vector that queries are made from; 0: there is none, they are made from the input
     rotary_dim: int = 0  # rotated channels, beside the model.head_dim ones that are not; 0: model.head_dim / 2
     value_dim: int = 0  # channels of a head's value; 0: model.head_dim
+    norm_eps: float = 0.0  # of the norms of both compressed vectors; 0: model.norm_eps
 
 
 class Sizes(NamedTuple):
@@ -70,16 +71,17 @@ class LatentAttention(nnx.Module):
     def __init__(self, key: Array, config: Model, options: Options, out_std: float):
         size, std, heads = sizes(config, options), config.init_std, config.num_heads
         head, keys = size.still + size.rotated, jax.random.split(key, 7)
-        self.still, self.form = size.still, Form(head**-0.5 * score_factor(config.rope_scaling))
+        scores, eps = config.multipliers.scores or head**-0.5, options.norm_eps or config.norm_eps
+        self.still, self.form = size.still, Form(scores * score_factor(config.rope_scaling))
         if size.query_rank:
             self.query_down_DP = normal(keys[0], "D->P", (config.dim, size.query_rank), std)
-            self.query_norm = RMSNorm(size.query_rank, config.norm_eps, "P")
+            self.query_norm = RMSNorm(size.query_rank, eps, "P")
             self.query_up_PHd = normal(keys[1], "P->Hd", (size.query_rank, heads, head), std)
         else:
             self.query_down_DP = None
             self.query_DHd = normal(keys[1], "D->Hd", (config.dim, heads, head), std)
         self.latent_DP = normal(keys[2], "D->P", (config.dim, size.rank), std)
-        self.latent_norm = RMSNorm(size.rank, config.norm_eps, "P")
+        self.latent_norm = RMSNorm(size.rank, eps, "P")
         self.rotated_key_Dd = normal(keys[3], "D->d", (config.dim, size.rotated), std)
         self.key_PHd = normal(keys[4], "P->Hd", (size.rank, heads, size.still), std)
         self.value_PHd = normal(keys[5], "P->Hd", (size.rank, heads, size.value), std)
@@ -161,7 +163,7 @@ def check(config: Model, options: Options) -> str | None:
     rotated = sizes(config, options).rotated
     if rotated % 2 or not rotated:
         return f"model.attention_options.latent.rotary_dim={rotated}: must be an even number of channels"
-    for name, without in (("qk_norm", "none"), ("qkv_bias", False), ("rope_fraction", 1.0)):
+    for name, without in (("qk_norm", "none"), ("qkv_bias", False), ("out_bias", False), ("rope_fraction", 1.0)):
         if (value := getattr(config, name)) != without:
             return f"model.{name}={value!r}: must be {without} with model.attention=latent, which has none"
     return None

@@ -9,7 +9,8 @@ from jax import Array
 
 from frugalmoe.model.attention.contract import PIECE
 from frugalmoe.model.attention.kinds import grouped
-from frugalmoe.schema import Model
+from frugalmoe.model.rotary import Rotary
+from frugalmoe.schema import Model, RopeScaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,11 +18,18 @@ class Options(grouped.Options):
     """Options of sliding-window attention."""
 
     window: int = 128  # tokens that a token sees: itself and those before it
+    rope_scaling: bool = True  # whether model.rope_scaling stretches its angles too; in Olmo 3 it does not
 
 
 def layer(key: Array, config: Model, options: Options, out_std: float) -> grouped.GroupedAttention:
     """The parameters of grouped-query attention."""
     return grouped.GroupedAttention(key, config, options, out_std, window=options.window)
+
+
+def prepare(positions_BT: Array, config: Model, options: Options) -> Rotary:
+    """The angles of grouped-query attention."""
+    scaling = config.rope_scaling if options.rope_scaling else RopeScaling()
+    return grouped.prepare(positions_BT, dataclasses.replace(config, rope_scaling=scaling), options)
 
 
 def empty_cache(config: Model, options: Options, batch: int, slots: int) -> grouped.Cache:
@@ -47,6 +55,7 @@ ATTENTION = dataclasses.replace(
     about="as grouped, but a token sees itself and the window - 1 tokens before it",
     paper="Beltagy et al., Longformer, 2004.05150, section 3.1; on every layer but some: gpt-oss, 2508.10925",
     layer=layer,
+    prepare=prepare,
     empty_cache=empty_cache,
     seen=seen,
     check=check,

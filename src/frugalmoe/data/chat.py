@@ -1,0 +1,232 @@
+"""Conversations as text: the chat template of a tokenizer, and which of its text a model has to answer.
+
+A template is a program in Jinja that a published model brings along. It runs in Jinja's sandbox, sees plain data
+alone and can change nothing, as in `transformers` (`utils/chat_template_utils.py`), whose text ours equals.
+"""
+
+import dataclasses
+import datetime
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from frugalmoe.data.end_of_text import read_object
+from frugalmoe.errors import UserError, needs_package
+
+REQUIREMENT = "jinja2>=3.1.6"  # earlier sandboxes can be left
+FILE, CONFIG, MAP = "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"
+TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+Message = Mapping[str, Any]  # `role` and `content`, texts; a template may know more
+
+
+class Rendered(NamedTuple):
+    """The text of a conversation."""
+
+    text: str  # with the tokens that stand between messages: `Tokenizer.encode_chat` knows them
+    answers: tuple[tuple[int, int], ...]  # characters begin .. end - 1 of what `{% generation %}` encloses, in order
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+    """How a tokenizer writes conversations."""
+
+    source: str
+    tokens: Mapping[str, str]  # those of `TOKENS` that the tokenizer has, by which a template calls them
+    where: str  # for messages
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether the template says which text is the assistant's."""
+        return "generation" in _tags(self.source, self.where)
+
+    def render(self, messages: Sequence[Message], *, answer: bool = False) -> Rendered:
+        """Returns the text of a conversation; with `answer`, up to where the assistant's next message begins.
+
+        Raises `UserError` for messages that are none, or that the template refuses, and for a template that fails.
+        """
+        check_messages(messages, "messages")
+        plain = [{k: _plain(v) for k, v in message.items() if v is not None} for message in messages]
+        template, spans, pieces = _compiled(self.source, self.where), [], []
+        values = {"tools": None, "documents": None, **self.tokens}
+        try:
+            with template.environment.frugalmoe_tracking(pieces, spans):
+                for piece in template.generate(messages=plain, add_generation_prompt=answer, **values):
+                    pieces.append(piece)
+        except Exception as error:  # the program is a stranger's: it may raise anything
+            raise UserError(f"{self.where}: the chat template: {type(error).__name__}: {error}") from error
+        return Rendered("".join(pieces), tuple(spans))
+
+
+def find(directory: Path) -> ChatTemplate | None:
+    """Returns the template of a tokenizer's directory, None where it has none.
+
+    It is `chat_template.jinja`, else `chat_template` in `tokenizer_config.json`: a text, or several with names, of
+    which that called default counts.
+    """
+    config, file = _object(directory / CONFIG), directory / FILE
+    if file.is_file():
+        try:
+            return ChatTemplate(file.read_bytes().decode("utf-8-sig"), _tokens(directory, config), str(file))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: cannot be read as text ({error})") from error
+    found, where = config.get("chat_template"), f"{directory / CONFIG}: chat_template"
+    if isinstance(found, list):
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, Mapping)}
+        if "default" not in named:
+            raise UserError(f"{where}: has none that is named default; it has {', '.join(map(repr, named)) or 'none'}")
+        found = named["default"]
+    if found is None:
+        return None
+    if not isinstance(found, str):
+        raise UserError(f"{where}: must be text, or a list of records with name and template")
+    return ChatTemplate(found, _tokens(directory, config), where)
+
+
+def check_messages(messages: Any, where: str) -> None:
+    """Raises `UserError` for what is no conversation: one message or more, each with a role and a content in text."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise UserError(f"{where}: must be a list of one message or more, each with role and content")
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise UserError(f"{where}[{number}]: must be a record with role and content, not {message!r}")
+        for name in ("role", "content"):
+            text = message.get(name)
+            if not isinstance(text, str):
+                rule = "must be text" if name in message else "is missing"
+                raise UserError(f"{where}[{number}].{name}: {rule}{f', not {text!r}' if name in message else ''}")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"{where}[{number}].{name}: character {error.start} is half of a character") from None
+
+
+def _object(path: Path) -> Mapping[str, Any]:
+    return read_object(path) if path.is_file() else {}
+
+
+def _tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The named special tokens that the files beside a vocabulary state, as text or as records with `content`."""
+    text = lambda token: token.get("content") if isinstance(token, Mapping) else token
+    files = (config, _object(directory / MAP))
+    named = {name: [text(file.get(name)) for file in files] for name in TOKENS}
+    first = {name: next((token for token in tokens if isinstance(token, str)), None) for name, tokens in named.items()}
+    return {name: token for name, token in first.items() if token is not None}
+
+
+def _plain(value: Any) -> Any:
+    """A copy of plain data. Anything else has methods that a stranger's program should not get hold of."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return f"<{type(value).__name__}>"
+
+
+def _tags(source: str, where: str) -> set[str]:
+    """The names with which the blocks of a template begin."""
+    environment = _compiled(source, where).environment
+    kinds = [(kind, value) for _, kind, value in environment.lex(source) if kind != "whitespace"]
+    return {value for (before, _), (_, value) in itertools.pairwise(kinds) if before == "block_begin"}
+
+
+@functools.lru_cache(8)
+def _compiled(source: str, where: str) -> Any:
+    """The template as a program. Raises `UserError` where it is none, or Jinja is not there."""
+    try:
+        import jinja2
+    except ImportError:
+        raise needs_package(f"{where}: to read a chat template", REQUIREMENT) from None
+    if tuple(int(part) for part in jinja2.__version__.split(".")[:3]) < (3, 1, 6):
+        raise needs_package(f"{where}: to read a chat template", REQUIREMENT)
+    try:
+        return _environment().from_string(source)
+    except jinja2.TemplateError as error:
+        raise UserError(f"{where}: the chat template: line {getattr(error, 'lineno', '?')}: {error.message}") from error
+
+
+def _environment() -> Any:
+    """Jinja's sandbox with what templates of published models count on."""
+    import jinja2
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Answers(jinja2.ext.Extension):
+        """`{% generation %} ... {% endgeneration %}` is what the assistant says."""
+
+        tags = frozenset({"generation"})
+
+        def __init__(self, environment: Any):
+            super().__init__(environment)
+            self._pieces: list[str] = []
+            self._spans: list[tuple[int, int]] = []
+            environment.extend(frugalmoe_tracking=self.tracking)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method("_answer"), [], [], body).set_lineno(line)
+
+        def _answer(self, caller: Callable[[], str]) -> str:
+            text, begin = caller(), sum(map(len, self._pieces))
+            self._spans.append((begin, begin + len(text)))
+            return text
+
+        @contextmanager
+        def tracking(self, pieces: list[str], spans: list[tuple[int, int]]) -> Iterator[None]:
+            self._pieces, self._spans = pieces, spans
+            try:
+                yield
+            finally:
+                self._pieces, self._spans = [], []
+
+    class Namespace(jinja2.utils.Namespace):
+        """Without names that begin with an underscore, which lead into the interpreter."""
+
+        def __init__(self, /, *args: Any, **fields: Any):
+            given = dict(*args, **fields)
+            list(map(_public, given))
+            super().__init__(given)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            super().__setitem__(_public(name), value)
+
+    def _public(name: str) -> str:
+        if isinstance(name, str) and name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace cannot have the name {name!r}")
+        return name
+
+    class Dict:
+        """Makes dicts; the class itself leads into the interpreter."""
+
+        def __call__(self, *args: Any, **fields: Any) -> dict:
+            return dict(*args, **fields)
+
+        def fromkeys(self, *args: Any) -> dict:
+            return dict.fromkeys(*args)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.exceptions.TemplateError(message)
+
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Answers, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+        "namespace": Namespace,
+        "dict": Dict(),
+    }
+    return environment
