@@ -37,7 +37,7 @@ class Size:
         return json.dumps(dataclasses.asdict(self))
 
 
-NEW = 32  # tokens that are decoded after a prompt of `time` tokens, where generation is measured
+NEW = 16  # tokens that are decoded after a prompt of `time` tokens, where generation is measured
 
 # The same training recipe on every side.
 LEARNING_RATE = 1e-3

@@ -1,4 +1,4 @@
-"""A worker that decodes with a Hugging Face transformers model: arguments SIZE_JSON DTYPE:EXPERTS:MODEL_DIR.
+"""A worker that decodes with a Hugging Face transformers model: arguments SIZE_JSON DTYPE:THREADS:MODEL_DIR.
 
 The directory is filled with random weights if it is not there.
 """
@@ -22,15 +22,15 @@ transformers.utils.logging.disable_progress_bar()
 
 def main() -> None:
     size, name = sizes.from_arguments()
-    dtype, experts, directory = name.split(":", 2)
+    dtype, threads, directory = name.split(":", 2)
     torch.manual_seed(0)
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(int(threads))
     if not Path(directory).is_dir():
         build(size, "qwen3_moe", "").save_pretrained(directory)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=getattr(torch, dtype), attn_implementation="sdpa"
     )
-    model.set_experts_implementation(experts)
+    model.set_experts_implementation("grouped_mm")
     model = model.eval()
 
     def prompts() -> torch.Tensor:

@@ -169,6 +169,17 @@ CASES: dict[str, Callable[[], hf.PretrainedConfig]] = {
         attention_bias=False,
         rope_parameters={"rope_theta": 1e4, "rope_type": "default"},
     ),
+    "hunyuan_v1_moe": lambda: hf.HunYuanMoEV1Config(
+        **DENSE, head_dim=d, intermediate_size=F, num_experts=E, moe_topk=2
+    ),
+    "hunyuan_v1_moe tied, biases, one head of keys": lambda: hf.HunYuanMoEV1Config(
+        **DENSE | {"tie_word_embeddings": True, "num_key_value_heads": 1},
+        head_dim=16,
+        intermediate_size=F,
+        num_experts=E,
+        moe_topk=3,
+        attention_bias=True,
+    ),
     "llama": lambda: hf.LlamaConfig(**DENSE, intermediate_size=24, rope_parameters=LLAMA3),
     "llama tied": lambda: hf.LlamaConfig(**DENSE | {"tie_word_embeddings": True}, intermediate_size=24),
     "llama biases": lambda: hf.LlamaConfig(**DENSE, intermediate_size=24, attention_bias=True),

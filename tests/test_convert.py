@@ -174,6 +174,17 @@ def test_the_help_names_every_family(capsys):
     assert f"config.json: {', '.join(families.names())}." in said
 
 
+def test_a_list_with_the_same_number_for_every_layer_is_that_number():
+    said = json.loads(CASES["hunyuan_v1_moe"]().to_json_string())
+    listed = said | {"moe_topk": [said["moe_topk"]] * 3, "num_experts": [said["num_experts"]] * 3}
+    fields = settings.to_ours(families.get("hunyuan_v1_moe"), listed, "config.json")
+    assert resolve(override(default(), fields)) == settings_of("hunyuan_v1_moe")
+
+
+def test_no_family_is_both_here_and_missing():
+    assert not families.MISSING.keys() & set(families.names())
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_config_json_says_in_both_directions_what_a_model_is(case):
     config, family = settings_of(case), families.get(case.split()[0])
@@ -195,6 +206,19 @@ def test_config_json_says_in_both_directions_what_a_model_is(case):
         ({"model_type": "palm"}, "model_type='palm': no such family of models"),
         ({"model_type": "./evil.py"}, "model_type='./evil.py': no such family of models"),
         ({"model_type": None}, "model_type=None: no such family"),
+        (
+            {"model_type": "phimoe"},
+            "model_type='phimoe': our model lacks LayerNorm with biases, a bias on logits (lm_head",
+        ),
+        (
+            {"model_type": "llama4_text"},
+            "model_type='llama4_text': our model lacks chunked attention (attention_chunk_",
+        ),
+        (
+            {"model_type": "hunyuan_v1_moe", "moe_topk": [1, 2, 2]},
+            "moe_topk=[1, 2, 2]: is not implemented but as one number for all 3 layers",
+        ),
+        ({"model_type": "hunyuan_v1_moe", "num_experts": []}, "num_experts=[]: is not implemented but as one number"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu': is not implemented; valid: 'silu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config.quant_method=None: quantized weights are not read"),
         (

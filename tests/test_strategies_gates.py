@@ -10,8 +10,9 @@ import pytest
 from test_strategies_bias import logits_of, refused_in_one_line, softmax
 from test_train_step import largest_difference, trained
 
+from frugalmoe.config import default, override, resolve
 from frugalmoe.laws.cases import D, T, combine, make_case, make_inputs, make_params, probe, route
-from frugalmoe.routing import losses, select
+from frugalmoe.routing import losses, select, strategies
 from frugalmoe.routing.contract import Inputs
 from frugalmoe.routing.strategies import noisy_topk
 from frugalmoe.routing.strategies.similarity_preserving import orthogonality
@@ -226,3 +227,10 @@ def test_the_adaptive_loss_is_the_balance_loss_at_its_strength() -> None:
     terms = route(case, make_inputs(), state={"strength_1": jnp.full(1, 0.25)}).losses
     np.testing.assert_allclose(terms["adaptive_balance"].sum, 0.25 * terms["load_balance"].sum, rtol=1e-6)
     assert terms["adaptive_balance"].per == terms["load_balance"].per
+
+
+def test_a_warmed_up_gate_has_the_bias_that_its_options_ask_for():
+    fields = {"model.moe.router": "stochastic_warmup", "model.moe.options.base_options": {"logit_bias": True}}
+    moe = resolve(override(default(), fields)).model.moe
+    made = strategies.get("stochastic_warmup").new_params(jax.random.key(0), 16, moe)
+    assert {name: value.shape for name, value in made.items()} == {"kernel_DE": (16, 8), "bias_E": (8,)}

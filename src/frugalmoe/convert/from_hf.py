@@ -107,6 +107,8 @@ def _family(config: Mapping[str, Any], family: str, where: str) -> Family:
     if family:
         return families.get(family)
     name = config.get("model_type")
+    if isinstance(name, str) and name in families.MISSING:
+        raise UserError(f"{where}: model_type={name!r}: our model lacks {families.MISSING[name]}")
     if name not in families.names():  # which is no path either: a stranger's file does not name a program
         hint = did_you_mean(str(name), families.names())
         raise UserError(f"{where}: model_type={name!r}: no such family of models; {hint}; or give --family")

@@ -111,11 +111,11 @@ class Decoding:
     A mesh must be in context; it spreads rows over devices, so that there may be a few more than asked for.
     """
 
-    def __init__(self, config: Model, weights: Weights, most: int, rows: int = 1):
+    def __init__(self, config: Model, weights: "Weights | Ready", most: int, rows: int = 1):
         """`most`: how many tokens a row will be fed in all. `rows`: how many texts."""
         devices = sharding.axis_size(*sharding.BATCH_AXES)
         self._rows, self._most, self._piece = -(-rows // devices) * devices, most, _piece(rows)
-        self._ready = ready(config, weights)
+        self._ready = weights if isinstance(weights, Ready) else ready(config, weights)
         self._empty, self._widen, self._step = _steps(config, self._rows)
         self._slots, self._caches, self._length_B = 0, None, np.zeros(self._rows, np.int32)
         self._logits_BV = np.zeros((self._rows, config.vocab_size), np.float32)
@@ -123,7 +123,7 @@ class Decoding:
     def feed(self, tokens: Sequence[np.ndarray]) -> Array:
         """int32 [T] for each row, none for the rest -> float32 logits [B, V] of what follows the last token of each.
 
-        Where a row gets no token, its logits are those of before.
+        Where a row gets no token, its logits are those of before. They are gone when the next tokens are fed.
         """
         tokens = [*tokens, *[_NO_TOKEN] * (self._rows - len(tokens))]
         for at in range(0, max(map(len, tokens)), self._piece):

@@ -3,6 +3,7 @@
 Letters: B texts of a batch, V vocabulary.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from frugalmoe.data.chat import Message
 from frugalmoe.data.continuation import Continuation, Until
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
-from frugalmoe.generate.decoding import Decoding, Drafting, Drafts, check, check_drafts
+from frugalmoe.generate.decoding import Decoding, Drafting, Drafts, Ready, check, check_drafts, ready
 from frugalmoe.generate.sampling import Chooser, Sampling
 from frugalmoe.train.weights import Weights
 
@@ -71,10 +72,15 @@ class Sampled:
         self._choose = Chooser(sampling, allowed_V)
         self.live = np.ones(0, bool)
 
+    @functools.cached_property
+    def _ready(self) -> Ready:
+        """Made once for all batches."""
+        return ready(self._config, self._weights)
+
     def of(self, prompts: Sequence[np.ndarray], first: int = 0) -> Iterator[np.ndarray]:
         """The tokens behind some prompts; `first` is the number of the first, on which its noise depends."""
         most = self._sampling.max_tokens
-        decoding = Decoding(self._config, self._weights, max(map(len, prompts)) + most, self._rows)
+        decoding = Decoding(self._config, self._ready, max(map(len, prompts)) + most, self._rows)
         logits_BV = decoding.feed(prompts)
         rows = len(logits_BV)
         number_B = first + np.arange(rows)

@@ -284,6 +284,15 @@ def linear_init(key: Array, dim: int, config: MoE) -> NewParams:
     return {"kernel_DE": normal(key, "DE", (dim, config.num_experts), dim**-0.5)}
 
 
+def linear_init_with_bias(key: Array, dim: int, config: MoE) -> NewParams:
+    """As `linear_init`, and a bias of zeros on the logits where the strategy's option `logit_bias` asks for it."""
+    made = linear_init(key, dim, config)
+    return made | {"bias_E": declare(jnp.zeros(config.num_experts), "E")} if config.options.logit_bias else made
+
+
+LINEAR = (linear_init, linear_init_with_bias)  # what makes the parameters of one linear gate
+
+
 def clean(inputs: Inputs) -> Array:
     """x[B, T, D] in float32, zeros at padding, so that garbage there reaches no gradient (MaxText PR 3699)."""
     return jnp.where(inputs.valid_BT[..., None], inputs.x_BTD, 0).astype(jnp.float32)

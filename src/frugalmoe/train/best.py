@@ -41,8 +41,6 @@ def find(workdir: Path, metric: str, steps: Collection[int]) -> Best | None:
 
 def step_of(run: Path) -> int:
     """Returns the step of a run's best checkpoint. Raises `UserError` for a run that keeps none."""
-    if not (run / RECORD).is_file():
-        raise UserError(f"{run}: not a run directory (it holds no {RECORD})")
     metric = record(run / RECORD)["checkpoint"]["keep_best"]
     if not metric:
         raise UserError(f"{run}@{NAME}: the run kept no best checkpoint (checkpoint.keep_best is empty)")

@@ -42,6 +42,7 @@ def run_and_step(text: str) -> tuple[Path, int | None]:
     if not at or Path(text).is_dir():
         return Path(text), None
     if step == best.NAME:
+        check_run(Path(name))
         return Path(name), best.step_of(Path(name))
     if not (step.isascii() and step.isdecimal() and len(step) < 10):
         raise UserError(f"{text}: no such directory, and STEP of RUN@STEP must be a whole number, or {best.NAME}")

@@ -92,7 +92,8 @@ def _status(path: Path, series: Mapping[str, Series], values: Mapping[str, float
         return "training"
     if rundir.is_complete(path):
         return "complete"
-    if any(math.isnan(value) for name, value in values.items() if name.startswith(("loss/", "eval/", "optim/"))):
+    losses = ("loss/", "eval/", "validation/", "optim/")
+    if any(math.isnan(value) for name, value in values.items() if name.startswith(losses)):
         return "not finite"
     return "stopped" if series else "not begun"
 

@@ -26,7 +26,17 @@ from jax import Array
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.fields import build
 from frugalmoe.routing import losses, merging, rules, select, strategies
-from frugalmoe.routing.contract import About, Inputs, Params, Router, Routing, State, linear_init, linear_logits
+from frugalmoe.routing.contract import (
+    LINEAR,
+    About,
+    Inputs,
+    NewParams,
+    Params,
+    Router,
+    Routing,
+    State,
+    linear_logits,
+)
 from frugalmoe.schema import FrozenDict, MoE
 
 RUNNING = ("logit_mean", "logit_square")  # this wrapper's own state; all else is the base's
@@ -51,7 +61,7 @@ def _wrappable(name: str) -> bool:
     router = strategies.get(name)
     about = router.about
     plain = about.causal == "safe" and about.form == "token" and about.losses == losses.GATE_LOSSES
-    return plain and about.learned is True and about.random is not True and router.init is linear_init
+    return plain and about.learned is True and about.random is not True and router.init in LINEAR
 
 
 def unwrap(config: MoE) -> tuple[Router, MoE]:
@@ -81,6 +91,11 @@ def _noise(inputs: Inputs, state: State, config: MoE) -> Array:
     mean, square = jax.lax.stop_gradient((state["logit_mean"], state["logit_square"]))
     draw = jax.vmap(jax.vmap(lambda key: jax.random.normal(key, (config.num_experts,))))
     return mean + jnp.sqrt(jnp.maximum(square, 0)) * draw(select.token_keys(inputs))
+
+
+def init(key: Array, dim: int, config: MoE) -> NewParams:
+    router, base_config = unwrap(config)
+    return router.init(key, dim, base_config)
 
 
 def init_state(dim: int, config: MoE) -> State:
@@ -148,7 +163,7 @@ ROUTER = Router(
     ),
     route=route,
     options=Options,
-    init=linear_init,
+    init=init,
     init_state=init_state,
     update=update,
     merge_state=merge_state,

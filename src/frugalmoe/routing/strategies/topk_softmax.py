@@ -16,20 +16,16 @@ Letters: B batch, T time, E experts, K choices.
 import dataclasses
 
 import jax
-import jax.numpy as jnp
-from jax import Array
 
 from frugalmoe.routing import gate, groups, losses, rules, select
 from frugalmoe.routing.contract import (
     About,
     Inputs,
-    NewParams,
     Params,
     Router,
     Routing,
     State,
-    declare,
-    linear_init,
+    linear_init_with_bias,
     linear_logits,
 )
 from frugalmoe.schema import MoE
@@ -54,11 +50,6 @@ def route(params: Params, state: State, inputs: Inputs, config: MoE) -> Routing:
     weight_BTK = gate.weights(logits_BTE, probs_BTE, choice.expert_BTK, options.renormalize)
     by_score = select.top_k(logits_BTE, k) if options.groups_per_token < options.num_groups else None
     return gate.routing(logits_BTE, probs_BTE, choice, weight_BTK * options.scale, inputs, config, by_score=by_score)
-
-
-def init(key: Array, dim: int, config: MoE) -> NewParams:
-    made = linear_init(key, dim, config)
-    return made | {"bias_E": declare(jnp.zeros(config.num_experts), "E")} if config.options.logit_bias else made
 
 
 def weight_sum(config: MoE) -> float | str:
@@ -99,7 +90,7 @@ ROUTER = Router(
     ),
     route=route,
     options=Options,
-    init=init,
+    init=linear_init_with_bias,
     check=check,
     cases=(
         (3, {"softmax": "after", "scale": 2.5}),
