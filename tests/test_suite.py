@@ -1,5 +1,6 @@
 """The suite that is ours: by the choices alone nobody is above chance, and a model chooses by its likelihoods."""
 
+import dataclasses
 import json
 import operator
 import re
@@ -15,11 +16,14 @@ from runs import config_file, tiny, write_text
 
 from frugalmoe import metrics
 from frugalmoe.ablate import load_comparison, load_study, results, run_study
+from frugalmoe.ablate import suite as of_studies
 from frugalmoe.cli import main
+from frugalmoe.errors import UserError
 from frugalmoe.evaluate import evaluate, suite
 from frugalmoe.evaluate.contract import Square, Task
 from frugalmoe.evaluate.grading import Grade, fingerprint, grade, grade_run, graded, made
 from frugalmoe.evaluate.scoring import Asked, score, whole_text
+from frugalmoe.routing import strategies
 from frugalmoe.train.loop import train
 from frugalmoe.train.weights import load_checkpoint
 
@@ -208,6 +212,18 @@ def test_lm_eval_that_is_not_there_is_named(run, capsys, monkeypatch):
     assert main(["evaluate", str(run), "--tasks=arc_easy"]) == 2
     said = "frugalmoe: --tasks: needs a package that is not installed: pip install 'frugalmoe[lm-eval]'\n"
     assert capsys.readouterr().err == said
+
+
+def test_a_model_whose_texts_depend_on_what_follows_is_not_graded(loaded):
+    config, *_ = loaded
+    options = dataclasses.replace(strategies.get("expert_choice").options(), evaluate="choice")
+    moe = dataclasses.replace(config.model.moe, router="expert_choice", options=options)
+    leaking = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+    with pytest.raises(UserError, match=r"^model.moe.router='expert_choice': a text has no likelihood .*causal=leak"):
+        score(leaking, loaded.weights, loaded.mesh, [])
+    with pytest.raises(UserError, match=r"^metrics='copy': arm 'b': model.moe.router='expert_choice': "):
+        of_studies.check({"a": config, "b": leaking}, ["eval/loss/mean", "suite/margin/copy"])
+    of_studies.check({"b": leaking}, ["eval/loss/mean"])
 
 
 def test_a_task_that_has_few_items_is_asked_for_those(tmp_path):

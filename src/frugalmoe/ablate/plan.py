@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from frugalmoe.ablate import suite
 from frugalmoe.ablate.results import known_metrics
 from frugalmoe.ablate.study import Arm, Study, arms_of, check_arm, check_seeds, choose
 from frugalmoe.config import Config, settle
@@ -79,6 +80,7 @@ def make_plan(
             raise UserError(f"{study.name}: metrics={metric!r}: unknown metric; {did_you_mean(metric, known)}")
     if not study.metrics or not study.metrics[0].startswith("eval/"):
         raise UserError(f"{study.name}: metrics={study.metrics}: the first one decides and must be one of eval/...")
+    suite.check({name: arm.config for name, arm in all_arms.items()}, study.metrics)
     models = {name: settle(arm.config, data.vocabulary, None).model for name, arm in all_arms.items()}
     flops = {name: forward_flops(model, config.data.sequence_length) for name, model in models.items()}
     check_budgets(study, flops)

@@ -1,12 +1,14 @@
 """The suite at the end of each run of a study that asks for it: accuracy and margin beside loss."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from frugalmoe.ablate.results import SUITE
-from frugalmoe.evaluate import suite
+from frugalmoe.config import Config
+from frugalmoe.errors import UserError
+from frugalmoe.evaluate import scoring, suite
 from frugalmoe.evaluate.grading import ITEMS, grade, made
 from frugalmoe.files import read_json, write_json
 from frugalmoe.train.loop import Run
@@ -18,6 +20,15 @@ def wanted(metrics: Sequence[str]) -> list[str]:
     """Returns the tasks that a study's metrics need, none where it asks for none, all for a mean."""
     members = {name.rpartition("/")[2] for name in metrics if name.startswith(SUITE)}
     return [name for name in suite.names() if name in members or "mean" in members]
+
+
+def check(arms: Mapping[str, Config], metrics: Sequence[str]) -> None:
+    """Raises `UserError` where a study asks for tasks of a model in which texts have no likelihood of their own."""
+    for name, config in arms.items() if wanted(metrics) else ():
+        try:
+            scoring.check(config)
+        except UserError as e:
+            raise UserError(f"metrics={wanted(metrics)[0]!r}: arm {name!r}: {e}") from e
 
 
 def is_there(directory: Path, metrics: Sequence[str]) -> bool:

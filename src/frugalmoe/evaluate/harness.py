@@ -17,7 +17,8 @@ from frugalmoe.config import Config
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
 from frugalmoe.evaluate.scoring import Asked, score
-from frugalmoe.generate import Sampling, stream
+from frugalmoe.generate import Prompt, Sampling, completions
+from frugalmoe.train.placing import micro_batch
 from frugalmoe.train.weights import Weights
 
 _GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
@@ -93,29 +94,39 @@ class Harnessed(TemplateLM):
         return [sum(next(scores)[0] for _ in pairs) for pairs in of_texts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model goes on with, up to a stop text, the end of the document or the most tokens; on one device."""
-        done = self._begin("generating", len(requests))
-        found = []
+        """What the model goes on with, up to a stop text, the end of the document or the most tokens.
+
+        Requests of equal settings are decoded together, on one device.
+        """
+        done, found = self._begin("generating", len(requests)), [""] * len(requests)
+        groups: dict[Sampling, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(self._sampling(request.args[1]), []).append(i)
         with sharding.one_device(self._weights) as weights:
-            for request in requests:
-                found.append(self._generated(weights, *request.args))
-                done(1)
+            for sampling, members in groups.items():
+                prompts = [self._prompt(requests[i].args[0], sampling) for i in members]
+                of_run = (self._config, weights, self._tokenizer, prompts, sampling)
+                texts = completions(*of_run, batch_size=micro_batch(self._config), ended=lambda: done(1))
+                for i, completion in zip(members, texts):
+                    found[i] = completion.text
         return found
 
-    def _generated(self, weights: Weights, context: str, options: Mapping[str, Any]) -> str:
+    def _sampling(self, options: Mapping[str, Any]) -> Sampling:
         settings = normalize_gen_kwargs(dict(options), self.max_gen_toks)
         if unknown := sorted(settings.keys() - set(_GENERATION)):
             raise UserError(f"--tasks: generation_kwargs.{unknown[0]}: not known here; valid: {', '.join(_GENERATION)}")
-        sampling = Sampling(
+        return Sampling(
             temperature=settings["temperature"] if settings["do_sample"] else 0.0,
             top_p=settings.get("top_p", 1.0),
             max_tokens=settings["max_gen_toks"],
             stop=tuple(filter(None, handle_stop_sequences(settings["until"], None))),
         )
-        room = self.max_length - sampling.max_tokens - len(self._front)
+
+    def _prompt(self, context: str, sampling: Sampling) -> Prompt:
+        """The end of a context that leaves room for what is generated. No stop text begins in it."""
+        room = self.max_length - sampling.max_tokens
         if room < 1:
             rule = f"must leave room for a context in data.sequence_length={self.max_length}"
             raise UserError(f"--tasks: generation_kwargs.max_gen_toks={sampling.max_tokens}: {rule}")
-        ids = self._tokenizer.encode(context)
-        prompt = context if len(ids) <= room else self._tokenizer.decode(ids[-room:])
-        return "".join(stream(self._config, weights, self._tokenizer, prompt, sampling))
+        ids = (self._front + self.tok_encode(context)) or [self.prefix_token_id]
+        return Prompt(np.array(ids[-room:], np.int32), "")

@@ -14,6 +14,8 @@ from frugalmoe import sharding
 from frugalmoe.config import Config
 from frugalmoe.data.batches import Batch
 from frugalmoe.data.tokenizer import Tokenizer
+from frugalmoe.errors import UserError
+from frugalmoe.model.causality import parts
 from frugalmoe.train.objective import without_knobs
 from frugalmoe.train.placing import micro_batch, put_batch
 from frugalmoe.train.program import PROGRAMS_KEPT
@@ -42,11 +44,12 @@ def score(
     asked: Sequence[Asked],
     done: Callable[[int], None] | None = None,
 ) -> list[Scored]:
-    """Returns what the model says of each text, in their order; the mesh must be in context.
+    """Returns what the model says of each text, in their order; the mesh must be in context. Raises as `check`.
 
     A batch has as many tokens as a micro-batch of the config, or one row of a device where rows are longer. The rows
     are the same whatever the batches are. `done` is told how many rows each batch had.
     """
+    check(config)
     devices, budget = sharding.axis_size(*sharding.BATCH_AXES), micro_batch(config) * config.data.sequence_length
     run = _compiled(without_knobs(config))
     found: dict[int, Scored] = {}
@@ -63,6 +66,14 @@ def score(
             if done is not None:
                 done(len(chosen))
     return [found[i] for i in range(len(asked))]
+
+
+def check(config: Config) -> None:
+    """Raises `UserError` for a model in which a token's likelihood depends on what follows it, or on other texts."""
+    for part, level in parts(config.model, False, 1).items():
+        if level != "safe":
+            rule = "a text has no likelihood of its own where experts of a token depend on later tokens or other texts"
+            raise UserError(f"{part}: {rule} in evaluation (causal={level})")
 
 
 def whole_text(config: Config, tokenizer: Tokenizer, text: str) -> Asked:
