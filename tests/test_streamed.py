@@ -35,7 +35,9 @@ def columns(run) -> dict[str, np.ndarray]:
 
 
 # Dense layers first and state of routers; two kinds of attention, and the embedding as head.
-@pytest.mark.parametrize("case", ["deepseek_v3", pytest.param("mixtral window, tied", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case", ["deepseek_v3", *(pytest.param(c, marks=pytest.mark.slow) for c in ("mixtral window, tied", "gpt_oss"))]
+)
 def test_a_trace_from_the_files_is_that_of_the_loaded_model(place, case, capsys):
     root = place / case.replace(" ", "_")
     theirs = save(randomized(case), root / "theirs")

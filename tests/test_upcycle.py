@@ -156,6 +156,8 @@ def test_the_command_writes_a_run_that_training_goes_on_from(dense, place, capsy
             "--config.model.num_heads=2: upcycling keeps 4",
         ),
         (["--experts=4", "--per-token=2", "--config.model.num_dense_layers=3"], "leaves no layer with experts"),
+        (["--experts=4", "--per-token=2", "--config.model.moe.expert_bias=True"], "expert_bias=True: upcycling keeps"),
+        (["--experts=4", "--per-token=2", "--config.model.moe.activation=clamped_swiglu"], "upcycling keeps 'swiglu'"),
         (
             ["--experts=4", "--per-token=2", "--config.model.moe.num_shared_experts=1"],
             "--config.model.moe.num_shared_experts=1: upcycling keeps 0",

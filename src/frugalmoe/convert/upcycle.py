@@ -104,6 +104,8 @@ def look(
         "model.moe.expert_dim": theirs.dense_dim // recipe.granularity,
         "model.moe.num_shared_experts": 0,
         "model.moe.shared_gate": False,
+        "model.moe.expert_bias": False,
+        "model.moe.activation": "swiglu",  # as dense feed-forwards have it
     }
     config = resolve(override(override(read(str(run / RECORD)), fields), overrides))
     config = settle(config, dense.tokenizer.size, None)

@@ -110,7 +110,7 @@ class Transformer(nnx.Module):
         Layers one by one: a scan would copy every layer's parameters and cache for every token.
         """
         config, new = self.config, []
-        stream = Stream(self._look_up()(context.token_ids_BT))
+        stream = Stream(self.embed(context.token_ids_BT))
         prepared = prepare(context.positions_BT, config, pattern.attention_names(config.attention))
         for number, (kind, layer, cache) in enumerate(zip(pattern.layers(config), layers, caches)):
             before = config.num_dense_layers if kind.feed_forward == "moe" else 0
