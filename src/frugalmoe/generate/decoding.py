@@ -3,7 +3,7 @@
 Texts are rows of a batch, each with a length of its own: the tokens that a row is given go behind those it has, and
 rows that are given fewer, or none, are padded with tokens that nothing sees. Shapes are few, so that few are compiled.
 
-Letters: B texts (rows), T tokens, D model, V vocabulary.
+Letters: B sequences, T tokens, D model, V vocabulary.
 """
 
 import dataclasses

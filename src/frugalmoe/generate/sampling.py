@@ -4,7 +4,7 @@ The rules are those of `transformers`, in its order: temperature, the `top_k` mo
 `top_p` of these, and of what is left no token less likely than `min_p` times the most likely one. Tokens that are
 equally likely are kept or left out together.
 
-Letters: B texts, V vocabulary.
+Letters: B sequences, V vocabulary.
 """
 
 import dataclasses

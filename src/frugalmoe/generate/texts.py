@@ -1,6 +1,6 @@
 """From prompts to texts: one as it comes, or many in batches.
 
-Letters: B texts of a batch, V vocabulary.
+Letters: B sequences, V vocabulary.
 """
 
 import functools
