@@ -32,6 +32,7 @@ OWN = {
     },
     "stochastic_warmup": {"model.moe.options.steps": 75},
     "recurrent": {"model.moe.options.hidden": 32},  # at the default of 128 it multiplies 43% of all the rest
+    "zaya": {"model.moe.options.hidden": 16},  # likewise
 }
 
 
