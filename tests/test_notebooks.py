@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from runs import tiny, write_text
 
+from frugalmoe.cli import main
 from frugalmoe.train.loop import train
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -36,6 +37,7 @@ def test_it_runs(notebook, run_dir, tmp_path):
     done = tmp_path / "done.ipynb"
     small = {"FRUGALMOE_RUN": run_dir, "FRUGALMOE_TOKENS": "500", "FRUGALMOE_WORKDIR": str(tmp_path / "study")}
     small |= {"FRUGALMOE_TEXT": f"{run_dir}/../one", "FRUGALMOE_STEPS": "24"}
+    small |= {"FRUGALMOE_PUBLISHED": f"{run_dir}/../published", "FRUGALMOE_LINKED": str(tmp_path / "linked")}
     jupytext("--to=notebook", "--execute", f"--run-path={FOLDER}", f"--output={done}", notebook, **small)
     pictures = [o for c in cells(done) for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     assert len(pictures) == notebook.read_text().count("\nplots.")
@@ -62,4 +64,12 @@ def run_dir(tmp_path_factory):
     (root / "two" / "doc00.txt").write_text("Another first document, so that the domains differ.\n" * 9)
     fields = {"data.sources": sources, "data.validation_fraction": 0.5, "checkpoint.every_steps": 4}
     train(tiny(root, root / "cache", fields | {"checkpoint.keep_last": 9}), root / "run")
+    as_qwen3 = {
+        "model.qk_norm": "head",
+        "model.moe.num_shared_experts": 0,
+        "data.tokenizer": "bpe:300",
+        "train.steps": 5,
+    }
+    train(tiny(root, root / "cache", fields | as_qwen3), root / "ours")
+    assert main(["convert", "to-hf", str(root / "ours"), str(root / "published")]) == 0
     return str(root / "run")

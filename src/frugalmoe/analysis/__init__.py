@@ -25,7 +25,7 @@ from frugalmoe.analysis.lab.effects import Effect, effects_table, intervene
 from frugalmoe.analysis.lab.gradients import Gradients, load_gradients
 from frugalmoe.analysis.lab.interventions import Demote, Mask, RandomChoice, Swap
 from frugalmoe.analysis.lab.leak import Gap, train_causal_gap
-from frugalmoe.analysis.lab.record import write_trace
+from frugalmoe.analysis.lab.record import open_published, write_trace
 from frugalmoe.analysis.lab.swaps import SwapGain, try_swaps
 from frugalmoe.analysis.lab.weights import Experts, load_experts
 from frugalmoe.analysis.measures import (
@@ -77,6 +77,7 @@ __all__ = [
     "load_gradients",
     "load_run",
     "load_trace",
+    "open_published",
     "plots",
     "scores",
     "similarity",

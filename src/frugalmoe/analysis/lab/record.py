@@ -13,6 +13,7 @@ Letters: L MoE layers, N tokens, E experts, K experts per token.
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -78,6 +79,19 @@ def _check_existing(path: Path, made_from: dict[str, str], tokens: int) -> None:
             f"--tokens={tokens}: {path.parent} was traced with --tokens={int(columns['tokens'])}; "
             "give that, or delete the directory"
         )
+
+
+def open_published(
+    directory: str | Path, run: str | Path, *, path: str, overrides: Sequence[str] = (), progress: bool = False
+) -> Path:
+    """Returns the run directory of a published model, made where it is not there yet: `write_trace` reads its weights
+    from their files. `path`: the text to look at, as `data.path`. Raises `UserError` as `convert.from_hf.look` does.
+    """
+    run = Path(run)
+    if not (run / RECORD).is_file():
+        found = from_hf.look(Path(directory), run, overrides=[f"data.path={path}", *overrides])
+        from_hf.link(found, run, progress)
+    return run
 
 
 class Recorder:
