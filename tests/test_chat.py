@@ -182,7 +182,7 @@ ENDLESS = [
 @pytest.mark.parametrize("template", ENDLESS)
 def test_a_template_comes_to_an_end(template, monkeypatch):
     monkeypatch.setattr(chat, "STEPS", 10_000)
-    with pytest.raises(UserError, match="^here: the chat template: OverflowError: makes "):
+    with pytest.raises(UserError, match=r"^here: the chat template: OverflowError: makes "):
         ChatTemplate(template, {}, "here").render(TALKS[0])
 
 

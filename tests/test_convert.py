@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -258,6 +259,7 @@ def test_config_json_says_in_both_directions_what_a_model_is(case):
         ({"num_attention_heads": 3}, "num_attention_heads=3: must be a multiple of"),
         ({"num_local_experts": 10**9}, "says a model of"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan: must be"),
+        ({"vocab_size": 0}, "vocab_size=0: must be positive"),
         ({"vocab_size": 100}, "smaller than the 257 tokens"),
         ({"sliding_window": -3}, "window=-3: must be positive"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: must be at most"),
@@ -293,6 +295,16 @@ def overlap(path: Path) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 16)
 
 
+def hidden(path: Path) -> None:
+    header = {n: {"dtype": "F32", "shape": [1], "data_offsets": [at, at + 4]} for n, at in (("a", 0), ("b", 8))}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 12)
+
+
+def longer(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"more")
+
+
 def negative(path: Path) -> None:
     text = json.dumps({"a": {"dtype": "F32", "shape": [-4, -1], "data_offsets": [0, 16]}}).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 16)
@@ -320,6 +332,8 @@ def eight_bits(path: Path) -> None:
         (no_json, "its header is no JSON"),
         (deep_json, "not a safetensors file"),
         (overlap, "shares bytes with another"),
+        (hidden, "4 bytes before tensor 'b' are of no tensor"),
+        (longer, "the last 4 bytes are of no tensor"),
         (negative, "damaged; needs dtype, shape"),
         (twice, "a name stands in it twice"),
         (eight_bits, "dtype F8_E4M3 is not converted; valid: F32, BF16, F16"),
@@ -373,6 +387,7 @@ def index(directory: Path, change) -> None:
         (lambda named: named.update({"model.norm.weight": "../a.safetensors"}), "'../a.safetensors': must be the name"),
         (lambda named: named.update({"model.norm.weight": "/etc/passwd"}), "'/etc/passwd': must be the name"),
         (lambda named: named.update({"model.norm.weight": "a.bin"}), "'a.bin': must be the name of a .safetensors"),
+        (lambda named: named.update({"more": f"{'a' * 300}.safetensors"}), ".safetensors': must be the name of a"),
         (lambda named: named.update({"more": "a.safetensors"}), "'more' is not in a.safetensors"),
         (lambda named: named.update({"more": 3}), "damaged; needs weight_map"),
         (dict.clear, "damaged; needs weight_map"),
@@ -392,8 +407,20 @@ def test_a_pickle_is_refused_with_the_reason(copy, tmp_path, capsys):
     assert "pytorch_model.bin" in line and "pickle, which can run any program" in line and not Path("ran").exists()
 
 
+def test_what_is_no_file_is_not_waited_for(copy, tmp_path, capsys):
+    (copy / HEADER).unlink()
+    (copy / HEADER).mkdir()
+    assert f"{copy / HEADER}: is no file" in refused(capsys, "from-hf", copy, tmp_path / "run")
+    (copy / HEADER).rmdir()
+    os.mkfifo(copy / HEADER)
+    assert f"{copy / HEADER}: is no file" in refused(capsys, "from-hf", copy, tmp_path / "run")
+
+
 def test_directories_and_flags_that_are_wrong_are_one_line(models, copy, tmp_path, capsys):
     run = tmp_path / "run"
+    if os.path.ismount("/proc"):
+        line = refused(capsys, "from-hf", copy, "/proc/none", "--tokenizer=bytes", "--link")
+        assert "/proc/none: cannot be made there" in line
     assert "no such directory" in refused(capsys, "from-hf", tmp_path / "none", run)
     assert "with --tokenizer=bytes" in refused(capsys, "from-hf", copy, run)
     assert "--tokenizer=bpe:300" in refused(capsys, "from-hf", copy, run, "--tokenizer=bpe:300")

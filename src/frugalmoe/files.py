@@ -73,7 +73,11 @@ def write_generated(page: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises `UserError` for one that is missing or damaged."""
+    """The content of a JSON file. Raises `UserError` for one that is missing or damaged, or no file: a pipe would never
+    end.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no file")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
