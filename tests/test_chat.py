@@ -218,6 +218,12 @@ def test_what_is_no_conversation_is_one_line(messages, line):
     assert str(error.value).startswith(line)
 
 
+def test_messages_that_are_nested_too_deep_are_one_line():
+    deep = json.loads("[" * 900 + "]" * 900)
+    with pytest.raises(UserError, match=r"^messages: hold lists and records in more levels"):
+        ChatTemplate(CHATML, {}, "here").render([{"role": "user", "content": "x", "more": deep}])
+
+
 BAD_FILES = {
     chat.CONFIG: [
         ({"chat_template": 3}, "chat_template: must be text, or a list"),

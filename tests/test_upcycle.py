@@ -148,6 +148,8 @@ def test_the_command_writes_a_run_that_training_goes_on_from(dense, place, capsy
         (["--experts=4", "--per-token=1", "--granularity=2"], "--per-token=1: must be a multiple"),
         (["--experts=30", "--per-token=5", "--granularity=5"], "--granularity=5: does not divide the 64 hidden units"),
         (["--experts=0", "--per-token=1"], "--experts=0: must be from 1"),
+        (["--experts=4", "--per-token=2", "--noise=1e39"], "--noise=1e+39: must be 0 or from"),
+        (["--experts=100000000", "--per-token=2"], "--experts=100000000: the model needs "),
         (["--experts=2", "--per-token=4"], "model.moe.num_experts_per_token=4"),
         (["--experts=4", "--per-token=2", "--redrawn=1.5"], "--redrawn=1.5: must be in [0, 1]"),
         (["--experts=4", "--per-token=2", "--noise=nan"], "--noise=nan: must be a finite number"),

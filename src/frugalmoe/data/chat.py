@@ -56,7 +56,10 @@ class ChatTemplate:
         Raises `UserError` for messages that are none, or that the template refuses, and for a template that fails.
         """
         check_messages(messages, "messages")
-        plain = [{k: _plain(v) for k, v in message.items() if v is not None} for message in messages]
+        try:
+            plain = [{k: _plain(v) for k, v in message.items() if v is not None} for message in messages]
+        except RecursionError:
+            raise UserError("messages: hold lists and records in more levels than can be followed") from None
         template, spans, pieces = _compiled(self.source, self.where), [], []
         values = {"tools": None, "documents": None, **self.tokens}
         try:
