@@ -427,6 +427,8 @@ def test_directories_and_flags_that_are_wrong_are_one_line(models, copy, tmp_pat
     assert "no such family" in refused(capsys, "from-hf", copy, run, "--tokenizer=bytes", "--family=palm")
     changed = refused(capsys, "from-hf", copy, run, "--tokenizer=bytes", "--config.model.norm_eps=0.1")
     assert "model.norm_eps=0.1 (1e-05 there)" in changed
+    other = refused(capsys, "from-hf", copy, run, "--tokenizer=bytes", "--config.data.tokenizer=bpe:300")
+    assert "data.tokenizer='bpe:300': the tokenizer goes along with the run" in other
     run.mkdir()
     (run / "mine.txt").write_text("mine")
     assert "exists; give a new directory" in refused(capsys, "from-hf", copy, run, "--tokenizer=bytes")
@@ -457,11 +459,25 @@ def test_an_error_half_way_leaves_nothing(copy, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
+def test_of_two_that_make_one_directory_the_second_is_told(tmp_path):
+    """Nothing of the first is touched, and nothing of the second stays."""
+    place = tmp_path / "place"
+    with pytest.raises(UserError, match="was made by another process meanwhile"), output.appearing(place) as mine:
+        (mine / "mine").touch()
+        place.mkdir()
+        (place / "theirs").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["place", "theirs"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_half_way_leaves_nothing(tmp_path, number):
+    """Also where the watch of signals looks while a slow disk is being cleaned up."""
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom frugalmoe.convert.output import appearing\n"
+        "import os, shutil, sys, time\nfrom pathlib import Path\nfrom frugalmoe.convert.output import appearing\n"
         "from frugalmoe.interrupts import at_once\n"
+        "read, remove = os.read, shutil.rmtree\n"
+        "os.read = lambda *given: (read(*given), time.sleep(0.3))[0]\n"
+        "shutil.rmtree = lambda *given, **more: (time.sleep(0.9), remove(*given, **more))\n"
         "with at_once(False), appearing(Path(sys.argv[1]) / 'above/new') as place:\n"
         "    (place / 'half').write_text('x')\n    print('ready', flush=True)\n    time.sleep(60)\n"
     )

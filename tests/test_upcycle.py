@@ -149,6 +149,7 @@ def test_the_command_writes_a_run_that_training_goes_on_from(dense, place, capsy
         (["--experts=30", "--per-token=5", "--granularity=5"], "--granularity=5: does not divide the 64 hidden units"),
         (["--experts=0", "--per-token=1"], "--experts=0: must be from 1"),
         (["--experts=4", "--per-token=2", "--noise=1e39"], "--noise=1e+39: must be 0 or from"),
+        (["--experts=4", "--per-token=2", "--config.data.tokenizer=bpe:300"], "upcycling keeps that of the dense run"),
         (["--experts=100000000", "--per-token=2"], "--experts=100000000: the model needs "),
         (["--experts=2", "--per-token=4"], "model.moe.num_experts_per_token=4"),
         (["--experts=4", "--per-token=2", "--redrawn=1.5"], "--redrawn=1.5: must be in [0, 1]"),

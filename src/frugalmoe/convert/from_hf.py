@@ -101,6 +101,9 @@ def _checked(family: Family, fields: Mapping[str, Any], overrides: Sequence[str]
     changed = resolve(override(asked, overrides))
     if lines := settings.unlike(changed.model, config.model):
         raise UserError(f"--config.{lines[0]}: a converted model must compute what it did before")
+    if changed.data.tokenizer != config.data.tokenizer:
+        rule = "the tokenizer goes along with the run; give --tokenizer for another"
+        raise UserError(f"--config.data.tokenizer={changed.data.tokenizer!r}: {rule}")
     return changed
 
 

@@ -111,6 +111,8 @@ def look(
     config = resolve(override(override(read(str(run / RECORD)), fields), overrides))
     config = settle(config, dense.tokenizer.size, None)
     _check_alike(config.model, theirs, fields)
+    if config.data.tokenizer != dense.config.data.tokenizer:
+        raise UserError(f"--config.data.tokenizer={config.data.tokenizer!r}: upcycling keeps that of the dense run")
     _check_memory(config.model, experts)
     return Found(run, dense, config, recipe)
 
