@@ -159,7 +159,36 @@ BAD_TEMPLATES = {
     "{{ 1 // 0 }}": "here: the chat template: ZeroDivisionError: ",
     "{{ messages[0].nothing.more }}": "here: the chat template: UndefinedError: ",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "here: the chat template: RecursionError: ",
+    "{{ " + "(" * 2000 + "1" + ")" * 2000 + " }}": "here: the chat template: RecursionError: ",
+    "{{ '\\ud800' }}": "here: the chat template: character 0 of its text is half of a character",
 }
+# What would take hours, or more memory than there is.
+ENDLESS = [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n }}{% endmacro %}{{ f(60) }}",
+    "{{ 'a' * 10 ** 10 }}",
+    "{{ 10 ** (10 ** 10) }}",
+    "{{ ('a' * 40000000) + ('a' * 40000000) }}",
+    "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{% set n = namespace(x=9) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "{{ 'a'.center(10 ** 10) }}",
+    "{{ 'a' | indent(10 ** 10) }}",
+    "{{ '%9999999999d' % 1 }}",
+    "{{ '%9999999999d' | format(1) }}",
+    "{% for i in range(90) %}{{ 'a' * 1000000 }}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("template", ENDLESS)
+def test_a_template_comes_to_an_end(template, monkeypatch):
+    monkeypatch.setattr(chat, "STEPS", 10_000)
+    with pytest.raises(UserError, match=r"^here: the chat template: OverflowError: makes "):
+        ChatTemplate(template, {}, "here").render(TALKS[0])
+
+
+def test_bounded_operations_are_those_of_jinja():
+    template = "{{ 3 * 'ab' ~ 2 ** -1 ~ 7 % 4 ~ '%d %s' % (1, 'x') ~ none ~ ([1] + [2]) ~ ('a' | center(3)) }}"
+    assert ChatTemplate(template, {}, "here").render(TALKS[0]).text == "ababab0.531 xNone[1, 2] a "
 
 
 @pytest.mark.parametrize(("template", "line"), BAD_TEMPLATES.items())
@@ -187,6 +216,12 @@ def test_what_is_no_conversation_is_one_line(messages, line):
     with pytest.raises(UserError) as error:
         ChatTemplate(CHATML, {}, "here").render(messages)
     assert str(error.value).startswith(line)
+
+
+def test_messages_that_are_nested_too_deep_are_one_line():
+    deep = json.loads("[" * 900 + "]" * 900)
+    with pytest.raises(UserError, match=r"^messages: hold lists and records in more levels"):
+        ChatTemplate(CHATML, {}, "here").render([{"role": "user", "content": "x", "more": deep}])
 
 
 BAD_FILES = {

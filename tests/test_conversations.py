@@ -1,6 +1,7 @@
 """Training on conversations: the loss is of the answers alone, and those are what transformers takes them for."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -297,12 +298,20 @@ def test_what_is_no_conversation_is_one_line(place, tmp_path, template, records,
         (["data.validation.chat_fields=a,b"], "data.validation.chat_fields='a,b': must be three names"),
         (["data.validation.path=TALKS", "data.validation.kind=chat"], "is training data too"),
         (["data.sources.a.path=TALKS"], "data.kind='chat': belongs to data.path"),
+        (
+            ["data.path=TEXTS"],
+            "conversations are records, with messages, prompt, response, and no file",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_is_one_line_before_anything_is_done(place, tmp_path, capsys, flags, said):
     fields = {"data.kind": "chat", "data.tokenizer": str(place / "marked")}
     file = config_file(tmp_path, place / "talks.jsonl", place / "cache", fields)
-    given = [f"--config.{flag}".replace("TALKS", str(place / "talks.jsonl")) for flag in flags]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("no conversation")
+    paths = {"TALKS": place / "talks.jsonl", "TEXTS": tmp_path / "texts"}
+    told = lambda flag: functools.reduce(lambda text, name: text.replace(name, str(paths[name])), paths, flag)
+    given = [f"--config.{told(flag)}" for flag in flags]
     assert main(["train", f"--config={file}", f"--workdir={tmp_path / 'run'}", "--dry-run", *given]) == 2
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1 and said in shown and not (tmp_path / "run").exists()

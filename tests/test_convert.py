@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -258,6 +259,7 @@ def test_config_json_says_in_both_directions_what_a_model_is(case):
         ({"num_attention_heads": 3}, "num_attention_heads=3: must be a multiple of"),
         ({"num_local_experts": 10**9}, "says a model of"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan: must be"),
+        ({"vocab_size": 0}, "vocab_size=0: must be positive"),
         ({"vocab_size": 100}, "smaller than the 257 tokens"),
         ({"sliding_window": -3}, "window=-3: must be positive"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: must be at most"),
@@ -293,6 +295,16 @@ def overlap(path: Path) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 16)
 
 
+def hidden(path: Path) -> None:
+    header = {n: {"dtype": "F32", "shape": [1], "data_offsets": [at, at + 4]} for n, at in (("a", 0), ("b", 8))}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 12)
+
+
+def longer(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"more")
+
+
 def negative(path: Path) -> None:
     text = json.dumps({"a": {"dtype": "F32", "shape": [-4, -1], "data_offsets": [0, 16]}}).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 16)
@@ -320,6 +332,8 @@ def eight_bits(path: Path) -> None:
         (no_json, "its header is no JSON"),
         (deep_json, "not a safetensors file"),
         (overlap, "shares bytes with another"),
+        (hidden, "4 bytes before tensor 'b' are of no tensor"),
+        (longer, "the last 4 bytes are of no tensor"),
         (negative, "damaged; needs dtype, shape"),
         (twice, "a name stands in it twice"),
         (eight_bits, "dtype F8_E4M3 is not converted; valid: F32, BF16, F16"),
@@ -373,6 +387,7 @@ def index(directory: Path, change) -> None:
         (lambda named: named.update({"model.norm.weight": "../a.safetensors"}), "'../a.safetensors': must be the name"),
         (lambda named: named.update({"model.norm.weight": "/etc/passwd"}), "'/etc/passwd': must be the name"),
         (lambda named: named.update({"model.norm.weight": "a.bin"}), "'a.bin': must be the name of a .safetensors"),
+        (lambda named: named.update({"more": f"{'a' * 300}.safetensors"}), ".safetensors': must be the name of a"),
         (lambda named: named.update({"more": "a.safetensors"}), "'more' is not in a.safetensors"),
         (lambda named: named.update({"more": 3}), "damaged; needs weight_map"),
         (dict.clear, "damaged; needs weight_map"),
@@ -392,14 +407,28 @@ def test_a_pickle_is_refused_with_the_reason(copy, tmp_path, capsys):
     assert "pytorch_model.bin" in line and "pickle, which can run any program" in line and not Path("ran").exists()
 
 
+def test_what_is_no_file_is_not_waited_for(copy, tmp_path, capsys):
+    (copy / HEADER).unlink()
+    (copy / HEADER).mkdir()
+    assert f"{copy / HEADER}: is no file" in refused(capsys, "from-hf", copy, tmp_path / "run")
+    (copy / HEADER).rmdir()
+    os.mkfifo(copy / HEADER)
+    assert f"{copy / HEADER}: is no file" in refused(capsys, "from-hf", copy, tmp_path / "run")
+
+
 def test_directories_and_flags_that_are_wrong_are_one_line(models, copy, tmp_path, capsys):
     run = tmp_path / "run"
+    if os.path.ismount("/proc"):
+        line = refused(capsys, "from-hf", copy, "/proc/none", "--tokenizer=bytes", "--link")
+        assert "/proc/none: cannot be made there" in line
     assert "no such directory" in refused(capsys, "from-hf", tmp_path / "none", run)
     assert "with --tokenizer=bytes" in refused(capsys, "from-hf", copy, run)
     assert "--tokenizer=bpe:300" in refused(capsys, "from-hf", copy, run, "--tokenizer=bpe:300")
     assert "no such family" in refused(capsys, "from-hf", copy, run, "--tokenizer=bytes", "--family=palm")
     changed = refused(capsys, "from-hf", copy, run, "--tokenizer=bytes", "--config.model.norm_eps=0.1")
     assert "model.norm_eps=0.1 (1e-05 there)" in changed
+    other = refused(capsys, "from-hf", copy, run, "--tokenizer=bytes", "--config.data.tokenizer=bpe:300")
+    assert "data.tokenizer='bpe:300': the tokenizer goes along with the run" in other
     run.mkdir()
     (run / "mine.txt").write_text("mine")
     assert "exists; give a new directory" in refused(capsys, "from-hf", copy, run, "--tokenizer=bytes")
@@ -430,11 +459,25 @@ def test_an_error_half_way_leaves_nothing(copy, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
+def test_of_two_that_make_one_directory_the_second_is_told(tmp_path):
+    """Nothing of the first is touched, and nothing of the second stays."""
+    place = tmp_path / "place"
+    with pytest.raises(UserError, match="was made by another process meanwhile"), output.appearing(place) as mine:
+        (mine / "mine").touch()
+        place.mkdir()
+        (place / "theirs").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["place", "theirs"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_half_way_leaves_nothing(tmp_path, number):
+    """Also where the watch of signals looks while a slow disk is being cleaned up."""
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom frugalmoe.convert.output import appearing\n"
+        "import os, shutil, sys, time\nfrom pathlib import Path\nfrom frugalmoe.convert.output import appearing\n"
         "from frugalmoe.interrupts import at_once\n"
+        "read, remove = os.read, shutil.rmtree\n"
+        "os.read = lambda *given: (read(*given), time.sleep(0.3))[0]\n"
+        "shutil.rmtree = lambda *given, **more: (time.sleep(0.9), remove(*given, **more))\n"
         "with at_once(False), appearing(Path(sys.argv[1]) / 'above/new') as place:\n"
         "    (place / 'half').write_text('x')\n    print('ready', flush=True)\n    time.sleep(60)\n"
     )

@@ -116,6 +116,8 @@ def test_flags_that_contradict_each_other_are_one_line(run, tmp_path, capsys):
     assert "--drafts: is for a single prompt" in refused(capsys, run, given, "--drafts")
     (tmp_path / "dir.jsonl").mkdir()
     assert "must be a file in a directory" in refused(capsys, run, given, f"--output={tmp_path / 'dir.jsonl'}")
+    longest = f"--output={tmp_path / ('a' * 249)}.jsonl"  # itself a name, but no room for what a crash may leave
+    assert "cannot be written there: File name too long" in refused(capsys, run, given, longest)
 
 
 BAD_FILES = {

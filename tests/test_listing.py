@@ -78,6 +78,14 @@ def test_the_command_prints_a_table_and_json(place, capsys):
     assert found["path"] == "a" and found["values"]["eval/loss/mean"] == 2.0
 
 
+def test_a_name_that_a_terminal_would_obey_is_written_out(tmp_path, capsys):
+    write_run(tmp_path / "plain")
+    (tmp_path / "plain").rename(tmp_path / "red\x1b[31m\nrun")
+    assert main(["runs", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "red\\x1b[31m run" in shown and "\x1b" not in shown
+
+
 def test_what_is_damaged_is_told_and_the_others_are_listed(place, capsys):
     (place / "a/metrics.jsonl").write_text("{\n")
     (place / "young/config.json").write_text("{}")

@@ -1,5 +1,6 @@
 """A published model is traced from its files, a layer at a time: as one that was loaded, in less memory."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from published import COMMON, randomized, save
 from runs import write_text
 
 from frugalmoe.cli import main
+from frugalmoe.convert import from_hf
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,16 @@ def test_files_that_have_changed_since_are_refused(place, capsys):
     assert main(["trace", str(place / "changing" / "run")]) == 2
     line = capsys.readouterr().err
     assert "has changed: model.norm_eps=0.5" in line and line.count("\n") == 1
+    (theirs / "config.json").write_text(config)
+    weights = theirs / "model.safetensors"
+    whole, times = weights.read_bytes(), weights.stat()
+    weights.write_bytes(whole[:-4] + b"\0\0\0\0")  # a number, in a file as large and as old as before
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert main(["trace", str(place / "changing" / "run")]) == 2
+    line = capsys.readouterr().err
+    assert "has changed: model.safetensors: its weights are others" in line and line.count("\n") == 1
+    weights.write_bytes(whole)
+    assert from_hf.linked(place / "changing" / "run").family.name == "olmoe", "written anew, and the same"
     shutil.rmtree(theirs)
     assert main(["trace", str(place / "changing" / "run")]) == 2
     assert "no such directory" in capsys.readouterr().err

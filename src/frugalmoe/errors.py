@@ -23,10 +23,10 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(_shortened(_printable(message)))
+        super().__init__(_shortened(printable(message)))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """`text` on one line: pieces of several lines joined by a space, what cannot be printed as an escape."""
     joined = " ".join(line.strip() for line in text.splitlines() if line.strip()) if "\n" in text else text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in joined)

@@ -47,6 +47,16 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
+def check_writable(path: Path, what: str) -> None:
+    """Raises `UserError` that begins with `what` where `write_atomically` could not write, before there is anything."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.open("wb").close()
+        temporary.unlink()
+    except OSError as e:
+        raise UserError(f"{what}: cannot be written there: {e.strerror}") from e
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """Strict JSON: a number that is not finite is null, since JSON has no other word for it."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
@@ -73,7 +83,11 @@ def write_generated(page: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises `UserError` for one that is missing or damaged."""
+    """The content of a JSON file. Raises `UserError` for one that is missing or damaged, or no file: a pipe would never
+    end.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no file")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:

@@ -129,10 +129,13 @@ def _check(args: argparse.Namespace) -> None:
         other = "--prompts" if args.prompts is not None else "--output"
         raise UserError(f"--drafts: is for a single prompt that is printed, and cannot be given with {other}")
     if args.output is not None:
+        from frugalmoe.files import check_writable
+
         if args.output.suffix not in _WRITTEN:
             raise UserError(f"--output={args.output}: must end with {' or '.join(_WRITTEN)}")
         if args.output.is_dir() or not args.output.absolute().parent.is_dir():
             raise UserError(f"--output={args.output}: must be a file in a directory that is there")
+        check_writable(args.output, f"--output={args.output}")
 
 
 def _prompts(args: argparse.Namespace, run: Path, loaded: "Loaded", entries: Sequence["Entry"]) -> list["Prompt"]:

@@ -45,6 +45,7 @@ def _print(runs, by: str) -> None:
     from frugalmoe.analysis.stored.listing import BITS, LOSS
     from frugalmoe.analysis.wording import number
     from frugalmoe.console import Console
+    from frugalmoe.errors import printable
 
     shown = dict.fromkeys([LOSS, BITS, by])
     table = Table(box=None, pad_edge=False)
@@ -57,5 +58,5 @@ def _print(runs, by: str) -> None:
         about = (run.path, run.status, f"{run.step:,} of {run.steps:,}", (run.started or "")[:16].replace("T", " "))
         values = (number(run.values.get(name), 4) for name in shown)
         apart = ", ".join(f"{field}={value}" for field, value in run.differences.items())
-        table.add_row(*(Text(text) for text in (*about, *values, apart)))
+        table.add_row(*(Text(printable(text)) for text in (*about, *values, apart)))
     Console(width=None if sys.stdout.isatty() else 2000).print(table)  # a line for each run, where a program reads it

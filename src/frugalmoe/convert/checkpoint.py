@@ -101,7 +101,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(named, Mapping) or not named or not all(isinstance(file, str) for file in named.values()):
         raise UserError(f"{index}: damaged; needs {_WEIGHT_MAP}, an object of tensor names and file names")
     for file in sorted(set(named.values())):
-        if file != Path(file).name or "\\" in file or not file.endswith(".safetensors"):
+        fits = len(file.encode(errors="replace")) <= 255  # bytes of a name; of longer ones no system can say anything
+        if file != Path(file).name or "\\" in file or not file.endswith(".safetensors") or not fits:
             rule = "must be the name of a .safetensors file in the same directory"
             raise UserError(f"{index}: {_WEIGHT_MAP} names {file!r}: {rule}")
     return dict(named)
@@ -126,3 +127,9 @@ def hashes(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
                 "bytes": path.stat().st_size,
             }
     return found
+
+
+def stamps(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Name -> size and times (of its content and of its entry, ns) of each file: equal ones mean that nobody wrote."""
+    found = {path.name: path.stat() for path in files}
+    return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in found.items()}

@@ -28,6 +28,7 @@ from frugalmoe.train import checkpoint
 from frugalmoe.train.weights import Weights
 
 RECORD, FOLDER = "source.json", "source"  # in the run's directory
+_STAMPS = "stamps"  # in source.json of a linked run: of the files that it was linked to
 _ASSEMBLY = "assembly"  # arrays on disk, until the checkpoint is written
 _LENGTH, _MODULES = "max_position_embeddings", "num_nextn_predict_layers"
 _TIMES = 4  # of the numbers in the files: what a config says beyond that is no slip
@@ -100,6 +101,9 @@ def _checked(family: Family, fields: Mapping[str, Any], overrides: Sequence[str]
     changed = resolve(override(asked, overrides))
     if lines := settings.unlike(changed.model, config.model):
         raise UserError(f"--config.{lines[0]}: a converted model must compute what it did before")
+    if changed.data.tokenizer != config.data.tokenizer:
+        rule = "the tokenizer goes along with the run; give --tokenizer for another"
+        raise UserError(f"--config.data.tokenizer={changed.data.tokenizer!r}: {rule}")
     return changed
 
 
@@ -143,22 +147,34 @@ def link(found: Found, run: Path, progress: bool = False) -> None:
     with output.appearing(run) as place, bar(progress) as shown:
         read = published.hashes(shown.track(found.source.files, description="reading"))
         check_repeats(found)
-        accompany(place, found, read)
+        accompany(place, found, read, **{_STAMPS: published.stamps(found.source.files)})
         output.describe_run(place, found.config, found.tokenizer)
 
 
 def linked(run: Path) -> Found:
     """Returns the published model that `link` made a run of. Raises `UserError` where it is gone or another now."""
     record = read_json(run / RECORD)
-    if not (isinstance(record, Mapping) and isinstance(record.get("directory"), str) and "family" in record):
-        raise UserError(f"{run / RECORD}: damaged; needs directory and family")
+    sound = isinstance(record, Mapping) and isinstance(record.get("directory"), str) and "family" in record
+    if not (sound and isinstance(record.get("files"), Mapping)):
+        raise UserError(f"{run / RECORD}: damaged; needs directory, family and files")
     mine = resolve(runnable(run / CONFIG))
     tokenizer = "bytes" if mine.data.tokenizer == "bytes" else str(run / output.TOKENIZER)
     kept = [f"model.compute_dtype={mine.model.compute_dtype}"]
     found = look(Path(record["directory"]), run, family=str(record["family"]), tokenizer=tokenizer, overrides=kept)
     if found.faults or (lines := settings.unlike(found.config.model, mine.model)):
         raise UserError(f"{run}: the model in {record['directory']} has changed: {found.faults or lines[0]}")
+    _check_unchanged(run, found, record)
     return found._replace(config=settle(mine, found.tokenizer.size, 1))
+
+
+def _check_unchanged(run: Path, found: Found, record: Mapping[str, Any]) -> None:
+    """The weights are those that the run was linked to: files that were written since are read through, others not."""
+    before, files = record.get(_STAMPS), sorted({info.path for info in found.source.tensors.values()})
+    for path, now in zip(files, published.stamps(files).values()):
+        same = isinstance(before, Mapping) and before.get(path.name) == now
+        if not same and published.hashes([path])[path.name] != record["files"].get(path.name):
+            rule = "its weights are others than those that the run was linked to; link a new run"
+            raise UserError(f"{run}: the model in {record['directory']} has changed: {path.name}: {rule}")
 
 
 def convert(found: Found, run: Path, progress: bool = False) -> None:
@@ -230,10 +246,10 @@ def check_repeats(found: Found) -> None:
             raise UserError(f"{found.source.tensors[name].path}: tensor {name!r}: {rule}")
 
 
-def accompany(run: Path, found: Found, read: Mapping[str, Any]) -> None:
+def accompany(run: Path, found: Found, read: Mapping[str, Any], **more: Any) -> None:
     """Writes what goes along with the weights into a run's directory, so that `to_hf` gives it back.
 
-    `read`: hashes of the files.
+    `read`: hashes of the files. `more`: of the record.
     """
     (run / FOLDER).mkdir(exist_ok=True)
     for path in found.source.carried:
@@ -243,5 +259,6 @@ def accompany(run: Path, found: Found, read: Mapping[str, Any]) -> None:
         "family": found.family.name,
         "files": read,
         "dtypes": {name: info.dtype for name, info in found.source.tensors.items()},
+        **more,
     }
     write_json(run / RECORD, manifest)

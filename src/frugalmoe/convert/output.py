@@ -45,21 +45,28 @@ def existing_parent(directory: Path) -> Path:
 def appearing(directory: Path) -> Iterator[Path]:
     """Gives a directory beside `directory`, which takes its place at the end. An error or a signal removes it.
 
-    Directories above are made, and those removed that would be left empty.
+    Directories above are made, and those removed that would be left empty. Raises `UserError` where none can be
+    made, or another process made the same one meanwhile.
     """
     made = [path for path in directory.absolute().parents if not path.exists()]
     temporary = directory.absolute().with_name(f".{directory.name}.{os.getpid()}.tmp")
-    try:
-        with _signals_raise():
-            temporary.mkdir(parents=True)
+    with _signals_raise():  # also while it cleans up: the watch of `at_once` would end the process in between
+        try:
+            try:
+                temporary.mkdir(parents=True)
+            except OSError as e:
+                raise UserError(f"{directory}: cannot be made there: {e.strerror}") from e
             yield temporary
-            temporary.rename(directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        raise
+            try:
+                temporary.rename(directory)
+            except OSError as e:
+                raise UserError(f"{directory}: was made by another process meanwhile, and is kept: {e.strerror}") from e
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            for path in made:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+            raise
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ def read_header(path: Path) -> dict[str, Info]:
         raise UserError(f"{path}: not a safetensors file (its header is a {type(header).__name__}, no object)")
     header.pop("__metadata__", None)
     infos = {name: _info(path, name, row, 8 + length, size) for name, row in header.items()}
-    _check_places(path, infos, 8 + length)
+    _check_places(path, infos, 8 + length, size)
     return infos
 
 
@@ -89,13 +89,17 @@ def _info(path: Path, name: str, row: Any, begin: int, size: int) -> Info:
     return info
 
 
-def _check_places(path: Path, infos: Mapping[str, Info], begin: int) -> None:
-    """No two tensors share bytes."""
+def _check_places(path: Path, infos: Mapping[str, Info], begin: int, size: int) -> None:
+    """No two tensors share bytes, and no byte is of none: as the format has it, so that nothing can hide in a file."""
     end = begin
     for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].size)):
         if info.start < end:
             raise UserError(f"{path}: tensor {name!r}: shares bytes with another")
+        if info.start > end:
+            raise UserError(f"{path}: damaged: {info.start - end:,} bytes before tensor {name!r} are of no tensor")
         end = info.start + info.size
+    if end < size:
+        raise UserError(f"{path}: damaged: the last {size - end:,} bytes are of no tensor")
 
 
 def read(name: str, info: Info) -> np.ndarray:

@@ -43,6 +43,8 @@ def to_ours(family: Family, values: Mapping[str, Any], where: str) -> dict[str, 
         if value is None:
             value = key.default(keys) if callable(key.default) else key.default
         fields[key.ours] = value
+    if fields["vocab_size"] == 0:  # which would mean that of the tokenizer
+        raise keys.refused("vocab_size", 0, "must be positive")
     fields |= family.more_ours(keys)
     for name, allowed in family.fixed.items():
         keys.fix(name, allowed)

@@ -11,6 +11,7 @@ Hidden units that are drawn anew ("drop-upcycling"): Nakamura et al. 2025, arXiv
 Letters: L layers, E experts, D model, F hidden units of an expert; B sequences, T tokens.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from frugalmoe.config import RECORD, Config, override, read, resolve, settle
 from frugalmoe.convert import output
 from frugalmoe.data.batches import Batch
 from frugalmoe.errors import UserError
-from frugalmoe.fields import check_integer, to_dict
+from frugalmoe.fields import check_float, check_integer, to_dict
 from frugalmoe.files import write_json
 from frugalmoe.model import pattern
 from frugalmoe.model.pattern import BlockKind
@@ -110,6 +111,9 @@ def look(
     config = resolve(override(override(read(str(run / RECORD)), fields), overrides))
     config = settle(config, dense.tokenizer.size, None)
     _check_alike(config.model, theirs, fields)
+    if config.data.tokenizer != dense.config.data.tokenizer:
+        raise UserError(f"--config.data.tokenizer={config.data.tokenizer!r}: upcycling keeps that of the dense run")
+    _check_memory(config.model, experts)
     return Found(run, dense, config, recipe)
 
 
@@ -124,6 +128,15 @@ def _check(recipe: Recipe, experts: int, per_token: int) -> None:
         raise UserError(f"--redrawn={recipe.redrawn}: must be in [0, 1]")
     if not 0 <= recipe.noise < float("inf"):
         raise UserError(f"--noise={recipe.noise}: must be a finite number, 0 or more")
+    check_float("--noise", recipe.noise)
+
+
+def _check_memory(model: Model, experts: int) -> None:
+    """The weights are in memory twice: as they are made, and as the model computes with them."""
+    needed, memory = 2 * 4 * count_parameters(model)["total"], os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        rule = f"the model needs {needed / 1e9:,.0f} GB of memory, and this machine has {memory / 1e9:,.0f}"
+        raise UserError(f"--experts={experts}: {rule}")
 
 
 def _check_alike(ours: Model, theirs: Model, fields: Mapping[str, Any]) -> None:

@@ -219,6 +219,9 @@ def _find(source: Source, field: str) -> tuple[Path, tuple[Path, ...], str]:
         hint = f"; they are no text, or tables and JSON without {source.text_field!r}"
     if not chosen:
         there = f"there are {told}" if told else "nothing is there"
+        if source.kind == "chat":
+            rule = f"conversations are records, with {', '.join(columns(source))}, and no file of plain text"
+            raise UserError(f"{field}={path!r}: no file to read, {there}; {rule}")
         raise UserError(f"{field}={path!r}: no file to read, {there}; read are {readers.accepted()}{hint}")
     return root, tuple(sorted(chosen)), f"{field}={path!r}: left out {told}{hint}" if told else ""
 
