@@ -4,7 +4,7 @@
 
 A model of 99 M parameters (Qwen3-MoE with random weights) is written by transformers and converted. Prompts of 128
 tokens, then 16 tokens, greedy, each looked at as it comes. The experts of transformers are its `grouped_mm`, its
-attention is SDPA; its `eager` loop over experts is not among the peers yet. Each is a process; in a
+attention is SDPA; its `eager` loop over experts is no peer here. Each is a process; in a
 round all take their turn, and a ratio is the median over rounds of the ratio within one. `--threads` are the peer's:
 where others use the machine too, two wait for each other, and one may be faster. Ours has a thread for each core. With
 both batches the part between the markers of DECODING.md is written anew.

@@ -242,7 +242,8 @@ def test_attention_to_a_cache_equals_attention_to_the_whole_sequence():
         place_BT = start_B[:, None] + jnp.arange(new)
         filled_BS = (jnp.arange(40) < start_B[:, None] + new)[:, :, None, None]
         query = jnp.take_along_axis(q, place_BT[:, :, None, None], axis=1)
-        got = cache_attention(query, jnp.where(filled_BS, k, 99.0), jnp.where(filled_BS, v, 99.0), start)
+        held = (jnp.where(filled_BS, a, 99.0).swapaxes(1, 2) for a in (k, v))
+        got = cache_attention(query, *held, start)
         expected = jnp.take_along_axis(whole, place_BT[:, :, None, None], axis=1)
         np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
 
@@ -256,11 +257,11 @@ def test_a_ring_of_slots_holds_the_window(slots):
 
     @jax.jit
     def step(cache, q, k, v, start):
-        cache = [write(old, new, start) for old, new in zip(cache, (k, v))]
+        cache = [write(old, new.swapaxes(1, 2), start) for old, new in zip(cache, (k, v))]
         return cache, cache_attention(q, *cache, start, form=form, sink_H=sinks)
 
     with jax.set_mesh(mesh_of()):
-        cache = [jnp.zeros((2, slots, 2, 8))] * 2
+        cache = [jnp.zeros((2, 2, slots, 8))] * 2
         for at in range(0, 44 - 8, 7):
             real = (jnp.arange(at, at + 9) < (at + 7 if at < 35 else 44))[:, None, None]
             piece = [jnp.where(real, a[:, at : at + 9], 99.0) for a in (q, k, v)]

@@ -161,7 +161,7 @@ def short_ring(config, options, batch, slots):
 
 
 def slots_first(config, options, batch, slots):
-    return jax.tree.map(lambda a: a.swapaxes(0, 1), grouped.empty_cache(config, options, batch, slots))
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 2, 0), grouped.empty_cache(config, options, batch, slots))
 
 
 def channels_by_slots(config, options, batch, slots):

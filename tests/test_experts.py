@@ -174,17 +174,30 @@ def test_blocks_of_every_size_are_used_and_agree():
     assert_close(value_and_gradients(run_blocks, plan, *arrays), value_and_gradients(run_dense, plan, *arrays), 1e-5)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 9, 31])
+def test_few_rows_are_computed_in_short_blocks(tokens):
+    """Half of the tokens share two experts; blocks have room for twice the mean group, and never fewer than 4 rows."""
+    plan = random_plan(9, 8, 2, tokens)
+    plan = plan._replace(expert_NK=plan.expert_NK.at[: tokens // 2].set(jnp.array([5, 1])))
+    (size,) = block_sizes(2 * tokens, 8, F)
+    assert max(4, tokens // 4) <= size <= max(4, tokens)
+    _, gate_up, down = weights(8)
+    arrays = jax.random.normal(jax.random.key(3), (tokens, D)), gate_up, down
+    assert_close(value_and_gradients(run_blocks, plan, *arrays), value_and_gradients(run_dense, plan, *arrays), 1e-5)
+
+
 GROUPS = {
     "even": [512] * 8,
     "odd": [1, 0, 31, 32, 33, 97, 383, 384, 385, 2000],
     "one": [0, 0, 5000, 0],
     "few rows": [3, 1, 0, 2],
+    "few rows, many of one expert": [1, 0, 29, 4, 5, 0, 0, 1],
     "none": [0, 0, 0],
 }
 
 
 @pytest.mark.parametrize("name", GROUPS)
-@pytest.mark.parametrize("sizes", [(512, 256, 64), (256, 128, 32), (64, 32)])
+@pytest.mark.parametrize("sizes", [(512, 256, 64), (256, 128, 32), (64, 32), (8,), (4,)])
 def test_blocks_cover_each_row_once_with_bounded_waste(name, sizes):
     groups = np.array(GROUPS[name], np.int32)
     end = np.cumsum(groups)

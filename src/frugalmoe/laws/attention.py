@@ -338,15 +338,17 @@ def widened(case: Case, cache: Cache) -> Cache:
 
 @on_one_device
 def law_empty_cache(case: Case) -> None:
-    """A cache is arrays [B, C, ...] of the sizes asked for; more slots change C alone, and no use changes its types."""
+    """A cache is arrays [B, ...] of the sizes asked for; more slots change one axis alone, and no use the types."""
     few, many = (jax.eval_shape(lambda slots=slots: empty_cache(case, slots)) for slots in SLOTS)
     assert jax.tree.structure(few) == jax.tree.structure(many) and jax.tree.leaves(few), "no cache, or not of one form"
     for a, wide in zip(jax.tree.leaves(few), jax.tree.leaves(many), strict=True):
-        assert a.ndim >= 2 and a.shape[0] == B, f"an array {a.shape} is not [B, C, ...] of {B} sequences"
-        assert 0 < a.shape[1] <= SLOTS[0], f"an array {a.shape} has more than the {SLOTS[0]} slots that are asked for"
-        assert a.shape[1] <= wide.shape[1], f"an array {a.shape} has fewer slots, {wide.shape[1]}, where more are asked"
-        rest = [(x.shape[0], x.shape[2:], x.dtype) for x in (a, wide)]
-        assert rest[0] == rest[1], f"with more slots an array {a.shape} is one {wide.shape}"
+        assert a.ndim >= 2 and a.shape[0] == B, f"an array {a.shape} is not [B, ...] of {B} sequences"
+        assert a.ndim == wide.ndim and a.dtype == wide.dtype, f"with more slots an array {a} is one {wide}"
+        grown = [(few, many) for few, many in zip(a.shape, wide.shape) if few != many]
+        assert len(grown) <= 1, f"with more slots an array {a.shape} is one {wide.shape}: more than one axis changes"
+        for slots, more in grown:
+            assert slots <= more, f"an array {a.shape} has fewer slots, {more}, where more are asked"
+            assert 0 < slots <= SLOTS[0], f"an array {a.shape} has more than the {SLOTS[0]} slots that are asked for"
     low = case._replace(model=dataclasses.replace(case.model, compute_dtype="bfloat16"))
     for each in (case, low):
         tokens = Tokens(jnp.zeros((B, 1, D), each.model.compute_dtype), *(np.zeros((B, 1), np.int32) for _ in "sp"))

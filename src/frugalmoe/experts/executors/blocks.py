@@ -26,13 +26,19 @@ from frugalmoe.experts.rows import Rows, held_rows
 from frugalmoe.routing.contract import Plan
 
 SMALLEST, LARGEST = 32, 512  # rows of a block
+FEW, FEWEST = 8, 4  # below a mean group of FEW, as in generation, blocks are shorter, down to FEWEST rows
 CACHED = 2**17  # a block's hidden activations per half (g*F): 1 MiB for gate and up in float32, one core's L2 cache
 NOWHERE = 2**31 - 1  # a token id out of every range: gathers zeros, scatters nothing
 
 
 def block_sizes(num_rows: int, num_experts: int, hidden: int) -> tuple[int, ...]:
-    """Rows of the blocks, descending, from the mean group and the cache (tuned by benchmarks/experts_bench.py)."""
+    """Rows of the blocks, descending, from the mean group and the cache (tuned by benchmarks/experts_bench.py).
+
+    Few rows take as long as reading their experts' weights: one size, that most groups fit (benchmarks/DECODING.md).
+    """
     mean = max(num_rows // num_experts, 1)
+    if mean < FEW:
+        return (max(1 << (2 * mean - 1).bit_length(), FEWEST),)
     limit = min(max(CACHED // hidden, 2 * SMALLEST), LARGEST)
     top = 1 << (min(max(mean, 2 * SMALLEST), limit).bit_length() - 1)
     return tuple(sorted({top, top // 2, max(top // 8, SMALLEST)}, reverse=True))

@@ -24,7 +24,7 @@ from jax import Array
 from frugalmoe.schema import Model
 
 PIECE = 512  # tokens that a cache is given at one time, at most
-Cache = Any  # a pytree of arrays [B, C, ...]
+Cache = Any  # a pytree of arrays [B, ...], each with one axis of slots behind B
 
 
 class Flops(NamedTuple):

@@ -44,12 +44,13 @@ def _attend(
 
 
 def write(old: Array, new: Array, start: Array) -> Array:
-    """A cache [B, C, ...] with the T tokens of `new` [B, T, ...] at places start, start + 1, ... modulo C.
+    """A cache [B, ..., C, d] with the T tokens of `new` [B, ..., T, d] at places start, start + 1, ... modulo C.
 
     start: int32 [] or [B].
     """
-    slots, new = old.shape[1], new.astype(old.dtype)
+    slots, time, new = old.shape[-2], new.shape[-2], new.astype(old.dtype)
     letters = "B" + "." * (old.ndim - 1)
     start_B = jnp.broadcast_to(start, old.shape[:1])
-    put = lambda old, new, start: old.at[(start + jnp.arange(new.shape[0])) % slots].set(new, unique_indices=True)
+
+    put = lambda old, new, start: old.at[..., (start + jnp.arange(time)) % slots, :].set(new, unique_indices=True)
     return local(jax.vmap(put), (letters, letters, "B"), letters)(old, new, start_B)

@@ -5,8 +5,9 @@ first token of the query's document or of its window. Padding (segment 0) is one
 zero: no row of scores is ever empty, so no NaN arises in values or gradients.
 
 Letters: B batch, T time (queries), C keys that a query may see (slots of a cache, or tokens), H query heads, h heads
-of keys and values, g query heads of one group (H/h), d channels of a head, e channels of its value, R rows (one is one
-head of keys and values in one sequence), t tokens of one chunk (queries), c slots of one chunk (keys).
+of keys and values, g query heads of one group (H/h), d channels of a head, e channels of its value, n queries of one
+group (g*T), R rows (one is one head of keys and values in one sequence), t tokens of one chunk (queries), c slots of
+one chunk (keys).
 """
 
 import functools
@@ -93,8 +94,8 @@ def choose_implementation(shape_BTHd: tuple[int, ...], dtype: jnp.dtype, platfor
 
 def cache_attention(
     q_BTHd: Array,
-    k_BChd: Array,
-    v_BChe: Array,
+    k_BhCd: Array,
+    v_BhCe: Array,
     start: Array,
     *,
     form: Form | None = None,
@@ -107,29 +108,35 @@ def cache_attention(
     """
     form = form or Form(q_BTHd.shape[-1] ** -0.5)
     last_BT = jnp.broadcast_to(start, q_BTHd.shape[:1])[:, None] + jnp.arange(q_BTHd.shape[1])
-    slot_C = jnp.arange(k_BChd.shape[1])
+    slot_C = jnp.arange(k_BhCd.shape[2])
     visible_BTC = slot_C <= last_BT[:, :, None]
     if form.window:
         age_BTC = (last_BT[:, :, None] - slot_C) % slot_C.size
         visible_BTC = (age_BTC < form.window) & (age_BTC <= last_BT[:, :, None])
-    return _weighted_sum(q_BTHd, k_BChd, v_BChe, visible_BTC, form.scale, sink_H)
+    return _weighted_sum(q_BTHd, k_BhCd, v_BhCe, visible_BTC, form.scale, sink_H)
 
 
 def _weighted_sum(
-    q_BTHd: Array, k_BChd: Array, v_BChe: Array, visible_BTC: Array, scale: float, sink_H: Array | None
+    q_BTHd: Array, k_BhCd: Array, v_BhCe: Array, visible_BTC: Array, scale: float, sink_H: Array | None
 ) -> Array:
-    """The definition: all scores at one time, float32 [B, H, T, C]."""
+    """The definition: all scores at one time, float32 [B, H, T, C].
+
+    The queries of a group are n rows, so that XLA's products for CPUs take and leave arrays as they lie.
+    """
     B, T, H, d = q_BTHd.shape
-    kv_heads = k_BChd.shape[2]
-    score_BhgTC = _einsum("bthgd,bchd->bhgtc", q_BTHd.reshape(B, T, kv_heads, H // kv_heads, d), k_BChd) * scale
-    score_BhgTC = jnp.where(visible_BTC[:, None, None], score_BhgTC, _MASKED)
+    kv_heads = k_BhCd.shape[1]
+    groups = H // kv_heads
+    q_Bhnd = q_BTHd.reshape(B, T, kv_heads, groups, d).transpose(0, 2, 3, 1, 4).reshape(B, kv_heads, groups * T, d)
+    score_BhnC = _einsum("bhnd,bhcd->bhnc", q_Bhnd, k_BhCd) * scale
+    score_BhgTC = jnp.where(visible_BTC[:, None, None], score_BhnC.reshape(B, kv_heads, groups, T, -1), _MASKED)
     if sink_H is not None:
-        sink_hg11 = sink_H.astype(jnp.float32).reshape(kv_heads, H // kv_heads, 1, 1)
+        sink_hg11 = sink_H.astype(jnp.float32).reshape(kv_heads, groups, 1, 1)
         sink_BhgT1 = jnp.broadcast_to(sink_hg11, (*score_BhgTC.shape[:-1], 1))
         score_BhgTC = jnp.concatenate([score_BhgTC, sink_BhgT1], axis=-1)
-    p_BhgTC = jax.nn.softmax(score_BhgTC, axis=-1)[..., : v_BChe.shape[1]]
-    o_BThge = _einsum("bhgtc,bche->bthge", p_BhgTC.astype(v_BChe.dtype), v_BChe)
-    return o_BThge.reshape(B, T, H, -1).astype(q_BTHd.dtype)
+    p_BhgTC = jax.nn.softmax(score_BhgTC, axis=-1)[..., : v_BhCe.shape[2]]
+    p_BhnC = p_BhgTC.reshape(score_BhnC.shape).astype(v_BhCe.dtype)
+    o_BhgTe = _einsum("bhnc,bhce->bhne", p_BhnC, v_BhCe).reshape(B, kv_heads, groups, T, -1)
+    return o_BhgTe.transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1).astype(q_BTHd.dtype)
 
 
 def _first_of_document(segment_ids_BT: Array) -> Array:
@@ -146,7 +153,8 @@ def _visible(inputs: Inputs, form: Form) -> Array:
 def _xla(inputs: Inputs, form: Form) -> Array:
     """All scores at one time: float32 [B, H, T, T]."""
     visible_BTC = _visible(inputs, form)
-    return _weighted_sum(inputs.q_BTHd, inputs.k_BThd, inputs.v_BThe, visible_BTC, form.scale, inputs.sink_H)
+    k_BhTd, v_BhTe = inputs.k_BThd.swapaxes(1, 2), inputs.v_BThe.swapaxes(1, 2)
+    return _weighted_sum(inputs.q_BTHd, k_BhTd, v_BhTe, visible_BTC, form.scale, inputs.sink_H)
 
 
 def _cudnn(inputs: Inputs, form: Form) -> Array:

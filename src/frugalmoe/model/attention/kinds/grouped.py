@@ -28,10 +28,10 @@ class Options:
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far."""
+    """Keys and values of the tokens so far, each head's together: else every step would copy them to be so."""
 
-    k_BChd: Array
-    v_BChd: Array
+    k_BhCd: Array
+    v_BhCd: Array
 
 
 class GroupedAttention(nnx.Module):
@@ -71,7 +71,8 @@ class GroupedAttention(nnx.Module):
         if cache is None:
             o_BTHd = attend(q_BTHd, k_BThd, v_BThd, segment_ids_BT, sink_H, self.form)
         else:
-            cache = Cache(*(write(old, new, start) for old, new in zip(cache, (k_BThd, v_BThd))))
+            new = (k_BThd.swapaxes(1, 2), v_BThd.swapaxes(1, 2))
+            cache = Cache(*(write(old, new_BhTd, start) for old, new_BhTd in zip(cache, new)))
             o_BTHd = cache_attention(q_BTHd, *cache, start, form=self.form, sink_H=sink_H)
         out_HdD = self.out_HdD.astype(x_BTD.dtype)
         y_BTD = jnp.einsum("bthk,hkd->btd", o_BTHd, out_HdD, out_sharding=spec("BTD"))
@@ -106,7 +107,7 @@ def prepare(positions_BT: Array, config: Model, options: Options) -> Rotary:
 
 def empty_cache(config: Model, options: Options, batch: int, slots: int) -> Cache:
     """A slot for every token."""
-    zeros = jnp.zeros((batch, slots, config.num_kv_heads, config.head_dim), config.compute_dtype)
+    zeros = jnp.zeros((batch, config.num_kv_heads, slots, config.head_dim), config.compute_dtype)
     return Cache(zeros, zeros)
 
 

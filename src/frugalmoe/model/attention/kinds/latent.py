@@ -110,8 +110,8 @@ class LatentAttention(nnx.Module):
             cache = Cache(*(write(old, new, start) for old, new in zip(cache, (latent_BTP, key_BTr))))
             q_BTHP = jnp.einsum("bthn,phn->bthp", still_BTHn, key_PHn)
             q_BTHd = jnp.concatenate([q_BTHP, rotated_BTHr], axis=-1)
-            k_BC1d = jnp.concatenate(cache, axis=-1)[:, :, None]
-            o_BTHP = cache_attention(q_BTHd, k_BC1d, cache.latent_BCP[:, :, None], start, form=self.form)
+            k_B1Cd = jnp.concatenate(cache, axis=-1)[:, None]
+            o_BTHP = cache_attention(q_BTHd, k_B1Cd, cache.latent_BCP[:, None], start, form=self.form)
             o_BTHe = jnp.einsum("bthp,phe->bthe", o_BTHP, value_PHe)
         out_HeD = self.out_HdD.astype(dtype)
         return jnp.einsum("bthe,hed->btd", o_BTHe, out_HeD, out_sharding=spec("BTD")), cache
