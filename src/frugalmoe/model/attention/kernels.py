@@ -5,9 +5,9 @@ first token of the query's document or of its window. Padding (segment 0) is one
 zero: no row of scores is ever empty, so no NaN arises in values or gradients.
 
 Letters: B batch, T time (queries), C keys that a query may see (slots of a cache, or tokens), H query heads, h heads
-of keys and values, g query heads of one group (H/h), d channels of a head, e channels of its value, n queries of one
-group (g*T), R rows (one is one head of keys and values in one sequence), t tokens of one chunk (queries), c slots of
-one chunk (keys).
+of keys and values, g query heads of one group (H/h), d channels of a head, e channels of its value, N tokens of all
+query heads of one group (g*T), R rows (one is one head of keys and values in one sequence), t tokens of one chunk
+(queries), c slots of one chunk (keys).
 """
 
 import functools
@@ -126,16 +126,16 @@ def _weighted_sum(
     B, T, H, d = q_BTHd.shape
     kv_heads = k_BhCd.shape[1]
     groups = H // kv_heads
-    q_Bhnd = q_BTHd.reshape(B, T, kv_heads, groups, d).transpose(0, 2, 3, 1, 4).reshape(B, kv_heads, groups * T, d)
-    score_BhnC = _einsum("bhnd,bhcd->bhnc", q_Bhnd, k_BhCd) * scale
-    score_BhgTC = jnp.where(visible_BTC[:, None, None], score_BhnC.reshape(B, kv_heads, groups, T, -1), _MASKED)
+    q_BhNd = q_BTHd.reshape(B, T, kv_heads, groups, d).transpose(0, 2, 3, 1, 4).reshape(B, kv_heads, groups * T, d)
+    score_BhNC = _einsum("bhnd,bhcd->bhnc", q_BhNd, k_BhCd) * scale
+    score_BhgTC = jnp.where(visible_BTC[:, None, None], score_BhNC.reshape(B, kv_heads, groups, T, -1), _MASKED)
     if sink_H is not None:
         sink_hg11 = sink_H.astype(jnp.float32).reshape(kv_heads, groups, 1, 1)
         sink_BhgT1 = jnp.broadcast_to(sink_hg11, (*score_BhgTC.shape[:-1], 1))
         score_BhgTC = jnp.concatenate([score_BhgTC, sink_BhgT1], axis=-1)
     p_BhgTC = jax.nn.softmax(score_BhgTC, axis=-1)[..., : v_BhCe.shape[2]]
-    p_BhnC = p_BhgTC.reshape(score_BhnC.shape).astype(v_BhCe.dtype)
-    o_BhgTe = _einsum("bhnc,bhce->bhne", p_BhnC, v_BhCe).reshape(B, kv_heads, groups, T, -1)
+    p_BhNC = p_BhgTC.reshape(score_BhNC.shape).astype(v_BhCe.dtype)
+    o_BhgTe = _einsum("bhnc,bhce->bhne", p_BhNC, v_BhCe).reshape(B, kv_heads, groups, T, -1)
     return o_BhgTe.transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1).astype(q_BTHd.dtype)
 
 
