@@ -54,7 +54,7 @@ def to_ours(family: Family, values: Mapping[str, Any], where: str) -> dict[str, 
 
 def to_theirs(family: Family, model: Model) -> dict[str, Any]:
     """Returns the keys of config.json that say what a model of ours is. Whether they do is for `differing` to say."""
-    flat = _flat(to_dict(model))
+    flat = flat_fields(to_dict(model))
     values = {key.theirs: flat.get(key.ours) for key in family.keys}
     values |= {name: allowed[0] for name, allowed in family.fixed.items() if allowed[0] is not None}
     if any("{mtp}" in row.theirs for row in family.rows):
@@ -82,7 +82,7 @@ def unlike(model: Model, other: Model) -> list[str]:
 
 def _counting(model: Model) -> dict[str, Any]:
     """The fields of a model that count in evaluation, by dotted name."""
-    flat = _flat(to_dict(model))
+    flat = flat_fields(to_dict(model))
     unused = () if pattern.has_experts(model) else ("moe",)
     unused += () if model.num_dense_layers else ("dense_dim",)
     if set(pattern.attention_names(model.attention)) == {"latent"}:
@@ -99,9 +99,10 @@ def _is_below(name: str, fields: Collection[str]) -> bool:
     return name in fields or any(name.startswith(f"{field}.") for field in fields)
 
 
-def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_fields(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the fields of a section and of those in it, by dotted name."""
     found: dict[str, Any] = {}
     for name, value in section.items():
         inner = isinstance(value, Mapping)
-        found |= _flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+        found |= flat_fields(value, f"{prefix}{name}.") if inner else {prefix + name: value}
     return found

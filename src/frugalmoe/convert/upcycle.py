@@ -22,6 +22,7 @@ from jax import Array
 
 from frugalmoe.config import RECORD, Config, override, read, resolve, settle
 from frugalmoe.convert import output
+from frugalmoe.convert.settings import flat_fields
 from frugalmoe.data.batches import Batch
 from frugalmoe.errors import UserError
 from frugalmoe.fields import check_float, check_integer, to_dict
@@ -141,7 +142,7 @@ def _check_memory(model: Model, experts: int) -> None:
 
 def _check_alike(ours: Model, theirs: Model, fields: Mapping[str, Any]) -> None:
     """Refuses overrides of what the dense model fixes, or flags of their own say."""
-    here, there = _flat({"model": to_dict(ours)}), _flat({"model": to_dict(theirs)})
+    here, there = flat_fields({"model": to_dict(ours)}), flat_fields({"model": to_dict(theirs)})
     for name, value in here.items():
         if name in fields and name != "model.num_dense_layers":
             wanted = fields[name]
@@ -154,13 +155,6 @@ def _check_alike(ours: Model, theirs: Model, fields: Mapping[str, Any]) -> None:
     if not pattern.has_experts(ours):
         rule = f"leaves no layer with experts; valid: 0 to {ours.num_layers - 1}"
         raise UserError(f"--config.model.num_dense_layers={ours.num_dense_layers}: {rule}")
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in section.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
 
 
 def upcycle(found: Found) -> Made:
