@@ -8,7 +8,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from frugalmoe.data import chat
+from frugalmoe.data import chat, templates
 from frugalmoe.data.chat import ChatTemplate
 from frugalmoe.data.tokenizer import ByteTokenizer, load_from
 from frugalmoe.errors import UserError
@@ -181,7 +181,7 @@ ENDLESS = [
 
 @pytest.mark.parametrize("template", ENDLESS)
 def test_a_template_comes_to_an_end(template, monkeypatch):
-    monkeypatch.setattr(chat, "STEPS", 10_000)
+    monkeypatch.setattr(templates, "STEPS", 10_000)
     with pytest.raises(UserError, match=r"^here: the chat template: OverflowError: makes "):
         ChatTemplate(template, {}, "here").render(TALKS[0])
 

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from published import CASES, randomized, save
+import transformers as hf
+from published import CASES, randomized, save, tokens
 from runs import write_text
 from safetensors.torch import load_file, save_file
 
@@ -692,3 +693,22 @@ def test_a_family_may_lie_outside_the_package_where_the_user_names_it(models, tm
     assert "several families" in refused(capsys, "to-hf", "run", "out")
     assert main(["convert", "to-hf", "run", "out", "--family=./my_model.py"]) == 0
     assert json.loads(Path("out/config.json").read_text()) == json.loads((models / "one" / HEADER).read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dense", "family"), [("llama", "mixtral"), ("olmo2", "flex_olmo")])
+def test_an_upcycled_model_is_one_that_transformers_has(tmp_path, dense, family):
+    """It computes there what the dense one does, before a step is trained."""
+    theirs = randomized(dense)
+    place = {name: str(tmp_path / name) for name in ("dense", "run", "sparse", "out")}
+    save(theirs, tmp_path / "dense")
+    assert main(["convert", "from-hf", place["dense"], place["run"], "--tokenizer=bytes"]) == 0
+    counts = ["--experts=8", "--per-token=4", "--granularity=2"]
+    assert main(["upcycle", place["run"], place["sparse"], *counts]) == 0
+    assert main(["convert", "to-hf", place["sparse"], place["out"], f"--family={family}"]) == 0
+    upcycled = hf.AutoModelForCausalLM.from_pretrained(place["out"])
+    ids_BT = torch.from_numpy(tokens()).long()
+    with torch.no_grad():
+        expected_BTV, found_BTV = theirs(ids_BT).logits, upcycled(ids_BT).logits
+    assert upcycled.config.model_type == family
+    assert (found_BTV - expected_BTV).abs().max() < 1e-5 * expected_BTV.abs().max()
