@@ -18,6 +18,7 @@ from test_train_step import config_of, mesh_of
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
+from transformers.models.hunyuan_v1_moe import modeling_hunyuan_v1_moe as hunyuan
 from transformers.models.mistral import modeling_mistral as mistral
 
 from frugalmoe import sharding
@@ -203,6 +204,17 @@ def test_rotary_frequencies_are_those_of_transformers(rope, theta):
     np.testing.assert_allclose(frequencies(64, theta, fields), expected.numpy(), rtol=3e-6)
     assert attention_factor(fields) == pytest.approx(factor)
     assert np.abs(np.asarray(frequencies(64, theta, RopeScaling())) / expected.numpy()).max() > 1.5, "nothing stretched"
+
+
+@pytest.mark.parametrize("channels", [4, 128])
+def test_the_alpha_of_hunyuan_is_that_of_its_code(channels):
+    rope = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 1e4}
+    config = hf.HunYuanMoEV1Config(head_dim=channels, rope_parameters=rope)
+    expected, factor = hunyuan.HunYuanMoEV1RotaryEmbedding.compute_ntk_alpha_rope_parameters(config)
+    fields = resolve(override(default(), scaling({"rope_type": "ntk", "factor": 1000.0}))).model.rope_scaling
+    np.testing.assert_allclose(frequencies(channels, 1e4, fields), expected.numpy(), rtol=3e-6)
+    assert attention_factor(fields) == factor == 1
+    assert frequencies(2, 1e4, fields).tolist() == [1], "of one pair, where d / (d - 2) is no number"
 
 
 def kinds_of(**fields) -> list[pattern.BlockKind]:

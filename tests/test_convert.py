@@ -221,6 +221,18 @@ def test_config_json_says_in_both_directions_what_a_model_is(case):
             "moe_topk=[1, 2, 2]: is not implemented but as one number for all 3 layers",
         ),
         ({"model_type": "hunyuan_v1_moe", "num_experts": []}, "num_experts=[]: is not implemented but as one number"),
+        (
+            {"model_type": "hunyuan_v1_moe", "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_type='dynamic': is not implemented but with alpha, which makes it static",
+        ),
+        (
+            {"model_type": "hunyuan_v1_moe", "rope_parameters": {"rope_type": "dynamic", "alpha": "8"}},
+            "alpha='8': must be a number",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "alpha": 8.0}},
+            "rope_type='dynamic': is not implemented; valid: default, linear, yarn, llama3",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu': is not implemented; valid: 'silu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config.quant_method=None: quantized weights are not read"),
         (

@@ -83,8 +83,8 @@ class MixtureOfDepths:
 class RopeScaling:
     """How rotary angles are stretched for sequences longer than those of training: see model/rotary.py."""
 
-    kind: str = "none"  # none | linear | yarn | llama3
-    factor: float = 1.0  # how much longer sequences may be
+    kind: str = "none"  # none | linear | ntk | yarn | llama3
+    factor: float = 1.0  # how much longer sequences may be; ntk: what the slowest channel is divided by
     original_length: int = 0  # yarn, llama3: tokens of the sequences before
     beta_fast: float = 32.0  # yarn: channels that turn more often than this in original_length tokens stay as they are
     beta_slow: float = 1.0  # yarn: those that turn less often than this are divided by the factor

@@ -73,7 +73,7 @@ def _model(config: Config) -> None:
 def _rope_scaling(config: Config) -> None:
     m, path = config.model, "model.rope_scaling"
     scaling = m.rope_scaling
-    _one_of(f"{path}.kind", scaling.kind, ("none", "linear", "yarn", "llama3"))
+    _one_of(f"{path}.kind", scaling.kind, ("none", "linear", "ntk", "yarn", "llama3"))
     _each(path, scaling, "factor", lambda v: v >= 1, "must be at least 1")
     _each(path, scaling, "beta_fast beta_slow low_freq_factor", lambda v: v > 0, "must be positive")
     not_negative = "original_length attention_factor mscale mscale_all_dim"
