@@ -88,6 +88,7 @@ CASES: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "olmoe renormalised": lambda: hf.OlmoeConfig(
         **COMMON | {"num_key_value_heads": H}, intermediate_size=F, num_experts=E, norm_topk_prob=True
     ),
+    "olmoe clipped": lambda: hf.OlmoeConfig(**COMMON, intermediate_size=F, num_experts=E, clip_qkv=0.5),
     "flex_olmo": lambda: hf.FlexOlmoConfig(**COMMON, intermediate_size=F, num_experts=E),
     "flex_olmo renormalised, biases": lambda: hf.FlexOlmoConfig(
         **COMMON, intermediate_size=F, num_experts=E, norm_topk_prob=True, attention_bias=True
@@ -188,9 +189,19 @@ CASES: dict[str, Callable[[], hf.PretrainedConfig]] = {
         moe_topk=2,
         rope_parameters={"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 1e4, "mscale": 1.0},
     ),
+    "phimoe": lambda: hf.PhimoeConfig(
+        **COMMON, intermediate_size=F, num_local_experts=E, attention_bias=True, lm_head_bias=True
+    ),
+    "phimoe no bias, window, wide choice": lambda: hf.PhimoeConfig(
+        **COMMON, intermediate_size=F, num_local_experts=E, sliding_window=5, router_jitter_noise=0.3
+    ),
     "llama": lambda: hf.LlamaConfig(**DENSE, intermediate_size=24, rope_parameters=LLAMA3),
     "llama tied": lambda: hf.LlamaConfig(**DENSE | {"tie_word_embeddings": True}, intermediate_size=24),
     "llama biases": lambda: hf.LlamaConfig(**DENSE, intermediate_size=24, attention_bias=True),
+    "olmo": lambda: hf.OlmoConfig(**DENSE, intermediate_size=24),
+    "olmo clipped, tied, one head of keys": lambda: hf.OlmoConfig(
+        **DENSE | {"tie_word_embeddings": True, "num_key_value_heads": 1}, intermediate_size=24, clip_qkv=0.5
+    ),
     "olmo2": lambda: hf.Olmo2Config(**DENSE, intermediate_size=24, rope_parameters={"rope_theta": 5e5}),
     "olmo2 tied, yarn": lambda: hf.Olmo2Config(
         **DENSE | {"tie_word_embeddings": True, "num_key_value_heads": H}, intermediate_size=24, rope_parameters=YARN
@@ -221,7 +232,7 @@ def randomized(case: str) -> hf.PreTrainedModel:
         CASES[case](), dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
     fill(model)
-    return model
+    return model.eval()  # of which routers that draw experts know
 
 
 def fill(module: torch.nn.Module) -> None:
@@ -229,7 +240,8 @@ def fill(module: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if "inv_freq" not in name:
-                tensor.normal_(mean=1.0 if "norm" in name else 0.0, std=0.2)
+                is_scale = "norm" in name and not name.endswith("bias")
+                tensor.normal_(mean=1.0 if is_scale else 0.0, std=0.2)
 
 
 def tokens() -> np.ndarray:

@@ -100,6 +100,8 @@ BAD = [
     ("optim.learning_rate=-1.0", "optim.learning_rate=-1.0", "must be positive"),
     ("optim.learning_rate=1e999", "optim.learning_rate=inf", "must be 0 or from"),
     ("model.rope_fraction=0.3", "model.rope_fraction=0.3", "even number of channels"),
+    ("model.norm=batch", "model.norm='batch'", "valid: layer, layer_bare, rms"),
+    ("model.clip_qkv=-8.0", "model.clip_qkv=-8.0", "must not be negative"),
     ("model.norm_position=behind", "model.norm_position='behind'", "unknown"),
     ("model.multipliers.logits=0.0", "model.multipliers.logits=0.0", "must be positive"),
     ("model.multipliers.scores=-1.0", "model.multipliers.scores=-1.0", "must not be negative"),

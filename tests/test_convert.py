@@ -31,6 +31,7 @@ from frugalmoe.train.checkpoint import on_disk
 from frugalmoe.train.weights import load_model
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+NOT_OF_OLMO = dict.fromkeys(("rms_norm_eps", "num_local_experts", "num_experts_per_tok", "router_jitter_noise"))
 STRETCHED = {"rope_type": "yarn", "factor": 4.0}
 LATENT_KEYS = dict.fromkeys(
     ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank", "intermediate_size"), 8
@@ -209,9 +210,12 @@ def test_config_json_says_in_both_directions_what_a_model_is(case):
         ({"model_type": "./evil.py"}, "model_type='./evil.py': no such family of models"),
         ({"model_type": None}, "model_type=None: no such family"),
         (
-            {"model_type": "phimoe"},
-            "model_type='phimoe': our model lacks LayerNorm with biases, a bias on logits (lm_head",
+            {"model_type": "phimoe", "rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}},
+            "rope_type='longrope': is not implemented; valid: default",
         ),
+        ({"model_type": "phimoe", "num_experts_per_tok": 3}, "num_experts_per_tok=3: is not implemented; valid: 2"),
+        ({"model_type": "phimoe", "router_jitter_noise": 0.0}, "epsilon=0.0: must be"),
+        ({"model_type": "olmo", "clip_qkv": -1.0, **NOT_OF_OLMO}, "clip_qkv=-1.0: must not be negative"),
         (
             {"model_type": "llama4_text"},
             "model_type='llama4_text': our model lacks chunked attention (attention_chunk_",

@@ -28,6 +28,7 @@ FAMILIES = [
     "ernie4_5_moe",
     "granitemoeshared",
     "llama",
+    "phimoe",
 ]
 FAST = FAMILIES[:2]  # a window that forgets, and the compressed cache
 

@@ -75,7 +75,15 @@ FORMS = {
         "model.remat": "dots",
     },
     "depths": DEPTHS | DENSE_TOO | {"model.remat": "full"},
-    "muon": DENSE_TOO | {"optim.name": "muon"},
+    "muon": DENSE_TOO
+    | {
+        "optim.name": "muon",
+        "model.norm": "layer",
+        "model.head_bias": True,
+        "model.qk_norm": "none",
+        "model.clip_qkv": 0.5,
+        "model.multipliers.logits": 2.0,
+    },
     "window, sinks": {
         "model.attention": "window,grouped",
         "model.attention_options.window.window": 7,

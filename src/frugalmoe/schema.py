@@ -136,15 +136,20 @@ class Model:
     # rotation, as Hunyuan)
     qk_norm: str = "none"
     qkv_bias: bool = False  # biases on the projections to queries, keys and values
+    clip_qkv: float = 0.0  # before rotation queries, keys and values are clipped to +-clip_qkv (OLMo 1, OLMoE); 0: not
     out_bias: bool = False  # a bias on attention's projection back to the residual stream
     rope_theta: float = 10_000.0  # base of the rotary angles' wavelengths
     rope_fraction: float = 1.0  # share of each head that is rotated
     rope_scaling: RopeScaling = RopeScaling()
-    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    # rms (RMSNorm) | layer (LayerNorm with scale and bias, as Phi-3.5-MoE) | layer_bare (without either, as OLMo 1); of
+    # queries, keys and latents it is rms always
+    norm: str = "rms"
+    norm_eps: float = 1e-6  # added to the mean square, or to the variance, in norms
     # Of a block's attention and feed-forward what is normalized: before (what they see) | after (what they add, OLMo 2)
     norm_position: str = "before"
     multipliers: Multipliers = Multipliers()
     tie_embeddings: bool = False  # the head's weights are the embedding's
+    head_bias: bool = False  # a learned bias on logits
     norm_head: bool = False  # Ling 1: head weights divided by their norm over the vocabulary
     init_std: float = 0.02  # weights that write into the residual stream are further divided by sqrt(2 * num_layers)
     compute_dtype: str = "float32"  # float32 | bfloat16; parameters are float32 always

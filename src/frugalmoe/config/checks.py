@@ -63,6 +63,8 @@ def _model(config: Config) -> None:
     )
     _require(m.num_dense_layers == 0 or m.dense_dim > 0, "model.dense_dim", m.dense_dim, "dense layers need a width")
     _one_of("model.qk_norm", m.qk_norm, ("none", "head", "full", "rotated"))
+    _one_of("model.norm", m.norm, ("rms", "layer", "layer_bare"))
+    _each("model", m, "clip_qkv", lambda v: v >= 0, "must not be negative")
     _one_of("model.norm_position", m.norm_position, ("before", "after"))
     _each("model.multipliers", m.multipliers, "embedding residual logits", lambda v: v > 0, "must be positive")
     _each("model.multipliers", m.multipliers, "scores", lambda v: v >= 0, "must not be negative")

@@ -26,7 +26,7 @@ from frugalmoe.model.attention.contract import PIECE
 from frugalmoe.model.block import Layer
 from frugalmoe.model.causality import leaking, parts
 from frugalmoe.model.moe import Context
-from frugalmoe.model.transformer import Transformer, bytes_of_caches, empty_caches, structure
+from frugalmoe.model.transformer import Transformer, bytes_of_caches, empty_caches, structure, to_logits
 from frugalmoe.schema import Model
 from frugalmoe.train.weights import Weights
 
@@ -208,6 +208,7 @@ class Ready(NamedTuple):
     weights: Weights
     layers: tuple[Layer, ...] | None  # None: they are taken out of the stacks inside each step
     head_DV: Array | None
+    bias_V: Array | None  # of logits
 
 
 def ready(config: Model, weights: Weights) -> Ready:
@@ -219,7 +220,7 @@ def ready(config: Model, weights: Weights) -> Ready:
     leaves = jax.tree.leaves(weights)
     alone = all(isinstance(a, Array) and a.is_fully_addressable and len(a.devices()) == 1 for a in leaves)
     if sharding.platform() != "cpu" or not alone:
-        return Ready(weights, None, None)
+        return Ready(weights, None, None, None)
     dtype, device = config.compute_dtype, leaves[0].devices().copy().pop()
 
     def entry(stack: nnx.Variable, number: int) -> nnx.Variable:
@@ -229,7 +230,7 @@ def ready(config: Model, weights: Weights) -> Ready:
         return stack.replace(jax.device_put(part, device, may_alias=True))
 
     model = _model(config, weights)
-    return Ready(weights, model.layers(entry), model.head())
+    return Ready(weights, model.layers(entry), model.head(), model.head_bias())
 
 
 def _model(config: Model, weights: Weights) -> Transformer:
@@ -241,7 +242,7 @@ def _opened(config: Model, ready: Ready) -> tuple[Transformer, tuple[Layer, ...]
     model = _model(config, ready.weights)
     if ready.layers is None:
         return model, model.layers(lambda stack, number: stack.replace(stack[...][number])), model.logits
-    logits = lambda hidden: jnp.einsum("...d,dv->...v", hidden, ready.head_DV, preferred_element_type=jnp.float32)
+    logits = lambda hidden: to_logits(hidden, ready.head_DV, ready.bias_V)
     return model, ready.layers, logits
 
 

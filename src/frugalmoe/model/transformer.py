@@ -17,11 +17,12 @@ from frugalmoe import sharding
 from frugalmoe.model import depths, multi_token, pattern, scan
 from frugalmoe.model.attention import kinds
 from frugalmoe.model.block import Layer, Place, Report, Stream, apply_layer, prepare, stacked
-from frugalmoe.model.layers import RMSNorm, normal
+from frugalmoe.model.layers import normal, stream_norm
 from frugalmoe.model.moe import OF_EXPERTS, Context, Routed, RouterState
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import Carry
 from frugalmoe.schema import Model
+from frugalmoe.sharding import parameter
 
 Caches = tuple[Any, ...]  # of each layer
 
@@ -55,9 +56,11 @@ class Transformer(nnx.Module):
             self.shared_router = nnx.Dict(dict(shared))
         if config.multi_token_prediction.depth:
             self.multi_token = multi_token.stacked(jax.random.fold_in(head_key, config.num_layers), config)
-        self.final_norm = RMSNorm(config.dim, config.norm_eps, "D")
+        self.final_norm = stream_norm(config)
         if not config.tie_embeddings:
             self.head_DV = normal(head_key, "DV", (config.dim, config.vocab_size), config.init_std, "head")
+        if config.head_bias:
+            self.head_bias_V = parameter(jnp.zeros(config.vocab_size), "V", "vector")
 
     def _add_blocks(self, feed_forward: str, key: Array, wrapper_number: int) -> None:
         """Stacks of the layers with one kind of feed-forward, if there are any, and of their wrappers."""
@@ -180,9 +183,22 @@ class Transformer(nnx.Module):
         dtype = self.config.compute_dtype
         return sharding.gather_array(head_DV, sharding.Declaration("DV", "head"), dtype).astype(dtype)
 
+    def head_bias(self) -> Array | None:
+        """What is added to logits, float32 [V], over model.multipliers.logits as they are; None: nothing."""
+        if not self.config.head_bias:
+            return None
+        bias_V, divisor = self.head_bias_V[...], self.config.multipliers.logits
+        return bias_V if divisor == 1 else bias_V / divisor
+
     def logits(self, hidden: Array) -> Array:
         """float32 logits [..., V]; for generation and tests, where the whole matrix may exist."""
-        return jnp.einsum("...d,dv->...v", hidden, self.head(), preferred_element_type=jnp.float32)
+        return to_logits(hidden, self.head(), self.head_bias())
+
+
+def to_logits(hidden: Array, head_DV: Array, bias_V: Array | None) -> Array:
+    """float32 logits [..., V]."""
+    logits = jnp.einsum("...d,dv->...v", hidden, head_DV, preferred_element_type=jnp.float32)
+    return logits if bias_V is None else logits + bias_V
 
 
 def empty_caches(config: Model, batch: int, slots: int) -> Caches:

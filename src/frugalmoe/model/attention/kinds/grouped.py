@@ -64,6 +64,8 @@ class GroupedAttention(nnx.Module):
         q_BTHd, k_BThd, v_BThd = self._project(x_BTD)
         if self.config.qk_norm != "rotated":
             q_BTHd, k_BThd = self._normed(q_BTHd, k_BThd)
+        if most := self.config.clip_qkv:
+            q_BTHd, k_BThd, v_BThd = (jnp.clip(a, -most, most) for a in (q_BTHd, k_BThd, v_BThd))
         q_BTHd, k_BThd = rotate(q_BTHd, angles), rotate(k_BThd, angles)
         if self.config.qk_norm == "rotated":
             q_BTHd, k_BThd = self._normed(q_BTHd, k_BThd)
