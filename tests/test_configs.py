@@ -132,6 +132,9 @@ BAD = [
     ("data.validation_fraction=1.0", "data.validation_fraction=1.0", "(0, 1)"),
     ("optim.warmup_steps=5000", "optim.warmup_steps=5000", "train.steps=1000"),
     ("model.num_dense_layers=1", "model.dense_dim=0", "width"),
+    ("model.moe_every=2", "model.dense_dim=0", "width"),
+    ("model.moe_every=0", "model.moe_every=0", "must be from 1 to 4"),
+    ("model.moe_every=4,model.num_dense_layers=1,model.dense_dim=8", "model.moe_every=4", "must be from 1 to 3"),
     ("model=3", "model=3", "section"),
     ("model={}", "model={}", "is a section; set its fields: attention"),  # would put every field at its default
     ("model.moe.losses=()", "model.moe.losses=()", "section"),

@@ -122,9 +122,11 @@ class Model:
     dim: int = 256  # width of the residual stream
     num_layers: int = 4  # transformer blocks, dense and MoE
     num_dense_layers: int = 0  # the first n layers have a dense feed-forward
+    moe_every: int = 1  # of each n layers behind those the last has experts, the others a dense feed-forward
     dense_dim: int = 0  # hidden width of a dense layer's feed-forward
-    # Kinds of attention: grouped | window | latent (files of frugalmoe/model/attention/kinds), path/to/file.py or
-    # package.module. Several, as window,window,window,grouped, are repeated over the layers in this order.
+    # Kinds of attention: grouped | window | chunked | nope | latent (files of frugalmoe/model/attention/kinds),
+    # path/to/file.py or package.module. Several, as window,window,window,grouped, are repeated over the layers in this
+    # order.
     attention: str = "grouped"
     attention_options: Mapping[str, Any] = FrozenDict()  # KIND.OPTION: each kind's own options, as window.window
     num_heads: int = 8  # query heads
@@ -133,7 +135,7 @@ class Model:
     )
     head_dim: int = 32  # channels of a head
     # none | head (per head, as Qwen3 and Ling 2.0) | full (over all heads, as OLMoE) | rotated (per head, and after
-    # rotation, as Hunyuan)
+    # rotation, as Hunyuan) | unit (as rotated, without weights, and not where attention rotates nothing, as Llama 4)
     qk_norm: str = "none"
     qkv_bias: bool = False  # biases on the projections to queries, keys and values
     clip_qkv: float = 0.0  # before rotation queries, keys and values are clipped to +-clip_qkv (OLMo 1, OLMoE); 0: not

@@ -86,7 +86,7 @@ def _counting(model: Model) -> dict[str, Any]:
     """The fields of a model that count in evaluation, by dotted name."""
     flat = flat_fields(to_dict(model))
     unused = () if pattern.has_experts(model) else ("moe",)
-    unused += () if model.num_dense_layers else ("dense_dim",)
+    unused += () if pattern.has_dense(model) else ("dense_dim",)
     if set(pattern.attention_names(model.attention)) == {"latent"}:
         options = kinds.options_of(model, "latent")
         size = latent.sizes(model, options)  # of which 0 means one that follows from another, as of the epsilon

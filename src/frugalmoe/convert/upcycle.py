@@ -85,7 +85,7 @@ def look(
     for counts that are no multiples of the granularity, and for overrides that change what is not of the experts.
 
     overrides: fields of the run's config, as "model.moe.router=sigmoid_bias"; `model.num_dense_layers` first layers
-    stay dense.
+    stay dense, and so do those between that `model.moe_every` leaves out.
     """
     _check(recipe, experts, per_token)
     dense = load_checkpoint(run, step)
@@ -196,14 +196,14 @@ def _weights(found: Found, scale_L: np.ndarray) -> Weights:
     params = jax.tree.map(np.asarray, found.dense.weights.params)
     layers = _by_layer(params.pop("dense_blocks"), pattern.layers(old))
     fresh, state = _fresh_routers(found)
-    first, kinds = new.num_dense_layers, pattern.layers(new)
-    for i, layer in enumerate(layers[first:]):
+    for i, layer in enumerate(layers[number] for number in pattern.moe_layers(new)):
         key = np.random.default_rng([found.config.train.seed, i])
         layer |= _experts(layer.pop(("ffn", "gate_up_D2F")), layer.pop(("ffn", "down_FD")), found, scale_L[i], key)
         layer |= {path: a_L[i] for path, a_L in fresh.items()}
-    if first:
-        params["dense_blocks"] = _stack(layers[:first], kinds[:first])
-    params["moe_blocks"] = _stack(layers[first:], kinds[first:])
+    for feed_forward in pattern.FEED_FORWARDS:
+        own = [(layer, kind) for layer, kind in zip(layers, pattern.layers(new)) if kind.feed_forward == feed_forward]
+        if own:
+            params[pattern.NAMES[feed_forward, ""]] = _stack(*zip(*own))
     return Weights(params | state.params, state.router_state)
 
 

@@ -19,6 +19,12 @@ def normal(key: Array, letters: str, shape: tuple[int, ...], std: float, role: s
     return parameter(jax.random.normal(key, shape, jnp.float32) * std, letters, role)
 
 
+def over_rms(x: Array, eps: float) -> Array:
+    """x / rms(x) over the last axis, float32."""
+    x32 = x.astype(jnp.float32)
+    return x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
@@ -28,9 +34,7 @@ class RMSNorm(nnx.Module):
         self.scale = parameter(jnp.ones(size, jnp.float32), letter, "vector")
 
     def __call__(self, x: Array) -> Array:
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 * self.scale[...]).astype(x.dtype)
+        return (over_rms(x, self.eps) * self.scale[...]).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

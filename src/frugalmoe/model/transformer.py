@@ -50,7 +50,7 @@ class Transformer(nnx.Module):
         for i, (feed_forward, key) in enumerate(zip(pattern.FEED_FORWARDS, of_blocks)):
             self._add_blocks(feed_forward, key, config.num_layers + i)
         if pattern.has_experts(config):
-            shared_key = jax.random.fold_in(of_blocks[1], config.num_layers - config.num_dense_layers)
+            shared_key = jax.random.fold_in(of_blocks[1], len(pattern.moe_layers(config)))
             router = strategies.get(config.moe.router)
             shared = router.new_params(shared_key, config.dim, config.moe, shared=True)
             self.shared_router = nnx.Dict(dict(shared))
@@ -79,9 +79,10 @@ class Transformer(nnx.Module):
         config = self.config
         stream = Stream(self.embed(context.token_ids_BT))
         prepared = prepare(context.positions_BT, config, pattern.attention_names(config.attention))
-        of_segments = []
+        of_segments, begun = [], False
         for segment in pattern.segments(config):
-            if segment.feed_forward == "moe" and segment.first == config.num_dense_layers:
+            if "moe" in segment.feed_forwards and not begun:
+                begun = True
                 context, carry = self._before_experts(context)
                 stream = stream._replace(carry=carry)
             stream, found = scan.Segment(self, segment, context, prepared)(stream)
@@ -112,15 +113,16 @@ class Transformer(nnx.Module):
 
         Layers one by one: a scan would copy every layer's parameters and cache for every token.
         """
-        config, new = self.config, []
+        config, new, count = self.config, [], collections.Counter()
         stream = Stream(self.embed(context.token_ids_BT))
         prepared = prepare(context.positions_BT, config, pattern.attention_names(config.attention))
-        for number, (kind, layer, cache) in enumerate(zip(pattern.layers(config), layers, caches)):
-            before = config.num_dense_layers if kind.feed_forward == "moe" else 0
-            if kind.feed_forward == "moe" and number == before:
+        for kind, layer, cache in zip(pattern.layers(config), layers, caches):
+            number = count[kind.feed_forward]
+            count[kind.feed_forward] += 1
+            if kind.feed_forward == "moe" and not number:
                 context, carry = self._before_experts(context)
                 stream = stream._replace(carry=carry)
-            place, layer = Place(jnp.int32(number - before), cache, start), sharding.gather(layer, config.compute_dtype)
+            place, layer = Place(jnp.int32(number), cache, start), sharding.gather(layer, config.compute_dtype)
             passed = apply_layer(layer, kind, stream, context, prepared, place)
             stream = passed.stream
             new.append(passed.cache)
