@@ -116,6 +116,7 @@ class Decoding:
         devices = sharding.axis_size(*sharding.BATCH_AXES)
         self._rows, self._most, self._piece = -(-rows // devices) * devices, most, _piece(rows)
         self._ready = weights if isinstance(weights, Ready) else ready(config, weights)
+        self._least = 2 if _slow_alone(config, self._rows) else 1
         self._empty, self._widen, self._step = _steps(config, self._rows)
         self._slots, self._caches, self._length_B = 0, None, np.zeros(self._rows, np.int32)
         self._logits_BV = np.zeros((self._rows, config.vocab_size), np.float32)
@@ -129,13 +130,13 @@ class Decoding:
         for at in range(0, max(map(len, tokens)), self._piece):
             pieces = [row[at : at + self._piece] for row in tokens]
             count_B = np.array([len(piece) for piece in pieces], np.int32)
-            size = _padded_size(int(count_B.max()))
+            size = max(_padded_size(int(count_B.max())), self._least)
             self._put(np.stack([np.pad(piece, (0, size - len(piece))) for piece in pieces]).astype(np.int32), count_B)
         return self._logits_BV
 
     def advance(self, token_B: Array, live_B: np.ndarray) -> Array:
         """The same for one token of each row that is live."""
-        self._put(token_B[:, None], live_B.astype(np.int32))
+        self._put(jnp.pad(token_B[:, None], ((0, 0), (0, self._least - 1))), live_B.astype(np.int32))
         return self._logits_BV
 
     def _put(self, tokens_BT: Array, count_B: np.ndarray) -> None:
@@ -197,6 +198,13 @@ class Drafting(Decoding):
         return logits_1V
 
 
+def _slow_alone(config: Model, rows: int) -> bool:
+    """Whether one row at a time is slow: XLA's product for CPUs of one row turns all weights into float32 before it,
+    that of two has bfloat16 as it is.
+    """
+    return rows == 1 and config.compute_dtype == "bfloat16" and sharding.platform() == "cpu"
+
+
 def _padded_size(size: int) -> int:
     """Few sizes, so that few are compiled: 1, 2, and powers of two."""
     return size if size <= 2 else max(_SHORTEST, 1 << (size - 1).bit_length())
@@ -229,7 +237,8 @@ def ready(config: Model, weights: Weights) -> Ready:
         return stack.replace(jax.device_put(part, device, may_alias=True))
 
     model = _model(config, weights)
-    return Ready(weights, model.layers(entry), model.head())
+    whole = weights.params | {"embed_VD": weights.params["embed_VD"].astype(dtype)}  # else all of it, for every token
+    return Ready(weights._replace(params=whole), model.layers(entry), model.head())
 
 
 def _model(config: Model, weights: Weights) -> Transformer:
@@ -241,7 +250,13 @@ def _opened(config: Model, ready: Ready) -> tuple[Transformer, tuple[Layer, ...]
     model = _model(config, ready.weights)
     if ready.layers is None:
         return model, model.layers(lambda stack, number: stack.replace(stack[...][number])), model.logits
-    logits = lambda hidden: jnp.einsum("...d,dv->...v", hidden, ready.head_DV, preferred_element_type=jnp.float32)
+
+    def logits(hidden_BD: Array) -> Array:
+        rows = len(hidden_BD)
+        if _slow_alone(config, rows):
+            hidden_BD = jnp.pad(hidden_BD, ((0, 1), (0, 0)))
+        return jnp.einsum("bd,dv->bv", hidden_BD, ready.head_DV, preferred_element_type=jnp.float32)[:rows]
+
     return model, ready.layers, logits
 
 
