@@ -26,7 +26,7 @@ from frugalmoe.model.attention.contract import PIECE
 from frugalmoe.model.block import Layer
 from frugalmoe.model.causality import leaking, parts
 from frugalmoe.model.moe import Context
-from frugalmoe.model.transformer import Transformer, bytes_of_caches, empty_caches, structure
+from frugalmoe.model.transformer import Transformer, bytes_of_caches, declarations, empty_caches, structure
 from frugalmoe.schema import Model
 from frugalmoe.train.weights import Weights
 
@@ -156,46 +156,55 @@ class Decoding:
 
 
 class Drafting(Decoding):
-    """One text with the first module of multi-token prediction, which sees what follows each token of the network.
+    """Texts with the first module of multi-token prediction, which sees what follows each token of the network.
 
-    What the network was fed last may turn out wrong: `propose` says how much of it stands, and the next tokens take the
-    places of the rest. All rows are the same.
+    What the network was fed last may turn out wrong: `propose` says how much of it stands in each row, and the row's
+    next tokens take the places of the rest. A row is left as it is where it is given no token, or none of it stands.
     """
 
-    def __init__(self, config: Model, weights: Weights, most: int):
-        super().__init__(config, weights, most)
+    def __init__(self, config: Model, weights: "Weights | Ready", most: int, rows: int = 1):
+        super().__init__(config, weights, most, rows)
         self._empty, self._widen, self._check, self._propose = _draft_steps(config, self._rows)
-        self._length, self._last, self._hidden_BTD = 0, _NO_TOKEN, None
+        self.count_B = np.zeros(self._rows, np.int32)  # how many tokens the network was fed last
+        self._last_BT, self._hidden_BTD = np.zeros((self._rows, 0), np.int32), None
 
-    @property
-    def count(self) -> int:
-        """How many tokens the network was fed last."""
-        return len(self._last)
+    def prompt(self, prompts: Sequence[np.ndarray]) -> Array:
+        """int32 [T] for each row, none for the rest -> float32 logits [B, V] of what follows the last token of each.
 
-    def prompt(self, tokens: np.ndarray) -> Array:
-        """int32 [T], at least one -> float32 logits [1, V] of what follows the last of them."""
-        for at in range(0, len(tokens), self._piece):
-            if at:
-                self.propose(self.count, tokens[at])
-            logits_2V = self.check(tokens[at : at + self._piece])
-        return logits_2V[1:]
+        All come to their end together: the hidden states of their last pieces are what a module goes on from.
+        """
+        prompts = [*prompts, *[_NO_TOKEN] * (self._rows - len(prompts))]
+        pieces = [np.split(tokens, range(self._piece, len(tokens), self._piece)) for tokens in prompts]
+        rounds = max(map(len, pieces))
+        pieces = [[_NO_TOKEN] * (rounds - len(row)) + row for row in pieces]
+        for number in range(rounds):
+            if number:
+                self.propose(self.count_B, np.array([row[number][0] if len(row[number]) else 0 for row in pieces]))
+            of_round = [row[number] for row in pieces]
+            size = _padded_size(max(map(len, of_round)))
+            tokens_BT = np.stack([np.pad(row, (0, size - len(row))) for row in of_round])
+            logits_2BV = self.check(tokens_BT, np.array([*map(len, of_round)]))
+        return logits_2BV[1]
 
-    def check(self, tokens: np.ndarray) -> Array:
-        """int32 [T], at most a piece -> the network's logits [2, V] of what follows the last token but one, and it."""
-        padded = np.pad(tokens, (0, _padded_size(len(tokens)) - len(tokens)))
-        self._grow(self._length + len(padded))
-        self._last, numbers = tokens, (np.int32(self._length), np.int32(len(tokens)))
-        logits_2V, self._hidden_BTD, self._caches = self._check(self._ready, padded, self._caches, *numbers)
-        return logits_2V
+    def check(self, tokens_BT: np.ndarray, count_B: np.ndarray) -> Array:
+        """At most a piece -> the network's logits [2, B, V] of what follows the last token but one of each row, and it.
 
-    def propose(self, stand: int, token: int) -> Array:
-        """The module's logits [1, V] of what follows `token`, which follows the first `stand` of the last tokens."""
-        following = np.append(self._last[1:stand], token).astype(np.int32)
-        padded = np.pad(following, (0, self._hidden_BTD.shape[1] - stand))
-        numbers = np.int32(self._length), np.int32(stand)
-        logits_1V, self._caches = self._propose(self._ready, padded, self._hidden_BTD, self._caches, *numbers)
-        self._length += stand
-        return logits_1V
+        tokens_BT: int32, of which the first `count` of each row are real.
+        """
+        self._grow(int(self._length_B.max()) + tokens_BT.shape[1])
+        self._last_BT, self.count_B = tokens_BT.astype(np.int32), count_B.astype(np.int32)
+        numbers = (self._length_B, self.count_B)
+        logits_2BV, self._hidden_BTD, self._caches = self._check(self._ready, self._last_BT, self._caches, *numbers)
+        return logits_2BV
+
+    def propose(self, stand_B: np.ndarray, token_B: np.ndarray) -> Array:
+        """The module's logits [B, V] of what follows `token`, which follows the first `stand` of a row's last ones."""
+        stand_B, ahead_BT = stand_B.astype(np.int32), np.roll(self._last_BT, -1, axis=1)
+        ahead_BT[np.arange(self._rows), np.maximum(stand_B - 1, 0)] = token_B
+        numbers = (self._length_B, stand_B)
+        logits_BV, self._caches = self._propose(self._ready, ahead_BT, self._hidden_BTD, self._caches, *numbers)
+        self._length_B = self._length_B + stand_B
+        return logits_BV
 
 
 def _slow_alone(config: Model, rows: int) -> bool:
@@ -237,8 +246,21 @@ def ready(config: Model, weights: Weights) -> Ready:
         return stack.replace(jax.device_put(part, device, may_alias=True))
 
     model = _model(config, weights)
-    whole = weights.params | {"embed_VD": weights.params["embed_VD"].astype(dtype)}  # else all of it, for every token
-    return Ready(weights._replace(params=whole), model.layers(entry), model.head())
+    # What steps take from these, they would convert whole for every token, or copy out of a stack.
+    taken = {"embed_VD": weights.params["embed_VD"].astype(dtype)}
+    if config.multi_token_prediction.depth:
+        taken["multi_token"] = _first_module(config, weights.params["multi_token"])
+    return Ready(weights._replace(params=weights.params | taken), model.layers(entry), model.head())
+
+
+def _first_module(config: Model, modules: dict) -> dict:
+    """Of multi-token prediction, a stack of one with matrices in compute dtype."""
+
+    def first(path: tuple, a: Array) -> Array:
+        of_matrix = sharding.declared(path, declarations(config)).role == "matrix"
+        return a[:1].astype(config.compute_dtype) if of_matrix else a[:1]
+
+    return jax.tree_util.tree_map_with_path(first, {"multi_token": modules})["multi_token"]
 
 
 def _model(config: Model, weights: Weights) -> Transformer:
@@ -275,12 +297,6 @@ def _context(tokens_BT: Array, start_B: Array, count_B: Array) -> Context:
     return Context(*rows, keys_B, jnp.int32(0))
 
 
-def _one_text(tokens_T: Array, start: Array, count: Array, batch: int) -> Context:
-    """The same in all rows."""
-    rows = lambda a: jnp.broadcast_to(a, (batch, *jnp.shape(a)))
-    return _context(rows(tokens_T), rows(start), rows(count))
-
-
 def _at(hidden_BTD: Array, index_B: Array) -> Array:
     """Hidden states [B, D] of one token of each row."""
     hidden_BTD = sharding.reshard(hidden_BTD, "...")
@@ -310,16 +326,19 @@ def _draft_steps(config: Model, batch: int):
     def empty(slots: int):
         return empty_caches(config, batch, slots), multi_token.empty_cache(config, batch, slots)
 
-    def check(ready: Ready, tokens_T: Array, caches, start: Array, count: Array):
+    def check(ready: Ready, tokens_BT: Array, caches, start_B: Array, count_B: Array):
         model, layers, logits = _opened(config, ready)
-        hidden_BTD, new = model.decode(layers, _one_text(tokens_T, start, count, batch), caches[0], start)
-        last_2 = jnp.maximum(count - jnp.array([2, 1]), 0)
-        return logits(sharding.reshard(hidden_BTD, "...")[0, last_2]), hidden_BTD, (new, caches[1])
+        start, context = sharding.reshard(start_B, "B"), _context(tokens_BT, start_B, count_B)
+        hidden_BTD, new = model.decode(layers, context, caches[0], start)
+        last_but_one_BD, last_BD = (_at(hidden_BTD, jnp.maximum(count_B - n, 0)) for n in (2, 1))
+        logits_NV = logits(jnp.concatenate([last_but_one_BD, last_BD]))
+        return logits_NV.reshape(2, batch, -1), hidden_BTD, (new, caches[1])
 
-    def propose(ready: Ready, ahead_T: Array, hidden_BTD: Array, caches, start: Array, count: Array):
+    def propose(ready: Ready, ahead_BT: Array, hidden_BTD: Array, caches, start_B: Array, count_B: Array):
         model, _, logits = _opened(config, ready)
-        hidden_BTD, cache = model.draft(_one_text(ahead_T, start, count, batch), hidden_BTD, caches[1], start)
-        return logits(sharding.reshard(hidden_BTD, "...")[0, count - 1][None]), (caches[0], cache)
+        start, context = sharding.reshard(start_B, "B"), _context(ahead_BT, start_B, count_B)
+        hidden_BTD, cache = model.draft(context, hidden_BTD, caches[1], start)
+        return logits(_at(hidden_BTD, jnp.maximum(count_B - 1, 0))), (caches[0], cache)
 
     widen = jax.jit(functools.partial(_widen, empty), static_argnums=1)
     return jax.jit(empty, static_argnums=0), widen, jax.jit(check, donate_argnums=2), jax.jit(propose, donate_argnums=3)
