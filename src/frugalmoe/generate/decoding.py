@@ -312,7 +312,7 @@ def _steps(config: Model, batch: int):
         (model, layers, logits), (caches, logits_BV) = _opened(config, ready), state
         start = sharding.reshard(start_B, "B")
         hidden_BTD, caches = model.decode(layers, _context(tokens_BT, start_B, count_B), caches, start)
-        new_BV = logits(_at(hidden_BTD, jnp.maximum(count_B - 1, 0)))
+        new_BV = sharding.reshard(logits(_at(hidden_BTD, jnp.maximum(count_B - 1, 0))), "..")
         return caches, jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
 
     widen = functools.partial(_widen, empty)
