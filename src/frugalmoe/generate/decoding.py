@@ -8,7 +8,6 @@ Letters: B sequences, T tokens, D model, V vocabulary.
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from frugalmoe.model.causality import leaking, parts
 from frugalmoe.model.moe import Context
 from frugalmoe.model.transformer import Transformer, bytes_of_caches, declarations, empty_caches, structure
 from frugalmoe.schema import Model
+from frugalmoe.train import memory
 from frugalmoe.train.weights import Weights
 
 _SHORTEST = 32  # pieces of a prompt are padded to a power of two from this on
@@ -87,15 +87,14 @@ def _check_slots(config: Config) -> None:
 
 def _check_memory(config: Model, rows: int, prompt: int, new: int) -> None:
     """Keys and values may take a quarter of a device's memory: growing copies them, and the model has its part."""
-    known = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    memory = known or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    device = memory.of_device()
     size = functools.partial(bytes_of_caches, config, rows)
     scores = 4 * 4 * config.num_heads * rows * min(prompt, _piece(rows))  # float32; they and their softmax, twice
     token = (size(2 * _LONG) - size(_LONG)) // _LONG  # of the kinds of attention that keep all tokens
     fixed = size(_LONG) - token * _LONG
-    most = max(memory // 4 - fixed, 0) // (token + scores) - prompt
+    most = max(device // 4 - fixed, 0) // (token + scores) - prompt
     if new > most:
-        room = f"this device, with {memory / 1e9:.3g} GB, has room for {max(most, 0)}"
+        room = f"this device, with {device / 1e9:.3g} GB, has room for {max(most, 0)}"
         texts = f" of {rows} texts at one time (--batch-size)" if rows > 1 else ""
         raise UserError(f"--max-tokens={new}: {room} after a prompt of {prompt} tokens{texts}")
 
