@@ -152,6 +152,23 @@ def test_eight_devices_score_as_one(run):
         assert json.loads(done.stdout[end:])["tasks"][name] == pytest.approx(grade._asdict(), abs=1e-4)
 
 
+def test_a_model_that_no_memory_holds_is_refused_before_it_is_read(run, tmp_path, capsys):
+    """By all that load a run: what its record says of its size comes first."""
+    large = shutil.copytree(run, tmp_path / "large")
+    record = read_json(large / "config.json")
+    record["model"]["moe"]["num_experts"] = 10**8
+    (large / "config.json").write_text(json.dumps(record))
+    for command in (
+        ["evaluate", large],
+        ["evaluate", large, "--suite=copy"],
+        ["convert", "to-hf", large, large / "hf"],
+    ):
+        assert main([*map(str, command)]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and f"{large}: the model needs " in err and "GB of memory, and this machine" in err
+    assert not (large / "hf").exists()
+
+
 def test_a_terminal_shows_a_bar(run, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")

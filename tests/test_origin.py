@@ -14,7 +14,7 @@ from frugalmoe import sharding
 from frugalmoe.cli import main
 from frugalmoe.config.checks import check_devices
 from frugalmoe.errors import UserError
-from frugalmoe.train import checkpoint, rundir
+from frugalmoe.train import checkpoint, memory, rundir
 from frugalmoe.train.loop import opened, train
 from frugalmoe.train.origin import SHOWN, Origin
 from frugalmoe.train.step import init
@@ -58,6 +58,17 @@ def source(place):
     """A complete run of 2 steps, with checkpoints of both."""
     train(tiny(place / "text", place / "cache", FIELDS), place / "source")
     return place / "source"
+
+
+def test_a_state_that_does_not_fit_into_memory_is_refused_before_it_is_read(source, make, tmp_path, monkeypatch):
+    config, read = make(), []
+    monkeypatch.setattr(checkpoint, "restore_arrays", lambda *args: read.append(args))
+    monkeypatch.setattr(memory, "of_device", lambda: 10**5)
+    rule = rf"^--from={source}: the model needs [\d.]+ GB of memory, and this machine has 0\.0001$"
+    begun = opened(config, tmp_path / "run", origin=Origin(source))
+    with on_mesh(config), pytest.raises(UserError, match=rule), begun:
+        pass
+    assert not read and not (tmp_path / "run" / "config.json").exists()
 
 
 def on_mesh(config):

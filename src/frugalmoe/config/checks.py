@@ -20,7 +20,7 @@ def check(config: Config) -> None:
         check_name("name" if part == config.name else f"name={config.name!r}: a part of it", part)
     of_model = (_model, _rope_scaling, _attention, _depths, _multi_token)
     of_experts = (_moe, _router, _losses, _load_balance, _executor)
-    for rules in (*of_model, *of_experts, _data, _optim, _train):
+    for rules in (_data, *of_model, *of_experts, _optim, _train):  # what a module may look at depends on the row
         rules(config)
 
 

@@ -19,7 +19,7 @@ from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.fields import to_dict
 from frugalmoe.model.transformer import declarations, structure
 from frugalmoe.schema import Checkpoint
-from frugalmoe.train import checkpoint, rundir
+from frugalmoe.train import checkpoint, memory, rundir
 from frugalmoe.train.step import State, abstract, finite, init
 from frugalmoe.train.weights import check_run
 
@@ -214,8 +214,11 @@ def begin(origin: Origin, config: Config, digest: str | None = None) -> Begun:
     """Returns the state before the first step on the mesh in context: what fits of an origin, else what `init` has.
 
     To be called after `check`. `digest` is that of its files where they were read before. Raises `UserError` where it
-    is another now, and for numbers that are not finite.
+    is another now, for numbers that are not finite, and, before any is read, for a state that does not fit into memory.
     """
+    like = abstract(config)  # and the gradient, or what is read, which is as large as the parameters
+    needed = memory.on_device(like) + memory.on_device(like.params)
+    memory.check(str(origin), needed, len(jax.sharding.get_mesh().local_devices))
     steps = check_there(origin, None)[::-1] if origin.step is None else [origin.step]
     with _stored(origin) as stored:
         for step in steps:

@@ -13,8 +13,9 @@ from frugalmoe.data.tokenizer import Tokenizer, load_from
 from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json
+from frugalmoe.model.transformer import count_parameters
 from frugalmoe.schema import Mesh, Source
-from frugalmoe.train import best, checkpoint, rundir
+from frugalmoe.train import best, checkpoint, memory, rundir
 from frugalmoe.train.placing import micro_batch
 from frugalmoe.train.step import abstract
 
@@ -74,6 +75,7 @@ def load_checkpoint(run: Path, step: int | None = None, devices: int = 1) -> Loa
     config = dataclasses.replace(config, train=train, mesh=Mesh(data=devices))
     config = settle(config, tokenizer.size, devices)
     mesh = sharding.make_mesh(to_dict(config.mesh), jax.devices()[:devices])
+    memory.check(str(run), 4 * count_parameters(config.model)["total"], devices)
     opened = checkpoint.open_manager(run, config.checkpoint)
     with checkpoint.one_line_errors(run), opened as manager, jax.set_mesh(mesh):
         if manager.latest_step() is None:

@@ -137,7 +137,7 @@ def _weighted_sum(
     score_BhgTC = jnp.where(visible_BTC[:, None, None], score_BhNC.reshape(B, kv_heads, groups, T, -1), _MASKED)
     if sink_H is not None:
         sink_hg11 = sink_H.astype(jnp.float32).reshape(kv_heads, groups, 1, 1)
-        sink_BhgT1 = jnp.broadcast_to(sink_hg11, (*score_BhgTC.shape[:-1], 1))
+        sink_BhgT1 = jnp.zeros_like(score_BhgTC[..., :1]) + sink_hg11  # spread over devices as the scores are
         score_BhgTC = jnp.concatenate([score_BhgTC, sink_BhgT1], axis=-1)
     p_BhgTC = jax.nn.softmax(score_BhgTC, axis=-1)[..., : v_BhCe.shape[2]]
     p_BhNC = p_BhgTC.reshape(score_BhNC.shape).astype(v_BhCe.dtype)
