@@ -256,7 +256,7 @@ class Islands:
     # How contributions become one: a file of frugalmoe/islands/merges, as mean, tokens, edit or radial;
     # path/to/file.py or package.module.
     merge: str = dataclasses.field(default="mean", metadata={OUTSIDE: True})
-    options: Mapping[str, Any] = FrozenDict()  # the rule's own options
+    merge_options: Mapping[str, Any] = FrozenDict()  # the rule's own options
     learning_rate: float = 0.7  # of the outer step, SGD with Nesterov momentum
     momentum: float = 0.9  # of the outer step
     bits: int = 32  # of a number in a contribution: 32 (float32) | 16 (bfloat16) | 8 | 4 | 2 (integers)
