@@ -55,13 +55,15 @@ def train(
     origin: Origin | None = None,
     sample: Sampler | None = None,
     progress: Callable[[Config, int], Any] = Progress,
+    drive: Callable[..., list[dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Trains, or continues, the run in `workdir` and returns its summary. `status` is complete or stopped.
 
     resume: auto continues a run of the same config; force continues it whatever its config; never refuses. fresh
     replaces the run that is there, once all has been checked. origin: a run, or a published model, whose weights this
     one begins with; it is read once, and not when this run is continued. sample: draws the passage of text in a
-    complete run's summary, as `generate.sample_text` does; None: the summary has none. Raises UserError for input that
+    complete run's summary, as `generate.sample_text` does; None: the summary has none. drive: trains the opened run in
+    the place of `train_runs`, as islands do. Raises UserError for input that
     cannot be run; nothing is written or deleted then. With several processes (`distributed.start`) each calls it with
     equal arguments.
     """
@@ -76,7 +78,7 @@ def train(
         return read_json(workdir / "summary.json")
     how = {"force": resume == "force", "fresh": fresh, "origin": origin}
     with jax.set_mesh(sharding.make_mesh(layout)), opened(config, workdir, **how) as run:
-        return train_runs([run], progress, sample)[0]
+        return (drive or train_runs)([run], progress, sample)[0]
 
 
 @contextmanager
