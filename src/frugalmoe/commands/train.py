@@ -65,8 +65,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     islands = parser.add_argument_group(
         "islands",
-        "Runs that train one model apart from each other, on whatever devices, and meet in a directory: --config.islands "
-        "says how. `frugalmoe islands DIR` shows them.",
+        "Runs that train one model apart from each other, on whatever devices, and meet in a directory; "
+        "--config.islands says how, and `frugalmoe islands DIR` shows them.",
     )
     islands.add_argument(
         "--islands", metavar="DIR", help="where they meet: a path, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
@@ -135,11 +135,19 @@ def _island(args: argparse.Namespace, config, workdir: Path) -> dict:
     if args.islands is None:
         if args.island is not None:
             raise UserError(f"--island={args.island}: needs --islands=DIR, where it meets the others")
-        return {}
+        if not config.islands.virtual:
+            return {}
+        from frugalmoe.islands import virtual
+
+        virtual.check(config)
+        return {"drive": virtual.drive}
     import functools
 
     from frugalmoe.islands import training
 
+    if config.islands.virtual:
+        rule = "all islands are in one process then, and need no --islands"
+        raise UserError(f"islands.virtual={config.islands.virtual}: {rule}")
     name = args.island or workdir.absolute().name
     return {"drive": functools.partial(training.drive, store=training.check(config, args.islands, name), name=name)}
 

@@ -314,7 +314,7 @@ def _islands(config: Config) -> None:
     i, path = config.islands, "islands"
     positive = "round_steps lapse_seconds learning_rate fragments streams wait_for snapshot_rounds"
     _each(path, i, positive, lambda v: v > 0, "must be positive")
-    not_negative = "round_seconds quorum grace_seconds overlap_steps keep_rounds"
+    not_negative = "round_seconds quorum grace_seconds overlap_steps keep_rounds virtual"
     _each(path, i, not_negative, lambda v: v >= 0, "must not be negative")
     _each(path, i, "momentum overlap_mixing", lambda v: 0 <= v < 1, "must be from 0 to below 1")
     _one_of(f"{path}.late", i.late, ("drop", "weigh"))
@@ -323,6 +323,13 @@ def _islands(config: Config) -> None:
     _require(i.overlap_steps < i.round_steps, f"{path}.overlap_steps", i.overlap_steps, rule)
     rule = f"must be 0 without {path}.overlap_steps: an island that waits goes on with what all have"
     _require(i.overlap_steps > 0 or not i.overlap_mixing, f"{path}.overlap_mixing", i.overlap_mixing, rule)
+
+    numbers = i.virtual_seconds.split(",")
+    try:
+        positive = all(0 < float(number) < math.inf for number in numbers)
+    except ValueError:
+        positive = False
+    _require(positive, f"{path}.virtual_seconds", i.virtual_seconds, "must be positive numbers, as 1 or 1,2,4,8")
 
 
 def _keep_best(config: Config) -> None:

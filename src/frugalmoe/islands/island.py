@@ -6,8 +6,8 @@ clock (`virtual.py`).
 
 A round goes so. Each member trains on its own rows, writes a blob and then its contribution, and polls. Whoever finds
 that all have contributed who still show signs of life (or that there are enough: see `schema.Islands`) asks the merge
-rule, forms the outer step, and creates the commit record; the first one makes the round. All others read it and form the
-same outer step, whose checksum it holds. Letters: M contributions, Q tensors.
+rule, forms the outer step, and creates the commit record; the first one makes the round. All others read it and form
+the same outer step, whose checksum it holds. Letters: M contributions, Q tensors.
 """
 
 import dataclasses
@@ -198,10 +198,10 @@ class Island:
         delta = {name: before[name] - np.asarray(local[name], np.float32) for name in names}
         packed, left = packing.pack(delta, _PACKING[self.rules.section.bits], residual)
         data = blobs.to_bytes(_prefixed("delta/", packed) | _prefixed("routers/", routers))
+        rows = FrozenDict(streams.used(numbers, self._counters(numbers)))
         made = Contribution(
             island=self.name, run=self.run, round=round, base=self.held.commit.outer, blob=blobs.sha256(data),
-            bytes=len(data), tokens=tokens, steps=steps, rows=FrozenDict(streams.used(numbers, self._counters(numbers))),
-            seconds=seconds, leaving=leaving,
+            bytes=len(data), tokens=tokens, steps=steps, rows=rows, seconds=seconds, leaving=leaving,
         )  # fmt: skip
         self.bytes_written += len(data)
         self.store.write(records.path_of_blob(made.blob), data)

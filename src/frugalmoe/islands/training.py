@@ -167,12 +167,7 @@ class RunLocal:
         state = self.run.state
         if fresh_optimizer:  # the state may be broken altogether
             state = init(self.run.config)
-        if params:
-            here = {} if len(params) == len(tensors.describe(self.run.config.model)) else self.tensors()
-            state = state._replace(params=_placed(tensors.unflatten({**here, **params}, state.params), state.params))
-        if states:
-            tree = routers.unflatten(states)
-            state = state._replace(router_state=_placed(tree, state.router_state))
+        state = placed(state, params, states)
         self._steps.take([at_step(state, step)], step)
 
     def begin(self, numbers: Sequence[int]) -> None:
@@ -206,6 +201,16 @@ def at_step(state: State, step: int) -> State:
     opt_state = jax.tree.map(moved, state.opt_state, is_leaf=is_schedule)
     clocks = {"step": _like(state.step, step), "position": _like(state.position, step)}
     return state._replace(opt_state=opt_state, **clocks)
+
+
+def placed(state: State, params: Mapping[str, np.ndarray], states: Mapping[str, np.ndarray]) -> State:
+    """Returns a state with these tensors, which may be some of all, and these states of routers, unless empty."""
+    if params:
+        whole = {**tensors.flatten(sharding.fetch(state.params)), **params}
+        state = state._replace(params=_placed(tensors.unflatten(whole, state.params), state.params))
+    if states:
+        state = state._replace(router_state=_placed(routers.unflatten(states), state.router_state))
+    return state
 
 
 def _like(array: jax.Array, value: Any) -> jax.Array:

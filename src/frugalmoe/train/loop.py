@@ -63,9 +63,8 @@ def train(
     replaces the run that is there, once all has been checked. origin: a run, or a published model, whose weights this
     one begins with; it is read once, and not when this run is continued. sample: draws the passage of text in a
     complete run's summary, as `generate.sample_text` does; None: the summary has none. drive: trains the opened run in
-    the place of `train_runs`, as islands do. Raises UserError for input that
-    cannot be run; nothing is written or deleted then. With several processes (`distributed.start`) each calls it with
-    equal arguments.
+    the place of `train_runs`, as islands do. Raises UserError for input that cannot be run; nothing is written or
+    deleted then. With several processes (`distributed.start`) each calls it with equal arguments.
     """
     config = config if fresh else rundir.as_begun(config, workdir)
     flags = {"--workdir": str(workdir), "--resume": resume, "--fresh": fresh, "--from": repr(origin)}
@@ -225,9 +224,8 @@ class Steps:
             self._log_pending()
             self.step += 1
             self._pending = (self.step, report)
-            last = self.step == config.train.steps
-            due = lambda every: bool(every) and self.step % every == 0 and not last
-            self._pause(due(config.train.eval_every), due(config.checkpoint.every_steps))
+            if self.step < config.train.steps:
+                self._pause(config.train.eval_every, config.checkpoint.every_steps)
         self._log_pending()
         self.program.settle(self.step)
 
@@ -257,7 +255,9 @@ class Steps:
         for run, own in zip(self.runs, reports):
             run.log(logged, own, seconds / len(self.runs))
 
-    def _pause(self, evaluate: bool, save: bool) -> None:
+    def _pause(self, eval_every: int, save_every: int) -> None:
+        """Evaluates and saves where it is time to; 0: never."""
+        evaluate, save = (bool(every) and self.step % every == 0 for every in (eval_every, save_every))
         if not (evaluate or save):
             return
         self._log_pending()  # waits for the step, so that its time does not count as the pause's
@@ -338,16 +338,18 @@ class Run:
         last = "nothing is saved yet" if saved is None else f"the last checkpoint is {saved}"
         return f"{what}: not finite; {last}; lower optim.learning_rate={self.config.optim.learning_rate}"
 
-    def finish(self, stopped: bool, seconds: float, sample: Sampler | None) -> dict[str, Any]:
+    def finish(
+        self, stopped: bool, seconds: float, sample: Sampler | None, more: Mapping[str, Any] = {}
+    ) -> dict[str, Any]:
         """Saves the state; unless stopped, evaluates, and samples if asked to. Returns the summary, which a complete
-        run also writes.
+        run also writes, with `more` in it.
         """
         scores = None if stopped else self._finish()
         self.save()
         self.manager.wait_until_finished()
         summary = {"status": "stopped" if stopped else "complete", "step": self.step, "steps": self.config.train.steps}
         if scores:
-            summary |= self._summary(*scores, seconds) | ({"sample": self._sample(sample)} if sample else {})
+            summary |= self._summary(*scores, seconds) | dict(more) | ({"sample": self._sample(sample)} if sample else {})
             if distributed.is_main():
                 write_json(self.workdir / "summary.json", summary)
         return summary
