@@ -226,7 +226,7 @@ ADDITIONS = {
     },
     "loss term": {"train/objective.py": [("\nTERMS = {\n", TERM)]},
     "optimizer": {
-        "optimizers.py": [('"muon": muon}', '"muon": muon, "still": lambda *_: optax.set_to_zero()}')]
+        "optimizers.py": [('"sgd": sgd}', '"sgd": sgd, "still": lambda *_: optax.set_to_zero()}')]
     },
     "metric": {
         "metrics.py": [("ROWS = (\n", 'ROWS = (\n    Metric("loss/peak", "peak", "", LESS, TRAINING),\n')]

@@ -196,7 +196,8 @@ class Data:
 
 @Frozen
 class Optim:
-    name: str = "adamw"  # adamw | muon (for matrices; AdamW for vectors, embedding, head and routers)
+    # adamw | muon (for matrices; AdamW for vectors, embedding, head and routers) | sgd (without momentum)
+    name: str = "adamw"
     # What is trained; the rest is frozen, with no state of the optimizer. Roles, or glob patterns of paths, whose names
     # are joined by /, as router,*/attention/*; `frugalmoe train --dry-run` shows how many parameters they are.
     train: str = "*"
