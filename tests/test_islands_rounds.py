@@ -1,5 +1,6 @@
 """The protocol of islands under a virtual clock, on a model of two small vectors: random schedules, exact accounts."""
 
+import dataclasses
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ class Vectors(VirtualLocal):
     rows_per_step, tokens_per_row, not_finite = ROWS, 10, FloatingPointError
 
     def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+        self.seconds_of = lambda step: seconds
         self.values = {name: np.zeros(size, np.float32) for name, size in SIZES.items()}
         self.momentum = {name: np.zeros(size, np.float32) for name, size in SIZES.items()}
         self.state, self.step = {"bias": np.zeros(2, np.float32)}, 0
@@ -54,8 +55,8 @@ class Vectors(VirtualLocal):
                 self.momentum[name] = np.float32(0.9) * self.momentum[name] + gradient
                 self.values = {**self.values, name: self.values[name] - np.float32(0.1) * self.momentum[name]}
             self.state = {"bias": self.state["bias"] + np.float32(0.01)}
+            self.member.now += self.seconds_of(self.step)
             self.step += 1
-            self.member.now += self.seconds
             yield
 
     def save(self) -> None:
@@ -74,7 +75,7 @@ def make_rules(steps: int = 24, **fields: object) -> Rules:
     section = Islands(**{"round_steps": 4, "streams": 12, "snapshot_rounds": 3, "keep_rounds": 0} | fields)
     described = tuple(Tensor(name, size, "matrix", name, (size,)) for name, size in SIZES.items())
     fragments = tensors.fragments(described, section.fragments)
-    return Rules(section, steps, described, fragments, merges.get(section.merge), mean) if False else Rules(
+    return Rules(
         section=section, steps=steps, tensors=described, fragments=fragments, merge=merges.get(section.merge),
         merge_routers=mean,
     )  # fmt: skip
@@ -89,10 +90,14 @@ def make_members(rules: Rules, seconds: Sequence[float], url: str = "") -> list[
 
 
 def together(rules: Rules, seconds: Sequence[float]) -> list[Member]:
+    """Islands that begin together."""
+    rules = dataclasses.replace(rules, section=dataclasses.replace(rules.section, wait_for=len(seconds)))
     members = make_members(rules, seconds)
     for member in members:
         member.start(0.25)
     turn(members)
+    expected = {"joined"} | ({"left_out"} if rules.section.quorum else set())
+    assert {kind for member in members for kind, _ in member.events} <= expected
     return members
 
 
@@ -168,11 +173,24 @@ def test_fragments_overlap_and_few_bits_keep_the_accounts(fields: dict) -> None:
         assert members[0].local.values[name].tobytes() == members[1].local.values[name].tobytes()
 
 
-def test_overlap_hides_the_time_of_waiting() -> None:
-    """Of two islands with 4 and 5 seconds a round, the fast one that may go on for 2 steps never waits for long."""
-    apart, over = (together(make_rules(steps=40, overlap_steps=n), [1.0, 1.25]) for n in (0, 2))
-    waited = lambda members: sum(r["seconds/waited"] for r in members[0].rows)
-    assert waited(over) < 0.75 * waited(apart)
+def test_overlap_hides_waiting_for_who_is_slower_now_and_then() -> None:
+    """Two islands take turns at a slow round, of 8 seconds beside 4: alone, the fast one waits for 4 of each 8; with two
+    steps of the next round meanwhile, for less.
+    """
+
+    def waited(overlap: int) -> float:
+        rules = make_rules(steps=40, wait_for=2, overlap_steps=overlap)
+        members = make_members(rules, [1.0, 1.0])
+        for number, member in enumerate(members):
+            local = member.local
+            local.seconds_of = lambda step, n=number: 2.0 if (step // 4 + n) % 2 else 1.0
+            member.start(0.25)
+        turn(members)
+        check_accounts(members[0])
+        return sum(row["seconds/waited"] for member in members for row in member.rows)
+
+    assert waited(0) == pytest.approx(10 * 4.0, abs=3)
+    assert waited(2) < 0.7 * waited(0)
 
 
 def test_what_comes_late_is_weighed_down_or_dropped() -> None:
@@ -226,7 +244,7 @@ MODES = [
 ]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.sampled_from(MODES))
 def test_no_row_is_lost_or_read_twice_whoever_joins_leaves_or_dies(seed: int, fields: dict) -> None:
     kinds = ("kill", "kill", "leave", "freeze", "start", "start", "start")
@@ -237,7 +255,7 @@ def test_no_row_is_lost_or_read_twice_whoever_joins_leaves_or_dies(seed: int, fi
         assert len({m.local.values[name].tobytes() for m in members}) == 1
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.sampled_from([{}, {"overlap_steps": 2, "fragments": 2}, {"bits": 4}]))
 def test_killed_and_started_again_they_end_bit_for_bit_as_undisturbed(seed: int, fields: dict) -> None:
     """Where nobody is given up, kills at any moment change nothing."""
@@ -262,5 +280,6 @@ def test_leases_move_as_little_as_they_can() -> None:
     assert {name: len(own) for name, own in first.items()} == {"a": 4, "b": 3}
     second = streams.lease(["a", "b", "c"], first, 7)
     assert all(set(second[name]) <= set(first[name]) for name in "ab") and len(second["c"]) == 2
-    assert streams.lease(["b", "c"], second, 7)["c"][:2] >= second["c"][:1]
+    third = streams.lease(["b", "c"], second, 7)
+    assert all(set(second[name]) <= set(third[name]) for name in "bc") and sorted(map(len, third.values())) == [3, 4]
     assert streams.lease(list("abc"), {}, 2) == {"a": (0,), "b": (1,), "c": ()}

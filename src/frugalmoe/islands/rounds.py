@@ -235,7 +235,6 @@ class Rounds:
         ahead = bool(self.plan)  # steps of the next round were made meanwhile
         mine = self._mine(commit)
         yield from self._take(commit)
-        lease = commit.members.get(self.island.name, ())
         self.timing.waited += self.clock() - began
         self.timing.bytes_written += self.island.bytes_written - written
         self.timing.bytes_read += self.island.bytes_read - read
@@ -243,15 +242,27 @@ class Rounds:
         self.pending = None
         if not mine:
             self.tell("left_out", f"round {commit.round}: {self._why(commit)}; the outer state is taken")
+        late = not mine and self.island.name not in commit.left_out
+        behind = yield from self._advance()
+        lease = self.island.held.commit.members.get(self.island.name, ())
         if not lease:
             yield from self._become_member()
-        elif not mine or (ahead and lease != self.leased):
-            self._restart(late=not mine and self.island.name not in commit.left_out)
+        elif behind or not mine or (ahead and lease != self.leased):
+            self._restart(late=late)
         else:
-            self._mix(commit.round, commit)
+            self._mix(commit.round)
             self.leased = lease
             if not ahead:
                 self.counters, self.plan = commit.rows, []
+
+    def _advance(self) -> Iterator[float]:
+        """Takes the rounds that were decided without this island; returns how many."""
+        count = 0
+        following = lambda: self.island.commit(self.island.held.round + 1)
+        while (commit := (yield from self._safely(following))) is not None:
+            yield from self._take(commit)
+            count += 1
+        return count
 
     def _mine(self, commit: Commit) -> bool:
         """Whether a round merged this island's contribution."""
@@ -277,7 +288,7 @@ class Rounds:
         except (Mismatch, Damaged) as error:
             raise UserError(f"--islands={self.island.store.place}: {error}") from error
 
-    def _mix(self, round: int, commit: Commit) -> None:
+    def _mix(self, round: int) -> None:
         """Goes on with the outer tensors of the fragment that the round merged, and the state of all routers."""
         held, share = self.island.held, np.float32(self.section.overlap_mixing)
         names = self.rules.names(round)

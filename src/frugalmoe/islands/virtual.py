@@ -80,7 +80,8 @@ class Member:
         """Goes to the next place where it waits, or makes one step."""
         assert self._way is not None
         try:
-            self.now += next(self._way)
+            pause = next(self._way)  # a step moves the clock on meanwhile
+            self.now += pause
         except StopIteration:
             self._way = None
 
