@@ -226,11 +226,12 @@ def disturbed(seed: int, fields: dict, kinds: Sequence[str]) -> list[Member]:
             member.now = max(member.now, now)
             member.start(0.25)
         events -= 1
-    for member in members:
-        if not member.alive:
-            member.now = max(m.now for m in members)
-            member.start(0.25)
-    turn(members)
+    while unfinished := [m for m in members if m.rounds is None or m.rounds.status != "complete"]:
+        for member in unfinished:
+            if not member.alive:
+                member.now = max(m.now for m in members)
+                member.start(0.25)
+        turn(members)
     return members
 
 
