@@ -351,7 +351,7 @@ def test_a_server_that_goes_and_comes_back_is_waited_for(server):
     assert store.create("other", b"1") and store.read("other") == b"1"
     server.tell("fail 1000")
     store.patience = 0.5
-    with pytest.raises(StoreError, match=r"HTTP 503"):
+    with pytest.raises(StoreError, match=r"cannot be read: Service Unavailable \(HTTP 503\)"):
         store.read("key")
     server.tell("fail 0")
 
@@ -395,6 +395,29 @@ def test_a_bucket_of_s3_says_nothing_on_stderr(server):
     assert run.communicate() == ("", "") and run.returncode == 0
 
 
+@pytest.mark.parametrize("profile", ["", "other"])
+def test_credentials_may_stand_in_the_usual_file(server, profile, monkeypatch, tmp_path):
+    """The server takes nothing that is not signed. AWS_PROFILE names a section of the file."""
+    (tmp_path / ".aws").mkdir()
+    key = "aws_access_key_id = somebody\naws_secret_access_key = something\n"
+    (tmp_path / ".aws/credentials").write_text(f"[{profile or 'default'}]\n{key}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    code = """
+import os, sys
+from frugalmoe.errors import UserError
+from frugalmoe.islands.store import open_store
+for os.environ["AWS_PROFILE"] in sys.argv[2:]:
+    try:
+        print(open_store(sys.argv[1]).list("none"))
+    except UserError as e:
+        print(e)
+"""
+    run = python(code, f"{server.url}/file", profile, "nobody", stderr=subprocess.DEVNULL)
+    assert run.communicate()[0] == f"[]\n{server.url}/file: cannot be created: Forbidden (HTTP 403)\n"
+
+
 def test_google_is_told_the_same(monkeypatch):
     """The specification only: no server of Google's is at hand."""
     said = stores.tensorstore.KvStore.Spec(stores.specification("gs", "bucket", "a/b")).to_json()
@@ -407,7 +430,7 @@ def test_google_is_told_the_same(monkeypatch):
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID"):
         monkeypatch.delenv(name, raising=False)
     said = stores.specification("s3", "bucket", "")
-    assert "endpoint" not in said and "aws_credentials" not in said["context"]
+    assert "endpoint" not in said and said["context"]["aws_credentials"] == {"type": "default", "profile": "default"}
 
 
 def test_a_server_that_asks_for_credentials_refuses_ours(monkeypatch):

@@ -12,6 +12,7 @@ lock.
 import contextlib
 import errno
 import fcntl
+import http.client
 import os
 import re
 import secrets
@@ -303,8 +304,11 @@ class Bucket(Store):
         text = str(error)
         passes = re.search(r"^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED)\b|code='(429|5\d\d)'|curl_code=", text)
         text = re.sub(r"^[A-Z_]+: (All \d+ retry attempts failed: )?", "", text.partition(" [")[0])
-        status = re.search(r"http_response_code='(\d+)'", str(error))
-        return f"{text}{f' (HTTP {status[1]})' if status else ''}" or type(error).__name__, passes is not None
+        if status := re.search(r"http_response_code='(\d{3})'", str(error)):
+            text = (
+                f"{http.client.responses.get(int(status[1]), text) if text == 'Unknown' else text} (HTTP {status[1]})"
+            )
+        return text or type(error).__name__, passes is not None
 
 
 _IN_MEMORY = tensorstore.Context()  # of all stores of `memory://`, which are those of this process
@@ -391,8 +395,10 @@ def specification(scheme: str, bucket: str, prefix: str) -> dict[str, Any]:
         spec |= {"endpoint": endpoint.rstrip("/"), "aws_region": "us-east-1"}  # the region that own servers expect
     if region := value("AWS_REGION") or value("AWS_DEFAULT_REGION"):
         spec["aws_region"] = region
+    # The chain of credentials knows a profile only by its name. It has those of the environment too, but complains on
+    # stderr of each file that it looks for in vain.
+    context["aws_credentials"] = {"type": "default", "profile": value("AWS_PROFILE") or "default"}
     if value("AWS_ACCESS_KEY_ID") and value("AWS_SECRET_ACCESS_KEY"):
-        # The chain of credentials has these too, but complains on stderr of each file that it looks for in vain.
         context["aws_credentials"] = {"type": "environment"}
     return spec | {"context": context}
 
