@@ -1,7 +1,8 @@
 """A server of S3 on loopback, in a process of its own: `S3Server`. It is the package `moto`, with one bucket.
 
 What lines of its standard input do: `stop` closes the port and `start` opens it again, with what it held; `fail N`
-answers the next N requests with 503; `lock` asks for credentials that it knows, of which there are none.
+answers the next N requests with 503; `overlook` makes it overlook conditions, as servers do that do not know them;
+`lock` asks for credentials that it knows, of which there are none.
 """
 
 import contextlib
@@ -45,13 +46,15 @@ class Application:
     """moto's, which fails when it is told to. One request at a time: it looks for a key, then writes it."""
 
     def __init__(self, inner: Callable):
-        self.inner, self.to_fail, self.lock = inner, 0, threading.Lock()
+        self.inner, self.to_fail, self.overlooks, self.lock = inner, 0, False, threading.Lock()
 
     def __call__(self, environment, start):
         if self.to_fail > 0:
             self.to_fail -= 1
             start("503 Slow Down", [("Content-Type", "text/plain")])
             return [b"SlowDown"]
+        if self.overlooks:
+            environment.pop("HTTP_IF_NONE_MATCH", None)
         with self.lock:
             return list(self.inner(environment, start))
 
@@ -82,6 +85,8 @@ def main() -> None:
             server = start()
         elif word == "fail":
             application.to_fail = int(number[0])
+        elif word == "overlook":
+            application.overlooks = True
         elif word == "lock":
             settings.INITIAL_NO_AUTH_ACTION_COUNT = 0
         print(line, end="", flush=True)

@@ -1,6 +1,7 @@
 """Stores keep what they get, whole, through races, kills, full disks, servers that go away; else one line says why."""
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -220,6 +221,15 @@ def test_a_pipe_or_a_folder_in_the_place_of_a_value_is_said(tmp_path):
     assert store.list("") == ["file", "pipe"]
 
 
+def test_a_file_system_without_hard_links_is_refused(tmp_path, monkeypatch):
+    def link(source, target):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), source, None, target)
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(UserError, match=f"^{tmp_path}: cannot be created: the file system has no hard links"):
+        open_store(str(tmp_path))
+
+
 # What a user can mend is one line when the store is opened.
 
 
@@ -433,11 +443,14 @@ def test_google_is_told_the_same(monkeypatch):
     assert "endpoint" not in said and said["context"]["aws_credentials"] == {"type": "default", "profile": "default"}
 
 
-def test_a_server_that_asks_for_credentials_refuses_ours(monkeypatch):
+def test_a_server_that_knows_no_conditions_or_not_us_is_refused(monkeypatch):
     with s3_server() as locked:
         for name, value in locked.environment.items():
             monkeypatch.setenv(name, value)
         store = open_store(locked.url)
+        locked.tell("overlook")
+        with pytest.raises(UserError, match="can be created again: islands would overwrite each other"):
+            open_store(locked.url)
         locked.tell("lock")
         with pytest.raises(StoreError, match=r"key: cannot be written: .*(Access|Denied|Forbidden)"):
             store.write("key", b"")

@@ -305,9 +305,8 @@ class Bucket(Store):
         passes = re.search(r"^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED)\b|code='(429|5\d\d)'|curl_code=", text)
         text = re.sub(r"^[A-Z_]+: (All \d+ retry attempts failed: )?", "", text.partition(" [")[0])
         if status := re.search(r"http_response_code='(\d{3})'", str(error)):
-            text = (
-                f"{http.client.responses.get(int(status[1]), text) if text == 'Unknown' else text} (HTTP {status[1]})"
-            )
+            said = http.client.responses.get(int(status[1]), text) if text == "Unknown" else text
+            text = f"{said} (HTTP {status[1]})"
         return text or type(error).__name__, passes is not None
 
 
