@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from frugalmoe.errors import printable
+from frugalmoe.files import without_repeats
 
 _TYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "BOOL": np.bool_,
@@ -81,7 +82,7 @@ def from_bytes(data: bytes, sha256: str) -> dict[str, np.ndarray]:
 def _rows(text: bytes) -> list[tuple[str, Any]]:
     """The rows of a header in the order of their numbers."""
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repeats)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=without_repeats)
         if not isinstance(header, dict):
             raise BadBlob(f"its header is a {type(header).__name__}, no object")
         header.pop("__metadata__", None)
@@ -90,13 +91,6 @@ def _rows(text: bytes) -> list[tuple[str, Any]]:
         raise
     except (ValueError, RecursionError, KeyError, TypeError, OverflowError) as e:
         raise BadBlob(f"its header is damaged: {e}") from e
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands in it twice")
-    return found
 
 
 def _array(name: str, row: Any, numbers: memoryview, begin: int) -> np.ndarray:

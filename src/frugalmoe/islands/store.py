@@ -12,6 +12,7 @@ lock.
 import contextlib
 import errno
 import fcntl
+import http.client
 import os
 import re
 import secrets
@@ -27,6 +28,7 @@ import tensorstore
 from frugalmoe.errors import UserError, printable
 
 PATIENCE = 20.0  # seconds for which an operation is tried again where what fails may pass
+_PATIENCE_AT_FIRST = 5.0  # the same while a store is opened
 LONGEST_KEY = 512  # bytes; S3 has 1,024 for key and prefix together
 LONGEST_PART = 200  # bytes, of what lies between two slashes; a file name has 255
 SCHEMES = ("file", "s3", "gs", "memory")
@@ -41,8 +43,9 @@ class StoreError(OSError):
     A value that was being written may be there or not: whole, if it is.
     """
 
-    def __init__(self, message: str):
-        super().__init__(printable(message))
+    def __init__(self, place: str, key: str, reason: str):
+        super().__init__(printable(f"{place}/{key}: {reason}"))
+        self.reason = printable(reason)
 
 
 class Store:
@@ -90,7 +93,7 @@ class Store:
             except (OSError, ValueError, NotImplementedError) as e:
                 why, passes = self._why(e)
                 if not passes or time.monotonic() + pause > end:
-                    raise StoreError(f"{self.place}/{key}: cannot be {done}: {why}") from e
+                    raise StoreError(self.place, key, f"cannot be {done}: {why}") from e
             time.sleep(pause)
             pause = min(2 * pause, _PAUSES[1])
 
@@ -192,11 +195,11 @@ class Folder(Store):
         return True
 
     def _list(self, prefix: str) -> Iterable[str]:
-        self._path(prefix.rpartition("/")[0])
-        top = self._root / prefix.rpartition("/")[0]
-        found = []
+        above, _, begin = prefix.rpartition("/")
+        top, found = self._path(above), []
         for folder, folders, files in os.walk(top, onerror=_unless_missing):
-            folders[:] = [name for name in folders if not name.startswith(".")]
+            wanted = begin if Path(folder) == top else ""
+            folders[:] = [name for name in folders if name.startswith(wanted) and not name.startswith(".")]
             found += [(Path(folder) / name).relative_to(self._root).as_posix() for name in files]
         return found
 
@@ -230,7 +233,8 @@ class Folder(Store):
         temporary = self._writing / secrets.token_hex(8)
         try:
             with temporary.open("xb", buffering=0) as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                with contextlib.suppress(OSError):  # of a file system without locks nothing is swept either
+                    fcntl.flock(file, fcntl.LOCK_EX)
                 rest = memoryview(data)
                 while rest:
                     rest = rest[file.write(rest) :]
@@ -300,6 +304,9 @@ class Bucket(Store):
         text = str(error)
         passes = re.search(r"^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED)\b|code='(429|5\d\d)'|curl_code=", text)
         text = re.sub(r"^[A-Z_]+: (All \d+ retry attempts failed: )?", "", text.partition(" [")[0])
+        if status := re.search(r"http_response_code='(\d{3})'", str(error)):
+            said = http.client.responses.get(int(status[1]), text) if text == "Unknown" else text
+            text = f"{said} (HTTP {status[1]})"
         return text or type(error).__name__, passes is not None
 
 
@@ -334,16 +341,16 @@ def open_store(url: str, *, write: bool = True) -> Store:
 
 
 def _folder(url: str, path: str, write: bool) -> Folder:
+    if not path:
+        raise UserError(f"{url!r}: needs a path")
     try:
-        root = Path(path or "\0").resolve()
-        if not (root.exists() or write):
-            raise UserError(f"{url}: no such folder")
-        if root.exists() and not root.is_dir():
-            raise UserError(f"{url}: is no folder")
-    except (OSError, RuntimeError, ValueError) as e:
-        if isinstance(e, UserError):
-            raise
-        raise UserError(f"{url!r}: is no path of a folder ({getattr(e, 'strerror', None) or e})") from e
+        root = Path(path).resolve()
+        there = root.exists()
+        usable = root.is_dir() if there else write
+    except (OSError, RuntimeError, ValueError) as e:  # RuntimeError: a loop of links
+        raise UserError(f"{url}: {getattr(e, 'strerror', None) or e}") from e
+    if not usable:
+        raise UserError(f"{url}: {'is no folder' if there else 'no such folder'}")
     store = Folder(root)
     if write:
         store.sweep()
@@ -354,50 +361,58 @@ def _bucket(url: str, scheme: str, bucket: str, prefix: str) -> Bucket:
     if not bucket or (prefix and not _is_key(prefix)):
         rule = f"needs {scheme}://{'NAME' if scheme == 'memory' else 'BUCKET/PREFIX'}; a prefix has {_RULE}"
         raise UserError(f"{url}: {rule}")
-    path, context = f"{prefix}/" if prefix else "", None
-    if scheme == "memory":
-        spec, context = {"driver": "memory", "path": f"{bucket}/{path}"}, _IN_MEMORY
-    elif scheme == "gs":
-        # What fails is tried again by Store, for a bounded time, and not here.
-        spec = {"driver": "gcs", "bucket": bucket, "path": path, "gcs_request_retries": _ONCE}
-    else:
-        spec = {"driver": "s3", "bucket": bucket, "path": path, "s3_request_retries": _ONCE, **_s3_of_environment()}
+    for name, value in _OF_CURL.items():
+        os.environ.setdefault(name, value)
+    context = _IN_MEMORY if scheme == "memory" else None
     try:
-        return Bucket(url.rstrip("/"), tensorstore.KvStore.open(spec, context=context).result())
+        opened = tensorstore.KvStore.open(specification(scheme, bucket, prefix), context=context).result()
     except (ValueError, OSError, NotImplementedError) as e:
         raise UserError(f"{url}: cannot be opened: {str(e).partition(' [')[0]}") from e
+    return Bucket(url.rstrip("/"), opened)
 
 
-_ONCE = {"max_retries": 1, "initial_delay": "10ms", "max_delay": "10ms"}
+# TensorStore asks when it first sends something. Else a server that accepts and says nothing is waited for without end.
+_OF_CURL = {
+    "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": "10",
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "15",
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+}
+_ONCE = {"max_retries": 1, "initial_delay": "10ms", "max_delay": "10ms"}  # Store tries again, for a bounded time
 
 
-def _s3_of_environment() -> dict[str, Any]:
-    """What the specification of a store of S3 says beside bucket and path."""
-    value = os.environ.get
-    spec: dict[str, Any] = {"use_conditional_write": True}  # else HEAD, then PUT, for an endpoint that is not Amazon's
+def specification(scheme: str, bucket: str, prefix: str) -> dict[str, Any]:
+    """Returns what TensorStore is told of a bucket, with what the environment says of S3."""
+    path = f"{prefix}/" if prefix else ""
+    if scheme == "memory":
+        return {"driver": "memory", "path": f"{bucket}/{path}"}
+    if scheme == "gs":
+        return {"driver": "gcs", "bucket": bucket, "path": path, "context": {"gcs_request_retries": _ONCE}}
+    # Without use_conditional_write TensorStore asks HEAD, then PUT, where the endpoint is not Amazon's: that is a race.
+    spec = {"driver": "s3", "bucket": bucket, "path": path, "use_conditional_write": True}
+    value, context = os.environ.get, {"s3_request_retries": _ONCE}
     if endpoint := value("AWS_ENDPOINT_URL_S3") or value("AWS_ENDPOINT_URL"):
-        spec["endpoint"] = endpoint.rstrip("/")
-        spec["aws_region"] = "us-east-1"  # which own servers take for granted
+        spec |= {"endpoint": endpoint.rstrip("/"), "aws_region": "us-east-1"}  # the region that own servers expect
     if region := value("AWS_REGION") or value("AWS_DEFAULT_REGION"):
         spec["aws_region"] = region
+    # The chain of credentials knows a profile only by its name. It has those of the environment too, but complains on
+    # stderr of each file that it looks for in vain.
+    context["aws_credentials"] = {"type": "default", "profile": value("AWS_PROFILE") or "default"}
     if value("AWS_ACCESS_KEY_ID") and value("AWS_SECRET_ACCESS_KEY"):
-        # The chain of credentials begins here too, but reads files first and complains of those that are not there.
-        spec["aws_credentials"] = {"type": "environment"}
-    return spec
+        context["aws_credentials"] = {"type": "environment"}
+    return spec | {"context": context}
 
 
 def _try(store: Store, url: str, write: bool) -> None:
-    key = f"probe-{secrets.token_hex(8)}"
+    key, patience = f"probe-{secrets.token_hex(8)}", store.patience
+    store.patience = min(patience, _PATIENCE_AT_FIRST)
     try:
         store.list(key)
-        if not write:
-            return
-        store.write(key, b"old")
-        store.delete(key)
-        if not store.create(key, b"new") or store.create(key, b"newer") or store.read(key) != b"new":
-            raise UserError(f"{url}: a key that is there can be created again, so islands would overwrite each other")
-        store.delete(key)
-        if store.read(key) is not None:
-            raise UserError(f"{url}: what was deleted is still there")
+        store.read(key)
+        if write:
+            if not store.create(key, b"new") or store.create(key, b"newer") or store.read(key) != b"new":
+                raise UserError(f"{url}: what is there can be created again: islands would overwrite each other")
+            store.write(key, b"old")
+            store.delete(key)
     except StoreError as e:
-        raise UserError(str(e)) from e
+        raise UserError(f"{url}: {e.reason}") from e
+    store.patience = patience
