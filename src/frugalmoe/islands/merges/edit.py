@@ -10,8 +10,8 @@
 Where the released code has each worker test its own norm while it trains, here one committer tests all of a round
 against the history before the round, whose moments hold the norms of all islands in the order of their names. Three
 deviations are passed by honest norms too, by about one of a thousand where they are normal: that layer of that island
-does not count in that round. And softmax(-n) is for islands that are alike: one that makes more steps has a longer n and
-a smaller weight, and among many slow ones it is an outlier. For unlike speeds there is `temperature`, and `tokens`.
+does not count in that round. And softmax(-n) is for islands that are alike: one that makes more steps has a longer n
+and a smaller weight, and among many slow ones it is an outlier. For unlike speeds there is `temperature`, and `tokens`.
 
 What is ours, since EDiT's islands start together, are equally fast and report every step, and these do none of that:
 
