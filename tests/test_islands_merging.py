@@ -196,7 +196,10 @@ def test_every_rule_says_what_it_is(merge):
         ("edit", {"alpha": 1.0}, "islands.merge_options.alpha=1.0: must be in (0, 1)"),
         ("edit", {"absurd": 0.5}, "islands.merge_options.absurd=0.5: must be at least 1"),
         ("edit", {"warmup": -1}, "islands.merge_options.warmup=-1: must not be negative"),
-        *(("edit", {n: 0.0}, f"{n}=0.0: must be positive") for n in ("threshold", "temperature", "clip", "margin")),
+        *(
+            ("edit", {n: 0.0}, f"{n}=0.0: must be positive")
+            for n in ("threshold", "temperature", "clip", "margin", "agreement")
+        ),
         ("edit", 3, "islands.merge_options=3: expected a section"),
     ],
 )
@@ -324,7 +327,7 @@ def test_edit_leaves_out_what_is_above_the_limit_and_nothing_below_it(spread, di
     edit, history, reference = merges.get("edit"), {}, Reference(4 * 9)  # warmup of 10 rounds: from the 37th norm on
     rng, tensors = np.random.default_rng(0), TENSORS[:1]
     of_norms = lambda n: offered(drawn(4))._replace(gram_QMM=np.diag(np.square(n))[None], tensors=tensors)
-    options = {"warmup": 10, "against": False}
+    options = {"warmup": 10, "direction": False}
     for n in range(60):
         norms = np.abs(1 + spread * rng.standard_normal(4)) * (0.1 if dips and n > 57 else 1)
         norms = np.minimum(norms, 0.999 * reference.limit() if reference.count > 36 else 9)
@@ -391,8 +394,30 @@ def test_a_flipped_sign_is_left_out(count, rounds, common):
     deltas[2] = times(-1, deltas[2])
     merged = merges.get("edit").merge(offered(deltas), history, {"warmup": 10})
     assert list(merged.left_out) == ["island-02"] and "points against the others" in merged.left_out["island-02"]
-    kept = merges.get("edit").merge(offered(deltas), history, {"warmup": 10, "against": False})
+    kept = merges.get("edit").merge(offered(deltas), history, {"warmup": 10, "direction": False})
     assert not kept.left_out and kept.coefficients_MQ[2].any()
+
+
+@pytest.mark.parametrize("rounds", [0, 40])
+@pytest.mark.parametrize("count", [4, 8])
+def test_noise_as_long_as_the_others_is_left_out_where_they_agree(count, rounds):
+    history = after_rounds(rounds, count, common=1.0, warmup=10)
+    deltas, (noise,) = drawn(count, seed=99), drawn(1, common=0.0, seed=5)
+    longer = {name: np.float32(np.linalg.norm(deltas[0][name]) / np.linalg.norm(noise[name])) for name in NAMES}
+    deltas[2] = {name: longer[name] * noise[name] for name in NAMES}
+    merged = merges.get("edit").merge(offered(deltas), history, {"warmup": 10})
+    assert list(merged.left_out) == ["island-02"] and "points nowhere" in merged.left_out["island-02"]
+
+
+def test_a_contribution_that_is_noisier_than_the_others_is_kept():
+    """A tenth of it is what the others agree on: their cosines with each other are near 1, its own are near 0.3."""
+    deltas = drawn(4, common=5.0)
+    rng = np.random.default_rng(1)
+    for name in NAMES:
+        scale = 3 * np.linalg.norm(deltas[1][name]) / np.sqrt(deltas[1][name].size)
+        deltas[2][name] = np.float32(deltas[1][name] + scale * rng.standard_normal(deltas[1][name].shape))
+    merged = merges.get("edit").merge(offered(deltas))
+    assert not merged.left_out and not merged.notes
 
 
 def test_of_two_nobody_can_say_whose_sign_is_flipped():

@@ -177,6 +177,15 @@ def test_bfloat16_is_that_of_ml_dtypes(bits):
         assert got["a"].view(np.uint32) == np.float32(wanted).view(np.uint32)
 
 
+@pytest.mark.parametrize("bits, best", [("int8", 0.0), ("int4", 0.0129), ("int2", 0.1902)])
+def test_errors_of_normal_values_are_those_that_are_documented(bits, best):
+    """best: the least that equal steps can have, of Max (1960); that of 8 bits is below what is written there."""
+    values = np.random.default_rng(0).standard_normal(2000 * packing.BLOCK).astype(np.float32)
+    _, left = sent({"a": values}, bits, {})
+    error = float(np.mean(np.square(left["a"])))
+    assert best < error and error == pytest.approx({"int8": 4.2e-5, "int4": 0.0138, "int2": 0.587}[bits], rel=0.03)
+
+
 EXTREMES = {
     "zeros": np.zeros(300, np.float32),
     "minus zeros": -np.zeros(300, np.float32),

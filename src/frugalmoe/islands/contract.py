@@ -78,7 +78,7 @@ class Merge:
         Raises `UserError` where a rule returns what is none: coefficients that are not finite or of another shape.
         """
         shape = len(offered.islands), len(offered.tensors)
-        if not offered.islands:
+        if not offered.islands or not offered.tensors:
             return Merged(np.zeros(shape, np.float32), history=dict(history or {}))
         found = self.rule(offered, history or {}, self.options_of(options))
         with np.errstate(over="ignore"):

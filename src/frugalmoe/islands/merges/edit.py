@@ -10,7 +10,8 @@
 Where the released code has each worker test its own norm while it trains, here one committer tests all of a round
 against the history before the round, whose moments hold the norms of all islands in the order of their names. Three
 deviations are passed by honest norms too, by about one of a thousand where they are normal: that layer of that island
-does not count in that round.
+does not count in that round. And softmax(-n) is for islands that are alike: one that makes more steps has a longer n
+and a smaller weight, and among many slow ones it is an outlier. For unlike speeds there is `temperature`, and `tokens`.
 
 What is ours, since EDiT's islands start together, are equally fast and report every step, and these do none of that:
 
@@ -18,8 +19,8 @@ What is ours, since EDiT's islands start together, are equally fast and report e
   is above 10 times the median of the round is left out, as a norm and also as a norm per step: an island that made few
   steps shall not make the others look absurd. Of an even number the median is the lower of the two.
 - A contribution of nothing but zeros is left out while others are not: softmax(-n) would give it the most weight.
-- A contribution that points against the others is left out, where there are three at least: a flipped sign has a norm
-  like any other. See `_opposed`.
+- A contribution that points against the others, or nowhere while the others agree, is left out, where there are three
+  at least: a flipped sign and noise may have a norm like any other. See `_astray`.
 - Where a layer of all contributions was left out in several rounds that follow on each other, its history begins anew:
   norms that have changed for good would otherwise be outliers for ever.
 """
@@ -46,8 +47,9 @@ class Edit(Options):
     absurd: float = 10.0  # times the median of a round, before that
     temperature: float = 1.0  # T of softmax(-norm / T)
     clip: float = 10.0  # largest norm of a layer's average
-    against: bool = True  # leave out what points against the others
-    margin: float = 0.05  # cosine; see `_opposed`
+    direction: bool = True  # leave out what points against the others, or nowhere
+    margin: float = 0.05  # cosines that are smaller say nothing; see `_astray`
+    agreement: float = 0.3  # the others' cosine from which noise is told from a contribution that is honest
 
 
 def _check(o: Edit) -> str | None:
@@ -57,7 +59,7 @@ def _check(o: Edit) -> str | None:
         return f"absurd={o.absurd!r}: must be at least 1"
     if o.warmup < 0:
         return f"warmup={o.warmup!r}: must not be negative"
-    for name in ("threshold", "temperature", "clip", "margin"):
+    for name in ("threshold", "temperature", "clip", "margin", "agreement"):
         if not getattr(o, name) > 0:
             return f"{name}={getattr(o, name)!r}: must be positive"
     return None
@@ -67,28 +69,36 @@ def merge(offered: Offered, history: Mapping[str, Any], options: Edit) -> Merged
     """A layer is the tensors with one `layer` that are offered; history is kept by the name of the first of them, so
     that parts of a layer in different fragments have histories of their own.
     """
-    left_out = _empty(offered) or {}
-    if options.against:
-        left_out |= _opposed(offered, options.margin, left_out)
-    kept_M = np.array([name not in left_out for name in offered.islands])
+    left_out, layers = _empty(offered), _layers(offered)
+    key = lambda layer: offered.tensors[layers[layer][0]].name
+    state = {layer: _State(**history[key(layer)]) if key(layer) in history else _State() for layer in layers}
+    gram_MM = {layer: offered.gram_QMM[indices].sum(0) for layer, indices in layers.items()}
+    kept_M = _kept(offered, left_out)
+    usual_M = {layer: ~_outliers(offered, norms(gram_MM[layer]), kept_M, state[layer], options) for layer in layers}
+    if options.direction:
+        left_out |= _astray(offered, sum(gram_MM[layer] * np.outer(u, u) for layer, u in usual_M.items()), options)
+    kept_M = _kept(offered, left_out)
     coefficients_MQ, out_of = np.zeros((len(kept_M), len(offered.tensors))), {name: [] for name in offered.islands}
-    layers, after = _layers(offered), dict(history)
+    after = dict(history)
     for layer, indices in layers.items():
-        key, gram_MM = offered.tensors[indices[0]].name, offered.gram_QMM[indices].sum(0)
-        state = _State(**history[key]) if key in history else _State()
-        norm_M = norms(gram_MM)
-        usual_M = kept_M & ~_outliers(offered, norm_M, kept_M, state, options)
-        coefficients_MQ[:, indices] = _average(offered, gram_MM, usual_M, options)[:, None]
-        after[key] = dataclasses.asdict(_next(offered, norm_M, kept_M, usual_M, state, options))
-        for m in np.flatnonzero(kept_M & ~usual_M):
+        merged_M = kept_M & usual_M[layer]
+        coefficients_MQ[:, indices] = _average(offered, gram_MM[layer], merged_M, options)[:, None]
+        new = _next(offered, norms(gram_MM[layer]), kept_M, merged_M, state[layer], options)
+        after[key(layer)] = dataclasses.asdict(new)
+        for m in np.flatnonzero(kept_M & ~merged_M):
             out_of[offered.islands[m]].append(layer)
-    notes = {}
-    for name, names in out_of.items():
-        if len(names) == len(layers):
-            left_out[name] = f"its norms are outliers in all of {len(layers)} layers"
-        elif names:
-            notes[name] = f"its norms are outliers in {len(names)} of {len(layers)} layers: {', '.join(names)}"
-    return Merged(coefficients_MQ, left_out, after, notes)
+    whole, notes = _told(out_of, len(layers))
+    return Merged(coefficients_MQ, left_out | whole, after, notes)
+
+
+def _told(out_of: Mapping[str, list[str]], layers: int) -> tuple[dict[str, str], dict[str, str]]:
+    """(island -> why none of it is merged, island -> which layers of it are not), from the layers of each."""
+    whole = {
+        name: f"its norms are outliers in all of {layers} layers" for name in out_of if len(out_of[name]) == layers
+    }
+    some = {name: names for name, names in out_of.items() if names and name not in whole}
+    told = lambda names: f"its norms are outliers in {len(names)} of {layers} layers: {', '.join(names)}"
+    return whole, {name: told(names) for name, names in some.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +117,10 @@ class _State:
 
     def z(self, norm: float) -> float:
         return (norm - self.mean) / self.m2**0.5 if self.m2 > 0 else 0.0
+
+
+def _kept(offered: Offered, left_out: Mapping[str, str]) -> np.ndarray:
+    return np.array([name not in left_out for name in offered.islands])
 
 
 def _layers(offered: Offered) -> dict[str, list[int]]:
@@ -164,30 +178,38 @@ def _empty(offered: Offered) -> dict[str, str]:
     return {name: "it changes nothing" for name, norm in zip(offered.islands, norm_M) if norm == 0}
 
 
-def _opposed(offered: Offered, margin: float, left_out: Mapping[str, str]) -> dict[str, str]:
-    """Contributions, over all tensors, that point against the others while those agree.
+def _astray(offered: Offered, gram_MM: np.ndarray, options: Edit) -> dict[str, str]:
+    """Contributions that point elsewhere than the others, over all tensors that are offered but those of layers where
+    a contribution is an outlier; `gram_MM` is of the rest.
 
-    With the median a of the others' cosines with each other: where a > margin, and the median of the contribution's
-    own cosines with them is below -max(margin, a / 2). A flipped sign gives about -a. Cosines of honest contributions
-    that are noise for the most part are near 0, with a deviation of 1 / sqrt(values): the margin is at least four of
-    these.
+    With the median a of the others' cosines with each other, and the median c of the contribution's own with them:
+
+    - against them: a > margin and c < -max(margin, a / 2). A flipped sign has c = -a, about.
+    - nowhere: a > agreement and c < 4 / sqrt(values). Noise has cosines of 0 with a deviation of 1 / sqrt(values).
+
+    Honest contributions that are noise for the most part have small cosines with all, so that a is below the margin,
+    which is never less than 4 / sqrt(values).
     """
-    present = [m for m, name in enumerate(offered.islands) if name not in left_out]
-    gram_MM = offered.gram_QMM.sum(0)[np.ix_(present, present)]
-    norm_M = norms(gram_MM)
-    if len(present) < 3 or not norm_M.all():
+    present = np.flatnonzero(norms(gram_MM))
+    if len(present) < 3:
         return {}
+    gram_MM = gram_MM[np.ix_(present, present)]
+    norm_M = norms(gram_MM)
     cosine_MM = gram_MM / norm_M[:, None] / norm_M[None, :]
-    margin = max(margin, 4 / sum(tensor.size for tensor in offered.tensors) ** 0.5)
-    found = {}
+    noise = 4 / sum(tensor.size for tensor in offered.tensors) ** 0.5
+    margin, found = max(options.margin, noise), {}
     for i, m in enumerate(present):
         others = [j for j in range(len(present)) if j != i]
         agree = statistics.median(cosine_MM[j, k] for j in others for k in others if j < k)
         own = statistics.median(cosine_MM[i, j] for j in others)
         if agree > margin and own < -max(margin, agree / 2):
-            found[offered.islands[m]] = (
-                f"it points against the others: their cosine is {agree:.2f}, its own with them {own:.2f}"
-            )
+            where = "against the others"
+        elif agree > max(options.agreement, margin) and own < noise:
+            where = "nowhere"
+        else:
+            continue
+        cosines = f"their cosine with each other is {agree:.2f}, its own with them {own:.2f}"
+        found[offered.islands[m]] = f"it points {where}: {cosines}"
     return found
 
 
