@@ -267,7 +267,8 @@ class Islands:
     streams: int = 64  # parts of the data; each is read by one island at a time
     wait_for: int = 1  # islands that must be there before the first round
     snapshot_rounds: int = 10  # from one whole outer state in the directory to the next
-    # Islands of a run that are all in its one process, under a virtual clock, as studies want them; 0: real ones.
+    # Islands of a run that are all in its one process, under a virtual clock, and share its batch, for studies; 0: none
+    # but those of --islands.
     virtual: int = 0
     virtual_seconds: str = "1"  # that a step of each of them takes: 1 | 1,2,4,8, again from the first
     keep_rounds: int = 20  # rounds whose contributions stay in the directory, at least; 0: all

@@ -324,6 +324,9 @@ def _islands(config: Config) -> None:
     rule = f"must be 0 without {path}.overlap_steps: an island that waits goes on with what all have"
     _require(i.overlap_steps > 0 or not i.overlap_mixing, f"{path}.overlap_mixing", i.overlap_mixing, rule)
 
+    shared = i.virtual * config.train.accumulate_steps
+    rule = f"times train.accumulate_steps={config.train.accumulate_steps} must divide train.batch_size"
+    _require(not i.virtual or config.train.batch_size % shared == 0, f"{path}.virtual", i.virtual, rule)
     numbers = i.virtual_seconds.split(",")
     try:
         positive = all(0 < float(number) < math.inf for number in numbers)

@@ -4,6 +4,7 @@ The protocol is the one of real processes, `island.Island` and `rounds.Rounds`; 
 clock of its own, which a step moves on by the seconds that the island takes for one, and whoever is earliest goes next.
 """
 
+import dataclasses
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -110,10 +111,12 @@ class StateLocal(VirtualLocal):
 
     not_finite = NotFinite
 
-    def __init__(self, run: Run, seconds: float, shown: Callable[[int, Any], None] = lambda step, report: None) -> None:
-        self.run, self.seconds, self._shown = run, seconds, shown
-        self.rows_per_step, self.tokens_per_row = run.config.train.batch_size, run.config.data.sequence_length
-        self._step = compiled_train_step(run.config)
+    def __init__(
+        self, run: Run, config: Config, seconds: float, shown: Callable[[int, Any], None] = lambda step, report: None
+    ) -> None:
+        self.run, self.config, self.seconds, self._shown = run, config, seconds, shown
+        self.rows_per_step, self.tokens_per_row = config.train.batch_size, config.data.sequence_length
+        self._step = compiled_train_step(config)
         self.state = _copy(run.state) if run.start == 0 else init(run.config)
         self._saved = _copy(self.state)
 
@@ -138,7 +141,7 @@ class StateLocal(VirtualLocal):
         self.state = at_step(placed(state, params, states), step)
 
     def begin(self, numbers: Sequence[int]) -> None:
-        config, size = self.run.config, self.rows_per_step
+        config, size = self.config, self.rows_per_step
         rows = [list(numbers[i : i + size]) for i in range(0, len(numbers), size)]
         self._batches = (self.run.data.rows(row) for row in rows)
         self._shape = config.train.accumulate_steps, size // config.train.accumulate_steps
@@ -148,7 +151,7 @@ class StateLocal(VirtualLocal):
         while self.step < end and not enough() and not self.stopping:
             batch = next(self._batches)
             cut = type(batch)(*(x.reshape(*self._shape, *x.shape[1:]) for x in batch))
-            self.state, report = self._step(self.state, put_rows(run.mesh, cut, "ABT", run.config), run.knobs)
+            self.state, report = self._step(self.state, put_rows(run.mesh, cut, "ABT", self.config), run.knobs)
             report = jax.device_get(report)
             run.check(self.step, report)
             self._shown(self.step, report)
@@ -169,6 +172,7 @@ def _copy(state: State) -> State:
 def drive(runs: Sequence[Run], progress: Callable[[Config, int], Any], sample: Any = None) -> list[dict[str, Any]]:
     """Trains an opened run as `islands.virtual` islands under a virtual clock, in place of `train.loop.train_runs`.
 
+    The islands share the batch of a step, so that a run reads as many tokens as one without islands, in as many steps.
     The run's parameters are the outer ones after the last round. Its log is that of the first island. Interrupted, it
     begins anew.
     """
@@ -185,7 +189,7 @@ def drive(runs: Sequence[Run], progress: Callable[[Config, int], Any], sample: A
             shown.update(step, float(report.metrics["loss/ce"]), float(report.tokens), spent)
             run.log(step, report, 0.0)
 
-        locals = [StateLocal(run, s, show if i == 0 else lambda step, report: None) for i, s in enumerate(seconds)]
+        locals = [StateLocal(run, of_island(config), s, *([show] if i == 0 else [])) for i, s in enumerate(seconds)]
         members = [Member(f"island-{i:02}", store, rules, local) for i, local in enumerate(locals)]
         agreement = agreement_of(config, run.data.fingerprint, run.data.tokenizer.fingerprint)
         Island(store, "first", "first", rules, lambda: 0.0).agree(agreement)

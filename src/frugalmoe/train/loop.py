@@ -349,7 +349,9 @@ class Run:
         self.manager.wait_until_finished()
         summary = {"status": "stopped" if stopped else "complete", "step": self.step, "steps": self.config.train.steps}
         if scores:
-            summary |= self._summary(*scores, seconds) | dict(more) | ({"sample": self._sample(sample)} if sample else {})
+            summary |= (
+                self._summary(*scores, seconds) | dict(more) | ({"sample": self._sample(sample)} if sample else {})
+            )
             if distributed.is_main():
                 write_json(self.workdir / "summary.json", summary)
         return summary
