@@ -1,6 +1,7 @@
 """The protocol of islands under a virtual clock, on a model of two small vectors: random schedules, exact accounts."""
 
 import dataclasses
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -113,7 +114,7 @@ def check_accounts(member: Member) -> list[records.Commit]:
     """No row is lost or read twice, tokens add up, and every outer state is that of its record."""
     found = commits(member)
     counters, tokens, seen = [0] * member.rules.section.streams, 0, set()
-    for before, commit in zip(found, found[1:]):
+    for before, commit in itertools.pairwise(found):
         for c in commit.merged:
             count = 0
             for stream, (first, end) in c.rows.items():
@@ -163,8 +164,16 @@ def test_with_rounds_of_equal_time_no_island_waits() -> None:
     check_accounts(members[0])
 
 
-@pytest.mark.parametrize("fields", [{"overlap_steps": 2}, {"overlap_steps": 3, "overlap_mixing": 0.5, "fragments": 3},
-                                    {"fragments": 2}, {"bits": 8}, {"bits": 4, "fragments": 3, "overlap_steps": 1}])  # fmt: skip
+WAYS = [
+    {"overlap_steps": 2},
+    {"overlap_steps": 3, "overlap_mixing": 0.5, "fragments": 3},
+    {"fragments": 2},
+    {"bits": 8},
+    {"bits": 4, "fragments": 3, "overlap_steps": 1},
+]
+
+
+@pytest.mark.parametrize("fields", WAYS)
 def test_fragments_overlap_and_few_bits_keep_the_accounts(fields: dict) -> None:
     members = together(make_rules(steps=36, **fields), [1.0, 1.5])
     found = check_accounts(members[0])
@@ -174,8 +183,8 @@ def test_fragments_overlap_and_few_bits_keep_the_accounts(fields: dict) -> None:
 
 
 def test_overlap_hides_waiting_for_who_is_slower_now_and_then() -> None:
-    """Two islands take turns at a slow round, of 8 seconds beside 4: alone, the fast one waits for 4 of each 8; with two
-    steps of the next round meanwhile, for less.
+    """Two islands take turns at a slow round, of 8 seconds beside 4: the fast one waits for 4 of each 8, and for less
+    where it may make two steps of the next round meanwhile.
     """
 
     def waited(overlap: int) -> float:

@@ -169,6 +169,19 @@ def _copy(state: State) -> State:
     return jax.tree.map(jnp.copy, state)  # a step writes over the state that it is given
 
 
+def of_island(config: Config) -> Config:
+    """Returns the config of one virtual island: its share of the batch."""
+    size = config.train.batch_size // config.islands.virtual
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
+
+
+def check(config: Config) -> None:
+    """Raises `UserError` for a run that cannot be made of virtual islands."""
+    rules_of(config)
+    if jax.process_count() > 1:
+        raise UserError(f"islands.virtual={config.islands.virtual}: all are in one process, and there are several")
+
+
 def drive(runs: Sequence[Run], progress: Callable[[Config, int], Any], sample: Any = None) -> list[dict[str, Any]]:
     """Trains an opened run as `islands.virtual` islands under a virtual clock, in place of `train.loop.train_runs`.
 
