@@ -13,7 +13,7 @@ deviations are passed by honest norms too, by about one of a thousand where they
 does not count in that round. And softmax(-n) is for islands that are alike: one that makes more steps has a longer n
 and a smaller weight, and among many slow ones it is an outlier: `step_ratio`, r above, is for unlike speeds.
 
-What is ours, since EDiT's islands start together, are equally fast and report every step, and these do none of that:
+What is ours, since these islands meet rarely, join late, and may be wrong in more ways than one:
 
 - In the first rounds, in which the history decides nothing (EDiT: 120 updates), and whenever it holds few norms, what
   is above 10 times the median of the round is left out, as a norm and also as a norm per step: an island that made few
