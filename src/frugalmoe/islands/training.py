@@ -113,6 +113,9 @@ def drive(
             run.manager.wait_until_finished()
             return [{"status": "stopped", "step": run.step, "steps": config.train.steps}]
         steps.program.check_compiled_once()
+        run.manager.wait_until_finished()
+        if run.step in run.manager.all_steps():  # of what this island found in the last round: the result is not that
+            run.manager.delete(run.step)
         shown.say("evaluating on held-out documents")
         return [run.finish(False, time.perf_counter() - began, sample)]
 
