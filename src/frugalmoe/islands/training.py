@@ -19,7 +19,7 @@ from frugalmoe.fields import to_dict
 from frugalmoe.files import check_name, read_json, write_atomically, write_json
 from frugalmoe.islands import blobs, merges, processes, routers, tensors
 from frugalmoe.islands.island import Island, Rules, check_agreement
-from frugalmoe.islands.records import FORMAT, Agreement
+from frugalmoe.islands.records import FORMAT, Agreement, Damaged
 from frugalmoe.islands.rounds import Found, Local, Rounds
 from frugalmoe.islands.store import Store, StoreError, open_store
 from frugalmoe.schema import Config
@@ -135,11 +135,14 @@ def _lead(run: Run, steps: Steps, local: Local, idle: Callable[[], None], store:
 
         rounds = Rounds(island, local, RunMemory(run.workdir), tell, rows, about(config), _PAUSE)
         held.enter_context(_signs_of_life(rounds))
-        for pause in rounds.go():
-            if pause:
-                idle()
-                with steps.paused():
-                    time.sleep(pause)
+        try:
+            for pause in rounds.go():
+                if pause:
+                    idle()
+                    with steps.paused():
+                        time.sleep(pause)
+        except Damaged as error:
+            raise UserError(f"--islands={store.place}: {error}") from error
         return rounds.stopped
 
 
