@@ -178,6 +178,16 @@ from frugalmoe.evaluate.contract import Square, Task
 
 TASK = Task(about="a day's number", choices=2, squares=lambda rng: iter([Square(("One", "Two"), (" is 1.", " is 2."))]))
 """
+MERGE = """
+import numpy as np
+
+from frugalmoe.islands.contract import Merge, Merged
+
+MERGE = Merge(
+    about="the first of all",
+    rule=lambda offered, history, options: Merged(np.eye(len(offered.islands), 1) @ np.ones((1, len(offered.tensors)))),
+)
+"""
 CORPUS = """
 from frugalmoe.data.corpus import Corpus
 
@@ -206,6 +216,7 @@ ADDITIONS = {
     "model family": {"convert/families/own_moe.py": FAMILY},
     "task of the suite": {"evaluate/suite/days.py": TASK},
     "data source": {"../songs.py": CORPUS},
+    "merge rule": {"islands/merges/first.py": MERGE},
     "gate loss": {
         "routing/losses.py": [
             ('    "mutual_information",\n)', '    "mutual_information",\n    "peak",\n)'),
@@ -215,7 +226,7 @@ ADDITIONS = {
     },
     "loss term": {"train/objective.py": [("\nTERMS = {\n", TERM)]},
     "optimizer": {
-        "optimizers.py": [('"muon": muon}', '"muon": muon, "still": lambda *_: optax.set_to_zero()}')]
+        "optimizers.py": [('"sgd": sgd}', '"sgd": sgd, "still": lambda *_: optax.set_to_zero()}')]
     },
     "metric": {
         "metrics.py": [("ROWS = (\n", 'ROWS = (\n    Metric("loss/peak", "peak", "", LESS, TRAINING),\n')]
@@ -236,12 +247,15 @@ import json, sys
 from frugalmoe import metrics
 from frugalmoe.ablate.results import known_metrics
 from frugalmoe.cli import main
+from frugalmoe.islands import merges
 code = main(["train", *sys.argv[1:]])
 run = sys.argv[2].removeprefix("--workdir=")
 code = code or main(["evaluate", run, "--suite=days"])
 code = code or main(["convert", "to-hf", run, run + "-published", "--family=own_moe"])
 names = ("loss/peak", "router/top_share")
-print(json.dumps({"code": code, "titles": [metrics.titled(n) for n in names], "known": known_metrics(["a"])}))
+about = [merges.get(n).about for n in merges.names() if n == "first"]
+titles = [metrics.titled(n) for n in names]
+print(json.dumps({"code": code, "titles": titles, "known": known_metrics(["a"]), "merges": about}))
 """
 
 
@@ -294,7 +308,7 @@ def test_a_run_uses_all_that_was_added(enlarged):
 @pytest.mark.slow
 def test_what_is_added_is_known_to_studies_and_reports(enlarged):
     run, said = enlarged
-    assert said["titles"] == ["peak", "share of the first"]
+    assert said["titles"] == ["peak", "share of the first"] and said["merges"] == ["the first of all"]
     assert {"loss/peak", "router/top_share", "suite/accuracy/days", "suite/margin/days"} <= set(said["known"])
     report = (run / "report/index.html").read_text()
     assert "share of the first" in report

@@ -249,9 +249,9 @@ def test_rates_of_roles_are_factors_on_the_updates_of_their_arrays_alone(name):
         np.testing.assert_allclose(rated[path], expected, rtol=1e-5, atol=1e-4 * np.abs(expected).max(), err_msg=path)
 
 
-@pytest.mark.parametrize("name, copies", [("adamw", 2), ("muon", 1)])
-def test_bytes_of_the_optimizer_by_hand(name, copies):
-    """AdamW keeps two moments; Muon one for a matrix. Beside them stand counters and three coefficients."""
+@pytest.mark.parametrize("name, of_matrices, of_the_rest", [("adamw", 2, 2), ("muon", 1, 2), ("sgd", 0, 0)])
+def test_bytes_of_the_optimizer_by_hand(name, of_matrices, of_the_rest):
+    """AdamW keeps two moments, Muon one for a matrix, plain SGD none. Beside them stand counters and coefficients."""
     config = config_of(optim__name=name)
     params, _ = arrays_of(config_of())
     declared = declarations(config.model)
@@ -260,7 +260,16 @@ def test_bytes_of_the_optimizer_by_hand(name, copies):
         sizes[declared[path].role == "matrix"] += 4 * leaf.size
     found = bytes_of(config)
     assert found.parameters == sum(sizes.values())
-    assert 0 < found.optimizer - (copies * sizes[True] + 2 * sizes[False]) < 64
+    assert 0 < found.optimizer - (of_matrices * sizes[True] + of_the_rest * sizes[False]) < 64
+
+
+def test_sgd_by_hand():
+    """Without momentum; decay of matrices alone, decoupled from the gradient's size."""
+    params, gradients = arrays_of(config_of())
+    update, declared = update_of(config_of(optim__name="sgd", optim__weight_decay=0.5)), declarations(config_of().model)
+    for path, gradient in by_path(gradients).items():
+        decay = 0.5 * by_path(params)[path] if declared[path].is_matrix else 0
+        np.testing.assert_allclose(update[path], -0.01 * (gradient + decay), rtol=1e-5, atol=1e-8, err_msg=path)
 
 
 WRONG = [

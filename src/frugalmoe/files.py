@@ -82,6 +82,14 @@ def write_generated(page: Path, text: str) -> None:
     write_atomically(page, f"{before}{BEGIN}\n\n{text.strip()}\n\n{END}{after}".encode())
 
 
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `object_pairs_hook` of JSON. Raises ValueError where a name stands twice, so that a reader must choose."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return found
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises `UserError` for one that is missing or damaged, or no file: a pipe would never
     end.

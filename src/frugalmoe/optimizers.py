@@ -92,8 +92,17 @@ def muon(o: Optim, rate: optax.Schedule, declarations: Declarations) -> optax.Gr
     )
 
 
+def sgd(o: Optim, rate: optax.Schedule, declarations: Declarations) -> optax.GradientTransformation:
+    """Gradient descent without momentum and without state: the parameters minus rate * (gradient + decay).
+
+    The mean of what islands make of one step each is then the step of all their sequences.
+    """
+    mask = functools.partial(decay_mask, declarations=declarations)
+    return optax.chain(optax.add_decayed_weights(o.weight_decay, mask), optax.sgd(rate))
+
+
 Make = Callable[[Optim, optax.Schedule, Declarations], optax.GradientTransformation]
-OPTIMIZERS: Mapping[str, Make] = {"adamw": adamw, "muon": muon}
+OPTIMIZERS: Mapping[str, Make] = {"adamw": adamw, "muon": muon, "sgd": sgd}
 
 
 def with_rates(

@@ -203,7 +203,8 @@ class Data:
 
 @Frozen
 class Optim:
-    name: str = "adamw"  # adamw | muon (for matrices; AdamW for vectors, embedding, head and routers)
+    # adamw | muon (for matrices; AdamW for vectors, embedding, head and routers) | sgd (without momentum)
+    name: str = "adamw"
     # What is trained; the rest is frozen, with no state of the optimizer. Roles, or glob patterns of paths, whose names
     # are joined by /, as router,*/attention/*; `frugalmoe train --dry-run` shows how many parameters they are.
     train: str = "*"
@@ -247,6 +248,40 @@ class Checkpoint:
 
 
 @Frozen
+class Islands:
+    """Runs that train one model apart and meet in a directory, `frugalmoe train --islands=DIR`: see docs/islands.md.
+
+    All islands of a directory have the same section.
+    """
+
+    # Updates of an island in a round. With round_seconds they are the most, and what a round counts for in schedules.
+    round_steps: int = 50
+    round_seconds: float = 0.0  # a round ends after so much time of the island's own; 0: after round_steps
+    quorum: int = 0  # contributions that are enough for a round; 0: those of all islands that make progress
+    grace_seconds: float = 0.0  # how long the others are waited for when there are enough
+    lapse_seconds: float = 60.0  # an island whose progress is not seen for so long counts as gone
+    late: str = "drop"  # what comes after its round was merged: drop | weigh (down by the rounds that it is late)
+    # How contributions become one: a file of frugalmoe/islands/merges, as mean, tokens, edit or radial;
+    # path/to/file.py or package.module.
+    merge: str = dataclasses.field(default="mean", metadata={OUTSIDE: True})
+    merge_options: Mapping[str, Any] = FrozenDict()  # the rule's own options
+    learning_rate: float = 0.7  # of the outer step, SGD with Nesterov momentum
+    momentum: float = 0.9  # of the outer step
+    bits: int = 32  # of a number in a contribution: 32 (float32) | 16 (bfloat16) | 8 | 4 | 2 (integers)
+    fragments: int = 1  # parts of the parameters; each round merges one of them, in turn
+    overlap_steps: int = 0  # updates that an island makes before it takes what a round gave; 0: it waits for it
+    overlap_mixing: float = 0.0  # share of an island's own parameters in what it then goes on with
+    streams: int = 64  # parts of the data; each is read by one island at a time
+    wait_for: int = 1  # islands that must be there before the first round
+    snapshot_rounds: int = 10  # from one whole outer state in the directory to the next
+    # Islands of a run that are all in its one process, under a virtual clock, and share its batch, for studies; 0: none
+    # but those of --islands.
+    virtual: int = 0
+    virtual_seconds: str = "1"  # that a step of each of them takes: 1 | 1,2,4,8, again from the first
+    keep_rounds: int = 20  # rounds whose contributions stay in the directory, at least; 0: all
+
+
+@Frozen
 class Mesh:
     """Devices per axis; one axis may be -1 (all that remain)."""
 
@@ -266,3 +301,4 @@ class Config:
     train: Train = Train()
     checkpoint: Checkpoint = Checkpoint()
     mesh: Mesh = Mesh()
+    islands: Islands = Islands()

@@ -26,6 +26,7 @@ from frugalmoe.config import settle
 from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json, write_json
+from frugalmoe.islands import virtual
 from frugalmoe.train import preflight, rundir, trackers
 from frugalmoe.train.checkpoint import saved_steps
 from frugalmoe.train.loop import NotFinite, opened, train_runs
@@ -154,7 +155,8 @@ def _train_group(plan: Plan, pairs: Sequence[Pair], workdir: Path, shown: StudyP
             runs.append(stack.enter_context(opened(*place, origin=plan.origin(pair), done=done)))
         # Those that an interruption left at different steps cannot share a program.
         for _, equal in groupby(sorted(runs, key=lambda run: run.start), key=lambda run: run.start):
-            summaries = train_runs(list(equal), lambda config, start: OfRun(shown))
+            drive = virtual.drive if plan.config(pairs[0]).islands.virtual else train_runs
+            summaries = drive(list(equal), lambda config, start: OfRun(shown))
             if any(summary["status"] == "stopped" for summary in summaries):
                 return True
         if plan.study.evaluate_with:

@@ -36,14 +36,15 @@ LARGEST = 16  # beyond it a program gains little and takes long to compile
 def groups(plan: Plan, at_once: int | None = None) -> list[list[Pair]]:
     """Returns the plan's runs in groups that share a program: equal configs up to name, seed and loss coefficients.
 
-    A run that accumulates gradients is alone: it adds to them in place, which `jax.vmap` does not support.
+    A run that accumulates gradients is alone: it adds to them in place, which `jax.vmap` does not support; and so is
+    one of virtual islands, which are several already.
     """
     by_program: dict[Config, list[Pair]] = {}
     for pair in plan.pairs:
         by_program.setdefault(without_knobs(plan.config(pair)), []).append(pair)
     found = []
     for config, pairs in by_program.items():
-        size = 1 if config.train.accumulate_steps > 1 else at_once or fit(config)
+        size = 1 if config.train.accumulate_steps > 1 or config.islands.virtual else at_once or fit(config)
         found += [pairs[i : i + size] for i in range(0, len(pairs), size)]
     return sorted(found, key=lambda group: plan.pairs.index(group[0]))
 

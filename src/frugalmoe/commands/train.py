@@ -18,6 +18,7 @@ EXAMPLES = """\
   frugalmoe train --from=models/OLMoE-1B-7B --config=models/OLMoE-1B-7B --config.data.path=texts/
   frugalmoe train --from=models/Ling-mini --config=models/Ling-mini --config.data.path=talks/ --config.data.kind=chat
   frugalmoe train --config=configs/small.py --profile=5 --config.train.trackers=tensorboard,wandb
+  frugalmoe train --config=configs/small.py --workdir=runs/a --islands=/shared/islands --config.islands.bits=8
   frugalmoe train --config=configs/small.py --coordinator=node1:8476 --num-processes=4 --process-id=0"""
 
 
@@ -62,6 +63,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="GLOB",
         help="make new the parameters whose path, names joined by /, it matches, as 'head*'; may be repeated",
     )
+    islands = parser.add_argument_group(
+        "islands",
+        "Runs that train one model apart from each other, on whatever devices, and meet in a directory; "
+        "--config.islands says how, and `frugalmoe islands DIR` shows them.",
+    )
+    islands.add_argument(
+        "--islands", metavar="DIR", help="where they meet: a path, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
+    )
+    islands.add_argument("--island", metavar="NAME", help="of this one (default: the name of its run directory)")
     several = parser.add_argument_group(
         "several processes",
         "One run over the devices of all of them, which share the run directory. SLURM, Open MPI, Kubernetes and TPU "
@@ -96,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
     how = {"resume": args.resume, "fresh": args.fresh, "origin": _origin(args)}
     with distributed.together():
         ready = preflight.check(config, workdir, num_devices=jax.device_count(), **how)
+    how |= _island(args, ready.config, workdir)
     if args.dry_run:
         return _dry_run(ready, workdir, distributed.is_main())
     was_complete = rundir.is_complete(workdir) and not args.fresh
@@ -117,6 +128,28 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"sample: {sample['prompt']}{sample['text']}" if sample["text"] else sample.get("why", empty))
     console.print(f"report: {write_report(workdir)}", soft_wrap=True)
     return 0
+
+
+def _island(args: argparse.Namespace, config, workdir: Path) -> dict:
+    """The `drive` of a run that is an island."""
+    if args.islands is None:
+        if args.island is not None:
+            raise UserError(f"--island={args.island}: needs --islands=DIR, where it meets the others")
+        if not config.islands.virtual:
+            return {}
+        from frugalmoe.islands import virtual
+
+        virtual.check(config)
+        return {"drive": virtual.drive}
+    import functools
+
+    from frugalmoe.islands import training
+
+    if config.islands.virtual:
+        rule = "all islands are in one process then, and need no --islands"
+        raise UserError(f"islands.virtual={config.islands.virtual}: {rule}")
+    name = args.island or workdir.absolute().name
+    return {"drive": functools.partial(training.drive, store=training.check(config, args.islands, name), name=name)}
 
 
 def _origin(args: argparse.Namespace):

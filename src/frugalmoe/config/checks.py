@@ -20,7 +20,14 @@ def check(config: Config) -> None:
         check_name("name" if part == config.name else f"name={config.name!r}: a part of it", part)
     of_model = (_model, _rope_scaling, _attention, _depths, _multi_token)
     of_experts = (_moe, _router, _losses, _load_balance, _executor)
-    for rules in (_data, *of_model, *of_experts, _optim, _train):  # what a module may look at depends on the row
+    for rules in (
+        _data,
+        *of_model,
+        *of_experts,
+        _optim,
+        _train,
+        _islands,
+    ):  # what a module may look at depends on the row
         rules(config)
 
 
@@ -43,6 +50,7 @@ def _each(prefix: str, section: object, names: str, ok: Callable[[float], bool],
 ROUNDED_TO = 64  # a vocabulary that follows the tokenizer is rounded up to a multiple of this
 
 MOST_LAYERS = 10_000
+ISLAND_BITS = (32, 16, 8, 4, 2)  # of a number that an island sends
 KINDS = ("text", "chat")  # of the records of a source
 _MARKS = re.compile(r"[./~]")  # of what is meant as a path
 
@@ -313,6 +321,31 @@ def _train(config: Config) -> None:
     tokens = t.batch_size * config.data.sequence_length
     rule = f"times data.sequence_length={config.data.sequence_length} must be below {2**31} tokens"
     _require(tokens < 2**31, "train.batch_size", t.batch_size, rule)
+
+
+def _islands(config: Config) -> None:
+    i, path = config.islands, "islands"
+    positive = "round_steps lapse_seconds learning_rate fragments streams wait_for snapshot_rounds"
+    _each(path, i, positive, lambda v: v > 0, "must be positive")
+    not_negative = "round_seconds quorum grace_seconds overlap_steps keep_rounds virtual"
+    _each(path, i, not_negative, lambda v: v >= 0, "must not be negative")
+    _each(path, i, "momentum overlap_mixing", lambda v: 0 <= v < 1, "must be from 0 to below 1")
+    _one_of(f"{path}.late", i.late, ("drop", "weigh"))
+    _require(i.bits in ISLAND_BITS, f"{path}.bits", i.bits, f"valid: {', '.join(map(str, ISLAND_BITS))}")
+    rule = f"must be below {path}.round_steps={i.round_steps}, in which the next round ends"
+    _require(i.overlap_steps < i.round_steps, f"{path}.overlap_steps", i.overlap_steps, rule)
+    rule = f"must be 0 without {path}.overlap_steps: an island that waits goes on with what all have"
+    _require(i.overlap_steps > 0 or not i.overlap_mixing, f"{path}.overlap_mixing", i.overlap_mixing, rule)
+
+    shared = i.virtual * config.train.accumulate_steps
+    rule = f"times train.accumulate_steps={config.train.accumulate_steps} must divide train.batch_size"
+    _require(not i.virtual or config.train.batch_size % shared == 0, f"{path}.virtual", i.virtual, rule)
+    numbers = i.virtual_seconds.split(",")
+    try:
+        positive = all(0 < float(number) < math.inf for number in numbers)
+    except ValueError:
+        positive = False
+    _require(positive, f"{path}.virtual_seconds", i.virtual_seconds, "must be positive numbers, as 1 or 1,2,4,8")
 
 
 def _keep_best(config: Config) -> None:

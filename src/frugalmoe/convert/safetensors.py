@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from frugalmoe.errors import UserError
-from frugalmoe.files import to_json
+from frugalmoe.files import to_json, without_repeats
 
 # What float32 holds exactly; a model is converted in these and in no other.
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
@@ -47,7 +47,7 @@ def read_header(path: Path) -> dict[str, Info]:
             if size < 8 or not 2 <= length <= min(size - 8, LARGEST_HEADER):
                 rule = f"its header would have {length:,} bytes; the file has {size:,}"
                 raise UserError(f"{path}: not a whole safetensors file ({rule})")
-            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_without_repeats)
+            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=without_repeats)
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from e
     except (ValueError, RecursionError) as e:
@@ -60,13 +60,6 @@ def read_header(path: Path) -> dict[str, Info]:
     infos = {name: _info(path, name, row, 8 + length, size) for name, row in header.items()}
     _check_places(path, infos, 8 + length, size)
     return infos
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands in it twice")
-    return found
 
 
 def _info(path: Path, name: str, row: Any, begin: int, size: int) -> Info:

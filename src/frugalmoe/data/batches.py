@@ -221,13 +221,19 @@ class Dataset:
         """Returns the batch at a position 0, 1, ..., or some of its rows in any order. Only these are read."""
         first = position * self._batch_size
         chosen = range(self._batch_size) if rows is None else rows
-        return Batch(*map(np.stack, zip(*(self._rows[first + int(row)] for row in chosen))))
+        return self.rows([first + int(row) for row in chosen])
+
+    def rows(self, numbers: Sequence[int]) -> Batch:
+        """Returns rows of the shuffled data, by their numbers 0, 1, ..., as one batch."""
+        return Batch(*map(np.stack, zip(*(self._rows[number] for number in numbers))))
 
     def train_batches(self, start: int = 0, rows: Sequence[int] | None = None) -> Iterator[Batch]:
         """Returns an endless iterator: batch(start, rows), batch(start + 1, rows), ... Two threads read ahead."""
-        ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-        positions = grain.MapDataset.range(start, sys.maxsize)
-        return iter(positions.map(lambda position: self.batch(position, rows)).to_iter_dataset(ahead))
+        return _ahead(grain.MapDataset.range(start, sys.maxsize).map(lambda position: self.batch(position, rows)))
+
+    def batches_of(self, numbers: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        """Returns an iterator over batches of the rows with these numbers. Two threads read ahead."""
+        return _ahead(grain.MapDataset.range(len(numbers)).map(lambda position: self.rows(numbers[position])))
 
     def eval_bytes(self, domain: str, max_rows: int | None = None) -> int:
         """Returns how many UTF-8 bytes of text the targets of `eval_batches` stand for in all."""
@@ -267,6 +273,10 @@ class Dataset:
         order = np.argsort(_mix(np.arange(len(rows), dtype=np.uint64), _seed(EVAL_SEED, "rows")), kind="stable")
         chosen = order[:max_rows]
         return rows, [chosen[i : i + batch_size].tolist() for i in range(0, len(chosen), batch_size)]
+
+
+def _ahead(batches: grain.MapDataset) -> Iterator[Batch]:
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
 def open_data(data: Data, *, batch_size: int, seed: int, progress: bool = True) -> Dataset:

@@ -55,15 +55,16 @@ def train(
     origin: Origin | None = None,
     sample: Sampler | None = None,
     progress: Callable[[Config, int], Any] = Progress,
+    drive: Callable[..., list[dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Trains, or continues, the run in `workdir` and returns its summary. `status` is complete or stopped.
 
     resume: auto continues a run of the same config; force continues it whatever its config; never refuses. fresh
     replaces the run that is there, once all has been checked. origin: a run, or a published model, whose weights this
     one begins with; it is read once, and not when this run is continued. sample: draws the passage of text in a
-    complete run's summary, as `generate.sample_text` does; None: the summary has none. Raises UserError for input that
-    cannot be run; nothing is written or deleted then. With several processes (`distributed.start`) each calls it with
-    equal arguments.
+    complete run's summary, as `generate.sample_text` does; None: the summary has none. drive: trains the opened run in
+    the place of `train_runs`, as islands do. Raises UserError for input that cannot be run; nothing is written or
+    deleted then. With several processes (`distributed.start`) each calls it with equal arguments.
     """
     config = config if fresh else rundir.as_begun(config, workdir)
     flags = {"--workdir": str(workdir), "--resume": resume, "--fresh": fresh, "--from": repr(origin)}
@@ -76,7 +77,7 @@ def train(
         return read_json(workdir / "summary.json")
     how = {"force": resume == "force", "fresh": fresh, "origin": origin}
     with jax.set_mesh(sharding.make_mesh(layout)), opened(config, workdir, **how) as run:
-        return train_runs([run], progress, sample)[0]
+        return (drive or train_runs)([run], progress, sample)[0]
 
 
 @contextmanager
@@ -186,55 +187,87 @@ def train_runs(
 
 
 def _loop(runs: Sequence["Run"], stop_requests: Callable[[], Callable[[int], bool]], shown: Any) -> bool:
-    """Trains to the end, or until a stop is requested; returns whether it was.
+    """Trains to the end, or until a stop is requested; returns whether it was."""
+    steps = Steps(runs, stop_requests, shown)
+    steps.until(runs[0].config.train.steps)
+    steps.program.check_compiled_once()
+    return steps.stopped
 
-    The first call compiles the step. Until it is under way there is nothing to save, and a signal ends the process.
+
+class Steps:
+    """Trains runs, which stand at one step, up to some step, and then up to another.
+
+    stop_requests: gives `stop(step)`, once the first step is under way, which compiles. Until then there is nothing to
+    save, and a signal ends the process.
     """
-    config, step, stop = runs[0].config.train, runs[0].step, lambda step: False
-    save_every = runs[0].config.checkpoint.every_steps
-    program = Program(runs)
-    pending, clock, stopped = None, _Clock(), False
 
-    def log_pending() -> None:
+    def __init__(self, runs: Sequence["Run"], stop_requests: Callable[[], Callable[[int], bool]], shown: Any):
+        self.runs, self.shown, self.step = runs, shown, runs[0].step
+        self.program, self.stopped = Program(runs), False
+        self._stop_requests, self._stop = stop_requests, None
+        self._pending: tuple[int, StepReport] | None = None
+        self._clock = _Clock()
+
+    def stop_requested(self) -> bool:
+        """Whether a signal asks to stop after the steps that were made."""
+        self.stopped = self.stopped or bool(self._stop and self._stop(self.step))
+        return self.stopped
+
+    def until(self, end: int, enough: Callable[[], bool] = lambda: False) -> None:
+        """Trains until step `end`, until there is `enough`, or until a stop is requested; hands runs their states."""
+        config = self.runs[0].config
+        while self.step < end and not self.stop_requested() and not enough():
+            batch = self.program.next_batch()
+            with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=self.step):
+                report = self.program.step(batch)
+            self._stop = self._stop or self._stop_requests()
+            self._log_pending()
+            self.step += 1
+            self._pending = (self.step, report)
+            if self.step < config.train.steps:
+                self._pause(config.train.eval_every, config.checkpoint.every_steps)
+        self._log_pending()
+        self.program.settle(self.step)
+
+    def take(self, states: Sequence[State], step: int) -> None:
+        """Goes on with other states of the runs, at another step."""
+        for run, state in zip(self.runs, states, strict=True):
+            run.state, run.step = state, step
+        self.step = step
+        self.program.read_states()
+
+    def paused(self) -> Any:
+        """A context whose time does not count as a step's."""
+        return self._clock.paused()
+
+    def _log_pending(self) -> None:
         """Reads the report of the step before, which waits for it."""
-        if pending is None:
+        if self._pending is None:
             return
-        logged, report = pending
-        reports = program.of_each_run(jax.device_get(report))
-        seconds = clock.tick()
-        for run, own in zip(runs, reports):
+        logged, report = self._pending
+        self._pending = None
+        reports = self.program.of_each_run(jax.device_get(report))
+        seconds = self._clock.tick()
+        for run, own in zip(self.runs, reports):
             run.check(logged, own)
         loss, tokens = float(reports[0].metrics["loss/ce"]), sum(float(own.tokens) for own in reports)
-        shown.update(logged, loss, tokens, seconds)
-        for run, own in zip(runs, reports):
-            run.log(logged, own, seconds / len(runs))
+        self.shown.update(logged, loss, tokens, seconds)
+        for run, own in zip(self.runs, reports):
+            run.log(logged, own, seconds / len(self.runs))
 
-    while step < config.steps and not (stopped := stop(step)):
-        batch = program.next_batch()
-        with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
-            report = program.step(batch)
-        if step == runs[0].start:
-            stop = stop_requests()
-        log_pending()
-        step += 1
-        pending = (step, report)
-        last = step == config.steps
-        eval_due = config.eval_every and step % config.eval_every == 0 and not last
-        save_due = save_every and step % save_every == 0 and not last
-        if eval_due or save_due:
-            log_pending()  # waits for the step, so that its time does not count as the pause's
-            pending = None
-            with clock.paused():
-                program.settle(step)
-                for run in runs:
-                    if eval_due:
-                        run.evaluate()
-                    if save_due:
-                        run.save()
-    log_pending()
-    program.settle(step)
-    program.check_compiled_once()
-    return stopped
+    def _pause(self, eval_every: int, save_every: int) -> None:
+        """Evaluates and saves where it is time to; 0: never."""
+        evaluate, save = (bool(every) and self.step % every == 0 for every in (eval_every, save_every))
+        if not (evaluate or save):
+            return
+        self._log_pending()  # waits for the step, so that its time does not count as the pause's
+        with self._clock.paused():
+            self.program.settle(self.step)
+            for run in self.runs:
+                if evaluate:
+                    run.evaluate()
+                if save:
+                    run.save()
 
 
 class Run:
@@ -305,16 +338,20 @@ class Run:
         last = "nothing is saved yet" if saved is None else f"the last checkpoint is {saved}"
         return f"{what}: not finite; {last}; lower optim.learning_rate={self.config.optim.learning_rate}"
 
-    def finish(self, stopped: bool, seconds: float, sample: Sampler | None) -> dict[str, Any]:
+    def finish(
+        self, stopped: bool, seconds: float, sample: Sampler | None, more: Mapping[str, Any] = {}
+    ) -> dict[str, Any]:
         """Saves the state; unless stopped, evaluates, and samples if asked to. Returns the summary, which a complete
-        run also writes.
+        run also writes, with `more` in it.
         """
         scores = None if stopped else self._finish()
         self.save()
         self.manager.wait_until_finished()
         summary = {"status": "stopped" if stopped else "complete", "step": self.step, "steps": self.config.train.steps}
         if scores:
-            summary |= self._summary(*scores, seconds) | ({"sample": self._sample(sample)} if sample else {})
+            summary |= (
+                self._summary(*scores, seconds) | dict(more) | ({"sample": self._sample(sample)} if sample else {})
+            )
             if distributed.is_main():
                 write_json(self.workdir / "summary.json", summary)
         return summary

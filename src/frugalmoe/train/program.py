@@ -53,6 +53,10 @@ def compiled_train_step(config: Config, together: bool = False) -> Callable:
     return _compiled_train_step(without_knobs(config), together, _OVERLAP if exchanges else ())
 
 
+def _stack(*leaves: Any) -> Any:
+    return jnp.stack(leaves)
+
+
 class Program:
     """Steps `loop.Run`s that differ in `Knobs` alone. Several are one vmapped program: their states, batches and knobs
     are stacked along a new first axis. Raises `ValueError` for runs that differ in more, as in their optimizers.
@@ -64,13 +68,18 @@ class Program:
             raise ValueError("runs of several programs cannot be trained as one; see ablate.together.groups")
         self.train_step = compiled_train_step(runs[0].config, self.together)
         self.compiled_before = self.train_step._cache_size()
-        self.state, self.knobs = runs[0].state, runs[0].knobs
+        self.knobs = runs[0].knobs
         if self.together:
             names = {name for run in runs for name in run.knobs.losses}
             filled = [run.knobs._replace(losses={n: run.knobs.losses.get(n, 0.0) for n in names}) for run in runs]
-            stack = lambda *leaves: jnp.stack(leaves)
-            self.state = jax.tree.map(stack, *(run.state for run in runs))
-            self.knobs = jax.tree.map(stack, *filled)
+            self.knobs = jax.tree.map(_stack, *filled)
+        self.read_states()
+
+    def read_states(self) -> None:
+        """Takes the states that the runs have now."""
+        self.state = self.runs[0].state
+        if self.together:
+            self.state = jax.tree.map(_stack, *(run.state for run in self.runs))
 
     def next_batch(self) -> Batch:
         run, batches = self.runs[0], [run.next_batch() for run in self.runs]

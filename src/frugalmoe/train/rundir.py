@@ -29,14 +29,16 @@ from frugalmoe.files import read_json, to_json, write_atomically, write_json
 
 # What a run may write before config.json, which marks a directory as a run; then all that it writes.
 _BEGINNING = ("checkpoints", "metrics.jsonl", "expert_load.jsonl", "tensorboard", "tokenizer", "environment.json",
-              "data.json", "history.jsonl", "trackers.json", "wandb", "outside", "outside.json")  # fmt: skip
+              "data.json", "history.jsonl", "trackers.json", "wandb", "outside", "outside.json", "events.jsonl",
+              "rounds.jsonl", "island.json", "island")  # fmt: skip
 _OWN = ("config.json", "environment.json", "data.json", "history.jsonl", "metrics.jsonl", "expert_load.jsonl",
         "summary.json", "probe.npz", "cross.json", "suite.json", ".*.json.*.tmp", ".*.jsonl.*.tmp",
         "tensorboard/events.out.tfevents.*", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
         "tokenizer/chat_template.jinja", "tokenizer/generation_config.json",
         "report/index.html", "report/*.png", "trace/step_*.npz", "trackers.json", "wandb", "profile",
-        "outside.json", "outside/*/*.py", "source.json", "source/*")  # fmt: skip
-_FOLDERS = ("checkpoints", "tensorboard", "tokenizer", "report", "trace", "outside/*", "outside", "source")
+        "outside.json", "outside/*/*.py", "source.json", "source/*", "events.jsonl", "rounds.jsonl", "island.json",
+        "island/residual_*")  # fmt: skip
+_FOLDERS = ("checkpoints", "tensorboard", "tokenizer", "report", "trace", "outside/*", "outside", "source", "island")
 
 
 def is_complete(workdir: Path) -> bool:

@@ -1,0 +1,316 @@
+"""A run that is an island: `drive` trains it in rounds, where `train.loop.train_runs` would train it alone."""
+
+import json
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from frugalmoe import sharding
+from frugalmoe.errors import UserError
+from frugalmoe.fields import to_dict
+from frugalmoe.files import check_name, read_json, write_atomically, write_json
+from frugalmoe.islands import blobs, merges, processes, routers, tensors
+from frugalmoe.islands.island import Island, Rules, check_agreement
+from frugalmoe.islands.records import FORMAT, Agreement, Damaged
+from frugalmoe.islands.rounds import Found, Local, Rounds
+from frugalmoe.islands.store import Store, StoreError, open_store
+from frugalmoe.schema import Config
+from frugalmoe.train import distributed, rundir
+from frugalmoe.train.loop import NotFinite, Run, Steps
+from frugalmoe.train.placing import own_rows
+from frugalmoe.train.step import State, init
+
+RECORD = "island.json"  # in the run directory
+FOLDER = "island"
+# Of the model, what each island may choose for itself: how it computes, not what.
+_OWN = {"compute_dtype": None, "remat": None}
+_OWN_OF_MOE = {"executor": None, "exchange": None, "exchange_room": None, "capacity_factor": None, "drop_order": None}
+_PAUSE = 0.25  # seconds between two looks at the directory
+_KEPT = 8  # rounds that the run directory remembers
+_PATIENCE = 10  # times lapse_seconds that a step may take while signs of life are shown
+
+
+def rules_of(config: Config) -> Rules:
+    """Returns what all islands of a config do alike. Raises `UserError` for a merge rule that is none."""
+    section, described = config.islands, tensors.describe(config.model)
+    merge = merges.get(section.merge)
+    merge.options_of(section.merge_options)
+    if section.late == "weigh" and section.fragments > 1:
+        rule = "needs islands.fragments=1: a late contribution is of another fragment than the round"
+        raise UserError(f"islands.late={section.late!r}: {rule}")
+    return Rules(
+        section=section,
+        steps=config.train.steps,
+        tensors=described,
+        fragments=tensors.fragments(described, section.fragments),
+        merge=merge,
+        merge_routers=routers.merger(config.model.moe),
+    )
+
+
+def agreement_of(config: Config, data: str, tokenizer: str) -> Agreement:
+    """Returns what a settled config has in common with all islands of its directory."""
+    model = {name: value for name, value in to_dict(config.model).items() if name not in _OWN}
+    model["moe"] = {name: value for name, value in model["moe"].items() if name not in _OWN_OF_MOE}
+    plain = json.loads(json.dumps({"model": model, "islands": to_dict(config.islands)}))
+    return Agreement(
+        format=FORMAT, data=data, tokenizer=tokenizer, seed=config.train.seed, steps=config.train.steps, **plain
+    )
+
+
+def check(config: Config, url: str, name: str, data: str | None = None, tokenizer: str | None = None) -> Store:
+    """Opens the directory for an island. Raises `UserError` for one that cannot be used, or is of another model, as
+    far as is known: the fingerprints of data and tokenizer may be None.
+    """
+    check_name("--island", name)
+    rules_of(config)
+    store = open_store(url)
+    there = _agreement_there(store)
+    check_agreement(store, agreement_of(config, data or there.get("data", ""), tokenizer or there.get("tokenizer", "")))
+    return store
+
+
+def _agreement_there(store: Store) -> dict[str, Any]:
+    try:
+        found = json.loads(store.read("agreement.json") or b"{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def drive(
+    runs: Sequence[Run], progress: Callable[[Config, int], Any], sample: Any = None, *, store: Store, name: str
+) -> list[dict[str, Any]]:
+    """Trains one opened run as the island `name` of a directory; `train.loop.train` takes it in place of `train_runs`.
+
+    Returns its summary: of a complete run that of the outer parameters, which all islands have.
+    """
+    (run,) = runs
+    began, config = time.perf_counter(), run.config
+    with ExitStack() as held:
+        shown = held.enter_context(progress(config, run.start))
+        for note in run.notes:
+            shown.say(note)
+        steps = Steps([run], lambda: held.enter_context(distributed.stop_requests()), shown)
+        local, timed = RunLocal(run, steps), bool(config.islands.round_seconds)
+        if not distributed.is_main():
+            stopped = processes.follow(local, timed)
+        elif jax.process_count() > 1:
+            leader = processes.Leader(local, timed)
+            stopped = _lead(run, steps, leader, leader.idle, store, name, shown)
+            leader.end(stopped)
+        else:
+            stopped = _lead(run, steps, local, lambda: None, store, name, shown)
+        if stopped:  # what can go on is saved: the state at the end of a round
+            run.manager.wait_until_finished()
+            return [{"status": "stopped", "step": run.step, "steps": config.train.steps}]
+        steps.program.check_compiled_once()
+        run.manager.wait_until_finished()
+        if run.step in run.manager.all_steps():  # of what this island found in the last round: the result is not that
+            run.manager.delete(run.step)
+        shown.say("evaluating on held-out documents")
+        return [run.finish(False, time.perf_counter() - began, sample)]
+
+
+def _lead(run: Run, steps: Steps, local: Local, idle: Callable[[], None], store: Store, name: str, shown: Any) -> bool:
+    """Goes through the rounds; returns whether a stop was requested. `idle` is called while there is nothing to do."""
+    began, config = time.perf_counter(), run.config
+    with ExitStack() as held:
+        identity = _identity(run.workdir, name, store)
+        island = Island(store, name, identity["run"], rules_of(config), time.monotonic)
+        island.agree(agreement_of(config, run.data.fingerprint, run.data.tokenizer.fingerprint))
+        events, rows = (held.enter_context(_log(run, file)) for file in ("events.jsonl", "rounds.jsonl"))
+
+        def tell(kind: str, what: str) -> None:
+            shown.say(f"island {name}: {kind.replace('_', ' ')}: {what}")
+            events({"step": run.step, "kind": kind, "what": what, "seconds": round(time.perf_counter() - began, 3)})
+
+        rounds = Rounds(island, local, RunMemory(run.workdir), tell, rows, about(config), _PAUSE)
+        held.enter_context(_signs_of_life(rounds))
+        try:
+            for pause in rounds.go():
+                if pause:
+                    idle()
+                    with steps.paused():
+                        time.sleep(pause)
+        except Damaged as error:
+            raise UserError(f"--islands={store.place}: {error}") from error
+        return rounds.stopped
+
+
+def about(config: Config) -> dict[str, Any]:
+    """What an island says of its device and its software."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "jax": jax.__version__,
+        "compute_dtype": config.model.compute_dtype,
+    }
+
+
+class RunLocal:
+    """The model of a run, as `rounds.Local`."""
+
+    not_finite = NotFinite
+
+    def __init__(self, run: Run, steps: Steps):
+        self.run, self._steps = run, steps
+        self.rows_per_step, self.tokens_per_row = run.config.train.batch_size, run.config.data.sequence_length
+
+    @property
+    def step(self) -> int:
+        return self._steps.step
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        return tensors.flatten(sharding.fetch(self.run.state.params))
+
+    def routers(self) -> dict[str, np.ndarray]:
+        return routers.flatten(sharding.fetch(self.run.state.router_state))
+
+    def put(
+        self,
+        params: Mapping[str, np.ndarray],
+        states: Mapping[str, np.ndarray],
+        step: int,
+        fresh_optimizer: bool = False,
+    ) -> None:
+        state = self.run.state
+        if fresh_optimizer:  # the state may be broken altogether
+            state = init(self.run.config)
+        state = placed(state, params, states)
+        self._steps.take([at_step(state, step)], step)
+
+    def begin(self, numbers: Sequence[int]) -> None:
+        own, size = own_rows(self.run.mesh, self.run.config), self.rows_per_step
+        rows = np.asarray(numbers, np.int64).reshape(-1, size)[:, own]
+        self.run.batches = self.run.data.batches_of([row.tolist() for row in rows])
+
+    def train(self, end: int, enough: Callable[[], bool]) -> Iterator[None]:
+        self._steps.until(end, enough)
+        return iter(())
+
+    def stop_requested(self) -> bool:
+        return self._steps.stop_requested()
+
+    def save(self) -> None:
+        self.run.save()
+
+
+def at_step(state: State, step: int) -> State:
+    """Returns a state at another step of the schedule, by which the optimizer counts too."""
+
+    def moved(leaf: Any) -> Any:
+        return leaf._replace(count=_like(leaf.count, step)) if is_schedule(leaf) else leaf
+
+    is_schedule = lambda leaf: isinstance(leaf, optax.ScaleByScheduleState)
+    opt_state = jax.tree.map(moved, state.opt_state, is_leaf=is_schedule)
+    clocks = {"step": _like(state.step, step), "position": _like(state.position, step)}
+    return state._replace(opt_state=opt_state, **clocks)
+
+
+def placed(state: State, params: Mapping[str, np.ndarray], states: Mapping[str, np.ndarray]) -> State:
+    """Returns a state with these tensors, which may be some of all, and these states of routers, unless empty."""
+    if params:
+        whole = {**tensors.flatten(sharding.fetch(state.params)), **params}
+        state = state._replace(params=_placed(tensors.unflatten(whole, state.params), state.params))
+    if states:
+        state = state._replace(router_state=_placed(routers.unflatten(states), state.router_state))
+    return state
+
+
+def _like(array: jax.Array, value: Any) -> jax.Array:
+    """A value on the devices and with the type of an array."""
+    host = np.asarray(value, array.dtype)
+    return jax.make_array_from_callback(array.shape, array.sharding, lambda index: host[index])
+
+
+def _placed(tree: Any, like: Any) -> Any:
+    return jax.tree.map(lambda leaf, value: _like(leaf, value), like, tree)
+
+
+class RunMemory:
+    """`rounds.Memory` in a run directory: island.json and, where contributions are rounded, island/residual_*."""
+
+    def __init__(self, workdir: Path):
+        self._record, self._folder = workdir / RECORD, workdir / FOLDER
+
+    def write(self, found: Found) -> None:
+        record = read_json(self._record)
+        kept = [row for row in record["rounds"] if row["round"] < found.round][-_KEPT + 1 :]
+        write_json(self._record, record | {"rounds": [*kept, found._asdict() | {"numbers": list(found.numbers)}]})
+
+    def read(self, step: int) -> Found | None:
+        rows = [row for row in read_json(self._record)["rounds"] if row["step"] == step]
+        return Found(**rows[-1] | {"numbers": tuple(rows[-1]["numbers"])}) if rows else None
+
+    def keep_residual(self, round: int, residual: Mapping[str, np.ndarray]) -> None:
+        if not residual:
+            return
+        self._folder.mkdir(exist_ok=True)
+        data = blobs.to_bytes(residual)
+        write_atomically(self._folder / f"residual_{round:06d}", blobs.sha256(data).encode() + data)
+        for old in self._residuals()[:-_KEPT]:
+            (self._folder / f"residual_{old:06d}").unlink(missing_ok=True)
+
+    def residual(self, round: int) -> dict[str, np.ndarray]:
+        before = [kept for kept in self._residuals() if kept < round]
+        if not before:
+            return {}
+        data = (self._folder / f"residual_{before[-1]:06d}").read_bytes()
+        return blobs.from_bytes(data[64:], data[:64].decode(errors="replace"))
+
+    def _residuals(self) -> list[int]:
+        names = (path.name.removeprefix("residual_") for path in self._folder.glob("residual_*"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _identity(workdir: Path, name: str, store: Store) -> dict[str, Any]:
+    """What says that a run is this island and not another one of its name: made once for a run directory."""
+    path = workdir / RECORD
+    if not path.is_file():
+        write_json(path, {"island": name, "islands": store.place, "run": secrets.token_hex(8), "rounds": []})
+    found = read_json(path)
+    for flag, field, value in (("--island", "island", name), ("--islands", "islands", store.place)):
+        if found.get(field) != value:
+            raise UserError(f"{flag}={value}: the run in {workdir} is {field} {found.get(field)!r}")
+    return found
+
+
+@contextmanager
+def _log(run: Run, name: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    log = rundir.Log(run.workdir / name, run.start)
+    try:
+        yield log.write
+    finally:
+        log.close()
+
+
+@contextmanager
+def _signs_of_life(rounds: Rounds) -> Iterator[None]:
+    """Shows that the island lives while it trains, compiles or evaluates, unless nothing moves for very long."""
+    lapse, done = rounds.section.lapse_seconds, threading.Event()
+
+    def show() -> None:
+        while not done.wait(lapse / 6):
+            moves = time.monotonic() - rounds.touched < _PATIENCE * lapse
+            if moves and rounds.status in ("training", "waiting"):
+                with suppress(StoreError):  # the next one may come through; the island itself tells
+                    rounds.show_again()
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
