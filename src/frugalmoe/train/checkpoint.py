@@ -280,6 +280,25 @@ def is_finite(state: State, items: tuple[str, ...] = _ITEMS) -> bool:
     return bool(jax.jit(finite)([getattr(state, item) for item in items]))
 
 
+def not_finite(workdir: Path, step: int) -> str:
+    """Returns what of a checkpoint holds a number that is not finite or cannot be read, "" for nothing. An item at a
+    time is in memory; no config is needed.
+    """
+    try:
+        with reading(workdir, step), open_manager(workdir, Checkpoint()) as manager:
+            for item, tree in manager.item_metadata(step).items():
+                target = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree, is_leaf=_is_array)
+                with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                    args = ocp.args.PyTreeRestore(restore_args=target)
+                    arrays = reader.restore(saved.place(workdir.absolute(), step) / item, args=args)
+                for names, leaf in _named(arrays, {}):
+                    if not np.all(np.isfinite(np.asarray(leaf))):
+                        return f"{item}/{_joined(names)}: not finite"
+    except Damaged as damaged:
+        return damaged.why
+    return ""
+
+
 def _typed(values: Any, like: Any) -> Any:
     """Inside jit: arrays whose types are written as those of a step's results are. P(None, None) and P() mean the same
     but compare unequal: else the first step and the others would each be compiled.
