@@ -218,7 +218,7 @@ def test_a_checkpoint_that_is_not_finite_has_no_score(run, tmp_path):
         broken = jax.tree.map(lambda a: a * jnp.nan, weights.params)
         checkpoint.save(manager, 9, init(config)._replace(params=broken))
     assert evaluate(tmp_path / "run").step == 2, "the newest that is a model"
-    with pytest.raises(UserError, match=r"finite numbers in not the checkpoint of step 9"):
+    with pytest.raises(UserError, match=r"checkpoints/9: a damaged checkpoint \(not finite\)"):
         evaluate(tmp_path / "run", 9)
 
 

@@ -14,7 +14,7 @@ from frugalmoe import sharding
 from frugalmoe.cli import main
 from frugalmoe.config.checks import check_devices
 from frugalmoe.errors import UserError
-from frugalmoe.train import checkpoint, memory, rundir
+from frugalmoe.train import checkpoint, checksums, memory, rundir
 from frugalmoe.train.loop import opened, train
 from frugalmoe.train.origin import SHOWN, Origin
 from frugalmoe.train.step import init
@@ -167,6 +167,9 @@ def test_a_run_that_was_killed_before_it_saved_begins_with_the_same_weights(sour
     same(started(config, tmp_path / "run"), began)
     file = next(p for p in (tmp_path / "source/checkpoints/2/params").rglob("*") if p.is_file() and p.name[0] == "_")
     file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(UserError, match=rf"source@2: .*a damaged checkpoint \(params/{file.name}: changed\)"):
+        started(config, tmp_path / "run")
+    checksums.write(tmp_path / "source/checkpoints/2")  # as if it had been trained anew
     with pytest.raises(UserError, match="has changed since the run began with it"):
         started(config, tmp_path / "run")
     shutil.rmtree(tmp_path / "source")
@@ -226,8 +229,8 @@ def command(place, capsys):
         (["--from=SOURCE", "--config.data.tokenizer=PLACE/bpe"], "another tokenizer than that of --from=SOURCE"),
         (["--from=SOURCE", "--workdir=SOURCE"], "holds a run that did not begin with --from=SOURCE"),
         (["--from=SOURCE", "--workdir=SOURCE", "--fresh"], "is the run directory itself"),
-        (["--from=NAN"], "holds finite numbers in no checkpoint"),
-        (["--from=CUT"], "CUT/checkpoints: a checkpoint is damaged and cannot be read"),
+        (["--from=NAN"], "NAN/checkpoints/3: a damaged checkpoint (not finite)"),
+        (["--from=CUT"], "CUT/checkpoints: no checkpoint is whole and finite (2: opt_state/_METADATA: cut off, and 3"),
     ],
 )
 @pytest.mark.parametrize("dry", [True, False])
