@@ -138,7 +138,7 @@ class Island:
             format=records.FORMAT, round=0, by=self.name, merged=(), coefficients=(), left_out=FrozenDict(),
             notes=FrozenDict(), history=FrozenDict(), outer=outer.sha256(first.params),
             routers=self._write_blob(state), snapshot=self._write_snapshot(first, state), rows=(0,) * count,
-            members=FrozenDict(streams.lease(names, {}, count)), tokens=0,
+            members=FrozenDict(streams.lease(names, {}, count)), tokens=0, tokens_of=FrozenDict(),
         )  # fmt: skip
         self.store.create(records.path_of_commit(0), records.to_bytes(commit))
         return True
@@ -375,7 +375,7 @@ class Island:
             notes=FrozenDict(merged.notes), history=FrozenDict(merged.history), outer=outer.sha256(state.params),
             routers=self._write_blob(routers), snapshot=self._write_snapshot(state, routers) if whole else "",
             rows=rows, members=FrozenDict(self._next_members(round)),
-            tokens=before.tokens + sum(c.tokens for c in found),
+            tokens=before.tokens + sum(c.tokens for c in found), tokens_of=FrozenDict(_tokens(before, found)),
         )  # fmt: skip
         return records.to_bytes(commit), Held(commit, state, routers)
 
@@ -520,6 +520,14 @@ def _flat(path: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {path: list(value) if isinstance(value, tuple) else value}
     return {name: inner for key in value for name, inner in _flat(f"{path}.{key}", value[key]).items()}
+
+
+def _tokens(before: Commit, found: Sequence[Contribution]) -> dict[str, int]:
+    """Of each island, when these contributions are merged too."""
+    tokens = dict(before.tokens_of)
+    for contribution in found:
+        tokens[contribution.island] = tokens.get(contribution.island, 0) + contribution.tokens
+    return tokens
 
 
 def _prefixed(prefix: str, arrays: Arrays) -> dict[str, np.ndarray]:
