@@ -6,71 +6,18 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
+from party import SECTION, Party
 from runs import command
 
 from frugalmoe.cli import main
-from frugalmoe.islands import merges, records, status
-from frugalmoe.islands.island import Island, Rules
-from frugalmoe.islands.records import Agreement, Presence
+from frugalmoe.islands import records, status
+from frugalmoe.islands.records import Presence
 from frugalmoe.islands.store import Store, open_store
-from frugalmoe.islands.tensors import Tensor
-from frugalmoe.schema import FrozenDict, Islands
 
-SECTION = Islands(round_steps=2, streams=8, lapse_seconds=3.0, wait_for=2)
-RULES = Rules(
-    section=SECTION,
-    steps=60,
-    tensors=(Tensor("w", 3, "matrix", "w", (3,)),),
-    fragments=(("w",),),
-    merge=merges.get("mean"),
-    merge_routers=lambda states, weights: {k: np.mean([s[k] for s in states], 0, np.float32) for k in states[0]},
-)
-AGREEMENT = Agreement(
-    format=1, model=FrozenDict(), data="d", tokenizer="t", seed=0, steps=60,
-    islands=FrozenDict({"round_steps": 2, "merge": "mean", "bits": 32, "lapse_seconds": 3.0}),
-)  # fmt: skip
-ABOUT = {"device": "toaster", "devices": 2, "python": "3.12.1", "jax": "0.12.0", "compute_dtype": "bfloat16"}
 COLORED = "\x1b[31mred\x1b[0m\n\u202e"  # what a terminal would obey
-
-
-class Party:
-    """Islands in this process, under a clock that is turned by hand."""
-
-    def __init__(self, url: str, names: str, about: Mapping = ABOUT):
-        self.time, self.about, self.store = 0.0, about, open_store(url)
-        self.islands = {name: Island(self.store, name, f"run-{name}", RULES, lambda: self.time) for name in names}
-        next(iter(self.islands.values())).agree(AGREEMENT)
-        for _ in range(2):  # a second sign of life says that they move
-            self.announce("joining")
-            [island._announced() for island in self.islands.values()]
-        value = {"w": np.zeros(3, np.float32)}
-        for island in self.islands.values():
-            assert island.begin(lambda: value, dict)
-            island.catch_up()
-
-    def announce(self, said: str, *names: str) -> None:
-        for name in names or self.islands:
-            self.islands[name].announce(said, 0, 1234.5, self.about)
-
-    def round(self, *, broken: str = "", absent: str = "") -> None:
-        """All contribute but who is absent; what somebody broken says it read cannot be."""
-        there = [island for name, island in self.islands.items() if name not in absent]
-        for island in there:
-            leased = island.held.commit.members[island.name]
-            rows = [island.held.commit.rows[s] * SECTION.streams + s for s in leased]
-            numbers = [n + 800 for n in rows] if island.name in broken else rows
-            island.contribute({"w": np.ones(3, np.float32)}, {}, {}, numbers, 10 * len(rows), 2, 1.0)
-        self.announce("waiting", *(island.name for island in there))
-        [island.poll(island.held.round + 1) for island in there]
-        self.time += SECTION.lapse_seconds
-        for island in there:
-            island.take(island.poll(island.held.round + 1))
-        self.announce("training", *(island.name for island in there))
 
 
 @pytest.fixture
