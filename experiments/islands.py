@@ -1,7 +1,7 @@
 """What does training apart cost: how often must islands meet, how many may they be, and how should they merge?
 
 Command:   frugalmoe ablate experiments/islands.py --jobs=2
-Cost:      48 runs of 0.41 M tokens, islands under a virtual clock in one process.
+Cost:      51 runs of 0.41 M tokens, islands under a virtual clock in one process.
 
 All arms read the same tokens in the same number of steps: M islands share the batch of a step. `m4_h50` are four
 islands that meet each 50 steps. The merge rules, outer steps and bits are tried with eight islands that meet each 50.
