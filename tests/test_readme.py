@@ -1,7 +1,7 @@
 """Every command and every file of the README, run in a copy of the repository as a newcomer would.
 
 What is changed: configs run in laptop mode, a study trains two arms for a few steps, `make test` lists instead of
-running, and `make bench` takes small models.
+running, `make bench` takes small models, and islands, which are for several terminals, begin together.
 """
 
 import os
@@ -18,7 +18,9 @@ pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
-COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+LINES = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+ISLANDS = [line for line in LINES if "--islands=" in line]
+COMMANDS = [line for line in LINES if line not in ISLANDS[1:]]
 SMALL_STUDY = "--seeds=0,1 --config.train.steps=4 --config.optim.warmup_steps=1 --config.train.eval_every=0"
 LIST_TESTS = "--collect-only -q tests/test_configs.py"
 
@@ -43,6 +45,9 @@ def house(tmp_path_factory) -> Path:
 
 
 def small(command: str) -> str:
+    if command in ISLANDS:
+        begun = [line.replace("--islands=", "--config.islands.wait_for=2 --islands=") for line in ISLANDS]
+        return f"{begun[0]} & {begun[1]} && wait $!"
     command = re.sub(r"(--config=configs/\w+\.py)\b(?!:)", r"\1:laptop", command).replace(
         "runs/quickstart", "runs/quickstart-laptop"
     )
@@ -68,6 +73,17 @@ def test_command(command, house):
         ["bash", "-c", small(command)], cwd=house, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, f"{small(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_two_terminals_train_one_model(house):
+    """What they ended with, after the commands."""
+    from frugalmoe.islands import status
+    from frugalmoe.islands.store import open_store
+
+    found = status.look(open_store(str(house / re.search(r"--islands=(\S+)", ISLANDS[0])[1]), write=False))
+    assert len(ISLANDS) == 2 and [row.status for row in found.islands] == ["complete"] * 2
+    assert {row.outer_sha256 for row in found.islands} == {found.outer_sha256}
+    assert [row.tokens for row in found.islands] == [found.tokens / 2] * 2 and found.round == found.rounds == 10
 
 
 def test_links_and_pictures_exist():

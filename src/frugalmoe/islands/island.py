@@ -88,7 +88,8 @@ class Island:
         self._announcing = threading.Lock()
         self._watch = _Watch(clock, rules.section.lapse_seconds)
         self._enough_since: tuple[int, float] | None = None  # round, time
-        self._next: tuple[bytes, Held] | None = None  # what this island would commit
+        self._next: Held | None = None  # what this island would commit
+        self._own = "", b""  # its last contribution, which it need not read: sha256, blob
 
     # What it says of itself.
 
@@ -138,7 +139,7 @@ class Island:
             format=records.FORMAT, round=0, by=self.name, merged=(), coefficients=(), left_out=FrozenDict(),
             notes=FrozenDict(), history=FrozenDict(), outer=outer.sha256(first.params),
             routers=self._write_blob(state), snapshot=self._write_snapshot(first, state), rows=(0,) * count,
-            members=FrozenDict(streams.lease(names, {}, count)), tokens=0,
+            members=FrozenDict(streams.lease(names, {}, count)), tokens=0, tokens_of=FrozenDict(),
         )  # fmt: skip
         self.store.create(records.path_of_commit(0), records.to_bytes(commit))
         return True
@@ -205,6 +206,7 @@ class Island:
         )  # fmt: skip
         self.bytes_written += len(data)
         self.store.write(records.path_of_blob(made.blob), data)
+        self._own = made.blob, data
         key = records.path_of_contribution(round, self.name)
         if not self.store.create(key, records.to_bytes(made)):
             made = self._record(Contribution, key) or made
@@ -222,8 +224,8 @@ class Island:
         assert self.held is not None and round == self.held.round + 1
         commit = self.commit(round)
         if commit is None and self._is_due(round):
-            data, _ = self._next = self._proposal(round)
-            self.store.create(records.path_of_commit(round), data)
+            self._next = self._proposal(round)
+            self.store.create(records.path_of_commit(round), records.to_bytes(self._next.commit))
             commit = self.commit(round)
             if commit is not None and commit.by == self.name:
                 self._clean(commit)
@@ -232,10 +234,9 @@ class Island:
     def take(self, commit: Commit) -> Held:
         """Returns the outer state after the round that follows the one held."""
         assert self.held is not None and commit.round == self.held.round + 1
-        mine = self._next
-        same = mine is not None and mine[0] == records.to_bytes(commit)
-        self.held = mine[1] if same else self._after(self.held, commit)
-        self._next = None
+        mine, self._next = self._next, None
+        same = mine is not None and _gives(mine.commit) == _gives(commit)
+        self.held = mine._replace(commit=commit) if same else self._after(self.held, commit)
         return self.held
 
     # The directory.
@@ -272,11 +273,11 @@ class Island:
         return sha256
 
     def _read_blob(self, sha256: str) -> dict[str, np.ndarray]:
-        key = records.path_of_blob(sha256)
-        data = self.store.read(key)
+        key, own = records.path_of_blob(sha256), sha256 == self._own[0]
+        data = self._own[1] if own else self.store.read(key)
         if data is None:
             raise Damaged(f"{key}: is not there")
-        self.bytes_read += len(data)
+        self.bytes_read += 0 if own else len(data)
         try:
             return blobs.from_bytes(data, sha256)
         except blobs.BadBlob as e:
@@ -339,8 +340,8 @@ class Island:
         keys = [key for key in self.store.list(prefix) if key.endswith(".json")]
         return {key.removeprefix(prefix).removesuffix(".json"): key for key in keys}
 
-    def _proposal(self, round: int) -> tuple[bytes, Held]:
-        """The record that this island would make of a round, and the outer state after it."""
+    def _proposal(self, round: int) -> Held:
+        """The outer state after a round, with the record that this island would make of it."""
         self._check(self.held.outer, self.held.commit)  # memory is not believed either
         before, names = self.held.commit, self.rules.names(round)
         offers, left_out, rows = self._offers(round)
@@ -375,9 +376,9 @@ class Island:
             notes=FrozenDict(merged.notes), history=FrozenDict(merged.history), outer=outer.sha256(state.params),
             routers=self._write_blob(routers), snapshot=self._write_snapshot(state, routers) if whole else "",
             rows=rows, members=FrozenDict(self._next_members(round)),
-            tokens=before.tokens + sum(c.tokens for c in found),
+            tokens=before.tokens + sum(c.tokens for c in found), tokens_of=FrozenDict(_tokens(before, found)),
         )  # fmt: skip
-        return records.to_bytes(commit), Held(commit, state, routers)
+        return Held(commit, state, routers)
 
     def _step(self, state: Outer, deltas: list[Arrays], coefficients: np.ndarray, names: Sequence[str]) -> Outer:
         """The outer step; a round that merged nothing changes nothing."""
@@ -527,6 +528,19 @@ def _flat(path: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {path: list(value) if isinstance(value, tuple) else value}
     return {name: inner for key in value for name, inner in _flat(f"{path}.{key}", value[key]).items()}
+
+
+def _gives(commit: Commit) -> tuple[Any, ...]:
+    """What the outer state after a round follows from."""
+    return commit.merged, commit.coefficients, commit.outer, commit.routers
+
+
+def _tokens(before: Commit, found: Sequence[Contribution]) -> dict[str, int]:
+    """Of each island, when these contributions are merged too."""
+    tokens = dict(before.tokens_of)
+    for contribution in found:
+        tokens[contribution.island] = tokens.get(contribution.island, 0) + contribution.tokens
+    return tokens
 
 
 def _prefixed(prefix: str, arrays: Arrays) -> dict[str, np.ndarray]:

@@ -92,6 +92,7 @@ class Commit:
     rows: tuple[int, ...]  # of each stream: the first row that nobody has read
     members: Mapping[str, tuple[int, ...]]  # island -> the streams that it reads in the next round
     tokens: int  # that are in the outer parameters, of all rounds
+    tokens_of: Mapping[str, int]  # of each island
 
 
 def path_of_commit(round: int) -> str:

@@ -1,6 +1,7 @@
 """A run that is an island: `drive` trains it in rounds, where `train.loop.train_runs` would train it alone."""
 
 import json
+import platform
 import secrets
 import threading
 import time
@@ -153,6 +154,7 @@ def about(config: Config) -> dict[str, Any]:
         "device": device.device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
+        "python": platform.python_version(),
         "jax": jax.__version__,
         "compute_dtype": config.model.compute_dtype,
     }
