@@ -195,6 +195,7 @@ def test_every_rule_says_what_it_is(merge):
         ("tokens", {"per_step": 1}, "islands.merge_options.per_step=1: expected bool"),
         ("edit", {"alpha": 1.0}, "islands.merge_options.alpha=1.0: must be in (0, 1)"),
         ("edit", {"absurd": 0.5}, "islands.merge_options.absurd=0.5: must be at least 1"),
+        ("edit", {"step_ratio": 1.5}, "islands.merge_options.step_ratio=1.5: must be in [0, 1]"),
         ("edit", {"warmup": -1}, "islands.merge_options.warmup=-1: must not be negative"),
         *(
             ("edit", {n: 0.0}, f"{n}=0.0: must be positive")
@@ -348,6 +349,17 @@ def test_edits_temperature_divides_norms():
     got = merges.get("edit").merge(offered(deltas), options={"temperature": 2.0, "clip": 1e9}).coefficients_MQ[:, 3]
     n = np.linalg.norm([np.linalg.norm(delta[name]) for name in NAMES[2:4]])
     assert got[1] / got[0] == pytest.approx(np.exp(-n / 2), rel=1e-5)
+
+
+def test_edit_may_weigh_by_steps_too():
+    """(1 - r) softmax(-n) + r steps / (sum of steps), over those that are kept."""
+    deltas = drawn(3)
+    deltas[1] = times(1e4, deltas[1])
+    given = offered(deltas, steps=[30, 1, 10])
+    merged = lambda ratio: merges.get("edit").merge(given, options={"step_ratio": ratio, "clip": 1e9}).coefficients_MQ
+    soft, half, whole = (merged(ratio)[[0, 2]] for ratio in (0, 0.5, 1))
+    np.testing.assert_allclose(whole, np.repeat([[0.75], [0.25]], len(TENSORS), 1), rtol=1e-6)
+    np.testing.assert_allclose(half, (soft + whole) / 2, rtol=1e-6)
 
 
 # ---------------------------------------------------------------- what is bad is left out by edit

@@ -156,7 +156,7 @@ def _check_declaration(study: Study) -> None:
     for field in study.varies:
         if field.partition(".")[0] in SHARED:
             rule = "arms share data, batches, steps and seeds"
-            raise UserError(f"{study.name}: varies={field!r}: {rule}; only model and optim may vary")
+            raise UserError(f"{study.name}: varies={field!r}: {rule}; only model, optim and islands may vary")
 
 
 def check_seeds(path: str, seeds: Sequence[int]) -> None:

@@ -106,7 +106,7 @@ class Rounds:
         self.counters: tuple[int, ...] = ()
         self.plan: list[int] = []  # rows of the round that is trained
         self.timing = Timing()
-        self._began = self._last_beat = island.clock()
+        self._began = self._last_beat = self.touched = island.clock()  # touched: something moved
         self._broken = 0  # times in a row that something was not finite
 
     # The way.
@@ -164,7 +164,11 @@ class Rounds:
     def _train(self, round: int, steps: int) -> Iterator[float]:
         """Trains up to so many steps of a round, or until its time is over."""
         limit, began, first = self.section.round_seconds, self.clock(), self.local.step
-        enough = lambda: bool(limit) and self.clock() - self._began >= limit and self.local.step > self.begin_of(round)
+
+        def enough() -> bool:
+            self.touched = self.clock()
+            return bool(limit) and self.clock() - self._began >= limit and self.local.step > self.begin_of(round)
+
         self.status = "training"
         try:
             for _ in self.local.train(self._end_of(round, steps), enough):
@@ -405,6 +409,7 @@ class Rounds:
 
     def _beat(self) -> Iterator[float]:
         """Shows a sign of life when the last one is some time ago."""
+        self.touched = self.clock()
         if self.clock() - self._last_beat >= self.section.lapse_seconds / 6:
             yield from self._safely(lambda: self._show(self.status))
 

@@ -17,10 +17,10 @@ from frugalmoe import sharding
 from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
 from frugalmoe.files import check_name, read_json, write_atomically, write_json
-from frugalmoe.islands import blobs, merges, routers, tensors
+from frugalmoe.islands import blobs, merges, processes, routers, tensors
 from frugalmoe.islands.island import Island, Rules, check_agreement
 from frugalmoe.islands.records import FORMAT, Agreement
-from frugalmoe.islands.rounds import Found, Rounds
+from frugalmoe.islands.rounds import Found, Local, Rounds
 from frugalmoe.islands.store import Store, StoreError, open_store
 from frugalmoe.schema import Config
 from frugalmoe.train import distributed, rundir
@@ -100,29 +100,44 @@ def drive(
         for note in run.notes:
             shown.say(note)
         steps = Steps([run], lambda: held.enter_context(distributed.stop_requests()), shown)
-        local = RunLocal(run, steps)
+        local, timed = RunLocal(run, steps), bool(config.islands.round_seconds)
+        if not distributed.is_main():
+            stopped = processes.follow(local, timed)
+        elif jax.process_count() > 1:
+            leader = processes.Leader(local, timed)
+            stopped = _lead(run, steps, leader, leader.idle, store, name, shown)
+            leader.end(stopped)
+        else:
+            stopped = _lead(run, steps, local, lambda: None, store, name, shown)
+        if stopped:  # what can go on is saved: the state at the end of a round
+            run.manager.wait_until_finished()
+            return [{"status": "stopped", "step": run.step, "steps": config.train.steps}]
+        steps.program.check_compiled_once()
+        shown.say("evaluating on held-out documents")
+        return [run.finish(False, time.perf_counter() - began, sample)]
+
+
+def _lead(run: Run, steps: Steps, local: Local, idle: Callable[[], None], store: Store, name: str, shown: Any) -> bool:
+    """Goes through the rounds; returns whether a stop was requested. `idle` is called while there is nothing to do."""
+    began, config = time.perf_counter(), run.config
+    with ExitStack() as held:
         identity = _identity(run.workdir, name, store)
         island = Island(store, name, identity["run"], rules_of(config), time.monotonic)
         island.agree(agreement_of(config, run.data.fingerprint, run.data.tokenizer.fingerprint))
-        events = held.enter_context(_log(run, "events.jsonl"))
-        rows = held.enter_context(_log(run, "rounds.jsonl"))
+        events, rows = (held.enter_context(_log(run, file)) for file in ("events.jsonl", "rounds.jsonl"))
 
         def tell(kind: str, what: str) -> None:
             shown.say(f"island {name}: {kind.replace('_', ' ')}: {what}")
             events({"step": run.step, "kind": kind, "what": what, "seconds": round(time.perf_counter() - began, 3)})
 
         rounds = Rounds(island, local, RunMemory(run.workdir), tell, rows, about(config), _PAUSE)
-        held.enter_context(_signs_of_life(rounds, local))
+        held.enter_context(_signs_of_life(rounds))
         for pause in rounds.go():
             if pause:
+                idle()
                 with steps.paused():
                     time.sleep(pause)
-        if rounds.stopped:  # what can go on is saved: the state at the end of a round
-            run.manager.wait_until_finished()
-            return [{"status": "stopped", "step": run.step, "steps": config.train.steps}]
-        steps.program.check_compiled_once()
-        shown.say("evaluating on held-out documents")
-        return [run.finish(False, time.perf_counter() - began, sample)]
+        return rounds.stopped
 
 
 def about(config: Config) -> dict[str, Any]:
@@ -145,7 +160,6 @@ class RunLocal:
     def __init__(self, run: Run, steps: Steps):
         self.run, self._steps = run, steps
         self.rows_per_step, self.tokens_per_row = run.config.train.batch_size, run.config.data.sequence_length
-        self.touched = time.monotonic()
 
     @property
     def step(self) -> int:
@@ -176,15 +190,10 @@ class RunLocal:
         self.run.batches = self.run.data.batches_of([row.tolist() for row in rows])
 
     def train(self, end: int, enough: Callable[[], bool]) -> Iterator[None]:
-        def look() -> bool:
-            self.touched = time.monotonic()
-            return enough()
-
-        self._steps.until(end, look)
+        self._steps.until(end, enough)
         return iter(())
 
     def stop_requested(self) -> bool:
-        self.touched = time.monotonic()
         return self._steps.stop_requested()
 
     def save(self) -> None:
@@ -284,13 +293,14 @@ def _log(run: Run, name: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 
 @contextmanager
-def _signs_of_life(rounds: Rounds, local: RunLocal) -> Iterator[None]:
+def _signs_of_life(rounds: Rounds) -> Iterator[None]:
     """Shows that the island lives while it trains, compiles or evaluates, unless nothing moves for very long."""
     lapse, done = rounds.section.lapse_seconds, threading.Event()
 
     def show() -> None:
         while not done.wait(lapse / 6):
-            if time.monotonic() - local.touched < _PATIENCE * lapse and rounds.status in ("training", "waiting"):
+            moves = time.monotonic() - rounds.touched < _PATIENCE * lapse
+            if moves and rounds.status in ("training", "waiting"):
                 with suppress(StoreError):  # the next one may come through; the island itself tells
                     rounds.show_again()
 

@@ -195,7 +195,7 @@ def drive(runs: Sequence[Run], progress: Callable[[Config, int], Any], sample: A
     (run,) = runs
     began, config = time.perf_counter(), run.config
     store = open_store(f"memory://virtual-{secrets.token_hex(8)}")
-    rules, seconds = rules_of(config), speeds(config)
+    rules, seconds = _all_at_once(rules_of(config)), speeds(config)
     with ExitStack() as held:
         shown = held.enter_context(progress(config, 0))
         stop = held.enter_context(distributed.stop_requests())
@@ -222,11 +222,18 @@ def drive(runs: Sequence[Run], progress: Callable[[Config, int], Any], sample: A
         return [run.finish(False, time.perf_counter() - began, sample, {"islands": described})]
 
 
+def _all_at_once(rules: Rules) -> Rules:
+    """All islands are there in the first round."""
+    section = rules.section
+    return dataclasses.replace(rules, section=dataclasses.replace(section, wait_for=section.virtual))
+
+
 def _described(members: Sequence[Member]) -> dict[str, Any]:
     """What a study wants to know of the rounds: virtual seconds, and what each island spent them on."""
     trained = [sum(row["seconds/trained"] for row in member.rows) for member in members]
     return {
         "count": len(members),
+        "outer_sha256": members[0].rows[-1]["outer_sha256"] if members[0].rows else "",
         "seconds": max(member.now for member in members),
         "share_trained": [t / member.now if member.now else 0.0 for t, member in zip(trained, members)],
         "left_out": sum(not row["merged"] for member in members for row in member.rows),

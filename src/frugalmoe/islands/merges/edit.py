@@ -4,16 +4,16 @@
    d = n - mean; mean += alpha d; m2 = (1 - alpha) (m2 + alpha d d'), with d' = n - mean after its change; both begin
    at 0. It is left out where z = (n - mean) / sqrt(m2) is above 3 max(1, deviation of the recent z). Small norms never
    are. Norms of what is left out do not go into the history.
-2. Average, with weights softmax(-n / T).
+2. Average, with weights softmax(-n / T); or, as A-EDiT may, (1 - r) softmax(-n / T) + r steps / (sum of steps).
 3. Clip: the average times min(1, clip / (|average| + 1e-6)).
 
 Where the released code has each worker test its own norm while it trains, here one committer tests all of a round
 against the history before the round, whose moments hold the norms of all islands in the order of their names. Three
 deviations are passed by honest norms too, by about one of a thousand where they are normal: that layer of that island
 does not count in that round. And softmax(-n) is for islands that are alike: one that makes more steps has a longer n
-and a smaller weight, and among many slow ones it is an outlier. For unlike speeds there is `temperature`, and `tokens`.
+and a smaller weight, and among many slow ones it is an outlier: `step_ratio`, r above, is for unlike speeds.
 
-What is ours, since EDiT's islands start together, are equally fast and report every step, and these do none of that:
+What is ours, since these islands meet rarely, join late, and may be wrong in more ways than one:
 
 - In the first rounds, in which the history decides nothing (EDiT: 120 updates), and whenever it holds few norms, what
   is above 10 times the median of the round is left out, as a norm and also as a norm per step: an island that made few
@@ -46,6 +46,7 @@ class Edit(Options):
     warmup: int = 30  # rounds of a layer before its history decides; with four islands the 120 norms of EDiT
     absurd: float = 10.0  # times the median of a round, before that
     temperature: float = 1.0  # T of softmax(-norm / T)
+    step_ratio: float = 0.0  # r, from 0 to 1; 0.5 where islands make unlike numbers of steps (A-EDiT)
     clip: float = 10.0  # largest norm of a layer's average
     direction: bool = True  # leave out what points against the others, or nowhere
     margin: float = 0.05  # cosines that are smaller say nothing; see `_astray`
@@ -55,6 +56,8 @@ class Edit(Options):
 def _check(o: Edit) -> str | None:
     if not 0 < o.alpha < 1:
         return f"alpha={o.alpha!r}: must be in (0, 1)"
+    if not 0 <= o.step_ratio <= 1:
+        return f"step_ratio={o.step_ratio!r}: must be in [0, 1]"
     if o.absurd < 1:
         return f"absurd={o.absurd!r}: must be at least 1"
     if o.warmup < 0:
@@ -147,7 +150,10 @@ def _average(offered: Offered, gram_MM: np.ndarray, usual_M: np.ndarray, options
         return np.zeros(len(usual_M))
     norm_M = norms(gram_MM)
     soft_M = np.exp(-(norm_M - norm_M[usual_M].min()) / options.temperature, where=usual_M, out=np.zeros(len(usual_M)))
-    weight_M = weights(offered, options, soft_M)
+    steps_M = np.where(usual_M, np.maximum(offered.steps_M, 0), 0)
+    ratio = options.step_ratio if steps_M.any() else 0.0
+    mixed_M = (1 - ratio) * soft_M / soft_M.sum() + ratio * steps_M / max(steps_M.sum(), 1)
+    weight_M = weights(offered, options, mixed_M)
     length = np.sqrt(max(weight_M @ gram_MM @ weight_M, 0.0))
     return weight_M * min(1.0, options.clip / (length + 1e-6))
 
@@ -202,14 +208,12 @@ def _astray(offered: Offered, gram_MM: np.ndarray, options: Edit) -> dict[str, s
         others = [j for j in range(len(present)) if j != i]
         agree = statistics.median(cosine_MM[j, k] for j in others for k in others if j < k)
         own = statistics.median(cosine_MM[i, j] for j in others)
-        if agree > margin and own < -max(margin, agree / 2):
-            where = "against the others"
-        elif agree > max(options.agreement, margin) and own < noise:
-            where = "nowhere"
-        else:
-            continue
-        cosines = f"their cosine with each other is {agree:.2f}, its own with them {own:.2f}"
-        found[offered.islands[m]] = f"it points {where}: {cosines}"
+        against = agree > margin and own < -max(margin, agree / 2)
+        nowhere = agree > max(options.agreement, margin) and own < noise
+        if against or nowhere:
+            where = "against the others" if own < -margin else "nowhere"
+            cosines = f"their cosine with each other is {agree:.2f}, its own with them {own:.2f}"
+            found[offered.islands[m]] = f"it points {where}: {cosines}"
     return found
 
 
