@@ -68,6 +68,9 @@ class Memory(Protocol):
 
     def read(self, step: int) -> Found | None: ...
 
+    def first(self) -> int | None:
+        """The first round that is remembered."""
+
     def keep_residual(self, round: int, residual: Arrays) -> None: ...
 
     def residual(self, round: int) -> dict[str, np.ndarray]:
@@ -260,19 +263,20 @@ class Rounds:
                 self.counters, self.plan = commit.rows, []
 
     def _advance(self) -> Iterator[float]:
-        """Takes the rounds that were decided without this island; returns how many."""
+        """Takes the rounds that were decided without this island; returns how many. One that merged what it handed in
+        before it was killed is trained again instead, from where it was: so its optimizer comes to the same state.
+        """
         count = 0
         following = lambda: self.island.commit(self.island.held.round + 1)
-        while (commit := (yield from self._safely(following))) is not None:
+        while (commit := (yield from self._safely(following))) is not None and not self._mine(commit):
             yield from self._take(commit)
             count += 1
         return count
 
     def _mine(self, commit: Commit) -> bool:
         """Whether a round merged this island's contribution."""
-        return any(
-            (c.island, c.run, c.round) == (self.pending.island, self.pending.run, commit.round) for c in commit.merged
-        )
+        own = self.island.name, self.island.run, commit.round
+        return any((c.island, c.run, c.round) == own for c in commit.merged)
 
     def _why(self, commit: Commit) -> str:
         return commit.left_out.get(self.island.name, "it came too late")
@@ -339,12 +343,14 @@ class Rounds:
         found = self.memory.read(self.local.step)
         if found is not None and (yield from self._resume(found)):
             return
-        yield from self._catch_up()
+        # Killed before any state of it was on the disk, it trains its first round again.
+        first = self.memory.first() if self.local.step == 0 else None
+        yield from self._catch_up(None if first is None else first - 1)
         yield from self._become_member()
 
-    def _catch_up(self) -> Iterator[float]:
+    def _catch_up(self, round: int | None) -> Iterator[float]:
         try:
-            yield from self._safely(self.island.catch_up)
+            yield from self._safely(lambda: self.island.catch_up(round))
         except (Mismatch, Damaged) as error:
             self.tell("damaged", str(error))
             yield from self._again()

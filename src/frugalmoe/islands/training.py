@@ -255,6 +255,9 @@ class RunMemory:
         rows = [row for row in read_json(self._record)["rounds"] if row["step"] == step]
         return Found(**rows[-1] | {"numbers": tuple(rows[-1]["numbers"])}) if rows else None
 
+    def first(self) -> int | None:
+        return min((row["round"] for row in read_json(self._record)["rounds"]), default=None)
+
     def keep_residual(self, round: int, residual: Mapping[str, np.ndarray]) -> None:
         if not residual:
             return

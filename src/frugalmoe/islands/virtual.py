@@ -42,6 +42,9 @@ class Held:
     def read(self, step: int) -> Found | None:
         return self._found.get(step)
 
+    def first(self) -> int | None:
+        return min((found.round for found in self._found.values()), default=None)
+
     def keep_residual(self, round: int, residual: Mapping[str, np.ndarray]) -> None:
         self._residuals[round] = dict(residual)
 
