@@ -14,9 +14,10 @@ import numpy as np
 
 from frugalmoe.errors import UserError
 from frugalmoe.islands import streams
-from frugalmoe.islands.island import Island, Mismatch
+from frugalmoe.islands.island import Island, Mismatch, Work
 from frugalmoe.islands.records import Commit, Contribution, Damaged
 from frugalmoe.islands.store import StoreError
+from frugalmoe.schema import FrozenDict
 
 Arrays = Mapping[str, np.ndarray]
 _MOST_NOT_FINITE = 3  # times in a row, after which the run ends
@@ -95,8 +96,19 @@ class Rounds:
     """One island's way through the rounds of a directory."""
 
     def __init__(
-        self, island: Island, local: Local, memory: Memory, tell: Tell, row: Row, about: Mapping[str, Any], pause: float
-    ):
+        self,
+        island: Island,
+        local: Local,
+        memory: Memory,
+        *,
+        tell: Tell,
+        row: Row,
+        about: Mapping[str, Any] = FrozenDict(),
+        pause: float,
+    ) -> None:
+        """tell: hears of events; row: logs a round; about: what the island says of itself; pause: seconds between two
+        looks at the directory.
+        """
         self.island, self.local, self.memory, self.tell, self.row, self.about = island, local, memory, tell, row, about
         self.rules, self.section, self.clock, self.pause = island.rules, island.rules.section, island.clock, pause
         self.pending: Contribution | None = None
@@ -213,9 +225,8 @@ class Rounds:
         steps, count = found.step - self.begin_of(found.round), len(found.numbers)
         local, routers, before = self.local.tensors(), self.local.routers(), self.memory.residual(found.round)
         tokens, written = count * self.local.tokens_per_row, self.island.bytes_written
-        hand_in = lambda: self.island.contribute(
-            local, routers, before, found.numbers, tokens, steps, found.seconds, found.leaving
-        )
+        work = Work(found.numbers, tokens, steps, found.seconds, found.leaving)
+        hand_in = lambda: self.island.contribute(local, routers, before, work)
         self.pending, residual = yield from self._safely(hand_in)
         self.memory.keep_residual(found.round, residual)
         self.timing.bytes_written += self.island.bytes_written - written

@@ -106,10 +106,10 @@ def drive(
             stopped = processes.follow(local, timed)
         elif jax.process_count() > 1:
             leader = processes.Leader(local, timed)
-            stopped = _lead(run, steps, leader, leader.idle, store, name, shown)
+            stopped = _lead(steps, leader, store, name, shown=shown, idle=leader.idle)
             leader.end(stopped)
         else:
-            stopped = _lead(run, steps, local, lambda: None, store, name, shown)
+            stopped = _lead(steps, local, store, name, shown=shown, idle=lambda: None)
         if stopped:  # what can go on is saved: the state at the end of a round
             run.manager.wait_until_finished()
             return [{"status": "stopped", "step": run.step, "steps": config.train.steps}]
@@ -121,8 +121,9 @@ def drive(
         return [run.finish(False, time.perf_counter() - began, sample)]
 
 
-def _lead(run: Run, steps: Steps, local: Local, idle: Callable[[], None], store: Store, name: str, shown: Any) -> bool:
+def _lead(steps: Steps, local: Local, store: Store, name: str, *, shown: Any, idle: Callable[[], None]) -> bool:
     """Goes through the rounds; returns whether a stop was requested. `idle` is called while there is nothing to do."""
+    (run,) = steps.runs
     began, config = time.perf_counter(), run.config
     with ExitStack() as held:
         identity = _identity(run.workdir, name, store)
@@ -134,7 +135,7 @@ def _lead(run: Run, steps: Steps, local: Local, idle: Callable[[], None], store:
             shown.say(f"island {name}: {kind.replace('_', ' ')}: {what}")
             events({"step": run.step, "kind": kind, "what": what, "seconds": round(time.perf_counter() - began, 3)})
 
-        rounds = Rounds(island, local, RunMemory(run.workdir), tell, rows, about(config), _PAUSE)
+        rounds = Rounds(island, local, RunMemory(run.workdir), tell=tell, row=rows, about=about(config), pause=_PAUSE)
         held.enter_context(_signs_of_life(rounds))
         try:
             for pause in rounds.go():

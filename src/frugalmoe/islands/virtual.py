@@ -74,7 +74,7 @@ class Member:
         self.local.restore()
         island = Island(self.store, self.name, self.run, self.rules, lambda: self.now)
         tell = lambda kind, what: self.events.append((kind, what))
-        self.rounds = Rounds(island, self.local, self.memory, tell, self.rows.append, {}, pause)
+        self.rounds = Rounds(island, self.local, self.memory, tell=tell, row=self.rows.append, pause=pause)
         self._way = self.rounds.go()
 
     def kill(self) -> None:
