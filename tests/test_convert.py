@@ -273,6 +273,8 @@ def test_config_json_says_in_both_directions_what_a_model_is(case):
         ({"model_type": "gpt_oss", "swiglu_limit": 5.0}, "swiglu_limit=5.0: is not implemented; valid: 7.0"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type='longrope': is not implemented"),
         ({"rope_parameters": {"rope_theta": 1e4, "short_factor": [1]}}, "short_factor=[1]: no meaning is known"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5: is read by no code of this"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: is read by no code of this family; valid: 1.0"),
         ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta='big': must be a number"),
         ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type=['yarn']: is not implemented"),
         ({"model_type": "qwen3", **WINDOWED, "layer_types": [{}, [], 1]}, "layer_types={}: is not"),

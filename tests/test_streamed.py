@@ -36,10 +36,17 @@ def columns(run) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-# Dense layers first and state of routers; two kinds of attention, and the embedding as head.
-@pytest.mark.parametrize(
-    "case", ["deepseek_v3", *(pytest.param(c, marks=pytest.mark.slow) for c in ("mixtral window, tied", "gpt_oss"))]
+OTHERS = (
+    "mixtral window, tied",
+    "gpt_oss",
+    "phimoe",
+    "llama4_text every other layer, no norm, no temperature",
 )
+
+
+# Dense layers first and state of routers; the embedding as head; two kinds of attention; a bias on logits; dense layers
+# between those with experts.
+@pytest.mark.parametrize("case", ["deepseek_v3", *(pytest.param(c, marks=pytest.mark.slow) for c in OTHERS)])
 def test_a_trace_from_the_files_is_that_of_the_loaded_model(place, case, capsys):
     root = place / case.replace(" ", "_")
     theirs = save(randomized(case), root / "theirs")

@@ -22,7 +22,8 @@ TRAINING = frozenset((
     "moe.options.sharpness", "mixture_of_depths.predictor_loss", "mixture_of_depths.every",
     "multi_token_prediction.coefficient",
 ))  # fmt: skip
-_THETA, _FRACTION = "rope_theta", "rope_fraction"  # among settings: where config.json names none
+_THETA = "rope_theta"  # among settings: where config.json names none
+_FRACTION = "rope_fraction"  # likewise; of the families that read `partial_rotary_factor`, the others rotate all
 _QUANTIZED = "quantization_config"
 _ROPE_KINDS = "rope_kinds"  # among settings: the values of `rope_type` that the family reads
 _BY_KIND = "rope_by_kind"  # among settings: windows have angles of their own, which nothing stretches
@@ -37,9 +38,12 @@ def to_ours(family: Family, values: Mapping[str, Any], where: str) -> dict[str, 
         rule = "quantized weights are not read; load the model with transformers in bfloat16 and save it anew"
         raise keys.refused(f"{_QUANTIZED}.quant_method", method, rule)
     settings = dict(family.settings)
+    reads_fraction = _FRACTION in settings
     theta, fraction = settings.pop(_THETA, Model().rope_theta), settings.pop(_FRACTION, 1.0)
     by_kind, rope_kinds = settings.pop(_BY_KIND, False), settings.pop(_ROPE_KINDS, rope.KINDS)
     fields = rope.to_ours(keys, theta, fraction, by_kind, rope_kinds)
+    if not reads_fraction and (value := fields[_FRACTION]) != 1:
+        raise keys.refused("partial_rotary_factor", value, "is read by no code of this family; valid: 1.0")
     for key in family.keys:
         value = keys.require(key.theirs, key.also) if key.default is REQUIRED else keys.get(key.theirs, None, key.also)
         if value is None:

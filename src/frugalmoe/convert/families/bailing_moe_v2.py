@@ -32,7 +32,7 @@ FAMILY = Family(
         Key("topk_group", "moe.options.groups_per_token", 1),
         Key("routed_scaling_factor", "moe.options.scale", 1.0),
     ),
-    settings={"rope_theta": 600_000.0, "moe.router": "sigmoid_bias"},
+    settings={"rope_theta": 600_000.0, "rope_fraction": 1.0, "moe.router": "sigmoid_bias"},
     fixed={
         **FIXED,
         "norm_topk_prob": (True,),
