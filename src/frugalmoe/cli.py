@@ -40,7 +40,7 @@ def _run(argv: list[str]) -> int:
     args, unknown = parser.parse_known_args(flags)
     if unknown:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    args.overrides = overrides
+    args.overrides, args.argv = overrides, argv
     try:
         if overrides and not hasattr(args, "config"):
             raise UserError(f"--config.{overrides[0]}: frugalmoe {args.command} takes no config")

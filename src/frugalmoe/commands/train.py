@@ -39,6 +39,31 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", type=int, metavar="STEPS", help="trace so many steps into the run directory's profile/, for XProf"
     )
+    watched = parser.add_argument_group(
+        "supervision", "A process beside the run starts it again when it dies or makes no step any more."
+    )
+    watched.add_argument("--supervise", action="store_true", help="start the run under a supervisor")
+    watched.add_argument(
+        "--supervise.restarts",
+        dest="restarts",
+        type=int,
+        metavar="N",
+        help="in a row that come no further than those before (default: 5)",
+    )
+    watched.add_argument(
+        "--supervise.hang",
+        dest="hang",
+        type=float,
+        metavar="SECONDS",
+        help="without a step, after which it counts as stuck; compiling and evaluating take their share (default: 600)",
+    )
+    watched.add_argument(
+        "--supervise.grace",
+        dest="grace",
+        type=float,
+        metavar="SECONDS",
+        help="to save in when it is asked to stop (default: 300)",
+    )
     origin = parser.add_argument_group(
         "weights of another run, or of a published model",
         "The run begins with them; data, schedule and optimizer's state are its own. What does not fit is named.",
@@ -89,15 +114,19 @@ def run(args: argparse.Namespace) -> int:
     """Trains, prints a table and a sample, and writes the report; 75 where a signal stopped the run after saving."""
     config = load_config(args)
     workdir = args.workdir or Path("runs") / config.name
+    limits = _limits(args)
+    if args.supervise and not args.dry_run:
+        return _supervise(args, workdir, limits)
     set_up_training(config)
     import jax
 
     from frugalmoe.console import Console
     from frugalmoe.fields import to_dict
     from frugalmoe.generate import sample_text
-    from frugalmoe.train import distributed, preflight, rundir
+    from frugalmoe.train import distributed, preflight, rundir, supervise
     from frugalmoe.train.loop import train
     from frugalmoe.train.profile import profiled
+    from frugalmoe.train.progress import Progress
 
     if args.profile is not None and args.profile < 1:
         raise UserError(f"--profile={args.profile}: must be at least 1")
@@ -110,8 +139,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(ready, workdir, distributed.is_main())
     was_complete = rundir.is_complete(workdir) and not args.fresh
-    watched = {"progress": profiled(args.profile, workdir / "profile")} if args.profile else {}
-    summary = train(config, workdir, **how, sample=sample_text, **watched)
+    progress = supervise.telling(profiled(args.profile, workdir / "profile") if args.profile else Progress)
+    summary = train(config, workdir, **how, sample=sample_text, progress=progress)
     if not distributed.is_main():
         return EXIT_PREEMPTED if summary["status"] == "stopped" else 0
     if summary["status"] == "stopped":
@@ -128,6 +157,41 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"sample: {sample['prompt']}{sample['text']}" if sample["text"] else sample.get("why", empty))
     console.print(f"report: {write_report(workdir)}", soft_wrap=True)
     return 0
+
+
+def _limits(args: argparse.Namespace):
+    """The limits of supervision that the flags name. Raises `UserError` for some without --supervise."""
+    from frugalmoe.train import supervise
+
+    given = {name: getattr(args, name) for name in supervise.Limits._fields if getattr(args, name) is not None}
+    for name, value in given.items():
+        if not args.supervise:
+            raise UserError(f"--supervise.{name}={value:g}: needs --supervise")
+    limits = supervise.Limits(**given)
+    supervise.check(limits)
+    return limits
+
+
+def _supervise(args: argparse.Namespace, workdir: Path, limits) -> int:
+    """Starts the same command without the flags of supervision, and watches it. --fresh and --resume are of the first
+    start only: later ones go on.
+    """
+    from frugalmoe.train import supervise
+
+    run = [sys.executable, "-m", "frugalmoe.cli", *_without(args.argv, "--supervise")]
+    return supervise.supervise(run, [*_without(run, "--fresh", "--resume"), "--resume=auto"], workdir, limits)
+
+
+def _without(argv: list[str], *flags: str) -> list[str]:
+    """A command line without some flags, FLAG.NAME too, and without the values of those that have one."""
+    kept, arguments = [], iter(argv)
+    for argument in arguments:
+        name, equals, _ = argument.replace("_", "-").partition("=")
+        if not any(name == flag or name.startswith(f"{flag}.") for flag in flags):
+            kept.append(argument)
+        elif not equals and name not in ("--supervise", "--fresh"):
+            next(arguments, None)
+    return kept
 
 
 def _island(args: argparse.Namespace, config, workdir: Path) -> dict:

@@ -141,6 +141,7 @@ def _lead(steps: Steps, local: Local, store: Store, name: str, *, shown: Any, id
             for pause in rounds.go():
                 if pause:
                     idle()
+                    shown.idle()
                     with steps.paused():
                         time.sleep(pause)
         except Damaged as error:

@@ -48,6 +48,9 @@ class Progress:
     def say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)
 
+    def idle(self) -> None:
+        """Hears now and then that the run waits for others, as an island does."""
+
     def update(self, step: int, loss: float, tokens: float, seconds: float) -> None:
         """Shows a step that has ended. `seconds` is 0 for one without a time: the first, which compiles."""
         if seconds:

@@ -1,0 +1,191 @@
+"""`frugalmoe train --supervise`: starts a run again when it dies or no longer moves.
+
+The supervisor imports no JAX: it holds no device and little memory. The run is a process of its own, which tells each
+step through a pipe. Of several processes each has a supervisor: where one dies the others end too, and all start again.
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from frugalmoe.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
+
+PIPE = "FRUGALMOE_SUPERVISED"  # in the environment of the run: the number of the pipe's end
+EVENTS = "events.jsonl"
+LONGEST_PAUSE = 60.0  # seconds before a start; 1, 2, 4, ... up to this
+_LOOK = 0.2  # seconds between two looks at the run
+
+
+class Limits(NamedTuple):
+    """When a supervisor acts."""
+
+    restarts: int = 5  # in a row without a step that is further than any before
+    hang: float = 600.0  # seconds without a step, after which a run counts as stuck; compiling takes its share of them
+    grace: float = 300.0  # seconds in which a run that was asked to stop may save
+
+
+def check(limits: Limits) -> None:
+    """Raises `UserError` for limits that are none."""
+    for name, value in limits._asdict().items():
+        if not 0 <= value < 2**31 or (name != "restarts" and value == 0):
+            rule = "must not be negative" if name == "restarts" else "must be positive, in seconds"
+            raise UserError(f"--supervise.{name}={value:g}: {rule}")
+
+
+class _Ended(NamedTuple):
+    code: int  # as of `subprocess`: minus the number of the signal that ended it
+    step: int  # the last one that it told; -1: none
+    stuck: bool
+    seconds: float
+
+
+def supervise(command: Sequence[str], again: Sequence[str], workdir: Path, limits: Limits) -> int:
+    """Runs a command, and then `again` as often as it takes until it ends for good; returns the last exit code.
+
+    For good is an end with 0, with 2 (bad input: the same command would fail again) and with 75 (it was asked to stop
+    and saved). After any other end it is started again, with pauses that grow, until `limits.restarts` starts in a row
+    have come no further. Each start is told on stderr and in the run's `events.jsonl`.
+    """
+    check(limits)
+    best, starts = -1, 0
+    with _requests() as asked:
+        while True:
+            ended = _watched(command, limits, asked)
+            if ended.code in (0, EXIT_USER_ERROR, EXIT_PREEMPTED):
+                return ended.code
+            if asked and ended.code > 0:
+                return ended.code
+            if asked:
+                _say(f"the run did not save within {limits.grace:g} s of being asked to stop, and was killed")
+                return EXIT_PREEMPTED
+            starts = 1 if ended.step > best else starts + 1
+            best = max(best, ended.step)
+            what = _what(ended, limits)
+            if starts > limits.restarts:
+                _say(f"{what}; not started again: {limits.restarts} starts have come no further (--supervise.restarts)")
+                return 1
+            pause = min(2.0 ** (starts - 1), LONGEST_PAUSE)
+            _say(f"{what}; starting again in {pause:g} s ({starts} of {limits.restarts})")
+            _record(workdir, what, ended.seconds)
+            _wait(pause, asked)
+            if asked:
+                return EXIT_PREEMPTED
+            command = again
+
+
+def _watched(command: Sequence[str], limits: Limits, asked: list[int]) -> _Ended:
+    """Runs the command once; kills it where it is stuck, and hands on a request to stop."""
+    reader, writer = os.pipe()
+    began = moved = time.monotonic()
+    # A session of its own: Ctrl-C of the terminal comes through the supervisor, once.
+    process = subprocess.Popen(command, env=os.environ | {PIPE: str(writer)}, pass_fds=[writer], start_new_session=True)
+    os.close(writer)
+    step, stuck, told, text = -1, False, 0.0, b""
+    with open(reader, "rb", buffering=0) as pipe:
+        while process.poll() is None:
+            ready, _, _ = select.select([pipe], [], [], _LOOK)
+            if ready and (data := pipe.read(65536)):
+                moved = time.monotonic()
+                *lines, text = (text + data).split(b"\n")
+                step = max([step, *(int(line) for line in lines if line.isdigit())])
+            elif ready:  # the run has closed its end: it is about to end, or has lost it
+                time.sleep(_LOOK)
+            if asked and not told:
+                told = time.monotonic()
+                process.send_signal(asked[0])
+            stuck = time.monotonic() - moved > limits.hang
+            if stuck or (told and time.monotonic() - told > limits.grace):
+                process.kill()
+                process.wait()
+    return _Ended(process.returncode, step, stuck, time.monotonic() - began)
+
+
+@contextlib.contextmanager
+def _requests() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT."""
+    asked: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    previous = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in numbers}
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(seconds: float, asked: list[int]) -> None:
+    end = time.monotonic() + seconds
+    while not asked and (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, _LOOK))
+
+
+def _what(ended: _Ended, limits: Limits) -> str:
+    where = f"after step {ended.step}" if ended.step >= 0 else "before its first step"
+    if ended.stuck:
+        return f"the run made no step for {limits.hang:g} s {where} (--supervise.hang), and was killed"
+    if ended.code < 0:
+        with contextlib.suppress(ValueError):
+            return f"the run was ended by {signal.Signals(-ended.code).name} {where}"
+    return f"the run ended with {ended.code} {where}"
+
+
+def _say(line: str) -> None:
+    print(f"frugalmoe: {line}", file=sys.stderr, flush=True)
+
+
+def _record(workdir: Path, what: str, seconds: float) -> None:
+    """A row of the run's events, at the step from which it will go on: rows of later ones are not kept."""
+    folder = workdir / "checkpoints"
+    saved = [int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal()] if folder.is_dir() else []
+    row = {"step": max(saved, default=0), "kind": "restart", "what": what, "seconds": round(seconds, 3)}
+    if workdir.is_dir():
+        with contextlib.suppress(OSError), (workdir / EVENTS).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def telling(progress: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a `progress` for `train` that also tells a supervisor each step, where there is one.
+
+    Where the supervisor is gone the run stops as after SIGTERM: nobody would start it again.
+    """
+    if PIPE not in os.environ:
+        return progress
+    pipe = int(os.environ.pop(PIPE))  # no process that this one starts shall have it
+    os.set_inheritable(pipe, False)
+
+    def tell(step: int) -> None:
+        nonlocal pipe
+        if pipe < 0:
+            return
+        try:
+            os.write(pipe, f"{step}\n".encode())
+        except BrokenPipeError:
+            pipe = -1
+            signal.raise_signal(signal.SIGTERM)
+
+    class Telling(progress):
+        def __init__(self, config: Any, start: int):
+            super().__init__(config, start)
+            tell(start)
+
+        def update(self, step: int, *rest: float) -> None:
+            super().update(step, *rest)
+            tell(step)
+
+        def say(self, text: str) -> None:
+            super().say(text)
+            tell(0)
+
+        def idle(self) -> None:
+            super().idle()
+            tell(0)
+
+    return Telling
