@@ -38,9 +38,17 @@ from frugalmoe.train.weights import Weights, load_model, open_run_data
 
 
 def write_trace(
-    run: str | Path, *, checkpoints: str = "all", tokens: int = TOKENS, progress: bool = True
+    run: str | Path,
+    *,
+    checkpoints: str = "all",
+    step: int | None = None,
+    tokens: int = TOKENS,
+    progress: bool = True,
 ) -> list[Path]:
-    """Writes the missing files of a trace and returns their paths. Each is written whole or not at all."""
+    """Writes the missing files of a trace and returns their paths. Each is written whole or not at all.
+
+    checkpoints: all | last. step: that of the one checkpoint to trace, in their place.
+    """
     run = Path(run)
     if tokens < 1:
         raise UserError(f"--tokens={tokens}: must be positive")
@@ -52,22 +60,25 @@ def write_trace(
         steps = [0]  # of the files, a layer at a time
     elif not steps:
         raise UserError(f"{run}: holds no checkpoint yet")
+    if step not in (None, *steps):
+        raise UserError(f"{run}: no checkpoint of step {step}; valid: {steps}")
     if not (run / "data.json").is_file():
         open_run_data(run, resolve(runnable(run / RECORD)))
     made_from = fingerprints(run)
     for path in trace_files(run):
         _check_existing(path, made_from, tokens)
-    files = {step: run / FOLDER / f"step_{step:08d}.npz" for step in (steps if checkpoints == "all" else steps[-1:])}
-    missing = {step: path for step, path in files.items() if not path.is_file()}
+    chosen = [step] if step is not None else steps if checkpoints == "all" else steps[-1:]
+    files = {number: run / FOLDER / f"step_{number:08d}.npz" for number in chosen}
+    missing = {number: path for number, path in files.items() if not path.is_file()}
     if not missing:
         return []
     (run / FOLDER).mkdir(exist_ok=True)
     recorder = Recorder(run, tokens) if checkpoint.saved_steps(run) else StreamedRecorder(run, tokens, progress)
-    for step in track(missing, "tracing checkpoints", disable=not progress):
-        columns = recorder.columns(step) | {n: np.array(v) for n, v in made_from.items()}
+    for number in track(missing, "tracing checkpoints", disable=not progress):
+        columns = recorder.columns(number) | {n: np.array(v) for n, v in made_from.items()}
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **columns, step=np.array(step), tokens=np.array(tokens))
-        write_atomically(missing[step], buffer.getvalue())
+        np.savez_compressed(buffer, **columns, step=np.array(number), tokens=np.array(tokens))
+        write_atomically(missing[number], buffer.getvalue())
     return list(missing.values())
 
 
