@@ -68,8 +68,8 @@ def run_tasks(
     names: of tasks, groups and tags. path: a directory with tasks of one's own (YAML), in place of lm-eval's. shots:
     examples in front, where a task does not fix them. items: of a task, at most, its first. overrides: of the run's
     config, `data.sequence_length` (the longest text) and `data.document_start`. chat: what a task asks is a message of
-    a conversation, which the tokenizer's chat template writes, and examples are turns before it. The devices and the
-    bar are as in `evaluate`. Raises `UserError` without lm-eval, and for tasks that are not there or do something wrong.
+    a conversation, which the tokenizer's chat template writes, and examples are turns before it. devices, progress: as
+    in `evaluate`. Raises `UserError` without lm-eval, and for tasks that are not there or do something wrong.
     """
     for flag, value in (("--shots", shots), ("--items", items)):
         if value is not None:
