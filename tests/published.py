@@ -95,12 +95,12 @@ CASES: dict[str, Callable[[], hf.PretrainedConfig]] = {
         rope_parameters={"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0},
     ),
     "olmoe": lambda: hf.OlmoeConfig(**COMMON, intermediate_size=F, num_experts=E),
-    "olmoe renormalised": lambda: hf.OlmoeConfig(
+    "olmoe renormalized": lambda: hf.OlmoeConfig(
         **COMMON | {"num_key_value_heads": H}, intermediate_size=F, num_experts=E, norm_topk_prob=True
     ),
     "olmoe clipped": lambda: hf.OlmoeConfig(**COMMON, intermediate_size=F, num_experts=E, clip_qkv=0.5),
     "flex_olmo": lambda: hf.FlexOlmoConfig(**COMMON, intermediate_size=F, num_experts=E),
-    "flex_olmo renormalised, biases": lambda: hf.FlexOlmoConfig(
+    "flex_olmo renormalized, biases": lambda: hf.FlexOlmoConfig(
         **COMMON, intermediate_size=F, num_experts=E, norm_topk_prob=True, attention_bias=True
     ),
     "qwen3_moe": lambda: hf.Qwen3MoeConfig(**QWEN3, norm_topk_prob=True),
@@ -114,7 +114,7 @@ CASES: dict[str, Callable[[], hf.PretrainedConfig]] = {
         **QWEN3, norm_topk_prob=True, use_sliding_window=True, sliding_window=5
     ),
     "qwen2_moe": lambda: hf.Qwen2MoeConfig(**QWEN2),
-    "qwen2_moe renormalised, windows, no bias": lambda: hf.Qwen2MoeConfig(
+    "qwen2_moe renormalized, windows, no bias": lambda: hf.Qwen2MoeConfig(
         **QWEN2, norm_topk_prob=True, use_sliding_window=True, sliding_window=4, qkv_bias=False, mlp_only_layers=[0]
     ),
     "deepseek_v3": lambda: hf.DeepseekV3Config(**LATENT, n_group=4, topk_group=2),

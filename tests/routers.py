@@ -461,7 +461,7 @@ FORMS = {
         more=more_longcat,
     ),
     "gemma4": Form(
-        score="softmax, of the normalised input",
+        score="softmax, of the normalized input",
         weights="over their sum; x a learned scale per expert",
         strategy="gemma4",
         settings=({"rms_norm_eps": 1e-6},),

@@ -88,7 +88,7 @@ def test_the_columns_of_a_trace(run_dir):
     trace = load_trace(run_dir)
     probe, gate_LNE = trace.probe(), trace.gate()
     assert trace.expert_SLNK.shape[-1] == K and trace.loss_SN.shape == (3, probe.token_ids_N.size)
-    np.testing.assert_allclose(gate_LNE.sum(-1), 1, rtol=1e-5)  # renormalised over K
+    np.testing.assert_allclose(gate_LNE.sum(-1), 1, rtol=1e-5)  # renormalized over K
     np.testing.assert_array_equal(gate_LNE > 0, probe.selected_LNE)
     first_LNE = trace.selected(k=1)
     np.testing.assert_array_equal(first_LNE.argmax(-1), gate_LNE.argmax(-1))  # the plan's order: best first

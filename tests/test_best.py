@@ -109,6 +109,22 @@ def test_it_is_named_to_the_commands(place, run, tmp_path, capsys):
     assert f"--from={run}@{lowest}: " in capsys.readouterr().err
     assert main(["convert", "to-hf", f"{run}@best", str(tmp_path / "hf"), "--step=3"]) == 2
     assert "names a step already" in capsys.readouterr().err
+    assert main(["generate", str(run), "--step=best", "--max-tokens=3", "--temperature=0"]) == 0
+    found = capsys.readouterr().out
+    assert main(["generate", f"{run}@{lowest}", "--max-tokens=3", "--temperature=0"]) == 0
+    assert capsys.readouterr().out == found
+    assert main(["generate", f"{run}@best", "--step=best"]) == 2
+    assert f"--step=best: {run}@best names a step already" in capsys.readouterr().err
+    shutil.copytree(run, tmp_path / "traced")
+    assert main(["trace", f"{tmp_path / 'traced'}@best", "--tokens=64"]) == 0
+    assert [path.stem for path in (tmp_path / "traced/trace").iterdir()] == [f"step_{lowest:08d}"]
+    assert main(["trace", f"{run}@best", "--checkpoints=last"]) == 2 and main(["trace", f"{run}@99"]) == 2
+    shown = capsys.readouterr().err
+    assert "--checkpoints=last: " in shown and f"{run}: no checkpoint of step 99; valid: [{lowest}, " in shown
+    assert main(["runs", str(run.parent)]) == 0
+    shown = capsys.readouterr().out
+    value = read_json(run / "summary.json")["best"]["value"]
+    assert "best checkpoint" in shown and f"{METRIC} {value:.4g} at step {lowest}" in shown
 
 
 @pytest.mark.parametrize(

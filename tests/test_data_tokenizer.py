@@ -131,7 +131,7 @@ def unigrams(byte_fallback):
 
 
 def byte_level(normalizer):
-    """As GPT-2's, perhaps of normalised text, with an added run of spaces."""
+    """As GPT-2's, perhaps of normalized text, with an added run of spaces."""
     level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=level.alphabet(), show_progress=False)
     added = ("<|endoftext|>", AddedToken("    ", normalized=False))

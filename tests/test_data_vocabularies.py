@@ -180,8 +180,8 @@ def test_a_sentencepiece_model_gives_its_ids(of_pieces, text):
     ("change", "reason"),
     [
         ({"kind": 1}, "of another kind than BPE"),
-        ({"tidy": 1}, "normalises"),
-        ({"charsmap": b"x"}, "normalises"),
+        ({"tidy": 1}, "normalizes"),
+        ({"charsmap": b"x"}, "normalizes"),
         ({"user": True}, "pieces of its user's"),
     ],
 )

@@ -106,7 +106,7 @@ def test_a_model_without_a_template_knows_no_conversations(run, tmp_path, capsys
 def test_checkpoints_that_are_not_there_are_one_line(run, capsys):
     assert "no checkpoint of step 3; valid: [0]" in refused(capsys, run, "--step=3")
     assert "no checkpoint of step 3; valid: [0]" in refused(capsys, f"{run}@3")
-    assert "--step=0: RUN names step 0 already" in refused(capsys, f"{run}@0", "--step=0")
+    assert "@0 names a step already" in refused(capsys, f"{run}@0", "--step=0")
 
 
 def test_flags_that_contradict_each_other_are_one_line(run, tmp_path, capsys):

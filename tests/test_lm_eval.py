@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer, processors
 
 from frugalmoe.cli import main
 from frugalmoe.config import Config
-from frugalmoe.data.tokenizer import ByteTokenizer, train_bpe
+from frugalmoe.data.tokenizer import ByteTokenizer, load_from, train_bpe
 from frugalmoe.evaluate import tasks
 from frugalmoe.train.weights import load_checkpoint
 
@@ -176,6 +177,73 @@ def lm_evaluate(model, place, names: list[str]) -> dict[str, dict[str, float]]:
     """What lm-eval itself makes of tasks."""
     loaded = TaskManager(include_path=str(place / "tasks"), include_defaults=False).load(names)
     return evaluate(lm=model, task_dict=loaded, bootstrap_iters=0)["results"]
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' and 'never' in m.content %}{{ raise_exception('no system') }}"
+    "{% endif %}{{ eos_token + m.role }}: {{ m.content + eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ eos_token }}assistant: {% endif %}"
+)
+STRIPS = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}{{ eos_token }}{% endfor %}"
+SAID = [{"role": "user", "content": "The moon"}, {"role": "assistant", "content": "calls the river "}]
+SYSTEM = [{"role": "system", "content": "Be brief."}, *SAID, {"role": "user", "content": " x0? "}]
+REFUSED = [{"role": "system", "content": "never"}, *SAID, {"role": "user", "content": END}]
+
+
+@pytest.fixture(scope="module")
+def talking(place, ours):
+    """Both models with a tokenizer that has a chat template, by the template."""
+    config, weights, _, mesh, _ = load_checkpoint(place / "run")
+
+    def both(template: str) -> tuple[HFLM, Harnessed]:
+        with_template = shutil.copytree(place / "run/tokenizer", place / "talking", dirs_exist_ok=True)
+        (with_template / "chat_template.jinja").write_text(template)
+        own = hf.AutoTokenizer.from_pretrained(place / "hf")
+        own.chat_template = template
+        return theirs(place, tokenizer=own), Harnessed(config, weights, load_from(with_template), mesh, chat=True)
+
+    return both
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, STRIPS], ids=["as it is", "strips"])
+def test_conversations_are_written_as_their_model_writes_them(talking, template):
+    """With the beginning of an answer, or with an answer that goes on; without a system that the template refuses."""
+    own, model = talking(template)
+    for said in (SAID, SYSTEM, REFUSED):
+        for answer in (True, False):
+            text = model.apply_chat_template(said, answer)
+            assert text == own.apply_chat_template(said, answer) and "The moon" in text
+            assert model.tok_encode(text) == own.tok_encode(text, add_special_tokens=False)
+
+
+@pytest.mark.slow
+def test_tasks_in_conversations_give_their_results(place, talking):
+    """Likelihoods and generated texts behind two examples, which are turns."""
+    own, model = talking(TEMPLATE)
+    names = ["own_choice", "own_writing"]
+    how = {"bootstrap_iters": 0, "limit": 4, "apply_chat_template": True}
+
+    def found(model) -> dict[str, dict]:
+        loaded = TaskManager(include_path=str(place / "tasks"), include_defaults=False).load(names)
+        loaded["tasks"]["own_choice"].set_config(key="num_fewshot", value=2)
+        loaded["tasks"]["own_choice"].set_fewshot_seed(seed=1)
+        return evaluate(lm=model, task_dict=loaded, **how)
+
+    expected, ours = found(own), found(model)
+    for name in names:
+        asked = [[sample["resps"] for sample in side["samples"][name]] for side in (expected, ours)]
+        flat = [np.ravel([x for one in of_side for x in np.ravel(np.array(one, object))]) for of_side in asked]
+        assert len(flat[0]) == len(flat[1]) > 3
+        for theirs_, ours_ in zip(*flat):
+            assert ours_ == (pytest.approx(theirs_, rel=1e-5) if isinstance(theirs_, float) else theirs_)
+
+
+def test_a_run_without_a_template_holds_no_conversations(place, capsys):
+    flags = ["--tasks=own_choice", f"--task-path={place / 'tasks'}", "--apply-chat-template"]
+    assert main(["evaluate", str(place / "run"), *flags]) == 2
+    assert "--apply-chat-template: the run's tokenizer has no chat template" in capsys.readouterr().err
+    assert main(["evaluate", str(place / "run"), "--apply-chat-template"]) == 2
+    assert "--apply-chat-template: is of an evaluation on --tasks" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -122,7 +122,7 @@ BUGS = (
     Bug(
         "the balance loss takes a softmax of scores that are no logits",
         "MaxText moe.py",
-        "test_strategies::test_probabilities_are_normalised_scores_not_a_softmax_of_scores",
+        "test_strategies::test_probabilities_are_normalized_scores_not_a_softmax_of_scores",
     ),
     Bug(
         "the loss counts a selection without the bias that was executed",
@@ -189,7 +189,7 @@ BUGS = (
     ),
     Bug(
         "a gate whose weight is constant learns nothing",
-        "EasyDeL switch, any k = 1 with normalised weights",
+        "EasyDeL switch, any k = 1 with normalized weights",
         "frugalmoe.laws.routing.gradients::law_learned",
         breaks="topk_softmax",
     ),
@@ -204,7 +204,7 @@ BUGS = (
         "test_strategies::test_hash_looks_at_the_token_id_the_layer_and_the_seed_alone",
     ),
     Bug(
-        "the zero expert's share is taken away before the others are normalised, so that it gives them its weight",
+        "the zero expert's share is taken away before the others are normalized, so that it gives them its weight",
         "SkyworkAI MoE-plus-plus, released code",
         "test_strategies_zero_cost::test_moe_plus_plus_zero_copy_and_constant_by_hand",
     ),

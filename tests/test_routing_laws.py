@@ -88,7 +88,7 @@ def with_replacement(params, state, inputs, config):
     return finish(logits_BTE, draws, jnp.full(draws.shape, 0.5), inputs, config)
 
 
-def unnormalised(params, state, inputs, config):
+def unnormalized(params, state, inputs, config):
     logits_BTE = linear_logits(params, inputs)
     expert_BTK = select.top_k(logits_BTE, config.num_experts_per_token).expert_BTK
     return finish(logits_BTE, expert_BTK, select.at(jax.nn.softmax(logits_BTE), expert_BTK), inputs, config)
@@ -246,13 +246,13 @@ STATEFUL = BIAS | {"update": moved}
 BROKEN = [
     ("declared_losses", broken(undeclared_loss)),
     ("declared_losses", broken(negative_loss)),
-    ("declared_losses", broken(unnormalised, losses=(*losses.GATE_LOSSES, "load"))),
+    ("declared_losses", broken(unnormalized, losses=(*losses.GATE_LOSSES, "load"))),
     *(("loss_values", broken(halved(name))) for name in losses.GATE_LOSSES),
     ("balance_direction", broken(flipped_balance)),
     ("balance_direction", broken(no_balance_gradient)),
     ("carry", broken(carry_in_bfloat16, SEEN)),
     ("carry", broken(carry_of_another_shape, SEEN)),
-    ("carry", broken(unnormalised, SEEN)),
+    ("carry", broken(unnormalized, SEEN)),
     ("pure", broken(impure)),
     ("executors", broken(scale_nobody_declares)),
     ("weights", broken(one_weight)),
@@ -266,18 +266,18 @@ BROKEN = [
     ("batch_independent", broken(batch_mean)),
     ("shards", broken(batch_mean)),
     ("no_duplicates", broken(with_replacement, learned=False, random=True)),
-    ("weights", broken(unnormalised, weight_sum=1.0)),
+    ("weights", broken(unnormalized, weight_sum=1.0)),
     ("weights", broken(frozen, weight_sum="at_most_one")),
     ("extremes", broken(sigmoid_shares)),
     ("extremes", broken(clipped_shares, weight_sum=1.0)),
     ("extremes", broken(one_pass_deviation)),
     ("extremes", broken(bare_entropy)),
     ("extremes", broken(biased_shares, BIAS, weight_sum=1.0, stateful=True)),
-    ("extremes", broken(unnormalised, weight_sum=1.0)),
+    ("extremes", broken(unnormalized, weight_sum=1.0)),
     ("learned", broken(frozen)),
     ("learned", make_case("topk_softmax", 8, 1)),
     ("finite_differences", broken(frozen)),
-    ("finite_differences", broken(unnormalised, estimated_gradient=True)),
+    ("finite_differences", broken(unnormalized, estimated_gradient=True)),
     ("decoding", broken(noise_by_index, random=True)),
     ("noise", broken(noise_by_index, random=True)),
     ("token_permutation", broken(noise_by_index, random=True)),
@@ -286,15 +286,15 @@ BROKEN = [
     ("precision", broken(low_precision)),
     ("expert_permutation", broken(favours_low_ids)),
     ("ties", broken(favours_low_ids)),
-    ("causal_by_perturbation", broken(unnormalised, causal="leak")),
+    ("causal_by_perturbation", broken(unnormalized, causal="leak")),
     ("causal_by_perturbation", broken(mean_in_evaluation)),
-    ("causal_by_perturbation", broken(unnormalised, causal_in_evaluation="leak")),
+    ("causal_by_perturbation", broken(unnormalized, causal_in_evaluation="leak")),
     ("decoding", broken(mean_in_evaluation)),
-    ("batch_independent", broken(unnormalised, causal="batch")),
-    ("noise", broken(unnormalised, random=True)),
-    ("state", broken(unnormalised, stateful=True)),
-    ("no_gradient_into_state", broken(unnormalised, stateful=True)),
-    ("counts", broken(unnormalised, form="expert")),
+    ("batch_independent", broken(unnormalized, causal="batch")),
+    ("noise", broken(unnormalized, random=True)),
+    ("state", broken(unnormalized, stateful=True)),
+    ("no_gradient_into_state", broken(unnormalized, stateful=True)),
+    ("counts", broken(unnormalized, form="expert")),
 ]
 
 

@@ -193,7 +193,7 @@ def test_a_single_token_is_routed() -> None:
 # topk_softmax and switch_top1
 
 
-def test_softmax_after_equals_before_and_renormalised() -> None:
+def test_softmax_after_equals_before_and_renormalized() -> None:
     cases = make_case("topk_softmax", softmax="after"), make_case("topk_softmax", renormalize=True)
     np.testing.assert_allclose(*(combine(case, route(case, make_inputs())) for case in cases), rtol=1e-6)
 
@@ -232,7 +232,7 @@ def test_bias_steers_the_selection_and_never_the_weights() -> None:
     np.testing.assert_array_equal(combine(case, same_bias), combine(case, unsteered))
 
 
-def test_probabilities_are_normalised_scores_not_a_softmax_of_scores() -> None:
+def test_probabilities_are_normalized_scores_not_a_softmax_of_scores() -> None:
     case, inputs = make_case("sigmoid_bias"), make_inputs(padded=False)
     s_BTE = 1 / (1 + np.exp(-logits_of(case, inputs)))
     expected = (s_BTE / s_BTE.sum(-1, keepdims=True)).sum((0, 1))

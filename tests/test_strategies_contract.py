@@ -249,8 +249,8 @@ def test_default_moe_adds_the_average_outputs_of_the_other_experts() -> None:
     routing, p_BTE = route(case, inputs), softmax(logits_of(case, inputs))
     others_BTE = np.where(selections(case, routing) > 0, 0, p_BTE) * np.asarray(inputs.valid_BT)[..., None]
     np.testing.assert_allclose(routing.added_BTD, others_BTE @ np.asarray(state["output_ED"]), rtol=1e-4, atol=1e-6)
-    unrenormalised = make_case("topk_softmax", renormalize=False)
-    np.testing.assert_array_equal(combine(case, routing), combine(unrenormalised, route(unrenormalised, inputs)))
+    unrenormalized = make_case("topk_softmax", renormalize=False)
+    np.testing.assert_array_equal(combine(case, routing), combine(unrenormalized, route(unrenormalized, inputs)))
     assert not np.any(route(case, inputs, state={"output_ED": jnp.zeros((8, D))}).added_BTD)
 
 

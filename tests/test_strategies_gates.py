@@ -184,7 +184,7 @@ def test_the_loss_of_a_gate_does_not_grow_with_micro_batches() -> None:
 # norm_logits
 
 
-def test_normalised_logits_by_hand_do_not_depend_on_scale_and_shift() -> None:
+def test_normalized_logits_by_hand_do_not_depend_on_scale_and_shift() -> None:
     """Logits (1, 2, 3, 6), mean 3, variance (4 + 1 + 0 + 9) / 4 = 3.5; lambda = 2."""
     case = make_case("norm_logits", 4, 2, logit_std=2.0, renormalize=False)
     z = np.asarray([1.0, 2.0, 3.0, 6.0])
@@ -196,7 +196,7 @@ def test_normalised_logits_by_hand_do_not_depend_on_scale_and_shift() -> None:
 
 
 @pytest.mark.parametrize("offset", [300.0, 3000.0, -3e4])
-def test_normalised_logits_do_not_know_a_common_offset(offset: float) -> None:
+def test_normalized_logits_do_not_know_a_common_offset(offset: float) -> None:
     """Against float64 on the same float32 logits, of deviation 1 about the offset."""
     case = make_case("norm_logits", 8, 2)
     z_BTE = (np.random.default_rng(0).normal(size=(1, 32, 8)) + offset).astype(np.float32)

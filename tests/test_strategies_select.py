@@ -96,7 +96,7 @@ def test_relu_keeps_the_best_where_the_slots_do_not_reach() -> None:
     assert routing.stats["overflow"] == 3 * B * T
 
 
-def test_relu_normalised_by_its_root_mean_square() -> None:
+def test_relu_normalized_by_its_root_mean_square() -> None:
     """R = [3, 4, 0 ...]: mean square 25/8, so weights are R * sqrt(8)/5 times the scale of the expert; zeros stay."""
     inputs, params = with_logits(np.asarray([3.0, 4, -1, -1, -1, -1, -1, -1]))
     case = make_case("relu", rms_norm=True)
@@ -198,7 +198,7 @@ def test_cosine_logits_are_at_most_one_over_the_clamped_temperature(temperature:
 # gemma4
 
 
-def test_gemma4_ignores_the_length_of_a_token_and_scales_experts_after_normalising() -> None:
+def test_gemma4_ignores_the_length_of_a_token_and_scales_experts_after_normalizing() -> None:
     case, inputs = make_case("gemma4"), make_inputs(padded=False)
     params, scale_E = make_params(case)[0], np.arange(1, 9)
     x_BTD = np.asarray(inputs.x_BTD)

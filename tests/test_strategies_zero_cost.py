@@ -30,7 +30,7 @@ def steered(name: str, k: int, logits: list[list[float]], **options):
     )
 
 
-def test_adamoe_renormalises_over_experts_and_a_token_of_nulls_gets_nothing() -> None:
+def test_adamoe_renormalizes_over_experts_and_a_token_of_nulls_gets_nothing() -> None:
     """Experts 0 and 1, nulls 2 and 3, K = 2. Logits ln 3, 0: both experts, 3/4 and 1/4. One expert and a null: 1."""
     rows = [[np.log(3), 0.0, -5, -5], [4.0, 0.0, 3.0, -5], [0.0, 0.0, 3.0, 2.0]]
     _, _, _, routing = steered("adamoe", 2, rows, num_null=2)
@@ -125,7 +125,7 @@ def test_the_gating_residual_adds_the_previous_logits() -> None:
     np.testing.assert_array_equal(summed.plan.expert_NK, [[2, 0]])  # copy, then expert 0
 
 
-def test_longcat_identity_adds_its_probability_times_x_and_weights_are_not_renormalised() -> None:
+def test_longcat_identity_adds_its_probability_times_x_and_weights_are_not_renormalized() -> None:
     rows = [[3.0, 0.0, 2.0], [0.0, 3.0, 1.0]]
     _, _, _, routing = steered("longcat", 2, rows, num_identity=1, scale=2.0)
     p_TX = softmax(np.asarray(rows))

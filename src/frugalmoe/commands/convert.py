@@ -36,7 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     to_hf.set_defaults(parser=to_hf)
     to_hf.add_argument("run", metavar="RUN[@STEP]", help="a run directory with a checkpoint; RUN@best its best")
     to_hf.add_argument("directory", metavar="DIR", type=Path, help="a new directory")
-    to_hf.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    to_hf.add_argument("--step", metavar="N|best", help="of the checkpoint (default: the newest)")
     for action in (from_hf, to_hf):
         action.add_argument(
             "--family", default="", help="a family of models, or the path of a file (default: found by itself)"
@@ -80,13 +80,11 @@ def _from_hf(args: argparse.Namespace) -> int:
 
 def _to_hf(args: argparse.Namespace) -> int:
     from frugalmoe.convert import table, to_hf
-    from frugalmoe.train.weights import load_model, run_and_step
+    from frugalmoe.train.weights import load_model, one_step
 
     console = table.console()
-    run, step = run_and_step(args.run)
-    if None not in (step, args.step):
-        raise UserError(f"--step={args.step}: {args.run} names a step already")
-    config, weights, _, _ = load_model(run, step if args.step is None else args.step)
+    run, step = one_step(args.run, args.step)
+    config, weights, _, _ = load_model(run, step)
     made = to_hf.look(run, config, args.family)
     if args.dry_run:
         console.print(table.of(made.plan, {entry.name: entry.dtype for entry in made.entries}))

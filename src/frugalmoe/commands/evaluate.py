@@ -58,6 +58,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where the tasks of --tasks are, a directory with YAML files (default: in lm-eval)",
     )
+    parser.add_argument(
+        "--apply-chat-template",
+        action="store_true",
+        help="what a task of --tasks asks is a message, written with the tokenizer's chat template; examples are turns",
+    )
     parser.add_argument("--shots", type=int, metavar="N", help="examples in front, where a task of --tasks fixes none")
     parser.add_argument(
         "--items", type=int, metavar="N", help="of a task, at most (default: 400 of --suite, all of --tasks)"
@@ -91,6 +96,7 @@ def _check(args: argparse.Namespace) -> None:
         "--config.*": (args.overrides or None, ("text", "--tasks")),
         "--items": (args.items, ("--suite", "--tasks")),
         "--task-path": (args.task_path, ("--tasks",)),
+        "--apply-chat-template": (args.apply_chat_template or None, ("--tasks",)),
         "--shots": (args.shots, ("--tasks",)),
     }
     for flag, (value, kinds) in used.items():
@@ -163,6 +169,7 @@ def _tasks(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         shots=args.shots,
         items=args.items,
         overrides=args.overrides,
+        chat=args.apply_chat_template,
         progress=True,
     )
     return found._asdict() | {"results": [result._asdict() for result in found.results]}, _table_of_tasks(found)

@@ -29,7 +29,7 @@ _WRITTEN = (".jsonl", ".ndjson")
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `frugalmoe generate`."""
     parser.add_argument("run", metavar="RUN[@STEP]", help="a run directory, and which checkpoint (default: the newest)")
-    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint, as RUN@N")
+    parser.add_argument("--step", metavar="N|best", help="which checkpoint, as RUN@N")
     parser.add_argument("--prompt", help="text to continue (default: the beginning of a document)")
     parser.add_argument(
         "--prompts",
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     from frugalmoe.generate import Sampling, prompts
-    from frugalmoe.train.weights import load_checkpoint, run_and_step
+    from frugalmoe.train.weights import load_checkpoint, one_step
 
     sampling = Sampling(
         temperature=args.temperature,
@@ -103,10 +103,8 @@ def run(args: argparse.Namespace) -> int:
     if args.chat:
         said = lambda entry: [{"role": "user", "content": entry.text}]
         entries = [e if e.text is None else prompts.Entry(e.where, None, said(e)) for e in entries]
-    directory, step = run_and_step(args.run)
-    if step is not None and args.step is not None:
-        raise UserError(f"--step={args.step}: RUN names step {step} already")
-    loaded = load_checkpoint(directory, args.step if step is None else step)
+    directory, step = one_step(args.run, args.step)
+    loaded = load_checkpoint(directory, step)
     found = _prompts(args, directory, loaded, entries)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character
@@ -120,9 +118,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """What can be refused before anything is read."""
-    for name, least in (("batch_size", 1), ("context", 1), ("step", 0)):
-        if (value := getattr(args, name)) is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')}={value}: must be {'positive' if least else '0 or more'}")
+    for name in ("batch_size", "context"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}={value}: must be positive")
     if args.prompts is not None and args.prompt is not None:
         raise UserError(f"--prompts={args.prompts}: cannot be given with --prompt")
     if args.output is not None:

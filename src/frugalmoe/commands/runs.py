@@ -53,10 +53,16 @@ def _print(runs, by: str) -> None:
         table.add_column(name)
     for name in shown:
         table.add_column(Text(metrics.titled(name)), justify="right")
+    kept = [run.best for run in runs if run.best]
+    if kept:
+        table.add_column("best checkpoint", justify="right")
     table.add_column("where its config is not as most are")
     for run in runs:
         about = (run.path, run.status, f"{run.step:,} of {run.steps:,}", (run.started or "")[:16].replace("T", " "))
-        values = (number(run.values.get(name), 4) for name in shown)
+        values = [number(run.values.get(name), 4) for name in shown]
+        if kept:
+            of = run.best
+            values.append(f"{of['metric']} {number(of['value'], 4)} at step {of['step']:,}" if of else "")
         apart = ", ".join(f"{field}={value}" for field, value in run.differences.items())
         table.add_row(*(Text(printable(text)) for text in (*about, *values, apart)))
     Console(width=None if sys.stdout.isatty() else 2000).print(table)  # a line for each run, where a program reads it

@@ -14,7 +14,7 @@ from frugalmoe.model.attention.kinds import latent
 from frugalmoe.schema import Model
 
 # Fields of our `model` that change no answer of a trained model in evaluation. Softmax before the choice with weights
-# that are renormalised is softmax after it.
+# that are renormalized is softmax after it.
 TRAINING = frozenset((
     "init_std", "compute_dtype", "remat", "moe.losses", "moe.load_balance_scope", "moe.load_balance_group",
     "moe.load_balance_devices", "moe.executor", "moe.capacity_factor", "moe.exchange", "moe.exchange_room",

@@ -103,7 +103,7 @@ def _obstacle(kind: int, kinds: list[int], normalizer: dict[int, Any]) -> str:
     if kind != BPE:
         return "a SentencePiece model of another kind than BPE, whose ties the two libraries break in other ways"
     if normalizer.get(2) or normalizer.get(4, 1):
-        return "a SentencePiece model that normalises its text"
+        return "a SentencePiece model that normalizes its text"
     if USER_DEFINED in kinds or UNKNOWN not in kinds or not normalizer.get(5, 1):
         return "a SentencePiece model with pieces of its user's, or without an unknown piece or a mark for spaces"
     return ""

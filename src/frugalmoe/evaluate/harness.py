@@ -12,8 +12,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from frugalmoe import sharding
 from frugalmoe.config import Config
+from frugalmoe.data.chat import Rendered
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
 from frugalmoe.evaluate.scoring import Asked, score
@@ -21,6 +21,7 @@ from frugalmoe.generate import Prompt, Sampling, completions
 from frugalmoe.train.placing import micro_batch
 from frugalmoe.train.weights import Weights
 
+_HERE = "THE LAST MESSAGE ENDS HERE "  # written behind it, and looked for in what the template makes
 _GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
 
 
@@ -38,11 +39,21 @@ class Harnessed(TemplateLM):
         tokenizer: Tokenizer,
         mesh: jax.sharding.Mesh,
         begin: Callable[[str, int], Callable[[int], None]] = lambda what, total: lambda done: None,
+        *,
+        chat: bool = False,
     ):
-        """`begin(what, total)` is called before work of so many parts, and what it returns with each part done."""
+        """`begin(what, total)` is called before work of so many parts, and what it returns with each part done.
+
+        chat: texts are what `apply_chat_template` wrote: special tokens stand for themselves, and nothing in front.
+        Raises `UserError` where the tokenizer has no chat template.
+        """
         super().__init__()
+        if chat and tokenizer.chat is None:
+            rule = "a model without one knows no conversations"
+            raise UserError(f"--apply-chat-template: the run's tokenizer has no chat template: {rule}")
+        self._chat = chat
         self._config, self._weights, self._tokenizer, self._mesh, self._begin = config, weights, tokenizer, mesh, begin
-        self._front = [tokenizer.eos] * (config.data.document_start == "end_of_text")
+        self._front = [tokenizer.eos] * (config.data.document_start == "end_of_text" and not chat)
 
     @property
     def eot_token_id(self) -> int:
@@ -61,7 +72,32 @@ class Harnessed(TemplateLM):
         return self._tokenizer.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        if self._chat:
+            return self._tokenizer.encode_chat(Rendered(string, ())).tokens.tolist()
         return self._tokenizer.encode(string).tolist()
+
+    def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as the tokenizer's template writes it, up to where the next message begins, or up to the end
+        of what the last message says. Without what the system says where the template knows no such role.
+        """
+        users = [message for message in chat_history if message["role"] != "system"]
+        try:
+            return self._written(chat_history, add_generation_prompt)
+        except UserError:
+            if len(users) in (0, len(chat_history)):
+                raise
+        return self._written(users, add_generation_prompt)
+
+    def _written(self, messages: Sequence[Mapping[str, str]], answer: bool) -> str:
+        if answer:
+            return self._tokenizer.chat.render(messages, answer=True).text
+        *before, last = messages
+        text = self._tokenizer.chat.render([*before, {**last, "content": last["content"] + _HERE}]).text
+        if _HERE.strip() not in text:
+            raise UserError("--apply-chat-template: the chat template leaves out what the last message says")
+        end = text.rindex(_HERE.strip())
+        whole = text[end : end + len(_HERE)] == _HERE  # else the template strips what a message says
+        return text[:end] if whole else text[:end].rstrip()
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -96,19 +132,18 @@ class Harnessed(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """What the model goes on with, up to a stop text, the end of the document or the most tokens.
 
-        Requests of equal settings are decoded together, on one device.
+        Requests of equal settings are decoded together, their rows on all devices of the mesh.
         """
         done, found = self._begin("generating", len(requests)), [""] * len(requests)
         groups: dict[Sampling, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(self._sampling(request.args[1]), []).append(i)
-        with sharding.one_device(self._weights) as weights:
-            for sampling, members in groups.items():
-                prompts = [self._prompt(requests[i].args[0], sampling) for i in members]
-                of_run = (self._config, weights, self._tokenizer, prompts, sampling)
-                texts = completions(*of_run, batch_size=micro_batch(self._config), ended=lambda: done(1))
-                for i, completion in zip(members, texts):
-                    found[i] = completion.text
+        for sampling, members in groups.items():
+            prompts = [self._prompt(requests[i].args[0], sampling) for i in members]
+            of_run = (self._config, self._weights, self._tokenizer, prompts, sampling)
+            texts = completions(*of_run, batch_size=micro_batch(self._config), ended=lambda: done(1))
+            for i, completion in zip(members, texts):
+                found[i] = completion.text
         return found
 
     def _sampling(self, options: Mapping[str, Any]) -> Sampling:

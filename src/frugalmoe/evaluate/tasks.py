@@ -59,6 +59,7 @@ def run_tasks(
     shots: int | None = None,
     items: int | None = None,
     overrides: Sequence[str] = (),
+    chat: bool = False,
     devices: int | None = None,
     progress: bool = False,
 ) -> Results:
@@ -66,8 +67,9 @@ def run_tasks(
 
     names: of tasks, groups and tags. path: a directory with tasks of one's own (YAML), in place of lm-eval's. shots:
     examples in front, where a task does not fix them. items: of a task, at most, its first. overrides: of the run's
-    config, `data.sequence_length` (the longest text) and `data.document_start`. The devices and the bar are as in
-    `evaluate`. Raises `UserError` without lm-eval, and for tasks that are not there or do something wrong.
+    config, `data.sequence_length` (the longest text) and `data.document_start`. chat: what a task asks is a message of
+    a conversation, which the tokenizer's chat template writes, and examples are turns before it. devices, progress: as
+    in `evaluate`. Raises `UserError` without lm-eval, and for tasks that are not there or do something wrong.
     """
     for flag, value in (("--shots", shots), ("--items", items)):
         if value is not None:
@@ -88,8 +90,9 @@ def run_tasks(
         from frugalmoe.evaluate.harness import Harnessed
 
         begin = lambda what, total: functools.partial(shown.advance, shown.add_task(what, total=total))
-        model = Harnessed(config, weights, tokenizer, mesh, begin)
-        found = evaluate(lm=model, task_dict=loaded, limit=items, bootstrap_iters=_RESAMPLES, log_samples=False)
+        model = Harnessed(config, weights, tokenizer, mesh, begin, chat=chat)
+        rest = {"limit": items, "bootstrap_iters": _RESAMPLES, "log_samples": False, "apply_chat_template": chat}
+        found = evaluate(lm=model, task_dict=loaded, **rest)
     return Results(str(run), step, list(_results(found)))
 
 

@@ -89,7 +89,7 @@ def _forward(z, axis, h_GgD, head, targets_Gg, weights_Gg):
         h_gD, targets_g, weights_g = xs
         p = _probabilities(h_gD, head, targets_g, axis)
         slope_g1 = (weights_g * (1 + 2 * z * p.lse_g))[:, None] / p.total_g1
-        dlogits_gV = slope_g1 * p.unnormalised_gV - jnp.where(p.is_target_gV, weights_g[:, None], 0)
+        dlogits_gV = slope_g1 * p.unnormalized_gV - jnp.where(p.is_target_gV, weights_g[:, None], 0)
         if dbias_V is not None:
             dbias_V += jnp.sum(dlogits_gV, axis=0)
         dlogits_gV = dlogits_gV.astype(head_DV.dtype)
@@ -114,7 +114,7 @@ _over_chunks.defvjp(_forward, _backward)
 class _Probabilities(NamedTuple):
     """Softmax of a chunk's logits; columns are those of this device's part of the vocabulary."""
 
-    unnormalised_gV: Array
+    unnormalized_gV: Array
     total_g1: Array  # what to divide them by
     is_target_gV: Array
     lse_g: Array
@@ -131,11 +131,11 @@ def _probabilities(h_gD: Array, head: Head, targets_g: Array, axis: str | None) 
     targets_g -= first
     is_target_gV = jnp.arange(vocabulary) == targets_g[:, None]
     top_g1 = over(jax.lax.pmax, jnp.max(logits_gV, axis=-1, keepdims=True))
-    unnormalised_gV = jnp.exp(logits_gV - top_g1)
-    own = jnp.sum(unnormalised_gV, axis=-1), _at_target(logits_gV, targets_g)
+    unnormalized_gV = jnp.exp(logits_gV - top_g1)
+    own = jnp.sum(unnormalized_gV, axis=-1), _at_target(logits_gV, targets_g)
     total_g, at_target_g = over(jax.lax.psum, own)
     lse_g = top_g1[:, 0] + jnp.log(total_g)
-    return _Probabilities(unnormalised_gV, total_g[:, None], is_target_gV, lse_g, lse_g - at_target_g)
+    return _Probabilities(unnormalized_gV, total_g[:, None], is_target_gV, lse_g, lse_g - at_target_g)
 
 
 def _at_target(logits_gV: Array, targets_g: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Normalisation and the dense feed-forward.
+"""Normalization and the dense feed-forward.
 
 Letters: B batch, T time, D model, F hidden.
 """

@@ -280,7 +280,7 @@ def arrays(params: NewParams) -> Params:
 
 
 def linear_init(key: Array, dim: int, config: MoE) -> NewParams:
-    """A float32 linear gate, normal with std 1/sqrt(D): logits of about unit variance for RMS-normalised inputs."""
+    """A float32 linear gate, normal with std 1/sqrt(D): logits of about unit variance for RMS-normalized inputs."""
     return {"kernel_DE": normal(key, "DE", (dim, config.num_experts), dim**-0.5)}
 
 

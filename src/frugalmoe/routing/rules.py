@@ -32,7 +32,7 @@ def decay(field: str, value: float) -> str | None:
 
 
 def gradient_at_one(config: MoE, normalized: bool, remedy: str) -> str | None:
-    """One expert with a weight normalised over itself has the constant weight 1: the router would never learn."""
+    """One expert with a weight normalized over itself has the constant weight 1: the router would never learn."""
     if config.num_experts_per_token > 1 or not normalized:
         return None
-    return f"num_experts_per_token=1 with normalised weights gives the router no gradient; {remedy}"
+    return f"num_experts_per_token=1 with normalized weights gives the router no gradient; {remedy}"

@@ -88,7 +88,7 @@ class Term(NamedTuple):
 
 
 def _language(micro: Micro) -> tuple[Array, dict[str, Array]]:
-    """Returns the share of the next token's cross-entropy and of `optim.logit_z_loss` times the squared log-normaliser
+    """Returns the share of the next token's cross-entropy and of `optim.logit_z_loss` times the squared log-normalizer
     of the logits, and the sums of both.
     """
     batch = micro.batch
@@ -289,7 +289,7 @@ def token_losses(
     z_coefficient: float | None = None,
 ) -> tuple[Array, Array, Array]:
     """Returns (weighted sum over tokens of ce + z-loss, ce of every token [B, T], weighted sum of squared
-    log-normalisers).
+    log-normalizers).
 
     All arrays may have the same axes before B. z_coefficient: by default `optim.logit_z_loss`.
     """

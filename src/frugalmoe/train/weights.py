@@ -42,12 +42,27 @@ def run_and_step(text: str) -> tuple[Path, int | None]:
     name, at, step = text.rpartition("@")
     if not at or Path(text).is_dir():
         return Path(text), None
+    return Path(name), named_step(Path(name), step, f"{text}: no such directory, and STEP of RUN@STEP")
+
+
+def named_step(run: Path, step: str, what: str) -> int:
+    """Returns the step that a number, or `best`, names of a run; `what` says in an error where it stands."""
     if step == best.NAME:
-        check_run(Path(name))
-        return Path(name), best.step_of(Path(name))
+        check_run(run)
+        return best.step_of(run)
     if not (step.isascii() and step.isdecimal() and len(step) < 10):
-        raise UserError(f"{text}: no such directory, and STEP of RUN@STEP must be a whole number, or {best.NAME}")
-    return Path(name), int(step)
+        raise UserError(f"{what} must be a whole number, or {best.NAME}")
+    return int(step)
+
+
+def one_step(text: str, flag: str | None) -> tuple[Path, int | None]:
+    """As `run_and_step`, where --step may say it too. Raises `UserError` where both do."""
+    run, step = run_and_step(text)
+    if flag is None:
+        return run, step
+    if step is not None:
+        raise UserError(f"--step={flag}: {text} names a step already")
+    return run, named_step(run, flag, f"--step={flag}:")
 
 
 def check_run(run: Path) -> None:

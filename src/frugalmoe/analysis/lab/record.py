@@ -39,9 +39,17 @@ from frugalmoe.train.weights import Weights, described, load_model, open_run_dat
 
 
 def write_trace(
-    run: str | Path, *, checkpoints: str = "all", tokens: int = TOKENS, progress: bool = True
+    run: str | Path,
+    *,
+    checkpoints: str = "all",
+    step: int | None = None,
+    tokens: int = TOKENS,
+    progress: bool = True,
 ) -> list[Path]:
-    """Writes the missing files of a trace and returns their paths. Each is written whole or not at all."""
+    """Writes the missing files of a trace and returns their paths. Each is written whole or not at all.
+
+    checkpoints: all | last. step: that of the one checkpoint to trace, in their place.
+    """
     run = Path(run)
     if tokens < 1:
         raise UserError(f"--tokens={tokens}: must be positive")
@@ -53,25 +61,30 @@ def write_trace(
         steps = [0]  # of the files, a layer at a time
     elif not steps:
         raise UserError(f"{run}: holds no checkpoint yet")
+    if step not in (None, *steps):
+        raise UserError(f"{run}: no checkpoint of step {step}; valid: {steps}")
     if not (run / "data.json").is_file():
         open_run_data(run, resolve(runnable(run / RECORD)))
     made_from = fingerprints(run)
     for path in trace_files(run):
         _check_existing(path, made_from, tokens)
-    files = {step: run / FOLDER / f"step_{step:08d}.npz" for step in reversed(steps)}
+    chosen = steps[::-1] if step is None else [step]
+    files = {number: run / FOLDER / f"step_{number:08d}.npz" for number in chosen}
     recorder, written = None, []
-    for step in track(files, "tracing checkpoints", disable=not progress):
-        path = files[step]
+    for number in track(files, "tracing checkpoints", disable=not progress):
+        path = files[number]
         if not path.is_file():
             recorder = recorder or _recorder(run, tokens, progress)
             try:
-                columns = recorder.columns(step) | {n: np.array(v) for n, v in made_from.items()}
+                columns = recorder.columns(number) | {n: np.array(v) for n, v in made_from.items()}
             except Damaged as damaged:
+                if step is not None:
+                    raise
                 saved.tell([f"{damaged}; is not traced"])
                 continue
             path.parent.mkdir(exist_ok=True)
             buffer = io.BytesIO()
-            np.savez_compressed(buffer, **columns, step=np.array(step), tokens=np.array(tokens))
+            np.savez_compressed(buffer, **columns, step=np.array(number), tokens=np.array(tokens))
             write_atomically(path, buffer.getvalue())
             written.append(path)
         if checkpoints == "last":

@@ -11,7 +11,7 @@ from frugalmoe import metrics
 from frugalmoe.analysis.stored.runs import Series, read_metrics
 from frugalmoe.config import RECORD, record
 from frugalmoe.errors import UserError, did_you_mean
-from frugalmoe.train import rundir
+from frugalmoe.train import best, checkpoint, rundir
 
 LOSS, BITS = "eval/loss/mean", "eval/bits_per_byte/mean"
 _NO_DIFFERENCE = ("name", "left_open", "data.cache_dir")  # fields that say nothing of what was trained
@@ -26,6 +26,7 @@ class Listed(NamedTuple):
     steps: int  # that it is to have
     started: str | None  # the time (UTC) of its last start; None for runs that are older than their history
     values: dict[str, float]  # the last value of every metric
+    best: dict[str, Any] | None  # metric, step and value of its best checkpoint; None for a run that keeps none
     differences: dict[str, Any]  # dotted fields of the config in which it is not as most of the others are
 
 
@@ -81,8 +82,16 @@ def _listed(directory: Path, path: Path, config: Mapping[str, Any]) -> Listed:
         steps=steps,
         started=started if isinstance(started, str) else None,
         values=values,
+        best=_best(path, config),
         differences={},
     )
+
+
+def _best(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Of the checkpoints that are there."""
+    metric = config.get("checkpoint", {}).get("keep_best")
+    found = best.find(path, metric, checkpoint.saved_steps(path)) if metric and metrics.find(metric) else None
+    return None if found is None else {"metric": metric, **found._asdict()}
 
 
 def _status(path: Path, series: Mapping[str, Series], values: Mapping[str, float]) -> str:

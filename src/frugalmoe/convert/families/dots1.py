@@ -1,4 +1,4 @@
-"""dots.llm1 (2506.05767): queries and keys normalised by head, routed as DeepSeek-V3."""
+"""dots.llm1 (2506.05767): queries and keys normalized by head, routed as DeepSeek-V3."""
 
 from frugalmoe.convert import window
 from frugalmoe.convert.contract import Family, Key

@@ -1,4 +1,4 @@
-"""Hunyuan-A13B (Tencent, 2025): softmax over all experts and one shared, queries and keys normalised after rotation."""
+"""Hunyuan-A13B (Tencent, 2025): softmax over all experts and one shared, queries and keys normalized after rotation."""
 
 from frugalmoe.convert import rope
 from frugalmoe.convert.contract import Family, Key

@@ -1,4 +1,4 @@
-"""OLMo 2 (2501.00656), dense: what attention and feed-forward add is normalised, queries and keys over all heads."""
+"""OLMo 2 (2501.00656), dense: what attention and feed-forward add is normalized, queries and keys over all heads."""
 
 from frugalmoe.convert.contract import Family, Key
 from frugalmoe.convert.parts import ATTENTION, BIASES, DENSE, ENDS, FIXED, HEAD_DIM, KEYS, NORMS_AFTER, TIED

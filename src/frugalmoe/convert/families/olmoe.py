@@ -1,4 +1,4 @@
-"""OLMoE (2409.02060): softmax over all experts, queries and keys normalised over all heads."""
+"""OLMoE (2409.02060): softmax over all experts, queries and keys normalized over all heads."""
 
 from frugalmoe.convert.contract import Family, Key
 from frugalmoe.convert.parts import BIASES, BLOCKS, FIXED, HEAD_DIM, KEYS, ROUTER, TIED, experts

@@ -1,4 +1,4 @@
-"""Qwen3 (2505.09388), dense: queries and keys normalised by head, a window in later layers of some versions."""
+"""Qwen3 (2505.09388), dense: queries and keys normalized by head, a window in later layers of some versions."""
 
 from frugalmoe.convert import window
 from frugalmoe.convert.contract import Family, Key

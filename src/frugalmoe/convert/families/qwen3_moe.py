@@ -1,4 +1,4 @@
-"""Qwen3-MoE (2505.09388): softmax over all experts, queries and keys normalised by head."""
+"""Qwen3-MoE (2505.09388): softmax over all experts, queries and keys normalized by head."""
 
 from frugalmoe.convert.contract import Family, Key
 from frugalmoe.convert.dense import dense_ours, dense_theirs

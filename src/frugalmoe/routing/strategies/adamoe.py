@@ -1,7 +1,7 @@
 """Null experts: a token that picks one of them pays for one expert less.
 
 AdaMoE (Zeng et al., 2406.13233, section 3): `num_null` choices that put out nothing join the E experts, each token
-picks K of them all by softmax, and the weights are renormalised over the experts picked; a token without any gets
+picks K of them all by softmax, and the weights are renormalized over the experts picked; a token without any gets
 nothing but the residual stream. Raise num_experts_per_token with num_null: at balance a token has
 K * E / (E + num_null) experts. The balance losses count each null expert at the mean load of all null experts: how a
 token's nulls are spread over them is nobody's concern.
@@ -47,7 +47,7 @@ ROUTER = Router(
         paper="Zeng et al., AdaMoE: Token-Adaptive Routing with Null Experts, 2406.13233, section 3",
         score="softmax",
         selection="K largest logits, of experts and null experts",
-        weights="softmax probabilities, renormalised over the experts picked",
+        weights="softmax probabilities, renormalized over the experts picked",
         balance="auxiliary loss, null experts counted at their mean load",
         losses=losses.GATE_LOSSES,
     ),

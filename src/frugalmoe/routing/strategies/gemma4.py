@@ -1,7 +1,7 @@
 """Gemma 4's gate: the input's direction alone chooses, and every expert has a learned scale of its own.
 
 With r = x / rms(x) / sqrt(D) * s for a learned scale s per channel: z = r W, p = softmax(z), the K largest, weights
-a_e * p_e / sum_K p, with a learned scale a_e per expert after the renormalisation (public code of google-deepmind/gemma
+a_e * p_e / sum_K p, with a learned scale a_e per expert after the renormalization (public code of google-deepmind/gemma
 and of Hugging Face's gemma4).
 
 What differs: Gemma's gate sees the residual stream before the norm that its experts see, ours the layer's normed input,
@@ -55,7 +55,7 @@ ROUTER = Router(
         year=2026,
         paper="Gemma 4 (public code: google-deepmind/gemma, transformers)",
         score="softmax",
-        selection="K largest logits of the RMS-normalised input",
+        selection="K largest logits of the RMS-normalized input",
         weights="softmax over the K, times a learned scale per expert",
         balance="auxiliary loss",
         losses=losses.GATE_LOSSES,

@@ -8,7 +8,7 @@ E * sum_e (share of tokens whose first choice is e) * (mean p_e). ST-MoE (2202.0
 
 Capacity is the executor's: `model.moe.executor=capacity` with `drop_order=choice` is GShard's order, all first choices
 before any second, in which later tokens push out earlier ones: it leaks the future, `drop_order=token` does not.
-GShard renormalises weights after drops; here a dropped slot's weight is lost, since an executor drops after the router.
+GShard renormalizes weights after drops; here a dropped slot's weight is lost, since an executor drops after the router.
 
 Letters: B batch, T time, E experts, K = 2.
 """
@@ -77,7 +77,7 @@ ROUTER = Router(
         paper="Lepikhin et al., GShard, 2006.16668, section 2.2 and algorithm 1",
         score="softmax",
         selection="largest logit, and a second expert drawn in proportion to its probability",
-        weights="softmax probabilities, renormalised over the two",
+        weights="softmax probabilities, renormalized over the two",
         balance="auxiliary loss on first choices",
         weight_sum=1.0,
         random=True,

@@ -1,7 +1,7 @@
 """Identity choices whose share a bias controls: LongCat-Flash.
 
 LongCat-Flash (2509.01322, section 2.1): Z choices that put out x join the E experts. Selection: the K largest of
-p + b with p the softmax over all; weights: scale * p, not renormalised. The bias moves once per optimizer step, for
+p + b with p the softmax over all; weights: scale * p, not renormalized. The bias moves once per optimizer step, for
 experts alone (eq. 3): b_i += mu * (K_e / (K * E) - T_i / (K * T)), with T_i the tokens that picked expert i, T all
 tokens and K_e the wanted mean number of experts per token. Identity choices keep b = 0, so that an excess of experts
 lowers all their biases. Its loss over groups of devices, in which the identity choices are a group of their own, is

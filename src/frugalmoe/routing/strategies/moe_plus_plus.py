@@ -2,7 +2,7 @@
 
 MoE++ (Jin et al., 2410.07348, section 3). Beside the E experts a token may pick `num_zero` choices that put out 0,
 `num_copy` that put out x, and `num_constant` that put out a_1 x + a_2 v with a = softmax(x M_c) and a learned vector v.
-Gate: z_l = W_l x + R_l z_{l-1} (gating residual: z of the previous MoE layer), softmax, top K, renormalised over the K
+Gate: z_l = W_l x + R_l z_{l-1} (gating residual: z of the previous MoE layer), softmax, top K, renormalized over the K
 with zero's weight set to 0 before, as in the released code: one expert beside a zero has weight 1. R starts at 0 here.
 Balance losses count a zero-cost choice `tau` times (eta_i in the paper), with f over the sum of these counts and not
 over K tokens: larger by a factor of at most 1 / tau. The paper's capacities, split between experts
@@ -116,7 +116,7 @@ ROUTER = Router(
         paper="Jin et al., MoE++: Accelerating Mixture-of-Experts with Zero-Computation Experts, 2410.07348, section 3",
         score="softmax",
         selection="K largest logits, of experts and zero, copy and constant choices",
-        weights="softmax probabilities, renormalised over the K without the zero choices",
+        weights="softmax probabilities, renormalized over the K without the zero choices",
         balance="auxiliary loss, zero-cost choices counted tau times",
         losses=losses.GATE_LOSSES,
     ),

@@ -1,4 +1,4 @@
-"""Normalised gating logits and a balance loss as strong as the drops demand: Skywork-MoE.
+"""Normalized gating logits and a balance loss as strong as the drops demand: Skywork-MoE.
 
 Wei et al. (2406.06563). The softmax is over lambda * (z - mean z) / std z, mean and std over the experts of
 one token: how sharp the gate is no longer depends on the size of its weights. (The variance has 1e-6 added, so that
@@ -32,7 +32,7 @@ EPS = 1e-6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    logit_std: float = 1.0  # lambda, the standard deviation of the normalised logits
+    logit_std: float = 1.0  # lambda, the standard deviation of the normalized logits
     renormalize: bool = True  # weights of the K experts sum to 1
     gain: float = 20.0  # the balance loss has its full strength from a drop rate of 1 / gain
     decay: float = 0.99  # of the average over steps
@@ -92,7 +92,7 @@ ROUTER = Router(
         paper="Wei et al., Skywork-MoE, 2406.06563",
         score="softmax",
         selection="K largest logits",
-        weights="softmax probabilities of normalised logits, renormalised over the K or as they are",
+        weights="softmax probabilities of normalized logits, renormalized over the K or as they are",
         balance="auxiliary loss, its strength from the drop rate",
         weight_sum=lambda config: 1.0 if config.options.renormalize else "at_most_one",
         stateful=True,

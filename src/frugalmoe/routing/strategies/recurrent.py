@@ -1,7 +1,7 @@
 """A gate that remembers earlier layers: a GRU runs over the layers of each token, and its state makes the logits.
 
 RMoE (Qiu et al., 2408.06793, eq. 4-6): x' = P_l x, h_l = GRU(x', h_{l-1}), z = W_l h_l, then softmax and top K with
-renormalised weights. The projection P_l and the gate W_l are the layer's own, the GRU is shared by all layers, h_0 = 0.
+renormalized weights. The projection P_l and the gate W_l are the layer's own, the GRU is shared by all layers, h_0 = 0.
 The recurrence crosses layers, never tokens, so that decoding needs no memory. The GRU (Cho et al., 1406.1078, with the
 reset gate after the product, as in the released code), with x' and h of P channels:
 

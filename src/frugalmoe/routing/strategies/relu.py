@@ -1,6 +1,6 @@
 """ReLU routing: a token's experts are those with a positive logit, and a penalty that adapts sets how many they are.
 
-ReMoE (Wang et al., 2412.14711, section 3): weights R = ReLU(z), not normalised, a continuous function of the
+ReMoE (Wang et al., 2412.14711, section 3): weights R = ReLU(z), not normalized, a continuous function of the
 parameters. The loss `l1` is lambda * E * sum_e f_e mean_t R_te over each group of `model.moe.load_balance_scope`, an L1
 norm that weighs busy experts more, and after each step lambda *= alpha^sign(active - K), active being the mean number
 of positive logits per token: dense at first, then ever sparser, until a token has K = num_experts_per_token experts on
@@ -109,7 +109,7 @@ ROUTER = Router(
         paper="Wang et al., ReMoE, 2412.14711, section 3; BlockFFN, 2507.08771 (rms_norm)",
         score="relu",
         selection="positive logits",
-        weights="the logits, or the logits RMS-normalised",
+        weights="the logits, or the logits RMS-normalized",
         balance="L1 penalty weighted by load, adapted to K active experts",
         stateful=True,
         losses=("l1",),

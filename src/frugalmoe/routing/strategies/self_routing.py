@@ -2,7 +2,7 @@
 
 Self-Routing (2604.00421): a fixed slice of the hidden state, with nothing to learn but the state itself; no balance
 loss. A control for what a gate's own parameters are worth. Weights are the softmax probabilities of the K largest,
-renormalised or as they are. Costs no matrix product.
+renormalized or as they are. Costs no matrix product.
 
 Letters: B batch, T time, D model, E experts, K choices.
 """
@@ -43,7 +43,7 @@ ROUTER = Router(
         paper="Self-Routing, 2604.00421",
         score="softmax",
         selection="K largest of the input's first E channels",
-        weights="softmax of those channels, renormalised or not",
+        weights="softmax of those channels, renormalized or not",
         balance="none",
         weight_sum=lambda config: 1.0 if config.options.renormalize else "at_most_one",
         learned=False,

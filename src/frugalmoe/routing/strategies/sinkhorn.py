@@ -64,7 +64,7 @@ ROUTER = Router(
         score="softmax, sigmoid for K = 1",
         selection="K largest scores after Sinkhorn scaling over the sequence; in evaluation K largest logits",
         weights="softmax probability or sigmoid as it is",
-        balance="doubly normalised scores",
+        balance="doubly normalized scores",
         causal="leak",
         causal_in_evaluation="safe",
         weight_sum="at_most_one",

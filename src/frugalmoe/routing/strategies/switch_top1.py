@@ -1,6 +1,6 @@
 """Switch Transformer: the most probable expert, weighted by its probability.
 
-Fedus et al. (2101.03961, eq. 1-2 and 4-6; input jitter: appendix C). The weight p_e is not renormalised: it is all
+Fedus et al. (2101.03961, eq. 1-2 and 4-6; input jitter: appendix C). The weight p_e is not renormalized: it is all
 that carries a gradient to the router.
 
 Letters: B batch, T time, D model, E experts, K = 1.
