@@ -238,6 +238,7 @@ def test_steps_without_checksums_are_read_and_it_is_said(run, read, capsys):
             harm(path, how)
             _, step, skipped = read(run)
             assert step == 2 and skipped[0].step == 4 and skipped[0].why.startswith("cannot be read: ")
+            assert "tensorstore_spec" not in skipped[0].why and len(skipped[0].why) < 500
         path.write_bytes(content)
 
 

@@ -122,7 +122,7 @@ def reading(workdir: Path, step: int) -> Iterator[None]:
         whole = isinstance(error, UserError) or checksums.are_there(saved.place(workdir, step))
         if whole or not (expected or type(error) is Exception):
             raise
-        why = str(error).partition("\n")[0].partition(". See full")[0]
+        why = str(error).partition("\n")[0].partition(". See full")[0].partition(" [tensorstore_spec")[0]
         raise saved.damaged(workdir, Skipped(step, f"cannot be read: {why}")) from error
 
 
