@@ -112,17 +112,20 @@ def open_manager(
 def reading(workdir: Path, step: int) -> Iterator[None]:
     """Raises `Damaged` for what Orbax raises of a checkpoint whose files are cut off, gone or no JSON.
 
-    One with checksums has been looked at before it is read, and an error then is another's.
+    One with checksums has been looked at before it is read, and an error then is another's; unless it was deleted
+    meanwhile.
     """
     try:
         yield
     except Exception as error:
+        if not saved.place(workdir, step).is_dir():
+            raise saved.damaged(workdir, Skipped(step, "was deleted while it was read")) from error
         expected = isinstance(error, ValueError | LookupError | TypeError | AttributeError | OSError)
         # a bare Exception is how it reports what TensorStore says
         whole = isinstance(error, UserError) or checksums.are_there(saved.place(workdir, step))
         if whole or not (expected or type(error) is Exception):
             raise
-        why = str(error).partition("\n")[0].partition(". See full")[0]
+        why = str(error).partition("\n")[0].partition(". See full")[0].partition(" [tensorstore_spec")[0]
         raise saved.damaged(workdir, Skipped(step, f"cannot be read: {why}")) from error
 
 
@@ -207,12 +210,14 @@ def restore_newest(
     """Returns (the newest saved state that is whole and finite, its step, what was passed over); None, None where there
     is none.
     """
-    skipped: list[Skipped] = []
-    for step in reversed(_agreed(lambda: saved.entries(Path(manager.directory).parent))):
+    workdir, skipped = Path(manager.directory).parent, []
+    there = lambda: _agreed(lambda: saved.entries(workdir))
+    while left := [step for step in there() if step not in {each.step for each in skipped}]:
         try:
-            return restore_whole(manager, step, abstract, items), step, skipped
+            return restore_whole(manager, left[-1], abstract, items), left[-1], skipped
         except Damaged as damaged:
-            skipped.append(Skipped(step, damaged.why))
+            if left[-1] in there():  # else a run that trains meanwhile has newer ones, and has deleted it
+                skipped.append(Skipped(left[-1], damaged.why))
     return None, None, skipped
 
 
