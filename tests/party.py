@@ -60,7 +60,15 @@ class Party:
             streams = self.section.streams
             rows = [island.held.commit.rows[s] * streams + s for s in island.held.commit.members[island.name]]
             numbers = [n + 100 * streams for n in rows] if island.name in broken else rows
-            island.contribute(self.values(number), self.routers(), {}, numbers, TOKENS_PER_ROW * len(rows), 2, 1.0)
+            island.contribute(
+                self.values(number),
+                self.routers(),
+                {},
+                numbers,
+                tokens=TOKENS_PER_ROW * len(rows),
+                steps=2,
+                seconds=1.0,
+            )
         self.announce("waiting", *(island.name for island in there))
         [island.poll(island.held.round + 1) for island in there]
         self.time += self.section.lapse_seconds

@@ -185,8 +185,8 @@ class Island:
     # A round.
 
     def contribute(
-        self, local: Arrays, routers: Arrays, residual: Arrays, numbers: Sequence[int], tokens: int, steps: int,
-        seconds: float, leaving: bool = False,
+        self, local: Arrays, routers: Arrays, residual: Arrays, numbers: Sequence[int], *, tokens: int, steps: int,
+        seconds: float, leaving: bool = False, loads: Sequence[Sequence[int]] = (),
     ) -> tuple[Contribution, dict[str, np.ndarray]]:  # fmt: skip
         """Hands in what was found in the round after the one held; returns it, and the residual of its packing.
 
@@ -203,6 +203,7 @@ class Island:
         made = Contribution(
             island=self.name, run=self.run, round=round, base=self.held.commit.outer, blob=blobs.sha256(data),
             bytes=len(data), tokens=tokens, steps=steps, rows=rows, seconds=seconds, leaving=leaving,
+            loads=tuple(tuple(map(int, layer)) for layer in loads),
         )  # fmt: skip
         self.bytes_written += len(data)
         self.store.write(records.path_of_blob(made.blob), data)

@@ -45,6 +45,10 @@ class Local(Protocol):
     def train(self, end: int, enough: Callable[[], bool]) -> Iterator[None]:
         """Makes steps up to `end`, or until there is enough, or somebody asks to stop."""
 
+    def loads(self) -> Sequence[Sequence[int]]:
+        """Of each MoE layer, the slots of tokens that named each expert since `begin`; empty where nobody counts."""
+        return ()
+
     def stop_requested(self) -> bool: ...
 
     def save(self) -> None:
@@ -59,6 +63,7 @@ class Found(NamedTuple):
     numbers: tuple[int, ...]  # of the rows that it read
     seconds: float
     leaving: bool
+    loads: tuple[tuple[int, ...], ...] = ()  # of experts, as `Local.loads`
 
 
 class Memory(Protocol):
@@ -92,8 +97,9 @@ class Rounds:
     """One island's way through the rounds of a directory."""
 
     def __init__(
-        self, island: Island, local: Local, memory: Memory, tell: Tell, row: Row, about: Mapping[str, Any], pause: float
-    ):
+        self, island: Island, local: Local, memory: Memory, tell: Tell, row: Row, *, about: Mapping[str, Any],
+        pause: float,
+    ):  # fmt: skip
         self.island, self.local, self.memory, self.tell, self.row, self.about = island, local, memory, tell, row, about
         self.rules, self.section, self.clock, self.pause = island.rules, island.rules.section, island.clock, pause
         self.pending: Contribution | None = None
@@ -201,7 +207,8 @@ class Rounds:
         if steps <= 0:
             return
         numbers = tuple(self.plan[: steps * self.local.rows_per_step])
-        found = Found(round, self.local.step, numbers, self.timing.trained, self.stopped)
+        loads = tuple(map(tuple, self.local.loads()))
+        found = Found(round, self.local.step, numbers, self.timing.trained, self.stopped, loads)
         self.memory.write(found)
         self.local.save()
         yield from self._contribute(found)
@@ -211,8 +218,9 @@ class Rounds:
         local, routers, before = self.local.tensors(), self.local.routers(), self.memory.residual(found.round)
         tokens, written = count * self.local.tokens_per_row, self.island.bytes_written
         hand_in = lambda: self.island.contribute(
-            local, routers, before, found.numbers, tokens, steps, found.seconds, found.leaving
-        )
+            local, routers, before, found.numbers, tokens=tokens, steps=steps, seconds=found.seconds,
+            leaving=found.leaving, loads=found.loads,
+        )  # fmt: skip
         self.pending, residual = yield from self._safely(hand_in)
         self.memory.keep_residual(found.round, residual)
         self.timing.bytes_written += self.island.bytes_written - written
@@ -422,5 +430,6 @@ class Rounds:
                 **{f"seconds/{name}": getattr(self.timing, name) for name in ("trained", "waited")},
                 "bytes/written": self.timing.bytes_written,
                 "bytes/read": self.timing.bytes_read,
+                "loads": [(c.island, c.loads) for c in commit.merged if c.loads],
             }
         )
