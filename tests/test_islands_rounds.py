@@ -32,7 +32,7 @@ class Vectors(VirtualLocal):
         self.values = {name: np.zeros(size, np.float32) for name, size in SIZES.items()}
         self.momentum = {name: np.zeros(size, np.float32) for name, size in SIZES.items()}
         self.state, self.step = {"bias": np.zeros(2, np.float32)}, 0
-        self.read: list[int] = []
+        self.drift = 0.01
         self.save()
 
     def tensors(self) -> dict[str, np.ndarray]:
@@ -55,7 +55,7 @@ class Vectors(VirtualLocal):
                 gradient = np.float32(self.values[name] - target)
                 self.momentum[name] = np.float32(0.9) * self.momentum[name] + gradient
                 self.values = {**self.values, name: self.values[name] - np.float32(0.1) * self.momentum[name]}
-            self.state = {"bias": self.state["bias"] + np.float32(0.01)}
+            self.state = {"bias": self.state["bias"] + np.float32(self.drift)}
             self.member.now += self.seconds_of(self.step)
             self.step += 1
             yield
@@ -200,6 +200,24 @@ def test_overlap_hides_waiting_for_who_is_slower_now_and_then() -> None:
 
     assert waited(0) == pytest.approx(10 * 4.0, abs=3)
     assert waited(2) < 0.7 * waited(0)
+
+
+def test_old_rounds_are_cleaned_away_and_who_comes_late_still_finds_the_way() -> None:
+    """The state of routers stays the same here, so that one blob is of all rounds."""
+    rules = make_rules(steps=160, wait_for=2, keep_rounds=2, snapshot_rounds=3)
+    members = make_members(rules, [1.0, 1.0, 1.0])
+    for member in members:
+        member.local.drift = 0.0
+    for member in members[:2]:
+        member.start(0.25)
+    turn(members, lambda: members[0].now > 100)
+    members[2].now = members[0].now
+    members[2].start(0.25)
+    turn(members)
+    assert all(member.rounds.status == "complete" for member in members) and len(members[2].rows) > 5
+    assert {kind for member in members for kind, _ in member.events} == {"joined"}
+    kept = [key for key in members[0].store.list("blobs/")]
+    assert len(kept) < 40 < len(members[0].store.list("rounds/"))  # of 40 rounds
 
 
 def test_what_comes_late_is_weighed_down_or_dropped() -> None:

@@ -472,11 +472,18 @@ class Island:
             return
         whole = commit.round - commit.round % self.rules.section.snapshot_rounds
         last = min(commit.round - keep, whole - self.rules.section.snapshot_rounds)
+        if last <= 0:
+            return
+        # One blob may be of many rounds, as that of routers without a state.
+        needed = {sha256 for round in range(last, commit.round + 1) for sha256 in _blobs_of(self.commit(round))}
         for round in range(max(last - 2 * self.rules.section.snapshot_rounds, 0), last):
-            old = self.commit(round)
-            for sha256 in [c.blob for c in old.merged] + [old.snapshot, old.routers] if old and round else []:
-                if sha256:
-                    self.store.delete(records.path_of_blob(sha256))
+            for sha256 in _blobs_of(self.commit(round)) - needed:
+                self.store.delete(records.path_of_blob(sha256))
+
+
+def _blobs_of(commit: Commit | None) -> set[str]:
+    found = [c.blob for c in commit.merged] + [commit.snapshot, commit.routers] if commit else []
+    return {sha256 for sha256 in found if sha256}
 
 
 class _Watch:

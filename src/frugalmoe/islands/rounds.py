@@ -246,7 +246,7 @@ class Rounds:
             yield self.pause
         ahead = bool(self.plan)  # steps of the next round were made meanwhile
         mine = self._mine(commit)
-        yield from self._take(commit)
+        regular = yield from self._take(commit)
         self.timing.waited += self.clock() - began
         self.timing.bytes_written += self.island.bytes_written - written
         self.timing.bytes_read += self.island.bytes_read - read
@@ -255,7 +255,7 @@ class Rounds:
         if not mine:
             self.tell("left_out", f"round {commit.round}: {self._why(commit)}; the outer state is taken")
         late = not mine and self.island.name not in commit.left_out
-        behind = yield from self._advance()
+        behind = (yield from self._advance()) or not regular
         lease = self.island.held.commit.members.get(self.island.name, ())
         if not lease:
             yield from self._become_member()
@@ -286,12 +286,16 @@ class Rounds:
         return commit.left_out.get(self.island.name, "it came too late")
 
     def _take(self, commit: Commit) -> Iterator[float]:
-        """Takes a round's outer state; where that has another checksum than all others found, from the directory."""
+        """Takes a round's outer state; where that has another checksum than all others found, or a file of it is gone,
+        the newest one of the directory. Returns whether it was the round's.
+        """
         try:
             yield from self._safely(lambda: self.island.take(commit))
-        except Mismatch as error:
+        except (Mismatch, Damaged) as error:
             self.tell("mismatch", f"{error}; the outer state is read again")
             yield from self._again()
+            return False
+        return True
 
     def _again(self) -> Iterator[float]:
         self.island.held = None

@@ -20,7 +20,7 @@ from frugalmoe.fields import to_dict
 from frugalmoe.files import check_name, read_json, write_atomically, write_json
 from frugalmoe.islands import blobs, merges, processes, routers, tensors
 from frugalmoe.islands.island import Island, Rules, check_agreement
-from frugalmoe.islands.records import FORMAT, Agreement
+from frugalmoe.islands.records import FORMAT, Agreement, Damaged
 from frugalmoe.islands.rounds import Found, Local, Rounds
 from frugalmoe.islands.store import Store, StoreError, open_store
 from frugalmoe.schema import Config
@@ -114,6 +114,9 @@ def drive(
             run.manager.wait_until_finished()
             return [{"status": "stopped", "step": run.step, "steps": config.train.steps}]
         steps.program.check_compiled_once()
+        run.manager.wait_until_finished()
+        if run.step in run.manager.all_steps():  # of what this island found in the last round: the result is not that
+            run.manager.delete(run.step)
         shown.say("evaluating on held-out documents")
         return [run.finish(False, time.perf_counter() - began, sample)]
 
@@ -140,11 +143,14 @@ def _lead(run: Run, steps: Steps, local: Local, idle: Callable[[], None], store:
 
         rounds = Rounds(island, local, RunMemory(run.workdir), tell, row, about=about(config), pause=_PAUSE)
         held.enter_context(_signs_of_life(rounds))
-        for pause in rounds.go():
-            if pause:
-                idle()
-                with steps.paused():
-                    time.sleep(pause)
+        try:
+            for pause in rounds.go():
+                if pause:
+                    idle()
+                    with steps.paused():
+                        time.sleep(pause)
+        except Damaged as error:
+            raise UserError(f"--islands={store.place}: {error}") from error
         return rounds.stopped
 
 
