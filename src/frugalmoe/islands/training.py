@@ -106,10 +106,10 @@ def drive(
             stopped = processes.follow(local, timed)
         elif jax.process_count() > 1:
             leader = processes.Leader(local, timed)
-            stopped = _lead(run, steps, leader, leader.idle, store, name, shown)
+            stopped = _lead(run, steps, leader, leader.idle, shown, store=store, name=name)
             leader.end(stopped)
         else:
-            stopped = _lead(run, steps, local, lambda: None, store, name, shown)
+            stopped = _lead(run, steps, local, lambda: None, shown, store=store, name=name)
         if stopped:  # what can go on is saved: the state at the end of a round
             run.manager.wait_until_finished()
             return [{"status": "stopped", "step": run.step, "steps": config.train.steps}]
@@ -121,7 +121,9 @@ def drive(
         return [run.finish(False, time.perf_counter() - began, sample)]
 
 
-def _lead(run: Run, steps: Steps, local: Local, idle: Callable[[], None], store: Store, name: str, shown: Any) -> bool:
+def _lead(
+    run: Run, steps: Steps, local: Local, idle: Callable[[], None], shown: Any, *, store: Store, name: str
+) -> bool:
     """Goes through the rounds; returns whether a stop was requested. `idle` is called while there is nothing to do."""
     began, config = time.perf_counter(), run.config
     with ExitStack() as held:

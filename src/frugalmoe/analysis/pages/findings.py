@@ -141,20 +141,20 @@ def rounds(run: Run) -> str:
 
 def island_loads(run: Run) -> str:
     found = run.island_loads
-    share_ILE = found.counts_ILE / np.maximum(found.counts_ILE.sum(-1, keepdims=True), 1)
-    apart_LE = share_ILE.max(0) - share_ILE.min(0)
+    share_MLE = found.counts_MLE / np.maximum(found.counts_MLE.sum(-1, keepdims=True), 1)
+    apart_LE = share_MLE.max(0) - share_MLE.min(0)
     layer, expert = np.unravel_index(apart_LE.argmax(), apart_LE.shape)
-    most, least = share_ILE[:, layer, expert].argmax(), share_ILE[:, layer, expert].argmin()
+    most, least = share_MLE[:, layer, expert].argmax(), share_MLE[:, layer, expert].argmin()
     said = (
         f"Rounds {found.first} to {found.last}. The busiest expert of any island has "
-        f"{number(share_ILE.max() * share_ILE.shape[-1])} times the uniform load."
+        f"{number(share_MLE.max() * share_MLE.shape[-1])} times the uniform load."
     )
     if len(found.islands) == 1:
         return said
     return (
         f"{said} Islands differ most about expert {expert} of layer {found.layers_L[layer]}: it gets "
-        f"{percent(share_ILE[most, layer, expert])} of {plots.short(found.islands[most])} and "
-        f"{percent(share_ILE[least, layer, expert])} of {plots.short(found.islands[least])}."
+        f"{percent(share_MLE[most, layer, expert])} of {plots.short(found.islands[most])} and "
+        f"{percent(share_MLE[least, layer, expert])} of {plots.short(found.islands[least])}."
     )
 
 

@@ -1,6 +1,6 @@
 """What a run that is one of several islands wrote of its rounds: rounds.jsonl and island_load.jsonl.
 
-Letters: R rounds, I islands, L MoE layers, E experts.
+Letters: R rows, M contributions of islands, L MoE layers, E experts.
 """
 
 from collections.abc import Iterable
@@ -36,7 +36,7 @@ class IslandLoads(NamedTuple):
 
     islands: list[str]
     layers_L: np.ndarray  # index in the whole network
-    counts_ILE: np.ndarray
+    counts_MLE: np.ndarray
     first: int  # round
     last: int
 

@@ -1,6 +1,6 @@
 """Pictures of what experts do: domains, words, and pairs of experts.
 
-Letters: L layers, G domains, E experts, N tokens, V distinct token ids.
+Letters: L layers, G domains, M contributions of islands, E experts, N tokens, V distinct token ids.
 """
 
 import matplotlib
@@ -42,11 +42,11 @@ def domain_heatmaps(found: Specialisation, layers: np.ndarray, domains: list[str
 @styled
 def island_loads(loads: IslandLoads, width: float = WIDE) -> Figure:
     """One heatmap per layer: island by expert, coloured by load / uniform load; of many islands the busiest."""
-    busiest = np.sort(np.argsort(-loads.counts_ILE.sum((1, 2)), kind="stable")[:MOST_ISLANDS])
-    counts_LIE = np.moveaxis(loads.counts_ILE[busiest], 1, 0)
-    share_LIE = counts_LIE / np.maximum(counts_LIE.sum(-1, keepdims=True), 1)
-    chance_L = np.full(len(share_LIE), 1 / share_LIE.shape[-1])
-    return _heatmaps(share_LIE, chance_L, loads.layers_L, [loads.islands[i] for i in busiest], width)
+    busiest = np.sort(np.argsort(-loads.counts_MLE.sum((1, 2)), kind="stable")[:MOST_ISLANDS])
+    counts_LME = np.moveaxis(loads.counts_MLE[busiest], 1, 0)
+    share_LME = counts_LME / np.maximum(counts_LME.sum(-1, keepdims=True), 1)
+    chance_L = np.full(len(share_LME), 1 / share_LME.shape[-1])
+    return _heatmaps(share_LME, chance_L, loads.layers_L, [loads.islands[i] for i in busiest], width)
 
 
 def _heatmaps(
