@@ -2,8 +2,6 @@
 
 `Rounds.go` is a generator: it gives the seconds after which it wants to go on, so that a process sleeps and a virtual
 clock turns forward. What it trains is behind `Local`; what it remembers over a restart is behind `Memory`.
-
-Letters: P fragments, S streams.
 """
 
 import dataclasses
