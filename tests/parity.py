@@ -107,6 +107,9 @@ def _theirs(model: hf.PreTrainedModel, place: Path) -> tuple[np.ndarray, float, 
         _, gradients = opened(save(model, place / "gradients"), place / "run")
     g_LBTE = np.zeros((len(chosen), B * T, E), np.float32)
     for row, layer in enumerate(sorted(chosen)):
+        if len(chosen[layer]) == 1:  # Llama 4: inputs of each expert in turn, zeros but of the tokens that chose it
+            g_LBTE[row] = (chosen[layer][0] != 0).any(-1).reshape(E, B * T).T
+            continue
         expert_NK, weight_NK = (array.detach().numpy() for array in chosen[layer][1:3])
         np.put_along_axis(g_LBTE[row], expert_NK, weight_NK, axis=1)
     return logits.detach().numpy(), loss.item(), g_LBTE.reshape(-1, B, T, E) if chosen else None, gradients.params

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from frugalmoe.islands import merges
-from frugalmoe.islands.island import Island, Rules
+from frugalmoe.islands.island import Island, Rules, Work
 from frugalmoe.islands.records import FORMAT, Agreement
 from frugalmoe.islands.store import open_store
 from frugalmoe.islands.tensors import Tensor, fragments
@@ -61,13 +61,7 @@ class Party:
             rows = [island.held.commit.rows[s] * streams + s for s in island.held.commit.members[island.name]]
             numbers = [n + 100 * streams for n in rows] if island.name in broken else rows
             island.contribute(
-                self.values(number),
-                self.routers(),
-                {},
-                numbers,
-                tokens=TOKENS_PER_ROW * len(rows),
-                steps=2,
-                seconds=1.0,
+                self.values(number), self.routers(), {}, Work(numbers, TOKENS_PER_ROW * len(rows), 2, 1.0)
             )
         self.announce("waiting", *(island.name for island in there))
         [island.poll(island.held.round + 1) for island in there]

@@ -67,6 +67,16 @@ GRANITE = GRANITE_ROUTED | dict(
     logits_scaling=1.0,
     residual_multiplier=1.0,
 )
+LLAMA4 = COMMON | dict(
+    num_hidden_layers=4,
+    head_dim=d,
+    num_experts_per_tok=1,
+    intermediate_size=F,
+    intermediate_size_mlp=24,
+    num_local_experts=E,
+    attention_chunk_size=5,
+    floor_scale=4,
+)
 YARN = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
@@ -88,6 +98,7 @@ CASES: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "olmoe renormalised": lambda: hf.OlmoeConfig(
         **COMMON | {"num_key_value_heads": H}, intermediate_size=F, num_experts=E, norm_topk_prob=True
     ),
+    "olmoe clipped": lambda: hf.OlmoeConfig(**COMMON, intermediate_size=F, num_experts=E, clip_qkv=0.5),
     "flex_olmo": lambda: hf.FlexOlmoConfig(**COMMON, intermediate_size=F, num_experts=E),
     "flex_olmo renormalised, biases": lambda: hf.FlexOlmoConfig(
         **COMMON, intermediate_size=F, num_experts=E, norm_topk_prob=True, attention_bias=True
@@ -95,6 +106,9 @@ CASES: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "qwen3_moe": lambda: hf.Qwen3MoeConfig(**QWEN3, norm_topk_prob=True),
     "qwen3_moe as they are, dense layers, yarn": lambda: hf.Qwen3MoeConfig(
         **QWEN3 | {"mlp_only_layers": [0], "intermediate_size": 24}, norm_topk_prob=False, rope_parameters=YARN
+    ),
+    "qwen3_moe every other layer": lambda: hf.Qwen3MoeConfig(
+        **QWEN3 | {"num_hidden_layers": 5, "mlp_only_layers": [1]}, intermediate_size=24, decoder_sparse_step=2
     ),
     "qwen3_moe window": lambda: hf.Qwen3MoeConfig(
         **QWEN3, norm_topk_prob=True, use_sliding_window=True, sliding_window=5
@@ -180,9 +194,41 @@ CASES: dict[str, Callable[[], hf.PretrainedConfig]] = {
         moe_topk=3,
         attention_bias=True,
     ),
+    "hunyuan_v1_moe alpha, as released": lambda: hf.HunYuanMoEV1Config(
+        **DENSE,
+        head_dim=d,
+        intermediate_size=F,
+        num_experts=E,
+        moe_topk=2,
+        rope_parameters={"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 1e4, "mscale": 1.0},
+    ),
+    "phimoe": lambda: hf.PhimoeConfig(
+        **COMMON, intermediate_size=F, num_local_experts=E, attention_bias=True, lm_head_bias=True
+    ),
+    "phimoe no bias, window, wide choice": lambda: hf.PhimoeConfig(
+        **COMMON, intermediate_size=F, num_local_experts=E, sliding_window=5, router_jitter_noise=0.3
+    ),
+    "llama4_text": lambda: hf.Llama4TextConfig(**LLAMA4, rope_parameters=LLAMA3 | {"rope_theta": 5e5}),
+    "llama4_text every other layer, no norm, no temperature": lambda: hf.Llama4TextConfig(
+        **LLAMA4 | {"num_hidden_layers": 5},
+        interleave_moe_layer_step=2,
+        use_qk_norm=False,
+        attn_temperature_tuning=False,
+    ),
+    "llama4_text all rotate, whole and chunked, biases, tied": lambda: hf.Llama4TextConfig(
+        **LLAMA4 | {"tie_word_embeddings": True, "num_key_value_heads": 1},
+        no_rope_layers=[1] * 4,
+        layer_types=["full_attention", "chunked_attention"] * 2,
+        attention_bias=True,
+        moe_layers=[1, 2, 3],
+    ),
     "llama": lambda: hf.LlamaConfig(**DENSE, intermediate_size=24, rope_parameters=LLAMA3),
     "llama tied": lambda: hf.LlamaConfig(**DENSE | {"tie_word_embeddings": True}, intermediate_size=24),
     "llama biases": lambda: hf.LlamaConfig(**DENSE, intermediate_size=24, attention_bias=True),
+    "olmo": lambda: hf.OlmoConfig(**DENSE, intermediate_size=24),
+    "olmo clipped, tied, one head of keys": lambda: hf.OlmoConfig(
+        **DENSE | {"tie_word_embeddings": True, "num_key_value_heads": 1}, intermediate_size=24, clip_qkv=0.5
+    ),
     "olmo2": lambda: hf.Olmo2Config(**DENSE, intermediate_size=24, rope_parameters={"rope_theta": 5e5}),
     "olmo2 tied, yarn": lambda: hf.Olmo2Config(
         **DENSE | {"tie_word_embeddings": True, "num_key_value_heads": H}, intermediate_size=24, rope_parameters=YARN
@@ -213,7 +259,7 @@ def randomized(case: str) -> hf.PreTrainedModel:
         CASES[case](), dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
     fill(model)
-    return model
+    return model.eval()  # of which routers that draw experts know
 
 
 def fill(module: torch.nn.Module) -> None:
@@ -221,7 +267,8 @@ def fill(module: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if "inv_freq" not in name:
-                tensor.normal_(mean=1.0 if "norm" in name else 0.0, std=0.2)
+                is_scale = "norm" in name and not name.endswith("bias")
+                tensor.normal_(mean=1.0 if is_scale else 0.0, std=0.2)
 
 
 def tokens() -> np.ndarray:

@@ -266,6 +266,9 @@ FORMS = {
     ),
     "sigmoid": SIGMOID,
     "afmoe": variant(SIGMOID, options={"scale": Key("route_scale"), **TINY}, settings=({"route_scale": 2.5},)),
+    "nemotron_h": variant(
+        DEEPSEEK_V3, note="experts in a smaller space, where there is moe_latent_size, are no matter of routing"
+    ),
     "muse_spark": variant(
         SIGMOID,
         score="sigmoid of logits x multiplier",
@@ -499,7 +502,8 @@ ROUTERS = {
     "deepseek_v3": """AXK1TopkRouter BailingHybridTopkRouter DeepseekV3TopkRouter DeepseekV32TopkRouter Dots1TopkRouter
         Dots3NoteTextTopkRouter ExaoneMoeTopkRouter Glm4MoeTopkRouter Glm4MoeLiteTopkRouter Glm4vMoeTextTopkRouter
         Glm5NextTextTopkRouter GlmMoeDsaTopkRouter HYV4TopkRouter KimiLinearTopkRouter MiMoV2FlashTopkRouter
-        NemotronHTopkRouter SolarOpenTopkRouter""",
+        SolarOpenTopkRouter""",
+    "nemotron_h": "NemotronHTopkRouter",
     "beam": "BeamTopKRouter",
     "sigmoid": "Dots3NoteVisionTopKRouter HYV3TopKRouter",
     "afmoe": "AfmoeTokenChoiceRouter",

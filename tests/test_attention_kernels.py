@@ -39,6 +39,13 @@ def segment_ids(shape) -> jax.Array:
     return jnp.array(np.tile(row, (batch, 1)))
 
 
+def in_chunks(shape, size: int) -> jax.Array:
+    """Segment ids where each chunk of a document is one of its own."""
+    first_of_chunk = [t % size == 0 for length in shape[-1] for t in range(length)]
+    row = np.pad(np.cumsum(first_of_chunk), (0, shape[1] - len(first_of_chunk))).astype(np.int32)
+    return jnp.array(np.tile(row, (shape[0], 1)))
+
+
 def inputs(shape, dtype=jnp.float32) -> list[jax.Array]:
     B, T, H, K, d, _ = shape
     keys = jax.random.split(jax.random.key(0), 4)
@@ -116,6 +123,16 @@ def test_windows_sinks_and_other_channels_of_values_equal_the_oracle(form, shape
     for name, a, b in zip(("o", "dq", "dk", "dv", "dsink"), got, expected, strict=False):
         np.testing.assert_allclose(a, b, rtol=3e-5, atol=3e-5, err_msg=name)
     assert len(got) == len(expected) == 4 + with_sinks
+
+
+@pytest.mark.parametrize("shape, implementation", [*CASES[8:16], ("large_chunk", "chunked"), ("splash", "splash")])
+def test_chunks_are_documents(shape, implementation):
+    shape = SHAPES[shape]
+    fn = functools.partial(causal_attention, form=Form(shape[4] ** -0.5, 20, True), implementation=implementation)
+    got = value_and_gradients(fn, *inputs(shape), segment_ids(shape))
+    expected = value_and_gradients(oracle, *inputs(shape), in_chunks(shape, 20))
+    for name, a, b in zip(("o", "dq", "dk", "dv"), got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=name)
 
 
 def test_no_work_before_the_window_beyond_a_chunk():
@@ -248,12 +265,14 @@ def test_attention_to_a_cache_equals_attention_to_the_whole_sequence():
         np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("slots", [24, 44])
-def test_a_ring_of_slots_holds_the_window(slots):
+def test_a_ring_of_slots_holds_the_window(slots, chunked):
     """Tokens come in pieces of 9, of which 2 are padding and come again as they are; 24 slots are fewer than 44."""
     shape, sinks = (2, 44, 4, 2, 8, [44]), jnp.array([0.5, -1.0, 2.0, 0.0])
     q, k, v, _ = inputs(shape)
-    form, whole = Form(8**-0.5, window=12), oracle(q, k, v, segment_ids(shape), sinks, 12)
+    form, segments = Form(8**-0.5, 12, chunked), in_chunks(shape, 12) if chunked else segment_ids(shape)
+    whole = oracle(q, k, v, segments, sinks, 12)
 
     @jax.jit
     def step(cache, q, k, v, start):

@@ -18,6 +18,7 @@ from test_train_step import config_of, mesh_of
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
+from transformers.models.hunyuan_v1_moe import modeling_hunyuan_v1_moe as hunyuan
 from transformers.models.mistral import modeling_mistral as mistral
 
 from frugalmoe import sharding
@@ -205,6 +206,17 @@ def test_rotary_frequencies_are_those_of_transformers(rope, theta):
     assert np.abs(np.asarray(frequencies(64, theta, RopeScaling())) / expected.numpy()).max() > 1.5, "nothing stretched"
 
 
+@pytest.mark.parametrize("channels", [4, 128])
+def test_the_alpha_of_hunyuan_is_that_of_its_code(channels):
+    rope = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 1e4}
+    config = hf.HunYuanMoEV1Config(head_dim=channels, rope_parameters=rope)
+    expected, factor = hunyuan.HunYuanMoEV1RotaryEmbedding.compute_ntk_alpha_rope_parameters(config)
+    fields = resolve(override(default(), scaling({"rope_type": "ntk", "factor": 1000.0}))).model.rope_scaling
+    np.testing.assert_allclose(frequencies(channels, 1e4, fields), expected.numpy(), rtol=3e-6)
+    assert attention_factor(fields) == factor == 1
+    assert frequencies(2, 1e4, fields).tolist() == [1], "of one pair, where d / (d - 2) is no number"
+
+
 def kinds_of(**fields) -> list[pattern.BlockKind]:
     return pattern.layers(config_of({f"model.{k}": v for k, v in fields.items()}).model)
 
@@ -239,6 +251,30 @@ def test_repeating_units_are_one_scan(attention, layers, dense, every, expected)
     assert found == expected
 
 
+# Layers, first dense ones, which ones behind them have experts -> (first layer, unit, repeats), dense or MoE.
+INTERLEAVED = [
+    ("grouped", 4, 0, 2, [(0, "dm", 2)]),
+    ("grouped", 7, 1, 3, [(0, "d", 1), (1, "ddm", 2)]),
+    ("grouped", 5, 0, 2, [(0, "dm", 2), (4, "d", 1)]),
+    ("grouped", 3, 1, 2, [(0, "d", 1), (1, "dm", 1)]),
+    ("chunked,chunked,chunked,nope", 8, 0, 2, [(0, "dmdm", 2)]),
+]
+
+
+@pytest.mark.parametrize("attention, layers, dense, every, expected", INTERLEAVED)
+def test_dense_layers_and_such_with_experts_are_one_scan(attention, layers, dense, every, expected):
+    fields = {"model.attention": attention, "model.num_layers": layers, "model.num_dense_layers": dense}
+    model = config_of(fields | {"model.moe_every": every}).model
+    letters = lambda unit: "".join(kind.feed_forward[0] for kind in unit)
+    assert [(first, letters(unit), repeats) for first, unit, repeats in pattern.segments(model)] == expected
+    sparse = pattern.moe_layers(model)
+    assert sparse == list(range(dense + every - 1, layers, every)) and pattern.has_experts(model)
+    assert structure(model)[1]["moe_blocks"]["ffn_norm"]["scale"].shape[0] == len(sparse)
+    plain = forward_flops(config_of(fields).model, 6)
+    per_layer = plain["routed experts"] / (layers - dense)
+    assert forward_flops(model, 6)["routed experts"] == len(sparse) * per_layer
+
+
 MIXED = {"model.attention": "window,grouped,latent", "model.num_layers": 8, "model.num_dense_layers": 1}
 
 
@@ -255,7 +291,7 @@ def test_parameters_of_several_kinds_are_stacked_by_kind_and_all_others_as_ever(
 
 def test_flops_and_parameters_are_those_of_the_shapes():
     """Of a layer's matrices each weight is multiplied once per token, 2 FLOPs; products by hand."""
-    for attention in ("grouped", "window", "latent"):
+    for attention in ("grouped", "window", "latent", "chunked", "nope"):
         model = config_of({"model.attention": attention, "model.num_layers": 2, "model.num_dense_layers": 0}).model
         attention_params = structure(model)[1]["moe_blocks"]["attention"]
         matrices = sum(a.size for a in jax.tree.leaves(attention_params) if a.ndim > 2)
@@ -265,6 +301,9 @@ def test_flops_and_parameters_are_those_of_the_shapes():
     wide = {"model.attention": "window", "model.attention_options.window.window": 4}
     few = forward_flops(config_of(wide).model, 6)["attention products"]
     assert few == 3 * 2 * 2 * 4 * 8 * (1 + 2 + 3 + 4 + 4 + 4) / 6  # 3 layers, 4 heads of 8 channels
+    chunked = {"model.attention": "chunked", "model.attention_options.chunked.chunk": 4}
+    few = forward_flops(config_of(chunked).model, 6)["attention products"]
+    assert few == pytest.approx(3 * 2 * 2 * 4 * 8 * (1 + 2 + 3 + 4 + 1 + 2) / 6)
     latent = forward_flops(config_of({"model.attention": "latent"}).model, 5)["attention products"]
     assert latent == 3 * 2 * 4 * (8 + 4 + 8) * 3  # keys of 8 + 4 channels, values of 8; 3 keys in the mean
 
@@ -284,6 +323,11 @@ BAD = [
     ("model.attention=latent,model.qk_norm=head", "model.qk_norm='head'", "must be none with model.attention=latent"),
     ("model.attention=latent,model.out_bias=True", "model.out_bias=True", "must be False"),
     ("model.attention=latent,model.rope_fraction=0.5", "model.rope_fraction=0.5", "must be 1.0"),
+    ("model.attention=latent,model.clip_qkv=8.0", "model.clip_qkv=8.0", "must be 0.0"),
+    ("model.attention=chunked,model.attention_options.chunked.chunk=0", "options.chunked.chunk=0", "must be positive"),
+    ("model.attention=nope,model.attention_options.nope.floor=0", "options.nope.floor=0", "must be positive"),
+    ("model.attention=nope,model.attention_options.nope.temperature=-0.1", "nope.temperature=-0.1", "0 or more"),
+    ("model.qk_norm=units", "model.qk_norm='units'", "did you mean 'unit'"),
     ("model.rope_scaling.kind=yarm", "model.rope_scaling.kind='yarm'", "did you mean 'yarn'"),
     ("model.rope_scaling.kind=yarn", "model.rope_scaling.original_length=0", "with model.rope_scaling.kind=yarn"),
     ("model.rope_scaling.factor=0.5", "model.rope_scaling.factor=0.5", "at least 1"),

@@ -203,7 +203,7 @@ BROKEN = [
     ("documents", calls(place_in_the_row)),
     ("shift", calls(position_in_the_output)),
     ("shift", calls(position_in_the_input)),
-    ("shift", broken(relative=False)),
+    ("shift", broken(relative=lambda config, options: False)),
     ("learned", adds("unused_Dd", MATRIX)),
     ("finite_differences", calls(half_a_gradient)),
     ("finite_differences", calls(input_without_gradient)),
@@ -244,5 +244,5 @@ def test_law_catches(law, case):
 
 
 def test_a_kind_may_declare_that_places_matter():
-    kind = dataclasses.replace(calls(position_in_the_output).kind, relative=False)
+    kind = dataclasses.replace(calls(position_in_the_output).kind, relative=lambda config, options: False)
     LAWS["shift"](cases_of(kind)[0])

@@ -176,6 +176,18 @@ ENDLESS = [
     "{{ '%9999999999d' % 1 }}",
     "{{ '%9999999999d' | format(1) }}",
     "{% for i in range(90) %}{{ 'a' * 1000000 }}{% endfor %}",
+    "{{ ('a' * 9000000) | replace('a', 'b' * 9000000) }}",
+    "{{ ('a' * 9000000) | replace(new='b' * 9000000, old='') }}",
+    "{{ ('a' * 9000000).replace('', 'b' * 9000000) }}",
+    "{% set x = 'a' * 900000 %}{% for i in range(9000) %}{% set y = x | replace('a', 'b') %}{% endfor %}",
+    "{% set x = 'a' * 900000 %}{% for i in range(9000) %}{% set y = x.replace('a', 'b') %}{% endfor %}",
+    "{% set x = ['a' * 900000] * 99 %}{{ x | map('replace', 'a', 'b') | list | length }}",
+    "{{ ([''] * 90000) | join('a' * 90000) }}",
+    "{{ ('a' * 90000).join([''] * 90000) }}",
+    "{{ ([[1] * 900] * 9000) | sum(start=[]) | length }}",
+    "{{ ('<!---->' * 900000) | striptags }}",
+    "{{ ('\\t' * 90000).expandtabs(90000) }}",
+    "{{ '{:9999999999d}'.format(1) }}",
 ]
 
 
@@ -186,9 +198,26 @@ def test_a_template_comes_to_an_end(template, monkeypatch):
         ChatTemplate(template, {}, "here").render(TALKS[0])
 
 
+def test_a_template_ends_where_steps_take_long(monkeypatch):
+    """What a comparison takes is not counted: the clock ends it."""
+    monkeypatch.setattr(templates, "SECONDS", 0.5)
+    template = "{% set x = 'a' * 9000000 %}{% for i in range(99999) %}{{ 'b' if 'ab' in x }}{% endfor %}"
+    with pytest.raises(
+        UserError, match=r"^here: the chat template: OverflowError: makes a text for more than 0\.5 sec"
+    ):
+        ChatTemplate(template, {}, "here").render(TALKS[0])
+
+
 def test_bounded_operations_are_those_of_jinja():
     template = "{{ 3 * 'ab' ~ 2 ** -1 ~ 7 % 4 ~ '%d %s' % (1, 'x') ~ none ~ ([1] + [2]) ~ ('a' | center(3)) }}"
-    assert ChatTemplate(template, {}, "here").render(TALKS[0]).text == "ababab0.531 xNone[1, 2] a "
+    template += (
+        "{{ 'aba' | replace('a', 'cd') ~ 'aba'.replace('', '-', 2) ~ ['x', 'y'] | join(', ') ~ '-'.join('ab') }}"
+    )
+    template += "{{ [1, 2] | sum ~ [[1], [2]] | sum(start=[]) ~ '{:3d}'.format(7) ~ 'a\\nb' | indent(2) }}"
+    assert (
+        ChatTemplate(template, {}, "here").render(TALKS[0]).text
+        == "ababab0.531 xNone[1, 2] a cdbcd-a-bax, ya-b3[1, 2]  7a\n  b"
+    )
 
 
 @pytest.mark.parametrize(("template", "line"), BAD_TEMPLATES.items())

@@ -100,6 +100,8 @@ BAD = [
     ("optim.learning_rate=-1.0", "optim.learning_rate=-1.0", "must be positive"),
     ("optim.learning_rate=1e999", "optim.learning_rate=inf", "must be 0 or from"),
     ("model.rope_fraction=0.3", "model.rope_fraction=0.3", "even number of channels"),
+    ("model.norm=batch", "model.norm='batch'", "valid: layer, layer_bare, rms"),
+    ("model.clip_qkv=-8.0", "model.clip_qkv=-8.0", "must not be negative"),
     ("model.norm_position=behind", "model.norm_position='behind'", "unknown"),
     ("model.multipliers.logits=0.0", "model.multipliers.logits=0.0", "must be positive"),
     ("model.multipliers.scores=-1.0", "model.multipliers.scores=-1.0", "must not be negative"),
@@ -130,6 +132,9 @@ BAD = [
     ("data.validation_fraction=1.0", "data.validation_fraction=1.0", "(0, 1)"),
     ("optim.warmup_steps=5000", "optim.warmup_steps=5000", "train.steps=1000"),
     ("model.num_dense_layers=1", "model.dense_dim=0", "width"),
+    ("model.moe_every=2", "model.dense_dim=0", "width"),
+    ("model.moe_every=0", "model.moe_every=0", "must be from 1 to 4"),
+    ("model.moe_every=4,model.num_dense_layers=1,model.dense_dim=8", "model.moe_every=4", "must be from 1 to 3"),
     ("model=3", "model=3", "section"),
     ("model={}", "model={}", "is a section; set its fields: attention"),  # would put every field at its default
     ("model.moe.losses=()", "model.moe.losses=()", "section"),

@@ -31,6 +31,9 @@ from frugalmoe.train.checkpoint import on_disk
 from frugalmoe.train.weights import load_model
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+LLAMA4 = {"model_type": "llama4_text", "intermediate_size_mlp": 24}
+QWEN3_MOE = {"model_type": "qwen3_moe", "moe_intermediate_size": 16, "router_jitter_noise": None}
+NOT_OF_OLMO = dict.fromkeys(("rms_norm_eps", "num_local_experts", "num_experts_per_tok", "router_jitter_noise"))
 STRETCHED = {"rope_type": "yarn", "factor": 4.0}
 LATENT_KEYS = dict.fromkeys(
     ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank", "intermediate_size"), 8
@@ -169,6 +172,15 @@ def test_the_older_config_of_olmo_3_stretches_the_angles_of_layers_without_a_win
     assert resolve(override(default(), fields)) == settings_of("olmo3")
 
 
+def test_llama_4_as_it_was_released_names_no_layers():
+    """Which layers rotate, see a chunk and have experts follows from intervals."""
+    for case in ("llama4_text", "llama4_text every other layer, no norm, no temperature"):
+        said = json.loads(CASES[case]().to_json_string())
+        released = said | {"no_rope_layers": [], "layer_types": None, "moe_layers": None, "for_llm_compressor": False}
+        fields = settings.to_ours(families.get("llama4_text"), released, "config.json")
+        assert resolve(override(default(), fields)) == settings_of(case)
+
+
 def test_the_help_names_every_family(capsys):
     with pytest.raises(SystemExit):
         main(["convert", "--help"])
@@ -198,7 +210,8 @@ def test_config_json_says_in_both_directions_what_a_model_is(case):
     if not config.model.num_dense_layers:
         named -= {"intermediate_size"} if config.model.moe.expert_dim != before["intermediate_size"] else set()
     window = {"sliding_window"} if "window" not in config.model.attention else set()
-    for key in named - window:
+    unused = {"floor_scale", "attn_temperature_tuning"} if "nope" not in config.model.attention else set()
+    for key in named - window - unused:
         assert before[key] is None or after[key] == before[key] or not (after[key] or before[key]), key
 
 
@@ -209,18 +222,47 @@ def test_config_json_says_in_both_directions_what_a_model_is(case):
         ({"model_type": "./evil.py"}, "model_type='./evil.py': no such family of models"),
         ({"model_type": None}, "model_type=None: no such family"),
         (
-            {"model_type": "phimoe"},
-            "model_type='phimoe': our model lacks LayerNorm with biases, a bias on logits (lm_head",
+            {"model_type": "phimoe", "rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}},
+            "rope_type='longrope': is not implemented; valid: default",
         ),
+        ({"model_type": "phimoe", "num_experts_per_tok": 3}, "num_experts_per_tok=3: is not implemented; valid: 2"),
+        ({"model_type": "phimoe", "router_jitter_noise": 0.0}, "epsilon=0.0: must be"),
+        ({"model_type": "olmo", "clip_qkv": -1.0, **NOT_OF_OLMO}, "clip_qkv=-1.0: must not be negative"),
+        ({"model_type": "llama4"}, "model_type='llama4': our model lacks images; its text model by itself"),
+        (LLAMA4 | {"moe_layers": [0, 2]}, "moe_layers=[0, 2]: is not implemented: layers with experts must be the"),
+        (LLAMA4 | {"moe_layers": [3]}, "moe_layers=[3]: must be a list of layers, from 0 to 2"),
+        (LLAMA4 | {"interleave_moe_layer_step": 0}, "interleave_moe_layer_step=0: must be positive"),
+        (LLAMA4 | {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0: must be positive"),
+        (LLAMA4 | {"no_rope_layers": [1, 1]}, "no_rope_layers=[1, 1]: must have an entry for each of the 3 layers"),
+        (LLAMA4 | {"no_rope_layers": [1, 1, []]}, "no_rope_layers=[]: must be 1 for a layer that rotates"),
         (
-            {"model_type": "llama4_text"},
-            "model_type='llama4_text': our model lacks chunked attention (attention_chunk_",
+            LLAMA4 | {"no_rope_layers": [1, 1, 0], "layer_types": ["chunked_attention"] * 3},
+            "layer_types='chunked_attention': is not implemented of a layer with no_rope_layers=0",
         ),
+        (LLAMA4 | {"layer_types": [{}, [], 1]}, "layer_types={}: is not implemented of a layer with no_rope_layers=1"),
+        (LLAMA4 | {"attention_chunk_size": -1}, "model.attention_options.chunked.chunk=-1: must be positive"),
+        (LLAMA4 | {"num_experts_per_tok": 2}, "num_experts_per_token=2: must be 1"),
+        (LLAMA4 | {"use_qk_norm": 1}, "use_qk_norm=1: must be true or false"),
+        (QWEN3_MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step=0: must be positive"),
+        (QWEN3_MOE | {"mlp_only_layers": [1]}, "mlp_only_layers=[1]: is not implemented: layers with experts must"),
+        (QWEN3_MOE | {"mlp_only_layers": [7]}, "mlp_only_layers=[7]: must be a list of layers, from 0 to 2"),
         (
             {"model_type": "hunyuan_v1_moe", "moe_topk": [1, 2, 2]},
             "moe_topk=[1, 2, 2]: is not implemented but as one number for all 3 layers",
         ),
         ({"model_type": "hunyuan_v1_moe", "num_experts": []}, "num_experts=[]: is not implemented but as one number"),
+        (
+            {"model_type": "hunyuan_v1_moe", "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_type='dynamic': is not implemented but with alpha, which makes it static",
+        ),
+        (
+            {"model_type": "hunyuan_v1_moe", "rope_parameters": {"rope_type": "dynamic", "alpha": "8"}},
+            "alpha='8': must be a number",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "alpha": 8.0}},
+            "rope_type='dynamic': is not implemented; valid: default, linear, yarn, llama3",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu': is not implemented; valid: 'silu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config.quant_method=None: quantized weights are not read"),
         (

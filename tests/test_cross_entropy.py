@@ -21,15 +21,15 @@ def inputs(tokens: int, dim: int, vocabulary: int, dtype=jnp.float32):
     return h, head, jax.random.randint(keys[2], (tokens,), 0, vocabulary), weights
 
 
-def oracle(h, head, targets, weights, z):
-    logits = jnp.dot(h.astype(jnp.float32), head.astype(jnp.float32), precision="highest")
+def oracle(h, head, targets, weights, bias=0, *, z):
+    logits = jnp.dot(h.astype(jnp.float32), head.astype(jnp.float32), precision="highest") + bias
     ce = -jax.nn.log_softmax(logits)[jnp.arange(len(h)), targets]
     lse_sq = jax.nn.logsumexp(logits, axis=-1) ** 2
     return jnp.sum(weights * (ce + z * lse_sq)), (ce, jnp.sum(weights * lse_sq))
 
 
-def chunked(h, head, targets, weights, z, chunk):
-    out = cross_entropy(h, head, targets, weights, z_coefficient=z, chunk=chunk)
+def chunked(h, head, targets, weights, bias=None, *, z, chunk):
+    out = cross_entropy(h, head, targets, weights, bias_V=bias, z_coefficient=z, chunk=chunk)
     return out.loss, (out.ce_N, out.lse_sq_sum)
 
 
@@ -38,13 +38,14 @@ def relative(a, b) -> float:
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-@pytest.mark.parametrize("z", [0.0, 1e-2])
+@pytest.mark.parametrize("z, biased", [(0.0, False), (1e-2, False), (1e-2, True)])
 @pytest.mark.parametrize(
     "tokens,dim,vocabulary,chunk", [(64, 16, 33, 16), (50, 8, 100, 16), (7, 8, 5, 512), (1, 4, 3, 1)]
 )
-def test_values_and_gradients_equal_the_definition(tokens, dim, vocabulary, chunk, z):
+def test_values_and_gradients_equal_the_definition(tokens, dim, vocabulary, chunk, z, biased):
     arguments = inputs(tokens, dim, vocabulary)
-    grad = functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    arguments += (jax.random.normal(jax.random.key(5), (vocabulary,)),) if biased else ()
+    grad = functools.partial(jax.value_and_grad, argnums=(0, 1, 4) if biased else (0, 1), has_aux=True)
     expected = jax.jit(grad(functools.partial(oracle, z=z)))(*arguments)
     got = jax.jit(grad(functools.partial(chunked, z=z, chunk=chunk)))(*arguments)
     without_gradient = jax.jit(functools.partial(chunked, z=z, chunk=chunk))(*arguments)
@@ -102,8 +103,8 @@ def test_bfloat16_inputs_keep_float32_sums():
 
 def test_large_logits_stay_finite_and_exact():
     h, head, targets, weights = inputs(16, 8, 12)
-    got = chunked(1e3 * h, head, targets, weights, 0.0, 8)
-    assert relative(got[0], oracle(1e3 * h, head, targets, weights, 0.0)[0]) < 1e-5
+    got = chunked(1e3 * h, head, targets, weights, z=0.0, chunk=8)
+    assert relative(got[0], oracle(1e3 * h, head, targets, weights, z=0.0)[0]) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

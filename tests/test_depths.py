@@ -3,6 +3,7 @@
 Letters: B sequences, T tokens, C slots of the tokens that pass, D model, L layers, E experts.
 """
 
+import collections
 import functools
 
 import jax
@@ -192,10 +193,13 @@ def test_later_tokens_change_earlier_ones_where_a_leak_is_declared_and_nowhere_e
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every, routed", [(2, [1, 4, 6]), (4, [6]), (1, [0, 1, 2, 3, 4, 5, 6])])
-def test_scanned_layers_equal_one_after_the_other(every, routed):
-    """3 dense and 4 MoE blocks: groups, and what is left over; statistics in the order of the layers."""
-    config = model_of(num_layers=7, num_dense_layers=3, **{"mixture_of_depths.every": every})
+@pytest.mark.parametrize(
+    "every, moe_every, routed",
+    [(2, 1, [1, 4, 6]), (4, 1, [6]), (1, 1, [0, 1, 2, 3, 4, 5, 6]), (2, 2, [1, 3, 6]), (1, 3, [0, 1, 2, 3, 4, 5, 6])],
+)
+def test_scanned_layers_equal_one_after_the_other(every, moe_every, routed):
+    """3 dense blocks, 4 of which some are MoE: groups, and what is left over; statistics in the order of the layers."""
+    config = model_of(num_layers=7, num_dense_layers=3, moe_every=moe_every, **{"mixture_of_depths.every": every})
     assert pattern.wrapped_layers(config) == routed
     with jax.set_mesh(mesh_of()):
         model, context = Transformer(config, jax.random.key(0)), context_of(1)
@@ -205,9 +209,10 @@ def test_scanned_layers_equal_one_after_the_other(every, routed):
         def one_by_one():
             stream = Stream(model.embed_VD.at[context.token_ids_BT].get(out_sharding=sharding.spec("BTD")))
             prepared = prepare(context.positions_BT, config, ("grouped",))
-            counts, reports = [], []
+            counts, reports, before = [], [], collections.Counter()
             for layer, kind in enumerate(pattern.layers(config)):
-                index = layer if layer < 3 else layer - 3
+                index = before[kind.feed_forward]
+                before[kind.feed_forward] += 1
                 blocks = getattr(model, f"{kind.feed_forward}_blocks")
                 block = jax.tree.map(lambda a, i=index: a[i], blocks)
                 rest = (context, prepared, Place(jnp.int32(index)))

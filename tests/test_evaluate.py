@@ -152,6 +152,23 @@ def test_eight_devices_score_as_one(run):
         assert json.loads(done.stdout[end:])["tasks"][name] == pytest.approx(grade._asdict(), abs=1e-4)
 
 
+def test_a_model_that_no_memory_holds_is_refused_before_it_is_read(run, tmp_path, capsys):
+    """By all that load a run: what its record says of its size comes first."""
+    large = shutil.copytree(run, tmp_path / "large")
+    record = read_json(large / "config.json")
+    record["model"]["moe"]["num_experts"] = 10**8
+    (large / "config.json").write_text(json.dumps(record))
+    for command in (
+        ["evaluate", large],
+        ["evaluate", large, "--suite=copy"],
+        ["convert", "to-hf", large, large / "hf"],
+    ):
+        assert main([*map(str, command)]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and f"{large}: the model needs " in err and "GB of memory, and this machine" in err
+    assert not (large / "hf").exists()
+
+
 def test_a_terminal_shows_a_bar(run, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
@@ -201,7 +218,7 @@ def test_a_checkpoint_that_is_not_finite_has_no_score(run, tmp_path):
         broken = jax.tree.map(lambda a: a * jnp.nan, weights.params)
         checkpoint.save(manager, 9, init(config)._replace(params=broken))
     assert evaluate(tmp_path / "run").step == 2, "the newest that is a model"
-    with pytest.raises(UserError, match=r"finite numbers in not the checkpoint of step 9"):
+    with pytest.raises(UserError, match=r"checkpoints/9: a damaged checkpoint \(not finite\)"):
         evaluate(tmp_path / "run", 9)
 
 

@@ -4,6 +4,11 @@ Letters: B sequences, T tokens, V vocabulary.
 """
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -174,6 +179,81 @@ def test_a_text_is_in_a_batch_what_it_is_alone(fields, monkeypatch):
             np.testing.assert_array_equal(found_BT[[0, 2]], single[[0, 2]])
             np.testing.assert_array_equal(found_BT[1, :4], single[1, :4])
             np.testing.assert_array_equal(found_BT[3, :10], single[3, :10])
+
+
+OF_TEXTS = """
+import json, sys, warnings
+import jax, numpy as np
+from test_generate import BYTES, weights_of
+from test_train_step import config_of
+from frugalmoe import sharding
+from frugalmoe.generate import Drafts, Sampled, Sampling
+from frugalmoe.generate.texts import Drafted
+warnings.simplefilter("error")
+config = config_of(BYTES | json.loads(sys.argv[1]))
+prompts, greedy = [np.arange(3, 3 + n, dtype=np.int32) for n in (7, 1, 30)], Sampling(temperature=0.0, max_tokens=9)
+for axes in ({}, {"data": 2, "fsdp": 2, "tensor": 2}):
+    with jax.set_mesh(sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | axes)):
+        rest = (config, weights_of(config), greedy, np.ones(320, bool), 3)
+        tokens = [step.tolist() for step in Sampled(*rest).of(prompts)]
+        drafted = [[*text] for step in Drafted(*rest, Drafts()).of(prompts) for text in [step[2]]] if axes else []
+        print(json.dumps([[*zip(*tokens)], sum(drafted, [])]))
+"""
+ON_DEVICES = {
+    "model.attention": "grouped,latent",
+    "model.attention_options.grouped.sinks": True,
+    "model.num_layers": 2,
+    "model.num_dense_layers": 0,
+    "model.multi_token_prediction.depth": 1,
+}
+
+
+@pytest.mark.slow
+def test_devices_that_share_heads_sample_as_one():
+    """Eight devices, of which two hold the heads of a text: with sinks, of latent attention, and with drafts."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "JAX_PLATFORMS": "cpu",
+    }
+    command = [sys.executable, "-c", OF_TEXTS, json.dumps(ON_DEVICES)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (one, _), (eight, drafted) = map(json.loads, done.stdout.splitlines())
+    assert eight == one and drafted == one[2] and len(set(one[2])) > 3
+
+
+LARGE = {"vocab_size": 16384, "dim": 64, "num_layers": 1, "num_dense_layers": 0, "compute_dtype": "bfloat16"}
+LARGE = {f"model.{name}": value for name, value in LARGE.items()} | {"model.moe.expert_dim": 1024}
+
+
+def test_a_token_in_bfloat16_copies_neither_experts_nor_the_vocabulary():
+    """XLA for CPUs turned both into float32 for every token: 20 times the work of a text."""
+    config = config_of(BYTES | LARGE)
+    with jax.set_mesh(mesh_of()):
+        text = Decoding(config.model, weights_of(config), 40)
+        text.feed([np.arange(2, dtype=np.int32)])
+        state, one = (text._caches, text._logits_BV), np.ones(1, np.int32)
+        step = text._step.lower(text._ready, state, np.zeros((1, 2), np.int32), text._length_B, one).compile()
+    of_layer, of_words = 8 * 64 * 3 * 1024 * 2, 16384 * 64 * 2  # bytes
+    assert step.memory_analysis().temp_size_in_bytes < min(of_layer, of_words) / 2
+
+
+def test_a_lone_text_in_bfloat16_is_what_it_is_among_others():
+    """Its steps compute a second row, of nothing: the logits are those of a batch, but for rounding."""
+    config = config_of(BYTES | {"model.compute_dtype": "bfloat16", "model.num_layers": 2})
+    prompt, live = np.arange(7, dtype=np.int32), np.ones(1, bool)
+    with jax.set_mesh(mesh_of()):
+        weights = weights_of(config)
+        alone, among = (Decoding(config.model, weights, 40, rows) for rows in (1, 3))
+        found = [[alone.feed([prompt])[0]], [among.feed([prompt, prompt[:3], prompt[2:]])[0]]]
+        for token in (3, 300, 77, 3):
+            token_B = jnp.full(3, token, jnp.int32)
+            found[0].append(alone.advance(token_B[:1], live)[0])
+            found[1].append(among.advance(token_B, np.ones(3, bool))[0])
+    alone_SV, among_SV = np.array(found)
+    assert alone._least == 2 and among._least == 1 and np.std(alone_SV[-1] - alone_SV[-2]) > 0.5 * np.std(alone_SV)
+    np.testing.assert_allclose(alone_SV, among_SV, atol=0.03 * np.abs(among_SV).max())
 
 
 def test_texts_of_many_prompts_are_those_of_each(monkeypatch):

@@ -113,7 +113,7 @@ def test_flags_that_contradict_each_other_are_one_line(run, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("ab")
     given = f"--prompts={tmp_path / 'p.txt'}"
     assert "cannot be given with --prompt\n" in refused(capsys, run, given, "--prompt=ab")
-    assert "--drafts: is for a single prompt" in refused(capsys, run, given, "--drafts")
+    assert "--drafts: model.multi_token_prediction.depth=0: the" in refused(capsys, run, given, "--drafts")
     (tmp_path / "dir.jsonl").mkdir()
     assert "must be a file in a directory" in refused(capsys, run, given, f"--output={tmp_path / 'dir.jsonl'}")
     longest = f"--output={tmp_path / ('a' * 249)}.jsonl"  # itself a name, but no room for what a crash may leave

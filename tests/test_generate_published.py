@@ -28,8 +28,11 @@ FAMILIES = [
     "ernie4_5_moe",
     "granitemoeshared",
     "llama",
+    "phimoe",
+    "llama4_text every other layer, no norm, no temperature",
+    "llama4_text",
 ]
-FAST = FAMILIES[:2]  # a window that forgets, and the compressed cache
+FAST = [*FAMILIES[:2], FAMILIES[-1]]  # a window that forgets, the compressed cache, chunks and a temperature
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in FAST else pytest.mark.slow) for c in FAMILIES])

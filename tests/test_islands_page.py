@@ -10,6 +10,7 @@ from party import SECTION, Party
 
 from frugalmoe.config.describe import field_meanings
 from frugalmoe.islands import merges, packing, records
+from frugalmoe.islands.island import Work
 from frugalmoe.schema import Islands
 
 PAGE = (Path(__file__).parents[1] / "docs/islands.md").read_text(encoding="utf-8")
@@ -91,9 +92,7 @@ def test_who_proposes_a_record_and_is_second_reads_nothing_twice(monkeypatch):
 
     for island in (a, b):
         streams = island.held.commit.members[island.name]
-        island.contribute(
-            party.values(ord(island.name)), party.routers(), {}, list(streams), tokens=40, steps=2, seconds=1.0
-        )
+        island.contribute(party.values(ord(island.name)), party.routers(), {}, Work(list(streams), 40, 2, 1.0))
     monkeypatch.setattr(type(b.store), "create", first_the_other)
     commit = b.poll(1)
     assert commit.by == "a"

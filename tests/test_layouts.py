@@ -27,6 +27,7 @@ from frugalmoe.train.step import State, abstract, init, make_train_step
 # Sizes of the axes data, fsdp, expert, tensor, context.
 LAYOUTS = ["".join(map(str, s)) for s in itertools.product((1, 2, 4, 8), repeat=5) if math.prod(s) == 8]
 HALVED = {"train.accumulate_steps": 2}
+INTERLEAVED = {"model.num_layers": 4, "model.num_dense_layers": 0, "model.moe_every": 2}
 DENSE_TOO = {"model.num_layers": 3, "model.num_dense_layers": 1}
 WIDE = {
     "model.num_layers": 2,
@@ -65,7 +66,7 @@ FORMS = {
     "expert_choice": {"model.moe.router": "expert_choice", "model.remat": "full"},
     "state": STATEFUL | {"model.moe.losses.sequence_balance": 0.01, "model.moe.exchange": "all_to_all"} | HALVED,
     "carry": {"model.moe.router": "recurrent", "model.moe.options.hidden": 8, "model.remat": "full"}
-    | (HALVED | DENSE_TOO),
+    | (HALVED | INTERLEAVED),
     "variable": {"model.moe.router": "relu", "model.moe.losses.l1": 1.0, "model.moe.exchange": "all_to_all"}
     | {"model.moe.shared_gate": True},
     "noise, experts run, added": {
@@ -75,7 +76,19 @@ FORMS = {
         "model.remat": "dots",
     },
     "depths": DEPTHS | DENSE_TOO | {"model.remat": "full"},
-    "muon": DENSE_TOO | {"optim.name": "muon"},
+    "muon": DENSE_TOO
+    | {
+        "optim.name": "muon",
+        "model.norm": "layer",
+        "model.head_bias": True,
+        "model.attention": "chunked,nope",
+        "model.attention_options.chunked.chunk": 7,
+        "model.attention_options.nope.temperature": 0.3,
+        "model.attention_options.nope.floor": 4,
+        "model.qk_norm": "unit",
+        "model.clip_qkv": 0.5,
+        "model.multipliers.logits": 2.0,
+    },
     "window, sinks": {
         "model.attention": "window,grouped",
         "model.attention_options.window.window": 7,

@@ -132,6 +132,7 @@ PARTS = [
     EVERY_PART | {"qk_norm": "full", "out_bias": True},
     EVERY_PART | {"qk_norm": "head"},
     {"tie_embeddings": True, "moe.expert_bias": True},
+    EVERY_PART | {"norm": "layer", "head_bias": True, "multi_token_prediction.depth": 1},
     LATENT,
     SINKS,
 ]

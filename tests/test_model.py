@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from test_train_step import batch, config_of, mesh_of, trained
 
+from frugalmoe.model.layers import LayerNorm
 from frugalmoe.model.rotary import rotary, rotate
 from frugalmoe.model.transformer import Transformer, split, structure
 from frugalmoe.schema import RopeScaling
@@ -89,6 +90,40 @@ def test_predicted_ids_are_the_best_of_float32_logits_within_the_vocabulary():
     np.testing.assert_array_equal(np.asarray(evaluated.predicted_BT)[real_BT], expected_BT[real_BT])
     rounded_BT = np.argmax(jnp.asarray(logits_BTV[..., :size], jnp.bfloat16), -1)
     assert (rounded_BT != expected_BT)[real_BT].any(), "rounded logits would pass too"
+
+
+def test_a_bias_is_in_logits_losses_and_predictions():
+    config = config_of({"model.head_bias": True, "model.multipliers.logits": 2.0, "model.num_layers": 2})
+    mesh, one = mesh_of(), batch(0)
+    with jax.set_mesh(mesh):
+        state, placed = init(config), put_batch(mesh, one, "BT")
+        assert not state.params["head_bias_V"].any()
+        state.params["head_bias_V"] = jax.random.normal(jax.random.key(1), state.params["head_bias_V"].shape)
+        model = nnx.merge(structure(config.model)[0], state.params, state.router_state)
+        hidden_BTD = forward(model, placed, 0, jnp.int32(0), EVAL_SEED, train=False).hidden_BTD
+        logits_BTV = np.asarray(model.logits(hidden_BTD))
+        found = jax.jit(make_eval_step(config, trace=True))(state.params, state.router_state, placed)
+    expected_BTV = (np.asarray(hidden_BTD) @ state.params["head_DV"] + state.params["head_bias_V"]) / 2
+    np.testing.assert_allclose(logits_BTV, expected_BTV, atol=1e-5)
+    real_BT, logp_BTV = one.loss_mask_BT, jax.nn.log_softmax(logits_BTV)
+    ce_BT = -np.take_along_axis(logp_BTV, one.targets_BT[..., None], -1)[..., 0]
+    np.testing.assert_allclose(np.asarray(found.ce_BT)[real_BT], ce_BT[real_BT], rtol=1e-4)
+    np.testing.assert_array_equal(np.asarray(found.predicted_BT)[real_BT], np.argmax(logits_BTV, -1)[real_BT])
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_norm_is_its_definition(affine):
+    x_BD = np.random.default_rng(0).normal(3, 2, (5, 8)).astype(np.float32)
+    scale_D, bias_D = np.arange(8, dtype=np.float32) - 3, np.linspace(-1, 1, 8, dtype=np.float32)
+    norm = LayerNorm(8, 1e-2, "D", affine)
+    if affine:
+        norm.scale[...], norm.bias[...] = jnp.asarray(scale_D), jnp.asarray(bias_D)
+    own = (scale_D, bias_D) if affine else (1, 0)
+    x64 = x_BD.astype(np.float64)
+    expected = (x64 - x64.mean(-1, keepdims=True)) / np.sqrt(x64.var(-1, keepdims=True) + 1e-2) * own[0] + own[1]
+    np.testing.assert_allclose(norm(jnp.asarray(x_BD)), expected, rtol=1e-5, atol=1e-5)
+    low = norm(jnp.asarray(x_BD, jnp.bfloat16))
+    assert low.dtype == jnp.bfloat16 and np.allclose(np.asarray(low, np.float32), expected, atol=0.1)
 
 
 def test_stacked_layers_start_different():

@@ -14,8 +14,10 @@ from test_train_step import DEPTHS, EVERY_LOSS, STATEFUL, batch, config_of, larg
 
 from frugalmoe.convert import from_hf
 from frugalmoe.data import Batch
+from frugalmoe.data.tokenizer import ByteTokenizer
 from frugalmoe.errors import UserError
-from frugalmoe.generate import Drafts, Sampling, generate
+from frugalmoe.generate import Drafts, Prompt, Sampled, Sampling, completions, decoding, generate
+from frugalmoe.generate.texts import Drafted
 from frugalmoe.model import multi_token
 from frugalmoe.train import objective
 from frugalmoe.train.objective import knobs
@@ -23,6 +25,7 @@ from frugalmoe.train.placing import put_batch
 from frugalmoe.train.step import init, make_eval_step, make_gradient
 from frugalmoe.train.weights import Weights
 
+BFLOAT16 = {"model.compute_dtype": "bfloat16"}
 MODULES = {"model.multi_token_prediction.depth": 2}
 
 
@@ -189,6 +192,14 @@ def test_values_that_cannot_be(field, value, rule):
         config_of({f"model.multi_token_prediction.{field}": value})
 
 
+def that_draft(config) -> Weights:
+    """A network whose module hands on the embedding."""
+    state = init(config)
+    own, dim = state.params["multi_token"]["project_ID"], config.model.dim
+    state.params["multi_token"]["project_ID"] = jnp.zeros_like(own).at[:, :dim].set(jnp.eye(dim))
+    return Weights(state.params, state.router_state)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.02])
 @pytest.mark.parametrize("length", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 40])
 def test_drafts_change_no_token(length, temperature):
@@ -200,15 +211,42 @@ def test_drafts_change_no_token(length, temperature):
     prompt = np.random.default_rng(length).integers(0, config.model.vocab_size, length)
     sampling, drafts = Sampling(temperature=temperature, max_tokens=48), Drafts()
     with jax.set_mesh(mesh_of()):
-        state = init(config)
-        own, dim = state.params["multi_token"]["project_ID"], config.model.dim
-        state.params["multi_token"]["project_ID"] = jnp.zeros_like(own).at[:, :dim].set(jnp.eye(dim))
-        weights = Weights(state.params, state.router_state)
+        weights = that_draft(config)
         plain = list(generate(config, weights, prompt, sampling))
         drafted = list(generate(config, weights, prompt, sampling, drafts=drafts))
     assert drafted == plain and len(plain) == 48
     assert drafts.made + drafts.accepted in (47, 48), "a token at the beginning, then one or two at each step"
     assert drafts.accepted and (drafts.accepted < drafts.made or not temperature)
+
+
+LENGTHS = (1, 71, 2, 40)  # the second comes in three pieces, before whose last but one the others begin
+
+
+@pytest.mark.parametrize("fields", [STATEFUL, pytest.param(STATEFUL | BFLOAT16, marks=pytest.mark.slow)])
+def test_drafts_change_no_token_of_texts_that_are_drafted_together(fields, monkeypatch):
+    """Texts of different lengths, of which different numbers of drafts stand, and of which some end before others."""
+    monkeypatch.setattr(decoding, "_PIECE", 32)
+    config, rng = config_of(MODULES | fields | {"model.vocab_size": 320}), np.random.default_rng(0)
+    prompts, every = [rng.integers(0, 320, n).astype(np.int32) for n in LENGTHS], np.ones(320, bool)
+    with jax.set_mesh(mesh_of()):
+        weights = that_draft(config)
+        for temperature in (0.0, 0.02):
+            sampling, drafts = Sampling(temperature=temperature, max_tokens=24, seed=5), Drafts()
+            plain_BT = np.array(list(Sampled(config, weights, sampling, every, 5).of(prompts, 7))).T
+            drafted, found, steps = Drafted(config, weights, sampling, every, 5, drafts), [[] for _ in prompts], []
+            for step in drafted.of(prompts, 7):
+                steps.append([*map(len, step)])
+                for text, tokens in zip(found, step):
+                    text += tokens
+                drafted.live = np.array([True, len(found[1]) < 4, True, True])
+            assert 4 <= len(found[1]) <= 5 and found[1] == plain_BT[1, : len(found[1])].tolist()
+            assert [found[0], *found[2:]] == plain_BT[[0, 2, 3]].tolist()
+            assert any({1, 2} <= set(step) for step in steps), "no step in which the texts differ"
+            assert 0 < drafts.accepted < drafts.made
+        both, texts = (None, Drafts()), [Prompt(prompt, "") for prompt in (*prompts, prompts[1])]
+        rest = (weights, ByteTokenizer(), texts, sampling)
+        written = [list(completions(config, *rest, batch_size=5, drafts=counted)) for counted in both]
+    assert written[0] == written[1] and both[1].accepted and len({text.text for text in written[0]}) == 5
 
 
 def test_what_cannot_draft_says_so():

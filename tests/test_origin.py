@@ -14,7 +14,7 @@ from frugalmoe import sharding
 from frugalmoe.cli import main
 from frugalmoe.config.checks import check_devices
 from frugalmoe.errors import UserError
-from frugalmoe.train import checkpoint, rundir
+from frugalmoe.train import checkpoint, checksums, memory, rundir
 from frugalmoe.train.loop import opened, train
 from frugalmoe.train.origin import SHOWN, Origin
 from frugalmoe.train.step import init
@@ -58,6 +58,17 @@ def source(place):
     """A complete run of 2 steps, with checkpoints of both."""
     train(tiny(place / "text", place / "cache", FIELDS), place / "source")
     return place / "source"
+
+
+def test_a_state_that_does_not_fit_into_memory_is_refused_before_it_is_read(source, make, tmp_path, monkeypatch):
+    config, read = make(), []
+    monkeypatch.setattr(checkpoint, "restore_arrays", lambda *args: read.append(args))
+    monkeypatch.setattr(memory, "of_device", lambda: 10**5)
+    rule = rf"^--from={source}: the model needs [\d.]+ GB of memory, and this machine has 0\.0001$"
+    begun = opened(config, tmp_path / "run", origin=Origin(source))
+    with on_mesh(config), pytest.raises(UserError, match=rule), begun:
+        pass
+    assert not read and not (tmp_path / "run" / "config.json").exists()
 
 
 def on_mesh(config):
@@ -156,6 +167,9 @@ def test_a_run_that_was_killed_before_it_saved_begins_with_the_same_weights(sour
     same(started(config, tmp_path / "run"), began)
     file = next(p for p in (tmp_path / "source/checkpoints/2/params").rglob("*") if p.is_file() and p.name[0] == "_")
     file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(UserError, match=rf"source@2: .*a damaged checkpoint \(params/{file.name}: changed\)"):
+        started(config, tmp_path / "run")
+    checksums.write(tmp_path / "source/checkpoints/2")  # as if it had been trained anew
     with pytest.raises(UserError, match="has changed since the run began with it"):
         started(config, tmp_path / "run")
     shutil.rmtree(tmp_path / "source")
@@ -215,8 +229,8 @@ def command(place, capsys):
         (["--from=SOURCE", "--config.data.tokenizer=PLACE/bpe"], "another tokenizer than that of --from=SOURCE"),
         (["--from=SOURCE", "--workdir=SOURCE"], "holds a run that did not begin with --from=SOURCE"),
         (["--from=SOURCE", "--workdir=SOURCE", "--fresh"], "is the run directory itself"),
-        (["--from=NAN"], "holds finite numbers in no checkpoint"),
-        (["--from=CUT"], "CUT/checkpoints: a checkpoint is damaged and cannot be read"),
+        (["--from=NAN"], "NAN/checkpoints/3: a damaged checkpoint (not finite)"),
+        (["--from=CUT"], "CUT/checkpoints: no checkpoint is whole and finite (2: opt_state/_METADATA: cut off, and 3"),
     ],
 )
 @pytest.mark.parametrize("dry", [True, False])

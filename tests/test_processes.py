@@ -18,7 +18,7 @@ import pytest
 from runs import command, config_file, rows, without_times, write_text
 
 from frugalmoe.errors import UserError
-from frugalmoe.train import distributed
+from frugalmoe.train import checksums, distributed
 from frugalmoe.train.weights import load_model, run_and_step
 
 pytestmark = pytest.mark.slow
@@ -155,6 +155,12 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(place, stopped):
     assert codes == [75, 75], said(place, "run", 1, "err")
     assert f"stopped at step {step} of {STEPS} after saving" in said(place, "run", 0)
     assert 0 < step < STEPS and logged(place[0] / "run") == list(range(1, step + 1))
+    path = place[0] / "run" / "checkpoints" / str(step)
+    of_second = {f"{item}/ocdbt.process_1/manifest.ocdbt" for item in ("params", "opt_state")}
+    assert json.loads((path / checksums.NAME).read_text())["files"].keys() >= of_second, (
+        "the first writes them, at last"
+    )
+    assert not checksums.faults(path)
 
 
 @pytest.mark.parametrize("processes, devices", [(1, 8), (4, 2)])
@@ -163,8 +169,11 @@ def test_killed_it_goes_on_in_any_number_of_processes(place, undisturbed, killed
     name = f"continued{processes}"
     shutil.copytree(place[0] / "run", place[0] / name)
     step = max(saved(place[0] / name))
+    (place[0] / name / "checkpoints" / "99").mkdir()
     codes = end(start(place, name, processes, devices))
     assert codes == [0] * processes, said(place, name, processes - 1, "err")
+    assert "checkpoints/99: a damaged checkpoint (params, step: missing)" in said(place, name, 0)
+    assert (place[0] / name / "checkpoints" / "99.damaged").is_dir()
     assert f"resuming at step {step} of {STEPS}" in said(place, name, 0) and SAVE_EVERY <= step < STEPS
     assert "nats per token" in said(place, name, 0)
     assert all("nats per token" not in said(place, name, i) for i in range(1, processes))
@@ -202,7 +211,7 @@ from frugalmoe import sharding
 from frugalmoe.config import default, override, resolve
 from frugalmoe.data import Batch
 from frugalmoe.errors import UserError
-from frugalmoe.train import distributed
+from frugalmoe.train import checksums, distributed
 from frugalmoe.train.placing import own_rows, put_rows
 
 distributed.start(sys.argv[1], 2, int(sys.argv[2]), 60)

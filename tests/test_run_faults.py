@@ -168,13 +168,13 @@ def test_a_checkpoint_that_is_not_finite_is_passed_over(run, place, make):
     heard = Quiet()
     summary = train(make(train__steps=6), run, resume="force", progress=lambda *_: heard)
     assert summary["status"] == "complete"
-    assert "checkpoint of step 6: not finite; deleted, the one of step 4 is taken" in heard.said
+    assert f"{run}/checkpoints/6: a damaged checkpoint (not finite); step 4 is taken; is 6.damaged now" in heard.said
     undisturbed = train(make(train__steps=6), place / "six", progress=Quiet)
     assert summary["eval"] == undisturbed["eval"], "the last two steps were trained again"
     save_state(make(), run, 8, broken)
     for step in (4, 6):
         shutil.rmtree(run / "checkpoints" / str(step), ignore_errors=True)
-    with pytest.raises(NotFinite, match="no checkpoint holds finite numbers only"):
+    with pytest.raises(NotFinite, match=r"checkpoints/8: a damaged checkpoint \(not finite\), so there is nothing"):
         train(make(train__steps=8), run, resume="force", progress=Quiet)
     assert main(["generate", str(run)]) == 2
 

@@ -192,6 +192,7 @@ WRONG = {
         (["--suite=PLACE/three.py"], "must have 3 contexts and as many choices"),
         (["--suite=PLACE/same.py"], "all different"),
         (["--suite=PLACE/longer.py"], "beginning of another"),
+        (["--suite=,"], "--suite=,: must be names separated by commas, none of them empty"),
         (["--suite", "--items=0"], "--items=0"),
         (["--suite", "--items=100001"], "at most 100000"),
         (["--items=5"], "--items: is of an evaluation on --suite or --tasks; this one is on text"),

@@ -94,6 +94,18 @@ def test_what_is_no_expert_is_kept_to_the_bit_and_a_layer_may_stay_dense(dense):
     assert made.difference < ROUNDING
 
 
+def test_layers_between_may_stay_dense(dense):
+    """Layer 1 of three gets experts; its attention sees everything, that of the others a window."""
+    _, made = made_of(dense, "model.moe_every=2")
+    old, new = load_checkpoint(dense).weights.params, made.weights.params
+    for name, window_LD in old["dense_blocks"]["attention"]["window"].items():
+        np.testing.assert_array_equal(new["dense_blocks"]["attention"][name], window_LD)
+    gate_up_LD2F = np.asarray(old["dense_blocks"]["ffn"]["gate_up_D2F"])
+    np.testing.assert_array_equal(new["dense_blocks"]["ffn"]["gate_up_D2F"], gate_up_LD2F[::2])
+    np.testing.assert_array_equal(moe(made)["gate_up_ED2F"][0, 0], gate_up_LD2F[1])
+    assert made.difference < ROUNDING
+
+
 def test_an_expert_is_a_part_and_routers_choose_whole_copies(dense):
     _, made = made_of(dense, experts=8, per_token=4, granularity=2)
     hidden = TINY["model.dense_dim"] // 2

@@ -113,6 +113,15 @@ def test_texts_that_are_trained_on_are_told(place, tmp_path):
     assert "of its 5 documents repeat the text of a training document" in note and 0 < int(note.split()[1]) <= trained
 
 
+def test_a_copy_of_what_is_trained_on_is_told(place, tmp_path):
+    """Of a copy no file is the same; its texts are."""
+    copy = shutil.copytree(place / "text", tmp_path / "copy")
+    data = opened(config(place, data__validation__path=str(copy), data__validation__text_field="text"))
+    (note,) = data.notes
+    trained, all_of_it = int(note.split()[1]), int(note.split()[4])
+    assert "repeat the text of a training document" in note and 0.5 * all_of_it < trained <= all_of_it
+
+
 def test_another_set_is_not_taken_for_the_run_s(place, tmp_path):
     shutil.copy(place / "own.jsonl", tmp_path / "own.jsonl")
     made = config(place, data__validation__path=str(tmp_path / "own.jsonl"), train__steps=1, optim__warmup_steps=0)
@@ -129,6 +138,7 @@ def test_another_set_is_not_taken_for_the_run_s(place, tmp_path):
     [
         ({"path": "PLACE/text/doc03.txt"}, "PLACE/text/doc03.txt is training data too (data.path='PLACE/text')"),
         ({"path": "PLACE/link"}, "PLACE/text/doc04.txt is training data too"),
+        ({"path": "PLACE/hard.txt"}, "PLACE/hard.txt is training data too (data.path='PLACE/text')"),
         ({"path": "PLACE/text"}, "is training data too"),
         ({"path": "PLACE/nowhere"}, "data.validation.path='PLACE/nowhere': no such file or directory"),
         ({"path": "PLACE/blank.txt"}, "data.validation.path='PLACE/blank.txt': holds no text"),
@@ -144,6 +154,7 @@ def test_a_set_that_cannot_be_used_is_one_line_before_anything_is_done(place, ca
     (place / "blank.txt").write_text(" \n")
     (place / "latin.txt").write_bytes("é".encode("latin-1") * 3)
     if not (place / "link").is_dir():
+        (place / "hard.txt").hardlink_to(place / "text/doc05.txt")
         (place / "link").mkdir()
         (place / "link/other.txt").symlink_to(place / "text/doc04.txt")
     put = lambda text: text.replace("PLACE", str(place)) if isinstance(text, str) else text

@@ -83,8 +83,8 @@ class MixtureOfDepths:
 class RopeScaling:
     """How rotary angles are stretched for sequences longer than those of training: see model/rotary.py."""
 
-    kind: str = "none"  # none | linear | yarn | llama3
-    factor: float = 1.0  # how much longer sequences may be
+    kind: str = "none"  # none | linear | ntk | yarn | llama3
+    factor: float = 1.0  # how much longer sequences may be; ntk: what the slowest channel is divided by
     original_length: int = 0  # yarn, llama3: tokens of the sequences before
     beta_fast: float = 32.0  # yarn: channels that turn more often than this in original_length tokens stay as they are
     beta_slow: float = 1.0  # yarn: those that turn less often than this are divided by the factor
@@ -122,9 +122,11 @@ class Model:
     dim: int = 256  # width of the residual stream
     num_layers: int = 4  # transformer blocks, dense and MoE
     num_dense_layers: int = 0  # the first n layers have a dense feed-forward
+    moe_every: int = 1  # of each n layers behind those the last has experts, the others a dense feed-forward
     dense_dim: int = 0  # hidden width of a dense layer's feed-forward
-    # Kinds of attention: grouped | window | latent (files of frugalmoe/model/attention/kinds), path/to/file.py or
-    # package.module. Several, as window,window,window,grouped, are repeated over the layers in this order.
+    # Kinds of attention: grouped | window | chunked | nope | latent (files of frugalmoe/model/attention/kinds),
+    # path/to/file.py or package.module. Several, as window,window,window,grouped, are repeated over the layers in this
+    # order.
     attention: str = "grouped"
     attention_options: Mapping[str, Any] = FrozenDict()  # KIND.OPTION: each kind's own options, as window.window
     num_heads: int = 8  # query heads
@@ -133,18 +135,23 @@ class Model:
     )
     head_dim: int = 32  # channels of a head
     # none | head (per head, as Qwen3 and Ling 2.0) | full (over all heads, as OLMoE) | rotated (per head, and after
-    # rotation, as Hunyuan)
+    # rotation, as Hunyuan) | unit (as rotated, without weights, and not where attention rotates nothing, as Llama 4)
     qk_norm: str = "none"
     qkv_bias: bool = False  # biases on the projections to queries, keys and values
+    clip_qkv: float = 0.0  # before rotation queries, keys and values are clipped to +-clip_qkv (OLMo 1, OLMoE); 0: not
     out_bias: bool = False  # a bias on attention's projection back to the residual stream
     rope_theta: float = 10_000.0  # base of the rotary angles' wavelengths
     rope_fraction: float = 1.0  # share of each head that is rotated
     rope_scaling: RopeScaling = RopeScaling()
-    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    # rms (RMSNorm) | layer (LayerNorm with scale and bias, as Phi-3.5-MoE) | layer_bare (without either, as OLMo 1); of
+    # queries, keys and latents it is rms always
+    norm: str = "rms"
+    norm_eps: float = 1e-6  # added to the mean square, or to the variance, in norms
     # Of a block's attention and feed-forward what is normalized: before (what they see) | after (what they add, OLMo 2)
     norm_position: str = "before"
     multipliers: Multipliers = Multipliers()
     tie_embeddings: bool = False  # the head's weights are the embedding's
+    head_bias: bool = False  # a learned bias on logits
     norm_head: bool = False  # Ling 1: head weights divided by their norm over the vocabulary
     init_std: float = 0.02  # weights that write into the residual stream are further divided by sqrt(2 * num_layers)
     compute_dtype: str = "float32"  # float32 | bfloat16; parameters are float32 always

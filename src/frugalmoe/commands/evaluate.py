@@ -119,13 +119,20 @@ def _table_of_text(found):
     return table
 
 
+def _names(flag: str, given: str) -> tuple[str, ...]:
+    """Of tasks, separated by commas; none for the flag alone."""
+    if given and not all(names := tuple(name.strip() for name in given.split(","))):
+        raise UserError(f"{flag}={given}: must be names separated by commas, none of them empty")
+    return names if given else ()
+
+
 def _suite(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from frugalmoe.evaluate.grading import ITEMS, grade_run
     from frugalmoe.train.weights import run_and_step
 
     directory, step = run_and_step(args.run)
-    names, items = tuple(filter(None, args.suite.split(","))), ITEMS if args.items is None else args.items
-    found = grade_run(directory, step, names=names, items=items, progress=True)
+    items = ITEMS if args.items is None else args.items
+    found = grade_run(directory, step, names=_names("--suite", args.suite), items=items, progress=True)
     as_json = found._asdict() | {"tasks": {name: grade._asdict() for name, grade in found.tasks.items()}}
     return as_json, _table_of_suite(found)
 
@@ -151,7 +158,7 @@ def _tasks(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     found = run_tasks(
         directory,
         step,
-        names=tuple(filter(None, args.tasks.split(","))),
+        names=_names("--tasks", args.tasks),
         path=args.task_path,
         shots=args.shots,
         items=args.items,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from frugalmoe.errors import UserError
 
 if TYPE_CHECKING:
-    from frugalmoe.generate import Prompt, Sampling
+    from frugalmoe.generate import Drafts, Prompt, Sampling
     from frugalmoe.generate.prompts import Entry
     from frugalmoe.train.weights import Loaded
 
@@ -125,9 +125,6 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}={value}: must be {'positive' if least else '0 or more'}")
     if args.prompts is not None and args.prompt is not None:
         raise UserError(f"--prompts={args.prompts}: cannot be given with --prompt")
-    if args.drafts and (args.prompts is not None or args.output is not None):
-        other = "--prompts" if args.prompts is not None else "--output"
-        raise UserError(f"--drafts: is for a single prompt that is printed, and cannot be given with {other}")
     if args.output is not None:
         from frugalmoe.files import check_writable
 
@@ -175,6 +172,10 @@ def _stream(args: argparse.Namespace, loaded: "Loaded", prompt: "Prompt", sampli
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+    _tell(drafts)
+
+
+def _tell(drafts: "Drafts | None") -> None:
     if drafts is not None and drafts.made:
         print(f"{drafts.accepted} of {drafts.made} drafts stood ({drafts.accepted / drafts.made:.0%})", file=sys.stderr)
 
@@ -193,14 +194,14 @@ def _write(
 
     from frugalmoe.console import Console
     from frugalmoe.files import write_atomically
-    from frugalmoe.generate import completions, prompts
+    from frugalmoe.generate import Drafts, completions, prompts
 
-    console, records = Console(stderr=True), []
+    console, records, drafts = Console(stderr=True), [], Drafts() if args.drafts else None
     with Progress(console=console, disable=not console.is_terminal, transient=True) as shown:
         task = shown.add_task("prompts", total=len(found))
         all_of_them = completions(
             loaded.config, loaded.weights, loaded.tokenizer, found, sampling,
-            batch_size=args.batch_size, ended=lambda: shown.advance(task),
+            batch_size=args.batch_size, ended=lambda: shown.advance(task), drafts=drafts,
         )  # fmt: skip
         for number, (entry, prompt, completion) in enumerate(zip(entries, found, all_of_them)):
             if args.output is None:
@@ -210,6 +211,7 @@ def _write(
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         write_atomically(args.output, "".join(lines).encode())
         print(f"{args.output}: {len(records)} {'text' if len(records) == 1 else 'texts'}")
+    _tell(drafts)
 
 
 # The escapes of Python's strings: \n, \\, \x41, \101, \u3002, \N{IDEOGRAPHIC FULL STOP} ... The last branch is none.

@@ -20,7 +20,14 @@ def check(config: Config) -> None:
         check_name("name" if part == config.name else f"name={config.name!r}: a part of it", part)
     of_model = (_model, _rope_scaling, _attention, _depths, _multi_token)
     of_experts = (_moe, _router, _losses, _load_balance, _executor)
-    for rules in (*of_model, *of_experts, _data, _optim, _train, _islands):
+    for rules in (
+        _data,
+        *of_model,
+        *of_experts,
+        _optim,
+        _train,
+        _islands,
+    ):  # what a module may look at depends on the row
         rules(config)
 
 
@@ -62,8 +69,13 @@ def _model(config: Config) -> None:
         m.num_dense_layers,
         f"must be at most model.num_layers={m.num_layers}",
     )
-    _require(m.num_dense_layers == 0 or m.dense_dim > 0, "model.dense_dim", m.dense_dim, "dense layers need a width")
-    _one_of("model.qk_norm", m.qk_norm, ("none", "head", "full", "rotated"))
+    rest = m.num_layers - m.num_dense_layers
+    rule = f"must be from 1 to {max(rest, 1)}, the layers behind the first dense ones"
+    _require(1 <= m.moe_every <= max(rest, 1), "model.moe_every", m.moe_every, rule)
+    _require(m.dense_dim > 0 or not pattern.has_dense(m), "model.dense_dim", m.dense_dim, "dense layers need a width")
+    _one_of("model.qk_norm", m.qk_norm, ("none", "head", "full", "rotated", "unit"))
+    _one_of("model.norm", m.norm, ("rms", "layer", "layer_bare"))
+    _each("model", m, "clip_qkv", lambda v: v >= 0, "must not be negative")
     _one_of("model.norm_position", m.norm_position, ("before", "after"))
     _each("model.multipliers", m.multipliers, "embedding residual logits", lambda v: v > 0, "must be positive")
     _each("model.multipliers", m.multipliers, "scores", lambda v: v >= 0, "must not be negative")
@@ -74,7 +86,7 @@ def _model(config: Config) -> None:
 def _rope_scaling(config: Config) -> None:
     m, path = config.model, "model.rope_scaling"
     scaling = m.rope_scaling
-    _one_of(f"{path}.kind", scaling.kind, ("none", "linear", "yarn", "llama3"))
+    _one_of(f"{path}.kind", scaling.kind, ("none", "linear", "ntk", "yarn", "llama3"))
     _each(path, scaling, "factor", lambda v: v >= 1, "must be at least 1")
     _each(path, scaling, "beta_fast beta_slow low_freq_factor", lambda v: v > 0, "must be positive")
     not_negative = "original_length attention_factor mscale mscale_all_dim"
@@ -113,12 +125,13 @@ def _depths(config: Config) -> None:
     _each(path, depths, "capacity", lambda v: 0 <= v <= 1, "must be in (0, 1], or 0 for none")
     _each(path, depths, "every", lambda v: v > 0, "must be positive")
     _each(path, depths, "predictor_loss", lambda v: v >= 0, "must not be negative")
-    most = max(m.num_dense_layers, m.num_layers - m.num_dense_layers)
+    num_moe = len(pattern.moe_layers(m))
+    most = max(m.num_layers - num_moe, num_moe)
     _require(
         not depths.capacity or depths.every <= most,
         f"{path}.every",
         depths.every,
-        f"routes no block of {m.num_dense_layers} dense and {m.num_layers - m.num_dense_layers} MoE ones",
+        f"routes no block of {m.num_layers - num_moe} dense and {num_moe} MoE ones",
     )
 
 
@@ -397,7 +410,7 @@ def _check_layout(config: Config, axes: dict[str, int]) -> None:
     _check_heads(m, axes)
     vocabulary = m.vocab_size or ROUNDED_TO  # it will be a multiple of that
     _divides("mesh.tensor", tensor, f"model.vocab_size={vocabulary}", vocabulary)
-    if m.num_dense_layers:
+    if pattern.has_dense(m):
         _divides("mesh.tensor", tensor, f"model.dense_dim={m.dense_dim}", m.dense_dim)
     if pattern.has_experts(m):
         _divides("mesh.expert", axes["expert"], f"model.moe.num_experts={moe.num_experts}", moe.num_experts)

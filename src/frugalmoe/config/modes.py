@@ -36,7 +36,8 @@ def with_mode(c: ConfigDict, arg: str | None) -> ConfigDict:
     m.vocab_size = 0
     m.dim, m.num_heads, m.num_kv_heads, m.head_dim = 64, 4, min(m.num_kv_heads, 2), 16
     m.num_layers, m.num_dense_layers = 3, min(m.num_dense_layers, 1)
-    m.dense_dim = 128 if m.num_dense_layers else 0
+    m.moe_every = min(m.moe_every, 2)
+    m.dense_dim = 128 if m.num_dense_layers or m.moe_every > 1 else 0
     m.init_std, m.compute_dtype, m.remat = 0.02, "float32", "none"
     moe.num_experts, moe.expert_dim = min(moe.num_experts, 16), 32
     moe.num_experts_per_token = min(moe.num_experts_per_token, 4)

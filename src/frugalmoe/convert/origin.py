@@ -40,6 +40,9 @@ class Opened:
     def __repr__(self) -> str:  # one for all processes of a run
         return f"{self.family} in {self._found.source.path}"
 
+    def fault(self, step: int, quick: bool) -> str:
+        return ""  # a file that is cut off was refused when it was opened
+
     def shapes(self, step: int, item: str, ours: Iterable[str]) -> dict[str, tuple[int, ...]]:
         of_state = item == "router_state"
         arrays = self._found.plan.arrays.items()

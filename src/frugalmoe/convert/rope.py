@@ -7,7 +7,9 @@ from typing import Any
 from frugalmoe.convert.keys import Keys
 from frugalmoe.schema import Model, RopeScaling
 
-_KINDS = {"default": "none", "linear": "linear", "yarn": "yarn", "llama3": "llama3"}
+_KINDS = {"default": "none", "linear": "linear", "yarn": "yarn", "llama3": "llama3", "dynamic": "ntk"}
+KINDS = ("default", "linear", "yarn", "llama3")  # those that most families read
+_ALPHA = "alpha"
 # Key of theirs -> field of ours, by kind.
 _FIELDS = {
     "none": {},
@@ -21,16 +23,22 @@ _FIELDS = {
         "mscale": "mscale",
         "mscale_all_dim": "mscale_all_dim",
     },
+    "ntk": {_ALPHA: "factor"},
     "llama3": {"factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"},
 }
 _WHOLE, _WINDOWS = "full_attention", "sliding_attention"
+# Released beside `alpha`; no code of Hunyuan reads them.
+_BESIDE_ALPHA = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _LENGTH, _LONGEST = "original_max_position_embeddings", "max_position_embeddings"
 
 
-def to_ours(keys: Keys, theta: float, fraction: float, by_kind: bool = False) -> dict[str, Any]:
+def to_ours(
+    keys: Keys, theta: float, fraction: float, by_kind: bool = False, kinds: tuple[str, ...] = KINDS
+) -> dict[str, Any]:
     """Returns fields of our `model`; `theta` and `fraction` of a head are the family's where the file names none.
 
-    by_kind: `rope_parameters` are an object for each kind of layer, and that of windows may stretch nothing.
+    kinds: the values of `rope_type` that the family reads as we do. by_kind: `rope_parameters` are an object for each
+    kind of layer, and that of windows may stretch nothing.
     """
     new, old = keys.section("rope_parameters"), keys.section("rope_scaling")
     fraction = keys.get("partial_rotary_factor", fraction)
@@ -42,8 +50,13 @@ def to_ours(keys: Keys, theta: float, fraction: float, by_kind: bool = False) ->
     if has_new and "rope_scaling" in keys:
         raise keys.refused("rope_scaling", keys.get("rope_scaling"), "stands beside rope_parameters; remove one")
     kind = scaling.get("rope_type", "default", also=("type",))
-    if kind not in tuple(_KINDS):  # it may be anything that JSON has
-        raise keys.refused("rope_type", kind, f"is not implemented; valid: {', '.join(_KINDS)}")
+    if kind not in kinds:  # it may be anything that JSON has
+        raise keys.refused("rope_type", kind, f"is not implemented; valid: {', '.join(kinds)}")
+    if kind == "dynamic":
+        if not scaling.get(_ALPHA):
+            raise keys.refused("rope_type", kind, f"is not implemented but with {_ALPHA}, which makes it static")
+        for name in _BESIDE_ALPHA:
+            scaling.get(name)
     fields = {
         "rope_theta": float(_number(scaling, "rope_theta", theta)),
         "rope_fraction": float(_number(scaling, "partial_rotary_factor", fraction)),
@@ -94,8 +107,10 @@ def to_theirs(model: Model) -> dict[str, Mapping[str, Any]]:
     found["partial_rotary_factor"] = model.rope_fraction
     for name, field in _FIELDS[kind].items():
         value, default = getattr(scaling, field), getattr(RopeScaling(), field)
-        if value != default or name == "factor" or kind == "llama3":
+        if value != default or name in ("factor", _ALPHA) or kind == "llama3":
             found[name] = value
+    if kind == "ntk":
+        found["factor"] = 1.0  # which `transformers` asks for and does not read
     if kind in ("yarn", "llama3"):
         found[_LENGTH] = scaling.original_length
     return {"rope_parameters": found}

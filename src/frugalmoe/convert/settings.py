@@ -24,6 +24,7 @@ TRAINING = frozenset((
 ))  # fmt: skip
 _THETA, _FRACTION = "rope_theta", "rope_fraction"  # among settings: where config.json names none
 _QUANTIZED = "quantization_config"
+_ROPE_KINDS = "rope_kinds"  # among settings: the values of `rope_type` that the family reads
 _BY_KIND = "rope_by_kind"  # among settings: windows have angles of their own, which nothing stretches
 LATENT = "attention_options.latent"
 
@@ -37,7 +38,8 @@ def to_ours(family: Family, values: Mapping[str, Any], where: str) -> dict[str, 
         raise keys.refused(f"{_QUANTIZED}.quant_method", method, rule)
     settings = dict(family.settings)
     theta, fraction = settings.pop(_THETA, Model().rope_theta), settings.pop(_FRACTION, 1.0)
-    fields = rope.to_ours(keys, theta, fraction, settings.pop(_BY_KIND, False))
+    by_kind, rope_kinds = settings.pop(_BY_KIND, False), settings.pop(_ROPE_KINDS, rope.KINDS)
+    fields = rope.to_ours(keys, theta, fraction, by_kind, rope_kinds)
     for key in family.keys:
         value = keys.require(key.theirs, key.also) if key.default is REQUIRED else keys.get(key.theirs, None, key.also)
         if value is None:
@@ -84,7 +86,7 @@ def _counting(model: Model) -> dict[str, Any]:
     """The fields of a model that count in evaluation, by dotted name."""
     flat = flat_fields(to_dict(model))
     unused = () if pattern.has_experts(model) else ("moe",)
-    unused += () if model.num_dense_layers else ("dense_dim",)
+    unused += () if pattern.has_dense(model) else ("dense_dim",)
     if set(pattern.attention_names(model.attention)) == {"latent"}:
         options = kinds.options_of(model, "latent")
         size = latent.sizes(model, options)  # of which 0 means one that follows from another, as of the epsilon

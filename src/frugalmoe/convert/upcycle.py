@@ -11,7 +11,6 @@ Hidden units that are drawn anew ("drop-upcycling"): Nakamura et al. 2025, arXiv
 Letters: L layers, E experts, D model, F hidden units of an expert; B sequences, T tokens.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ from frugalmoe.model.pattern import BlockKind
 from frugalmoe.model.transformer import Transformer, count_parameters, declarations, split
 from frugalmoe.routing import strategies
 from frugalmoe.schema import Model
-from frugalmoe.train import checkpoint
+from frugalmoe.train import checkpoint, memory
 from frugalmoe.train.placing import put_batch
 from frugalmoe.train.step import Evaluated, make_eval_step
 from frugalmoe.train.weights import Loaded, Weights, load_checkpoint
@@ -85,7 +84,7 @@ def look(
     for counts that are no multiples of the granularity, and for overrides that change what is not of the experts.
 
     overrides: fields of the run's config, as "model.moe.router=sigmoid_bias"; `model.num_dense_layers` first layers
-    stay dense.
+    stay dense, and so do those between that `model.moe_every` leaves out.
     """
     _check(recipe, experts, per_token)
     dense = load_checkpoint(run, step)
@@ -114,7 +113,8 @@ def look(
     _check_alike(config.model, theirs, fields)
     if config.data.tokenizer != dense.config.data.tokenizer:
         raise UserError(f"--config.data.tokenizer={config.data.tokenizer!r}: upcycling keeps that of the dense run")
-    _check_memory(config.model, experts)
+    # The weights are in memory twice: as they are made, and as the model computes with them.
+    memory.check(f"--experts={experts}", 2 * 4 * count_parameters(config.model)["total"])
     return Found(run, dense, config, recipe)
 
 
@@ -130,14 +130,6 @@ def _check(recipe: Recipe, experts: int, per_token: int) -> None:
     if not 0 <= recipe.noise < float("inf"):
         raise UserError(f"--noise={recipe.noise}: must be a finite number, 0 or more")
     check_float("--noise", recipe.noise)
-
-
-def _check_memory(model: Model, experts: int) -> None:
-    """The weights are in memory twice: as they are made, and as the model computes with them."""
-    needed, memory = 2 * 4 * count_parameters(model)["total"], os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        rule = f"the model needs {needed / 1e9:,.0f} GB of memory, and this machine has {memory / 1e9:,.0f}"
-        raise UserError(f"--experts={experts}: {rule}")
 
 
 def _check_alike(ours: Model, theirs: Model, fields: Mapping[str, Any]) -> None:
@@ -196,14 +188,14 @@ def _weights(found: Found, scale_L: np.ndarray) -> Weights:
     params = jax.tree.map(np.asarray, found.dense.weights.params)
     layers = _by_layer(params.pop("dense_blocks"), pattern.layers(old))
     fresh, state = _fresh_routers(found)
-    first, kinds = new.num_dense_layers, pattern.layers(new)
-    for i, layer in enumerate(layers[first:]):
+    for i, layer in enumerate(layers[number] for number in pattern.moe_layers(new)):
         key = np.random.default_rng([found.config.train.seed, i])
         layer |= _experts(layer.pop(("ffn", "gate_up_D2F")), layer.pop(("ffn", "down_FD")), found, scale_L[i], key)
         layer |= {path: a_L[i] for path, a_L in fresh.items()}
-    if first:
-        params["dense_blocks"] = _stack(layers[:first], kinds[:first])
-    params["moe_blocks"] = _stack(layers[first:], kinds[first:])
+    for feed_forward in pattern.FEED_FORWARDS:
+        own = [(layer, kind) for layer, kind in zip(layers, pattern.layers(new)) if kind.feed_forward == feed_forward]
+        if own:
+            params[pattern.NAMES[feed_forward, ""]] = _stack(*zip(*own))
     return Weights(params | state.params, state.router_state)
 
 

@@ -73,11 +73,14 @@ class Input:
             return [self.name, options, self.outside.sha256, self.fingerprint()]
         return [self.name, options, self.hf, place, files]
 
-    def places(self) -> list[str]:
-        """What names its texts: files, a Python file, or a Hugging Face data set with its split."""
+    def places(self) -> dict[Any, str]:
+        """What its texts are -> how it is called: files, by whatever name they are reached, a Python file, or a Hugging
+        Face data set with its split.
+        """
         if self.hf:
-            return ["hf:" + ":".join(self.hf)]
-        return [str(file.resolve()) for file in ([self.outside.path] if self.outside else self.files)]
+            name = "hf:" + ":".join(self.hf)
+            return {name: name}
+        return {_identity(file): str(file.resolve()) for file in ([self.outside.path] if self.outside else self.files)}
 
     @property
     def corpus(self) -> corpus.Corpus:
@@ -144,12 +147,18 @@ def of_validation(data: Data, tokenizer: str) -> Data:
 
 def check_apart(training: Iterable[Input], validation: Iterable[Input]) -> None:
     """Raises `UserError` where a validation set and the training data name the same file, data set or corpus."""
-    places = {place: source.where for source in training for place in source.places()}
+    trained = {place: source.where for source in training for place in source.places()}
     for source in validation:
-        for place in source.places():
-            if place in places:
-                rule = f"{place} is training data too ({places[place]}); a validation set must be none of them"
+        for place, name in source.places().items():
+            if place in trained:
+                rule = f"{name} is training data too ({trained[place]}); a validation set must be none of them"
                 raise UserError(f"{source.where}: {rule}")
+
+
+def _identity(file: Path) -> tuple:
+    """The same of all links to a file."""
+    stat = file.stat()
+    return stat.st_dev, stat.st_ino or str(file.resolve())
 
 
 def _open_input(field: str, name: str, source: Source, data: Data, progress: bool) -> Input:

@@ -7,7 +7,8 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +19,7 @@ from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 STEPS = 1_000_000  # of loops and macros, in one conversation: of real templates a few for each message
+SECONDS = 60  # of computing, in one conversation
 LARGEST = 50_000_000  # characters of a text, or of what one operation makes
 _PER_BIT = 100  # characters that take about the time of a bit of a large number
 
@@ -28,39 +30,52 @@ def check_size(size: int) -> None:
         raise OverflowError(f"makes a text of more than {LARGEST:,} characters at one go")
 
 
-def _bounded_filter(name: str, change: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(change)
-    def bounded(*args: Any, **fields: Any) -> Any:
-        check_size(_size_of("", args[1:], fields))
-        if name == "format":
-            check_size(_size_of("%", args[0], args[1:]))
-        return change(*args, **fields)
-
-    return bounded
+_BY_SQUARES = ("striptags", "urlize", "wordwrap", "pprint")  # filters whose time may grow with the text's square
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int)
 
 
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, str | list | tuple) else 0
+
+
+def _size_of_call(name: str, values: Sequence[Any]) -> int:
+    """About how many characters or items a filter, or a method of a text, makes at most of it and of other values."""
+    own, others = (values[0], values[1:]) if values else ("", ())
+    widest, texts = max([0, *filter(_is_number, others)]), [value for value in others if isinstance(value, str)]
+    match name:
+        case "replace" if isinstance(own, str) and texts:
+            return len(own) + max(map(own.count, texts)) * max(map(len, texts))
+        case "join":
+            parts = [part for value in values if isinstance(value, list | tuple) for part in value]
+            between = max([0, *(len(value) for value in values if isinstance(value, str))])
+            return sum(map(_length, parts)) + len(parts) * between
+        case "sum" if any(isinstance(value, list | tuple) for value in others):
+            return _length(own) * sum(map(_length, own))
+        case "expandtabs" | "indent":
+            return _length(own) * (1 + widest)
+        case "format" | "format_map":
+            return max(_size_of("%", own, tuple(others)), widest)
+        case _ if name in _BY_SQUARES:
+            return max(widest, _length(own) ** 2 // 1000)
+    return max(widest, sum(map(_length, values)))
+
+
 def _size_of(operator: str, left: Any, right: Any) -> int:
-    """About how many characters or items an operation makes at most; "" calls something with values, of which some are
-    widths.
-    """
-    long = lambda value: len(value) if isinstance(value, str | list | tuple) else 0
+    """About how many characters or items an operation makes at most."""
     match operator:
         case "*" if isinstance(left, int) and isinstance(right, int):
             return _PER_BIT * (left.bit_length() + right.bit_length())
         case "*" if isinstance(left, int) or isinstance(right, int):
-            sizes = [(long(a), b) for a, b in ((left, right), (right, left)) if isinstance(b, int)]
+            sizes = [(_length(a), b) for a, b in ((left, right), (right, left)) if isinstance(b, int)]
             return max(size * max(count, 0) for size, count in sizes)
         case "+":
-            return long(left) + long(right)
+            return _length(left) + _length(right)
         case "%" if isinstance(left, str):
             given = right if isinstance(right, tuple) else (right,)
             return max([*map(int, re.findall(r"\d{1,20}", left)), *filter(_is_number, given), 0])
-        case "":
-            return max([*filter(_is_number, (*left, *right.values())), 0])
         case "**" if isinstance(left, int) and isinstance(right, int):
             return _PER_BIT * left.bit_length() * max(right, 0)
     return 0
@@ -80,6 +95,7 @@ class Environment(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(("*", "+", "**", "%"))
     steps = 0
+    ends = float("inf")  # of computing, by the clock of `time.thread_time`
 
     def _parse(self, *args: Any) -> Any:
         """Each turn of a loop and each call of a macro is counted."""
@@ -95,20 +111,39 @@ class Environment(ImmutableSandboxedEnvironment):
         check_size(sum(map(len, texts)))
         return "".join(texts)
 
-    def count_step(self) -> None:
-        self.steps += 1
+    def count_step(self, steps: int = 1) -> None:
+        self.steps += steps
         if self.steps > STEPS:
             raise OverflowError(f"makes more than {STEPS:,} steps; it may never end")
+        if time.thread_time() > self.ends:
+            raise OverflowError(f"makes a text for more than {SECONDS} seconds; it may never end")
+
+    def count_size(self, size: int) -> None:
+        """Large ones take many steps' time."""
+        check_size(size)
+        self.count_step(size // 1000)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        size = _size_of(operator, left, right)
-        check_size(size)
-        self.steps += size // 1000
+        self.count_size(_size_of(operator, left, right))
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, called: Any, *args: Any, **fields: Any) -> Any:
-        check_size(_size_of("", args, fields))
+        method = getattr(called, "__wrapped__", called)  # the sandbox's own `format` stands for that of texts
+        own, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        values = (*([own] if isinstance(own, str) else []), *args, *fields.values())
+        self.count_size(_size_of_call(name if isinstance(own, str) else "", values))
         return super().call(context, called, *args, **fields)
+
+    def bounded(self, name: str, change: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter that counts what it makes."""
+
+        @functools.wraps(change)
+        def counted(*args: Any, **fields: Any) -> Any:
+            values = [value for value in (*args, *fields.values()) if isinstance(value, str | list | tuple | int)]
+            self.count_size(_size_of_call(name, values))
+            return change(*args, **fields)
+
+        return counted
 
 
 class Answers(jinja2.ext.Extension):
@@ -135,6 +170,7 @@ class Answers(jinja2.ext.Extension):
     @contextmanager
     def tracking(self, pieces: list[str], spans: list[tuple[int, int]]) -> Iterator[None]:
         self._pieces, self._spans, self.environment.steps = pieces, spans, 0
+        self.environment.ends = time.thread_time() + SECONDS
         try:
             yield
         finally:
@@ -184,7 +220,7 @@ def environment() -> Any:
     made = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Answers, jinja2.ext.loopcontrols])
     del made.globals["lipsum"]
     made.filters["tojson"] = tojson
-    made.filters = {name: _bounded_filter(name, change) for name, change in made.filters.items()}
+    made.filters = {name: made.bounded(name, change) for name, change in made.filters.items()}
     made.globals |= {
         "raise_exception": raise_exception,
         "strftime_now": lambda form: datetime.datetime.now().strftime(form),

@@ -8,7 +8,6 @@ Letters: B sequences, T tokens, D model, V vocabulary.
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,8 +25,16 @@ from frugalmoe.model.attention.contract import PIECE
 from frugalmoe.model.block import Layer
 from frugalmoe.model.causality import leaking, parts
 from frugalmoe.model.moe import Context
-from frugalmoe.model.transformer import Transformer, bytes_of_caches, empty_caches, structure
+from frugalmoe.model.transformer import (
+    Transformer,
+    bytes_of_caches,
+    declarations,
+    empty_caches,
+    structure,
+    to_logits,
+)
 from frugalmoe.schema import Model
+from frugalmoe.train import memory
 from frugalmoe.train.weights import Weights
 
 _SHORTEST = 32  # pieces of a prompt are padded to a power of two from this on
@@ -87,15 +94,14 @@ def _check_slots(config: Config) -> None:
 
 def _check_memory(config: Model, rows: int, prompt: int, new: int) -> None:
     """Keys and values may take a quarter of a device's memory: growing copies them, and the model has its part."""
-    known = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    memory = known or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    device = memory.of_device()
     size = functools.partial(bytes_of_caches, config, rows)
     scores = 4 * 4 * config.num_heads * rows * min(prompt, _piece(rows))  # float32; they and their softmax, twice
     token = (size(2 * _LONG) - size(_LONG)) // _LONG  # of the kinds of attention that keep all tokens
     fixed = size(_LONG) - token * _LONG
-    most = max(memory // 4 - fixed, 0) // (token + scores) - prompt
+    most = max(device // 4 - fixed, 0) // (token + scores) - prompt
     if new > most:
-        room = f"this device, with {memory / 1e9:.3g} GB, has room for {max(most, 0)}"
+        room = f"this device, with {device / 1e9:.3g} GB, has room for {max(most, 0)}"
         texts = f" of {rows} texts at one time (--batch-size)" if rows > 1 else ""
         raise UserError(f"--max-tokens={new}: {room} after a prompt of {prompt} tokens{texts}")
 
@@ -116,6 +122,7 @@ class Decoding:
         devices = sharding.axis_size(*sharding.BATCH_AXES)
         self._rows, self._most, self._piece = -(-rows // devices) * devices, most, _piece(rows)
         self._ready = weights if isinstance(weights, Ready) else ready(config, weights)
+        self._least = 2 if _slow_alone(config, self._rows) else 1
         self._empty, self._widen, self._step = _steps(config, self._rows)
         self._slots, self._caches, self._length_B = 0, None, np.zeros(self._rows, np.int32)
         self._logits_BV = np.zeros((self._rows, config.vocab_size), np.float32)
@@ -129,13 +136,13 @@ class Decoding:
         for at in range(0, max(map(len, tokens)), self._piece):
             pieces = [row[at : at + self._piece] for row in tokens]
             count_B = np.array([len(piece) for piece in pieces], np.int32)
-            size = _padded_size(int(count_B.max()))
+            size = max(_padded_size(int(count_B.max())), self._least)
             self._put(np.stack([np.pad(piece, (0, size - len(piece))) for piece in pieces]).astype(np.int32), count_B)
         return self._logits_BV
 
     def advance(self, token_B: Array, live_B: np.ndarray) -> Array:
         """The same for one token of each row that is live."""
-        self._put(token_B[:, None], live_B.astype(np.int32))
+        self._put(jnp.pad(token_B[:, None], ((0, 0), (0, self._least - 1))), live_B.astype(np.int32))
         return self._logits_BV
 
     def _put(self, tokens_BT: Array, count_B: np.ndarray) -> None:
@@ -155,46 +162,62 @@ class Decoding:
 
 
 class Drafting(Decoding):
-    """One text with the first module of multi-token prediction, which sees what follows each token of the network.
+    """Texts with the first module of multi-token prediction, which sees what follows each token of the network.
 
-    What the network was fed last may turn out wrong: `propose` says how much of it stands, and the next tokens take the
-    places of the rest. All rows are the same.
+    What the network was fed last may turn out wrong: `propose` says how much of it stands in each row, and the row's
+    next tokens take the places of the rest. A row is left as it is where it is given no token, or none of it stands.
     """
 
-    def __init__(self, config: Model, weights: Weights, most: int):
-        super().__init__(config, weights, most)
+    def __init__(self, config: Model, weights: "Weights | Ready", most: int, rows: int = 1):
+        super().__init__(config, weights, most, rows)
         self._empty, self._widen, self._check, self._propose = _draft_steps(config, self._rows)
-        self._length, self._last, self._hidden_BTD = 0, _NO_TOKEN, None
+        self.count_B = np.zeros(self._rows, np.int32)  # how many tokens the network was fed last
+        self._last_BT, self._hidden_BTD = np.zeros((self._rows, 0), np.int32), None
 
-    @property
-    def count(self) -> int:
-        """How many tokens the network was fed last."""
-        return len(self._last)
+    def prompt(self, prompts: Sequence[np.ndarray]) -> Array:
+        """int32 [T] for each row, none for the rest -> float32 logits [B, V] of what follows the last token of each.
 
-    def prompt(self, tokens: np.ndarray) -> Array:
-        """int32 [T], at least one -> float32 logits [1, V] of what follows the last of them."""
-        for at in range(0, len(tokens), self._piece):
-            if at:
-                self.propose(self.count, tokens[at])
-            logits_2V = self.check(tokens[at : at + self._piece])
-        return logits_2V[1:]
+        All come to their end together: the hidden states of their last pieces are what a module goes on from.
+        """
+        prompts = [*prompts, *[_NO_TOKEN] * (self._rows - len(prompts))]
+        pieces = [np.split(tokens, range(self._piece, len(tokens), self._piece)) for tokens in prompts]
+        rounds = max(map(len, pieces))
+        pieces = [[_NO_TOKEN] * (rounds - len(row)) + row for row in pieces]
+        for number in range(rounds):
+            if number:
+                self.propose(self.count_B, np.array([row[number][0] if len(row[number]) else 0 for row in pieces]))
+            of_round = [row[number] for row in pieces]
+            size = _padded_size(max(map(len, of_round)))
+            tokens_BT = np.stack([np.pad(row, (0, size - len(row))) for row in of_round])
+            logits_2BV = self.check(tokens_BT, np.array([*map(len, of_round)]))
+        return logits_2BV[1]
 
-    def check(self, tokens: np.ndarray) -> Array:
-        """int32 [T], at most a piece -> the network's logits [2, V] of what follows the last token but one, and it."""
-        padded = np.pad(tokens, (0, _padded_size(len(tokens)) - len(tokens)))
-        self._grow(self._length + len(padded))
-        self._last, numbers = tokens, (np.int32(self._length), np.int32(len(tokens)))
-        logits_2V, self._hidden_BTD, self._caches = self._check(self._ready, padded, self._caches, *numbers)
-        return logits_2V
+    def check(self, tokens_BT: np.ndarray, count_B: np.ndarray) -> Array:
+        """At most a piece -> the network's logits [2, B, V] of what follows the last token but one of each row, and it.
 
-    def propose(self, stand: int, token: int) -> Array:
-        """The module's logits [1, V] of what follows `token`, which follows the first `stand` of the last tokens."""
-        following = np.append(self._last[1:stand], token).astype(np.int32)
-        padded = np.pad(following, (0, self._hidden_BTD.shape[1] - stand))
-        numbers = np.int32(self._length), np.int32(stand)
-        logits_1V, self._caches = self._propose(self._ready, padded, self._hidden_BTD, self._caches, *numbers)
-        self._length += stand
-        return logits_1V
+        tokens_BT: int32, of which the first `count` of each row are real.
+        """
+        self._grow(int(self._length_B.max()) + tokens_BT.shape[1])
+        self._last_BT, self.count_B = tokens_BT.astype(np.int32), count_B.astype(np.int32)
+        numbers = (self._length_B, self.count_B)
+        logits_2BV, self._hidden_BTD, self._caches = self._check(self._ready, self._last_BT, self._caches, *numbers)
+        return logits_2BV
+
+    def propose(self, stand_B: np.ndarray, token_B: np.ndarray) -> Array:
+        """The module's logits [B, V] of what follows `token`, which follows the first `stand` of a row's last ones."""
+        stand_B, ahead_BT = stand_B.astype(np.int32), np.roll(self._last_BT, -1, axis=1)
+        ahead_BT[np.arange(self._rows), np.maximum(stand_B - 1, 0)] = token_B
+        numbers = (self._length_B, stand_B)
+        logits_BV, self._caches = self._propose(self._ready, ahead_BT, self._hidden_BTD, self._caches, *numbers)
+        self._length_B = self._length_B + stand_B
+        return logits_BV
+
+
+def _slow_alone(config: Model, rows: int) -> bool:
+    """Whether one row at a time is slow: XLA's product for CPUs of one row turns all weights into float32 before it,
+    that of two has bfloat16 as it is.
+    """
+    return rows == 1 and config.compute_dtype == "bfloat16" and sharding.platform() == "cpu"
 
 
 def _padded_size(size: int) -> int:
@@ -208,6 +231,7 @@ class Ready(NamedTuple):
     weights: Weights
     layers: tuple[Layer, ...] | None  # None: they are taken out of the stacks inside each step
     head_DV: Array | None
+    bias_V: Array | None  # of logits
 
 
 def ready(config: Model, weights: Weights) -> Ready:
@@ -219,7 +243,7 @@ def ready(config: Model, weights: Weights) -> Ready:
     leaves = jax.tree.leaves(weights)
     alone = all(isinstance(a, Array) and a.is_fully_addressable and len(a.devices()) == 1 for a in leaves)
     if sharding.platform() != "cpu" or not alone:
-        return Ready(weights, None, None)
+        return Ready(weights, None, None, None)
     dtype, device = config.compute_dtype, leaves[0].devices().copy().pop()
 
     def entry(stack: nnx.Variable, number: int) -> nnx.Variable:
@@ -229,7 +253,21 @@ def ready(config: Model, weights: Weights) -> Ready:
         return stack.replace(jax.device_put(part, device, may_alias=True))
 
     model = _model(config, weights)
-    return Ready(weights, model.layers(entry), model.head())
+    # What steps take from these, they would convert whole for every token, or copy out of a stack.
+    taken = {"embed_VD": weights.params["embed_VD"].astype(dtype)}
+    if config.multi_token_prediction.depth:
+        taken["multi_token"] = _first_module(config, weights.params["multi_token"])
+    return Ready(weights._replace(params=weights.params | taken), model.layers(entry), model.head(), model.head_bias())
+
+
+def _first_module(config: Model, modules: dict) -> dict:
+    """Of multi-token prediction, a stack of one with matrices in compute dtype."""
+
+    def first(path: tuple, a: Array) -> Array:
+        of_matrix = sharding.declared(path, declarations(config)).role == "matrix"
+        return a[:1].astype(config.compute_dtype) if of_matrix else a[:1]
+
+    return jax.tree_util.tree_map_with_path(first, {"multi_token": modules})["multi_token"]
 
 
 def _model(config: Model, weights: Weights) -> Transformer:
@@ -241,7 +279,13 @@ def _opened(config: Model, ready: Ready) -> tuple[Transformer, tuple[Layer, ...]
     model = _model(config, ready.weights)
     if ready.layers is None:
         return model, model.layers(lambda stack, number: stack.replace(stack[...][number])), model.logits
-    logits = lambda hidden: jnp.einsum("...d,dv->...v", hidden, ready.head_DV, preferred_element_type=jnp.float32)
+
+    def logits(hidden_BD: Array) -> Array:
+        rows = len(hidden_BD)
+        if _slow_alone(config, rows):
+            hidden_BD = jnp.pad(hidden_BD, ((0, 1), (0, 0)))
+        return to_logits(hidden_BD, ready.head_DV, ready.bias_V)[:rows]
+
     return model, ready.layers, logits
 
 
@@ -260,12 +304,6 @@ def _context(tokens_BT: Array, start_B: Array, count_B: Array) -> Context:
     return Context(*rows, keys_B, jnp.int32(0))
 
 
-def _one_text(tokens_T: Array, start: Array, count: Array, batch: int) -> Context:
-    """The same in all rows."""
-    rows = lambda a: jnp.broadcast_to(a, (batch, *jnp.shape(a)))
-    return _context(rows(tokens_T), rows(start), rows(count))
-
-
 def _at(hidden_BTD: Array, index_B: Array) -> Array:
     """Hidden states [B, D] of one token of each row."""
     hidden_BTD = sharding.reshard(hidden_BTD, "...")
@@ -281,7 +319,7 @@ def _steps(config: Model, batch: int):
         (model, layers, logits), (caches, logits_BV) = _opened(config, ready), state
         start = sharding.reshard(start_B, "B")
         hidden_BTD, caches = model.decode(layers, _context(tokens_BT, start_B, count_B), caches, start)
-        new_BV = logits(_at(hidden_BTD, jnp.maximum(count_B - 1, 0)))
+        new_BV = sharding.reshard(logits(_at(hidden_BTD, jnp.maximum(count_B - 1, 0))), "..")
         return caches, jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
 
     widen = functools.partial(_widen, empty)
@@ -295,16 +333,19 @@ def _draft_steps(config: Model, batch: int):
     def empty(slots: int):
         return empty_caches(config, batch, slots), multi_token.empty_cache(config, batch, slots)
 
-    def check(ready: Ready, tokens_T: Array, caches, start: Array, count: Array):
+    def check(ready: Ready, tokens_BT: Array, caches, start_B: Array, count_B: Array):
         model, layers, logits = _opened(config, ready)
-        hidden_BTD, new = model.decode(layers, _one_text(tokens_T, start, count, batch), caches[0], start)
-        last_2 = jnp.maximum(count - jnp.array([2, 1]), 0)
-        return logits(sharding.reshard(hidden_BTD, "...")[0, last_2]), hidden_BTD, (new, caches[1])
+        start, context = sharding.reshard(start_B, "B"), _context(tokens_BT, start_B, count_B)
+        hidden_BTD, new = model.decode(layers, context, caches[0], start)
+        last_but_one_BD, last_BD = (_at(hidden_BTD, jnp.maximum(count_B - n, 0)) for n in (2, 1))
+        logits_NV = logits(jnp.concatenate([last_but_one_BD, last_BD]))
+        return logits_NV.reshape(2, batch, -1), hidden_BTD, (new, caches[1])
 
-    def propose(ready: Ready, ahead_T: Array, hidden_BTD: Array, caches, start: Array, count: Array):
+    def propose(ready: Ready, ahead_BT: Array, hidden_BTD: Array, caches, start_B: Array, count_B: Array):
         model, _, logits = _opened(config, ready)
-        hidden_BTD, cache = model.draft(_one_text(ahead_T, start, count, batch), hidden_BTD, caches[1], start)
-        return logits(sharding.reshard(hidden_BTD, "...")[0, count - 1][None]), (caches[0], cache)
+        start, context = sharding.reshard(start_B, "B"), _context(ahead_BT, start_B, count_B)
+        hidden_BTD, cache = model.draft(context, hidden_BTD, caches[1], start)
+        return logits(_at(hidden_BTD, jnp.maximum(count_B - 1, 0))), (caches[0], cache)
 
     widen = jax.jit(functools.partial(_widen, empty), static_argnums=1)
     return jax.jit(empty, static_argnums=0), widen, jax.jit(check, donate_argnums=2), jax.jit(propose, donate_argnums=3)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jax import Array
 
 from frugalmoe.config import Config
 from frugalmoe.data.chat import Message
@@ -98,6 +97,56 @@ class Sampled:
             token_B = following_B
 
 
+class Drafted(Sampled):
+    """The same tokens in fewer steps: the first module of multi-token prediction proposes one for each text, and the
+    network checks it with the one before, so that a step has one or two tokens of each text, none of one that ended.
+
+    A position's noise is fixed by the seed, so that the network's token is the same whether a draft was there or not
+    (Leviathan et al. 2023, arXiv 2211.17192, with equal noise for a draft and its check).
+    """
+
+    def __init__(
+        self, config: Config, weights: Weights, sampling: Sampling, allowed_V: np.ndarray, rows: int, drafts: Drafts
+    ):
+        """`drafts` counts them. The rest is that of `Sampled`."""
+        super().__init__(config, weights, sampling, allowed_V, rows)
+        self._drafts = drafts
+
+    def of(self, prompts: Sequence[np.ndarray], first: int = 0) -> Iterator[list[list[int]]]:
+        """The tokens behind some prompts, step by step, those of each."""
+        texts, most, choose = len(prompts), self._sampling.max_tokens, self._choose
+        drafting = Drafting(self._config, self._ready, max(map(len, prompts)) + most, self._rows)
+        logits_BV = drafting.prompt(prompts)
+        number_B = first + np.arange(len(logits_BV))
+        whole = lambda of_texts: np.pad(of_texts, (0, len(number_B) - texts))
+        position_B = whole(np.array([*map(len, prompts)]))
+        end_B, self.live = whole(position_B[:texts] + most), np.ones(texts, bool)
+        token_B, stand_B = np.asarray(choose(logits_BV, number_B, position_B)), drafting.count_B
+        yield [[int(token)] for token in token_B[:texts]]
+        position_B = position_B + 1
+        while np.any(going_B := whole(self.live) & (position_B < end_B)):
+            proposed_BV = drafting.propose(np.where(going_B, stand_B, 0), token_B)
+            draft_B = np.asarray(choose(proposed_BV, number_B, position_B))
+            logits_2BV = drafting.check(np.stack([token_B, draft_B], axis=1), 2 * going_B)
+            token_B, after_B = (np.asarray(choose(logits_2BV[n], number_B, position_B + n)) for n in (0, 1))
+            right_B = going_B & (token_B == draft_B)
+            two_B = right_B & (position_B + 1 < end_B)
+            self._drafts.made += int(going_B.sum())
+            self._drafts.accepted += int(right_B.sum())
+            both = zip(token_B.tolist(), after_B.tolist(), (going_B * 1 + two_B).tolist())
+            yield [[token, after][:count] for token, after, count in both][:texts]
+            token_B, stand_B = np.where(two_B, after_B, token_B), 1 + two_B
+            position_B = position_B + going_B + two_B
+
+
+def _sampled(
+    config: Config, weights: Weights, sampling: Sampling, allowed_V: np.ndarray, rows: int, drafts: Drafts | None
+) -> Sampled:
+    if drafts is None:
+        return Sampled(config, weights, sampling, allowed_V, rows)
+    return Drafted(config, weights, sampling, allowed_V, rows, drafts)
+
+
 def generate(
     config: Config,
     weights: Weights,
@@ -109,9 +158,8 @@ def generate(
     """Token ids one by one; the caller decides when to stop. A mesh must be in context.
 
     prompt_ids: at least one. allowed_V: bool, the ids that may be sampled; all by default. drafts: counts them; with it
-    the first module of multi-token prediction proposes tokens, and the network checks two at a time. The tokens are the
-    same, but for rounding. Raises `UserError` for a model whose evaluation does something else, or which has no such
-    modules, and for more tokens than there is memory for.
+    the tokens come by `Drafted`, and are the same, but for rounding. Raises `UserError` for a model whose evaluation
+    does something else, or which has no modules to draft with, and for more tokens than there is memory for.
     """
     sampling.check()
     if drafts is not None:
@@ -119,37 +167,8 @@ def generate(
     check(config, 1, len(prompt_ids), sampling.max_tokens)
     if allowed_V is None:
         allowed_V = np.ones(config.model.vocab_size, bool)
-    ids = np.asarray(prompt_ids, np.int32)
-    if drafts is None:
-        return (int(token_B[0]) for token_B in Sampled(config, weights, sampling, allowed_V, 1).of([ids]))
-    end, choose = len(ids) + sampling.max_tokens, Chooser(sampling, allowed_V)
-    sample = lambda logits_1V, position: int(choose(logits_1V, np.zeros(1), np.array([position]))[0])
-    return _drafted(Drafting(config.model, weights, end), ids, end, sample, drafts)
-
-
-def _drafted(
-    drafting: Drafting, ids: np.ndarray, end: int, sample: Callable[[Array, int], int], drafts: Drafts
-) -> Iterator[int]:
-    """The same tokens (Leviathan et al. 2023, arXiv 2211.17192, with equal noise for a draft and its check).
-
-    A position's noise is fixed by the seed, so that the network's token is the same whether a draft was there or not.
-    """
-    position, token = len(ids), sample(drafting.prompt(ids), len(ids))
-    stand = drafting.count
-    while True:
-        yield token
-        position += 1
-        if position == end:
-            return
-        draft = sample(drafting.propose(stand, token), position)
-        logits_2V = drafting.check(np.array([token, draft], np.int32))
-        token, stand, drafts.made = sample(logits_2V[:1], position), 1, drafts.made + 1
-        if token == draft:
-            yield token
-            drafts.accepted, position = drafts.accepted + 1, position + 1
-            if position == end:
-                return
-            token, stand = sample(logits_2V[1:], position), 2
+    steps = _sampled(config, weights, sampling, allowed_V, 1, drafts).of([np.asarray(prompt_ids, np.int32)])
+    return (int(token) for step in steps for token in np.atleast_1d(step[0]))
 
 
 class _Writer:
@@ -217,8 +236,10 @@ def completions(
     *,
     batch_size: int,
     ended: Callable[[], None] = lambda: None,
+    drafts: Drafts | None = None,
 ) -> Iterator[Completion]:
     """What each prompt goes on with, in their order, so many at one time. `ended` is called as each comes to its end.
+    drafts: as in `generate`.
 
     A text is what it is alone, whatever the batch, but for rounding: its noise depends on the seed and on its number.
     Raises `UserError` as `generate`, before the first one.
@@ -226,9 +247,11 @@ def completions(
     sampling.check()
     if batch_size < 1:
         raise UserError(f"--batch-size={batch_size}: must be positive")
+    if drafts is not None:
+        check_drafts(config.model)
     rows = min(batch_size, len(prompts))
     check(config, rows, max(len(prompt.ids) for prompt in prompts), sampling.max_tokens)
-    sampled = Sampled(config, weights, sampling, _shown(config, tokenizer), rows)
+    sampled = _sampled(config, weights, sampling, _shown(config, tokenizer), rows, drafts)
     return _completions(sampled, prompts, [_Writer(tokenizer, prompt, sampling) for prompt in prompts], rows, ended)
 
 
@@ -238,12 +261,13 @@ def _completions(
     for first in range(0, len(prompts), rows):
         batch = writers[first : first + rows]
         found = [""] * len(batch)
-        for token_B in sampled.of([prompt.ids for prompt in prompts[first : first + rows]], first):
+        for step in sampled.of([prompt.ids for prompt in prompts[first : first + rows]], first):
             for row, writer in enumerate(batch):
-                if not writer.ended:
-                    found[row] += writer.add(int(token_B[row]))
-                    if writer.ended:
-                        ended()
+                for token in np.atleast_1d(step[row]):
+                    if not writer.ended:
+                        found[row] += writer.add(int(token))
+                        if writer.ended:
+                            ended()
             sampled.live = np.array([not writer.ended for writer in batch])
         yield from (Completion(text, writer.tokens, writer.ended) for text, writer in zip(found, batch))
 

@@ -68,6 +68,17 @@ class Held(NamedTuple):
         return self.commit.round
 
 
+class Work(NamedTuple):
+    """What an island did in a round."""
+
+    numbers: Sequence[int]  # of the rows that it read since the counters of the round began
+    tokens: int
+    steps: int  # updates
+    seconds: float  # that it trained
+    leaving: bool = False  # it returns its streams
+    loads: tuple[tuple[int, ...], ...] = ()  # of each MoE layer: the slots of tokens that named each expert
+
+
 class _Offer(NamedTuple):
     label: str  # its island, with the round where it is late
     contribution: Contribution
@@ -185,25 +196,23 @@ class Island:
     # A round.
 
     def contribute(
-        self, local: Arrays, routers: Arrays, residual: Arrays, numbers: Sequence[int], *, tokens: int, steps: int,
-        seconds: float, leaving: bool = False, loads: Sequence[Sequence[int]] = (),
-    ) -> tuple[Contribution, dict[str, np.ndarray]]:  # fmt: skip
+        self, local: Arrays, routers: Arrays, residual: Arrays, work: "Work"
+    ) -> tuple[Contribution, dict[str, np.ndarray]]:
         """Hands in what was found in the round after the one held; returns it, and the residual of its packing.
 
-        local: parameters by name; routers: the state of routers; residual: of the contribution before; numbers: of the
-        rows that were read since the counters of the round began. What was handed in before, by a process that was
-        killed then, stays.
+        local: parameters by name; routers: the state of routers; residual: of the contribution before. What was handed
+        in before, by a process that was killed then, stays.
         """
         assert self.held is not None
         round, names, before = self.held.round + 1, self.rules.names(self.held.round + 1), self.held.outer.params
         delta = {name: before[name] - np.asarray(local[name], np.float32) for name in names}
         packed, left = packing.pack(delta, _PACKING[self.rules.section.bits], residual)
         data = blobs.to_bytes(_prefixed("delta/", packed) | _prefixed("routers/", routers))
-        rows = FrozenDict(streams.used(numbers, self._counters(numbers)))
+        rows = FrozenDict(streams.used(work.numbers, self._counters(work.numbers)))
+        did = {name: getattr(work, name) for name in ("tokens", "steps", "seconds", "leaving", "loads")}
         made = Contribution(
             island=self.name, run=self.run, round=round, base=self.held.commit.outer, blob=blobs.sha256(data),
-            bytes=len(data), tokens=tokens, steps=steps, rows=rows, seconds=seconds, leaving=leaving,
-            loads=tuple(tuple(map(int, layer)) for layer in loads),
+            bytes=len(data), rows=rows, **did,
         )  # fmt: skip
         self.bytes_written += len(data)
         self.store.write(records.path_of_blob(made.blob), data)

@@ -2,8 +2,6 @@
 
 `Rounds.go` is a generator: it gives the seconds after which it wants to go on, so that a process sleeps and a virtual
 clock turns forward. What it trains is behind `Local`; what it remembers over a restart is behind `Memory`.
-
-Letters: P fragments, S streams.
 """
 
 import dataclasses
@@ -14,9 +12,10 @@ import numpy as np
 
 from frugalmoe.errors import UserError
 from frugalmoe.islands import streams
-from frugalmoe.islands.island import Island, Mismatch
+from frugalmoe.islands.island import Island, Mismatch, Work
 from frugalmoe.islands.records import Commit, Contribution, Damaged
 from frugalmoe.islands.store import StoreError
+from frugalmoe.schema import FrozenDict
 
 Arrays = Mapping[str, np.ndarray]
 _MOST_NOT_FINITE = 3  # times in a row, after which the run ends
@@ -73,6 +72,9 @@ class Memory(Protocol):
 
     def read(self, step: int) -> Found | None: ...
 
+    def first(self) -> int | None:
+        """The first round that is remembered."""
+
     def keep_residual(self, round: int, residual: Arrays) -> None: ...
 
     def residual(self, round: int) -> dict[str, np.ndarray]:
@@ -97,9 +99,19 @@ class Rounds:
     """One island's way through the rounds of a directory."""
 
     def __init__(
-        self, island: Island, local: Local, memory: Memory, tell: Tell, row: Row, *, about: Mapping[str, Any],
+        self,
+        island: Island,
+        local: Local,
+        memory: Memory,
+        *,
+        tell: Tell,
+        row: Row,
+        about: Mapping[str, Any] = FrozenDict(),
         pause: float,
-    ):  # fmt: skip
+    ) -> None:
+        """tell: hears of events; row: logs a round; about: what the island says of itself; pause: seconds between two
+        looks at the directory.
+        """
         self.island, self.local, self.memory, self.tell, self.row, self.about = island, local, memory, tell, row, about
         self.rules, self.section, self.clock, self.pause = island.rules, island.rules.section, island.clock, pause
         self.pending: Contribution | None = None
@@ -217,10 +229,8 @@ class Rounds:
         steps, count = found.step - self.begin_of(found.round), len(found.numbers)
         local, routers, before = self.local.tensors(), self.local.routers(), self.memory.residual(found.round)
         tokens, written = count * self.local.tokens_per_row, self.island.bytes_written
-        hand_in = lambda: self.island.contribute(
-            local, routers, before, found.numbers, tokens=tokens, steps=steps, seconds=found.seconds,
-            leaving=found.leaving, loads=found.loads,
-        )  # fmt: skip
+        work = Work(found.numbers, tokens, steps, found.seconds, found.leaving, found.loads)
+        hand_in = lambda: self.island.contribute(local, routers, before, work)
         self.pending, residual = yield from self._safely(hand_in)
         self.memory.keep_residual(found.round, residual)
         self.timing.bytes_written += self.island.bytes_written - written
@@ -268,19 +278,20 @@ class Rounds:
                 self.counters, self.plan = commit.rows, []
 
     def _advance(self) -> Iterator[float]:
-        """Takes the rounds that were decided without this island; returns how many."""
+        """Takes the rounds that were decided without this island; returns how many. One that merged what it handed in
+        before it was killed is trained again instead, from where it was: so its optimizer comes to the same state.
+        """
         count = 0
         following = lambda: self.island.commit(self.island.held.round + 1)
-        while (commit := (yield from self._safely(following))) is not None:
+        while (commit := (yield from self._safely(following))) is not None and not self._mine(commit):
             yield from self._take(commit)
             count += 1
         return count
 
     def _mine(self, commit: Commit) -> bool:
         """Whether a round merged this island's contribution."""
-        return any(
-            (c.island, c.run, c.round) == (self.pending.island, self.pending.run, commit.round) for c in commit.merged
-        )
+        own = self.island.name, self.island.run, commit.round
+        return any((c.island, c.run, c.round) == own for c in commit.merged)
 
     def _why(self, commit: Commit) -> str:
         return commit.left_out.get(self.island.name, "it came too late")
@@ -347,12 +358,14 @@ class Rounds:
         found = self.memory.read(self.local.step)
         if found is not None and (yield from self._resume(found)):
             return
-        yield from self._catch_up()
+        # Killed before any state of it was on the disk, it trains its first round again.
+        first = self.memory.first() if self.local.step == 0 else None
+        yield from self._catch_up(None if first is None else first - 1)
         yield from self._become_member()
 
-    def _catch_up(self) -> Iterator[float]:
+    def _catch_up(self, round: int | None) -> Iterator[float]:
         try:
-            yield from self._safely(self.island.catch_up)
+            yield from self._safely(lambda: self.island.catch_up(round))
         except (Mismatch, Damaged) as error:
             self.tell("damaged", str(error))
             yield from self._again()

@@ -106,10 +106,10 @@ def drive(
             stopped = processes.follow(local, timed)
         elif jax.process_count() > 1:
             leader = processes.Leader(local, timed)
-            stopped = _lead(run, steps, leader, leader.idle, shown, store=store, name=name)
+            stopped = _lead(steps, leader, store, name, shown=shown, idle=leader.idle)
             leader.end(stopped)
         else:
-            stopped = _lead(run, steps, local, lambda: None, shown, store=store, name=name)
+            stopped = _lead(steps, local, store, name, shown=shown, idle=lambda: None)
         if stopped:  # what can go on is saved: the state at the end of a round
             run.manager.wait_until_finished()
             return [{"status": "stopped", "step": run.step, "steps": config.train.steps}]
@@ -121,10 +121,9 @@ def drive(
         return [run.finish(False, time.perf_counter() - began, sample)]
 
 
-def _lead(
-    run: Run, steps: Steps, local: Local, idle: Callable[[], None], shown: Any, *, store: Store, name: str
-) -> bool:
+def _lead(steps: Steps, local: Local, store: Store, name: str, *, shown: Any, idle: Callable[[], None]) -> bool:
     """Goes through the rounds; returns whether a stop was requested. `idle` is called while there is nothing to do."""
+    (run,) = steps.runs
     began, config = time.perf_counter(), run.config
     with ExitStack() as held:
         identity = _identity(run.workdir, name, store)
@@ -143,7 +142,7 @@ def _lead(
                 of_round = {name: values[name] for name in ("step", "round", "loads")}
                 loads(of_round | {"layers": run.trained_layers})
 
-        rounds = Rounds(island, local, RunMemory(run.workdir), tell, row, about=about(config), pause=_PAUSE)
+        rounds = Rounds(island, local, RunMemory(run.workdir), tell=tell, row=row, about=about(config), pause=_PAUSE)
         held.enter_context(_signs_of_life(rounds))
         try:
             for pause in rounds.go():
@@ -271,6 +270,9 @@ class RunMemory:
             return None
         numbers, loads = tuple(rows[-1]["numbers"]), tuple(map(tuple, rows[-1].get("loads", ())))
         return Found(**rows[-1] | {"numbers": numbers, "loads": loads})
+
+    def first(self) -> int | None:
+        return min((row["round"] for row in read_json(self._record)["rounds"]), default=None)
 
     def keep_residual(self, round: int, residual: Mapping[str, np.ndarray]) -> None:
         if not residual:

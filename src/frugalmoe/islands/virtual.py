@@ -42,6 +42,9 @@ class Held:
     def read(self, step: int) -> Found | None:
         return self._found.get(step)
 
+    def first(self) -> int | None:
+        return min((found.round for found in self._found.values()), default=None)
+
     def keep_residual(self, round: int, residual: Mapping[str, np.ndarray]) -> None:
         self._residuals[round] = dict(residual)
 
@@ -71,7 +74,7 @@ class Member:
         self.local.restore()
         island = Island(self.store, self.name, self.run, self.rules, lambda: self.now)
         tell = lambda kind, what: self.events.append((kind, what))
-        self.rounds = Rounds(island, self.local, self.memory, tell, self.rows.append, about={}, pause=pause)
+        self.rounds = Rounds(island, self.local, self.memory, tell=tell, row=self.rows.append, pause=pause)
         self._way = self.rounds.go()
 
     def kill(self) -> None:

@@ -219,15 +219,15 @@ def law_documents(case: Case) -> None:
 
 @on_one_device
 def law_shift(case: Case) -> None:
-    """Positions that begin elsewhere change no output, unless `relative` is False; then they change some."""
+    """Positions that begin elsewhere change no output of a kind that is `relative`, and some of one that is not."""
     tokens = make_tokens()
     moved = tokens._replace(positions_BT=tokens.positions_BT + np.array([[40], [7]], np.int32))
     before, after = (outputs(case, each) for each in (tokens, moved))
-    if case.kind.relative:
+    if case.kind.relative(case.model, case.options):
         assert_near(after, before, "positions that begin at 40 and at 7")
     else:
         same = np.allclose(after, before, rtol=1e-4, atol=1e-5)
-        assert not same, "positions that begin elsewhere change nothing; Attention(relative=False) claims that they do"
+        assert not same, "positions that begin elsewhere change nothing; its `relative` claims that they do"
 
 
 @on_one_device

@@ -15,7 +15,7 @@ from jax import Array
 from frugalmoe.model import pattern
 from frugalmoe.model.attention import kinds
 from frugalmoe.model.attention.contract import Cache
-from frugalmoe.model.layers import FeedForward, RMSNorm
+from frugalmoe.model.layers import FeedForward, Norm, stream_norm
 from frugalmoe.model.moe import Context, MoELayer, Routed
 from frugalmoe.model.pattern import BlockKind
 from frugalmoe.routing.contract import Loss
@@ -85,9 +85,9 @@ FEED_FORWARDS = {
 class Parts(NamedTuple):
     """The modules of a block, of whatever kinds."""
 
-    attention_norm: RMSNorm
+    attention_norm: Norm
     attention: Any
-    ffn_norm: RMSNorm
+    ffn_norm: Norm
     feed_forward: Any
 
     def branches(
@@ -109,7 +109,7 @@ class Parts(NamedTuple):
         return Branches(attended_BTD, hidden_BTD, added(self.ffn_norm, y_BTD), carry, routed, cache)
 
 
-Normed = Callable[[RMSNorm, Array], Array]
+Normed = Callable[[Norm, Array], Array]
 
 
 def _norms(kind: BlockKind) -> tuple[Normed, Normed]:
@@ -130,9 +130,9 @@ class Block(nnx.Module):
         self.kind = kind
         attention_key, ffn_key = jax.random.split(key)
         out_std = config.init_std / (2 * config.num_layers) ** 0.5
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps, "D")
+        self.attention_norm = stream_norm(config)
         self.attention = attention_layer(attention_key, config, kind.attention)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, "D")
+        self.ffn_norm = stream_norm(config)
         feed_forward = FEED_FORWARDS[kind.feed_forward]
         setattr(self, feed_forward.name, feed_forward.layer(ffn_key, config, out_std))
 

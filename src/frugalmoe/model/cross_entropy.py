@@ -29,14 +29,15 @@ def cross_entropy(
     targets_N: Array,
     weights_N: Array,
     *,
+    bias_V: Array | None = None,
     z_coefficient: float = 0.0,
     chunk: int = 512,
     axis: str | None = None,
 ) -> CrossEntropy:
-    """Weighted sum over tokens of -log softmax(h head)[target], with the z-loss of PaLM (arXiv 2204.02311, section 5).
+    """Weighted sum over tokens of -log softmax(h head + bias)[target], with the z-loss of PaLM (2204.02311, section 5).
 
-    Differentiable in h and head; gradients have their dtypes. Logits and sums are float32. At most `chunk` rows of
-    logits exist at one time. A token of weight 0 has no part in loss or gradients.
+    Differentiable in h, head and bias; gradients have their dtypes. Logits and sums are float32. At most `chunk` rows
+    of logits exist at one time. A token of weight 0 has no part in loss or gradients.
 
     axis: of the mesh, inside `sharding.local`. Each of its devices gets the same tokens and its own part of the
     vocabulary, the first device the first. `loss`, `lse_sq_sum` and the gradient in h are then this device's shares of
@@ -47,7 +48,8 @@ def cross_entropy(
     h_ND, targets_N, weights_N = (_pad(a, -N % chunk) for a in (h_ND, targets_N, weights_N.astype(jnp.float32)))
     targets_Gg, weights_Gg = targets_N.reshape(-1, chunk), weights_N.reshape(-1, chunk)
     h_GgD = h_ND.reshape(-1, chunk, D)
-    loss, ce_Gg, lse_sq_sum = _over_chunks(z_coefficient, axis, h_GgD, head_DV, targets_Gg, weights_Gg)
+    head = Head(head_DV, bias_V)
+    loss, ce_Gg, lse_sq_sum = _over_chunks(z_coefficient, axis, h_GgD, head, targets_Gg, weights_Gg)
     return CrossEntropy(loss, jax.lax.stop_gradient(ce_Gg.reshape(-1)[:N]), jax.lax.stop_gradient(lse_sq_sum))
 
 
@@ -55,15 +57,22 @@ def _pad(a: Array, rows: int) -> Array:
     return jnp.pad(a, ((0, rows), *((0, 0),) * (a.ndim - 1)))
 
 
+class Head(NamedTuple):
+    """What makes logits of hidden states."""
+
+    head_DV: Array
+    bias_V: Array | None  # float32
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _over_chunks(
-    z: float, axis: str | None, h_GgD: Array, head_DV: Array, targets_Gg: Array, weights_Gg: Array
+    z: float, axis: str | None, h_GgD: Array, head: Head, targets_Gg: Array, weights_Gg: Array
 ) -> CrossEntropy:
     """G chunks of g tokens, one after the other."""
 
     def body(sums, xs):
         h_gD, targets_g, weights_g = xs
-        p = _probabilities(h_gD, head_DV, targets_g, axis)
+        p = _probabilities(h_gD, head, targets_g, axis)
         return _add(sums, z, p, weights_g), p.ce_g
 
     sums, ce_Gg = jax.lax.scan(body, _zeros(), (h_GgD, targets_Gg, weights_Gg))
@@ -71,29 +80,32 @@ def _over_chunks(
     return CrossEntropy(loss, ce_Gg, lse_sq_sum)
 
 
-def _forward(z, axis, h_GgD, head_DV, targets_Gg, weights_Gg):
+def _forward(z, axis, h_GgD, head, targets_Gg, weights_Gg):
     """The same, and the gradients of the loss in h and head."""
+    head_DV, bias_V = head
 
     def body(carry, xs):
-        sums, dhead_DV = carry
+        sums, dhead_DV, dbias_V = carry
         h_gD, targets_g, weights_g = xs
-        p = _probabilities(h_gD, head_DV, targets_g, axis)
+        p = _probabilities(h_gD, head, targets_g, axis)
         slope_g1 = (weights_g * (1 + 2 * z * p.lse_g))[:, None] / p.total_g1
         dlogits_gV = slope_g1 * p.unnormalised_gV - jnp.where(p.is_target_gV, weights_g[:, None], 0)
+        if dbias_V is not None:
+            dbias_V += jnp.sum(dlogits_gV, axis=0)
         dlogits_gV = dlogits_gV.astype(head_DV.dtype)
         dhead_DV += _dot(h_gD.T, dlogits_gV)
         dh_gD = _dot(dlogits_gV, head_DV.T).astype(h_gD.dtype)
-        return (_add(sums, z, p, weights_g), dhead_DV), (p.ce_g, dh_gD)
+        return (_add(sums, z, p, weights_g), dhead_DV, dbias_V), (p.ce_g, dh_gD)
 
-    start = _zeros(), jnp.zeros(head_DV.shape, jnp.float32)
-    (sums, dhead_DV), (ce_Gg, dh_GgD) = jax.lax.scan(body, start, (h_GgD, targets_Gg, weights_Gg))
+    start = _zeros(), jnp.zeros(head_DV.shape, jnp.float32), None if bias_V is None else jnp.zeros_like(bias_V)
+    (sums, dhead_DV, dbias_V), (ce_Gg, dh_GgD) = jax.lax.scan(body, start, (h_GgD, targets_Gg, weights_Gg))
     loss, lse_sq_sum = _share(sums, axis)
-    return CrossEntropy(loss, ce_Gg, lse_sq_sum), (dh_GgD, dhead_DV.astype(head_DV.dtype))
+    return CrossEntropy(loss, ce_Gg, lse_sq_sum), (dh_GgD, Head(dhead_DV.astype(head_DV.dtype), dbias_V))
 
 
 def _backward(z, axis, saved, cotangent):
-    dh_GgD, dhead_DV = saved
-    return dh_GgD * cotangent.loss.astype(dh_GgD.dtype), dhead_DV * cotangent.loss.astype(dhead_DV.dtype), None, None
+    dh_GgD, dhead = jax.tree.map(lambda a: a * cotangent.loss.astype(a.dtype), saved)
+    return dh_GgD, dhead, None, None
 
 
 _over_chunks.defvjp(_forward, _backward)
@@ -109,12 +121,15 @@ class _Probabilities(NamedTuple):
     ce_g: Array
 
 
-def _probabilities(h_gD: Array, head_DV: Array, targets_g: Array, axis: str | None) -> _Probabilities:
+def _probabilities(h_gD: Array, head: Head, targets_g: Array, axis: str | None) -> _Probabilities:
     over = (lambda reduce, a: a) if axis is None else (lambda reduce, a: reduce(a, axis))
-    logits_gV = _dot(h_gD, head_DV)
-    first = 0 if axis is None else jax.lax.axis_index(axis) * head_DV.shape[1]
+    logits_gV = _dot(h_gD, head.head_DV)
+    if head.bias_V is not None:
+        logits_gV += head.bias_V
+    vocabulary = logits_gV.shape[1]
+    first = 0 if axis is None else jax.lax.axis_index(axis) * vocabulary
     targets_g -= first
-    is_target_gV = jnp.arange(head_DV.shape[1]) == targets_g[:, None]
+    is_target_gV = jnp.arange(vocabulary) == targets_g[:, None]
     top_g1 = over(jax.lax.pmax, jnp.max(logits_gV, axis=-1, keepdims=True))
     unnormalised_gV = jnp.exp(logits_gV - top_g1)
     own = jnp.sum(unnormalised_gV, axis=-1), _at_target(logits_gV, targets_g)

@@ -3,17 +3,26 @@
 Letters: B batch, T time, D model, F hidden.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from frugalmoe.schema import Model
 from frugalmoe.sharding import parameter, spec
 
 
 def normal(key: Array, letters: str, shape: tuple[int, ...], std: float, role: str = "matrix") -> nnx.Param:
     """A float32 parameter drawn from a normal distribution; see `sharding.parameter` for its letters and role."""
     return parameter(jax.random.normal(key, shape, jnp.float32) * std, letters, role)
+
+
+def over_rms(x: Array, eps: float) -> Array:
+    """x / rms(x) over the last axis, float32."""
+    x32 = x.astype(jnp.float32)
+    return x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
 
 
 class RMSNorm(nnx.Module):
@@ -25,9 +34,39 @@ class RMSNorm(nnx.Module):
         self.scale = parameter(jnp.ones(size, jnp.float32), letter, "vector")
 
     def __call__(self, x: Array) -> Array:
+        return (over_rms(x, self.eps) * self.scale[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / deviation(x) over the last axis, in float32 (Ba et al. 2016, arXiv 1607.06450).
+
+    affine: times a learned scale, and a learned bias added.
+    """
+
+    def __init__(self, size: int, eps: float, letter: str, affine: bool):
+        """`letter` of the last axis."""
+        self.eps = eps
+        self.scale = parameter(jnp.ones(size, jnp.float32), letter, "vector") if affine else None
+        self.bias = parameter(jnp.zeros(size, jnp.float32), letter, "vector") if affine else None
+
+    def __call__(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 * self.scale[...]).astype(x.dtype)
+        return (x32 if self.scale is None else x32 * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+Norm = RMSNorm | LayerNorm
+NORMS = {
+    "rms": RMSNorm,
+    "layer": functools.partial(LayerNorm, affine=True),
+    "layer_bare": functools.partial(LayerNorm, affine=False),
+}
+
+
+def stream_norm(config: Model) -> Norm:
+    """The norm of channels of the residual stream that model.norm names."""
+    return NORMS[config.norm](config.dim, config.norm_eps, "D")
 
 
 @jax.custom_vjp

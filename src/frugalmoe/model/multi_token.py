@@ -29,7 +29,7 @@ from frugalmoe import sharding
 from frugalmoe.model import pattern
 from frugalmoe.model.attention import kinds
 from frugalmoe.model.block import Block, Passed, Place, Stream, prepare
-from frugalmoe.model.layers import RMSNorm, normal
+from frugalmoe.model.layers import normal, stream_norm
 from frugalmoe.model.moe import Context, Routed
 from frugalmoe.model.pattern import BlockKind
 from frugalmoe.model.scan import remat
@@ -52,11 +52,11 @@ class Module(nnx.Module):
 
     def __init__(self, key: Array, config: Model):
         project_key, block_key = jax.random.split(key)
-        self.embedding_norm = RMSNorm(config.dim, config.norm_eps, "D")
-        self.hidden_norm = RMSNorm(config.dim, config.norm_eps, "D")
+        self.embedding_norm = stream_norm(config)
+        self.hidden_norm = stream_norm(config)
         self.project_ID = normal(project_key, "I->D", (2 * config.dim, config.dim), config.init_std)
         self.block = Block(block_key, config, kind(config))
-        self.norm = RMSNorm(config.dim, config.norm_eps, "D")
+        self.norm = stream_norm(config)
 
     def __call__(
         self, embedded_BTD: Array, stream: Stream, context: Context, prepared: dict[str, Any], place: Place

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from frugalmoe.schema import Model
 
-FEED_FORWARDS = ("dense", "moe")  # in the order of depth
+FEED_FORWARDS = ("dense", "moe")
 DEPTHS = "mixture_of_depths"
 
 # The parameters of blocks, and of what wraps them, are stacked in order of depth under these names.
@@ -40,9 +40,14 @@ class Segment(NamedTuple):
     repeats: int
 
     @property
-    def feed_forward(self) -> str:
-        """The same in all layers."""
-        return self.unit[0].feed_forward
+    def end(self) -> int:
+        """Index in the whole network of what follows its last layer."""
+        return self.first + self.repeats * len(self.unit)
+
+    @property
+    def feed_forwards(self) -> tuple[str, ...]:
+        """Those of its layers, each once."""
+        return tuple(dict.fromkeys(kind.feed_forward for kind in self.unit))
 
 
 def attention_names(attention: str) -> tuple[str, ...]:
@@ -59,24 +64,29 @@ def short(name: str) -> str:
 def layers(config: Model) -> tuple[BlockKind, ...]:
     """The kind of every layer, from the first to the last.
 
-    The last of each `every` dense blocks is wrapped by mixture of depths, and the last of each `every` MoE blocks.
+    Behind the first layers, which are dense, the last of each `moe_every` has experts. The last of each `every` dense
+    blocks is wrapped by mixture of depths, and the last of each `every` MoE blocks.
     """
     attention, depths, dense = attention_names(config.attention), config.mixture_of_depths, config.num_dense_layers
     same = {"norm_position": config.norm_position, "multiplier": config.multipliers.residual}
     # Equal kinds are one object: `segments` compares them very often.
     found, kind = [], functools.cache(functools.partial(BlockKind, **same))
+    count = dict.fromkeys(FEED_FORWARDS, 0)
     for layer in range(config.num_layers):
-        feed_forward, index = ("dense", layer) if layer < dense else ("moe", layer - dense)
-        wrapper = DEPTHS if depths.capacity and (index + 1) % depths.every == 0 else ""
+        feed_forward = "dense" if layer < dense or (layer - dense + 1) % config.moe_every else "moe"
+        count[feed_forward] += 1
+        wrapper = DEPTHS if depths.capacity and count[feed_forward] % depths.every == 0 else ""
         found.append(kind(attention[layer % len(attention)], feed_forward, wrapper))
     return tuple(found)
 
 
 def segments(config: Model) -> list[Segment]:
-    """The network in order of depth, in as few scans as its shortest repeating units allow."""
-    found, kinds, first = [], layers(config), 0
+    """The network in order of depth, in as few scans as the shortest repeating units of the first dense layers and of
+    those behind them allow.
+    """
+    found, kinds, first, dense = [], layers(config), 0, config.num_dense_layers
     while first < len(kinds):
-        same = [kind for kind in kinds[first:] if kind.feed_forward == kinds[first].feed_forward]
+        same = kinds[first : dense if first < dense else len(kinds)]
         size = next(n for n in range(1, len(same) + 1) if same[n:] == same[:-n])
         found.append(Segment(first, tuple(same[:size]), len(same) // size))
         first += size * (len(same) // size)
@@ -85,7 +95,12 @@ def segments(config: Model) -> list[Segment]:
 
 def has_experts(config: Model) -> bool:
     """Whether any layer has."""
-    return config.num_dense_layers < config.num_layers
+    return bool(moe_layers(config))
+
+
+def has_dense(config: Model) -> bool:
+    """Whether any layer has a dense feed-forward."""
+    return len(moe_layers(config)) < config.num_layers
 
 
 def moe_layers(config: Model) -> list[int]:

@@ -99,5 +99,14 @@ def _llama3(frequency_d: Array, channels: int, theta: float, scaling: RopeScalin
     return frequency_d / scaling.factor * (1 - fast_d) + frequency_d * fast_d
 
 
-_STRETCHED = {"none": _plain, "linear": _linear, "yarn": _yarn, "llama3": _llama3}
+def _ntk(frequency_d: Array, channels: int, theta: float, scaling: RopeScaling) -> Array:
+    """The slowest channel divided by the factor, the fastest as it is: theta times factor^(d / (d - 2)).
+
+    NTK-aware scaling, of no paper; as in Hunyuan's released code, whose factor is `alpha`.
+    """
+    share_d = jnp.arange(0, channels, 2, dtype=jnp.float32) / max(channels - 2, 1)
+    return frequency_d * scaling.factor**-share_d
+
+
+_STRETCHED = {"none": _plain, "linear": _linear, "ntk": _ntk, "yarn": _yarn, "llama3": _llama3}
 KINDS = tuple(_STRETCHED)

@@ -53,11 +53,13 @@ class Segment:
 
     def __call__(self, stream: Stream) -> tuple[Stream, tuple]:
         """-> (stream, (routed, reports)), each with a leading axis over layers, or None."""
-        stacks, of_runs = self._stacks(), runs(self.segment)
+        of_runs = runs(self.segment)
+        stacks = {feed_forward: self._stacks(feed_forward) for feed_forward in self.segment.feed_forwards}
         if len(of_runs) == 1:
-            return jax.lax.scan(self._body(of_runs[0].kind), stream, stacks)
+            kind = of_runs[0].kind
+            return jax.lax.scan(self._body(kind), stream, stacks[kind.feed_forward])
 
-        def unit(stream: Stream, stacks: Layers) -> tuple[Stream, tuple]:
+        def unit(stream: Stream, stacks: Mapping[str, Layers]) -> tuple[Stream, tuple]:
             found = []
             for run, layers in zip(of_runs, _split(stacks, of_runs)):
                 stream, out = self._run(run, stream, layers)
@@ -92,15 +94,14 @@ class Segment:
 
         return remat(body, self.model.config.remat)
 
-    def _stacks(self) -> Layers:
-        """The segment's part of the model's stacks, and the numbers of its layers among those of their feed-forward.
+    def _stacks(self, feed_forward: str) -> Layers:
+        """The segment's part of the model's stacks of one feed-forward, and the numbers of its layers among all of it.
 
         Attention of several kinds is a stack for each, under its name.
         """
         segment, names, kind_of = self.segment, pattern.NAMES, pattern.layers(self.model.config)
-        end = segment.first + segment.repeats * len(segment.unit)
-        same = [i for i, kind in enumerate(kind_of) if kind.feed_forward == segment.feed_forward]
-        own = kind_of[segment.first : end]
+        same = [i for i, kind in enumerate(kind_of) if kind.feed_forward == feed_forward]
+        own = [kind_of[i] for i in same if segment.first <= i < segment.end]
 
         def part(stack: Any, belongs: Callable[[pattern.BlockKind], bool]) -> Any:
             """Of a stack of all layers that belong, those of the segment."""
@@ -108,7 +109,7 @@ class Segment:
             whole = lambda a: count == a.shape[0]
             return jax.tree.map(lambda a: a if whole(a) else a[before : before + count], stack)
 
-        parts = getattr(self.model, names[segment.feed_forward, ""]).parts
+        parts = getattr(self.model, names[feed_forward, ""]).parts
         attention = parts.attention
         if len({kind_of[i].attention for i in same}) > 1:
             attention = {
@@ -119,15 +120,22 @@ class Segment:
             attention = {own[0].attention: part(attention, lambda kind: True)}
         parts = part(parts._replace(attention=None), lambda kind: True)._replace(attention=attention)
         wrappers = {
-            name: part(getattr(self.model, names[segment.feed_forward, name]), lambda kind: bool(kind.wrapper))
+            name: part(getattr(self.model, names[feed_forward, name]), lambda kind: bool(kind.wrapper))
             for name in dict.fromkeys(kind.wrapper for kind in own if kind.wrapper)
         }
-        first = segment.first - same[0]
+        first = sum(i < segment.first for i in same)
         return Layers(parts, wrappers, jnp.arange(first, first + len(own), dtype=jnp.int32))
 
 
-def _split(stacks: Layers, of_runs: Sequence[Run]) -> list[Layers]:
-    """What each run of a unit has of the unit's stacks."""
+def _split(stacks: Mapping[str, Layers], of_runs: Sequence[Run]) -> list[Layers]:
+    """What each run of a unit has of the unit's stacks, by feed-forward."""
+    own = lambda name: [run for run in of_runs if run.kind.feed_forward == name]
+    pieces = {name: iter(_of_one(layers, own(name))) for name, layers in stacks.items()}
+    return [next(pieces[run.kind.feed_forward]) for run in of_runs]
+
+
+def _of_one(stacks: Layers, of_runs: Sequence[Run]) -> list[Layers]:
+    """The same of one feed-forward."""
     belongs = lambda attribute, name: [run for run in of_runs if getattr(run.kind, attribute) == name]
     attention = {n: iter(_pieces(stack, belongs("attention", n))) for n, stack in stacks.parts.attention.items()}
     wrapper = {n: iter(_pieces(stack, belongs("wrapper", n))) for n, stack in stacks.wrapper.items()}

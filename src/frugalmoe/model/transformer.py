@@ -17,11 +17,12 @@ from frugalmoe import sharding
 from frugalmoe.model import depths, multi_token, pattern, scan
 from frugalmoe.model.attention import kinds
 from frugalmoe.model.block import Layer, Place, Report, Stream, apply_layer, prepare, stacked
-from frugalmoe.model.layers import RMSNorm, normal
+from frugalmoe.model.layers import normal, stream_norm
 from frugalmoe.model.moe import OF_EXPERTS, Context, Routed, RouterState
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import Carry
 from frugalmoe.schema import Model
+from frugalmoe.sharding import parameter
 
 Caches = tuple[Any, ...]  # of each layer
 
@@ -49,15 +50,17 @@ class Transformer(nnx.Module):
         for i, (feed_forward, key) in enumerate(zip(pattern.FEED_FORWARDS, of_blocks)):
             self._add_blocks(feed_forward, key, config.num_layers + i)
         if pattern.has_experts(config):
-            shared_key = jax.random.fold_in(of_blocks[1], config.num_layers - config.num_dense_layers)
+            shared_key = jax.random.fold_in(of_blocks[1], len(pattern.moe_layers(config)))
             router = strategies.get(config.moe.router)
             shared = router.new_params(shared_key, config.dim, config.moe, shared=True)
             self.shared_router = nnx.Dict(dict(shared))
         if config.multi_token_prediction.depth:
             self.multi_token = multi_token.stacked(jax.random.fold_in(head_key, config.num_layers), config)
-        self.final_norm = RMSNorm(config.dim, config.norm_eps, "D")
+        self.final_norm = stream_norm(config)
         if not config.tie_embeddings:
             self.head_DV = normal(head_key, "DV", (config.dim, config.vocab_size), config.init_std, "head")
+        if config.head_bias:
+            self.head_bias_V = parameter(jnp.zeros(config.vocab_size), "V", "vector")
 
     def _add_blocks(self, feed_forward: str, key: Array, wrapper_number: int) -> None:
         """Stacks of the layers with one kind of feed-forward, if there are any, and of their wrappers."""
@@ -76,9 +79,10 @@ class Transformer(nnx.Module):
         config = self.config
         stream = Stream(self.embed(context.token_ids_BT))
         prepared = prepare(context.positions_BT, config, pattern.attention_names(config.attention))
-        of_segments = []
+        of_segments, begun = [], False
         for segment in pattern.segments(config):
-            if segment.feed_forward == "moe" and segment.first == config.num_dense_layers:
+            if "moe" in segment.feed_forwards and not begun:
+                begun = True
                 context, carry = self._before_experts(context)
                 stream = stream._replace(carry=carry)
             stream, found = scan.Segment(self, segment, context, prepared)(stream)
@@ -109,15 +113,16 @@ class Transformer(nnx.Module):
 
         Layers one by one: a scan would copy every layer's parameters and cache for every token.
         """
-        config, new = self.config, []
+        config, new, count = self.config, [], collections.Counter()
         stream = Stream(self.embed(context.token_ids_BT))
         prepared = prepare(context.positions_BT, config, pattern.attention_names(config.attention))
-        for number, (kind, layer, cache) in enumerate(zip(pattern.layers(config), layers, caches)):
-            before = config.num_dense_layers if kind.feed_forward == "moe" else 0
-            if kind.feed_forward == "moe" and number == before:
+        for kind, layer, cache in zip(pattern.layers(config), layers, caches):
+            number = count[kind.feed_forward]
+            count[kind.feed_forward] += 1
+            if kind.feed_forward == "moe" and not number:
                 context, carry = self._before_experts(context)
                 stream = stream._replace(carry=carry)
-            place, layer = Place(jnp.int32(number - before), cache, start), sharding.gather(layer, config.compute_dtype)
+            place, layer = Place(jnp.int32(number), cache, start), sharding.gather(layer, config.compute_dtype)
             passed = apply_layer(layer, kind, stream, context, prepared, place)
             stream = passed.stream
             new.append(passed.cache)
@@ -180,9 +185,22 @@ class Transformer(nnx.Module):
         dtype = self.config.compute_dtype
         return sharding.gather_array(head_DV, sharding.Declaration("DV", "head"), dtype).astype(dtype)
 
+    def head_bias(self) -> Array | None:
+        """What is added to logits, float32 [V], over model.multipliers.logits as they are; None: nothing."""
+        if not self.config.head_bias:
+            return None
+        bias_V, divisor = self.head_bias_V[...], self.config.multipliers.logits
+        return bias_V if divisor == 1 else bias_V / divisor
+
     def logits(self, hidden: Array) -> Array:
         """float32 logits [..., V]; for generation and tests, where the whole matrix may exist."""
-        return jnp.einsum("...d,dv->...v", hidden, self.head(), preferred_element_type=jnp.float32)
+        return to_logits(hidden, self.head(), self.head_bias())
+
+
+def to_logits(hidden: Array, head_DV: Array, bias_V: Array | None) -> Array:
+    """float32 logits [..., V]."""
+    logits = jnp.einsum("...d,dv->...v", hidden, head_DV, preferred_element_type=jnp.float32)
+    return logits if bias_V is None else logits + bias_V
 
 
 def empty_caches(config: Model, batch: int, slots: int) -> Caches:

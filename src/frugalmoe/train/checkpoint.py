@@ -1,9 +1,9 @@
-"""Checkpoints, by Orbax. Saves are asynchronous; a step becomes visible only when it is whole."""
+"""Checkpoints, by Orbax. Saves are asynchronous; a step becomes visible only when it is whole, with its checksums."""
 
+import asyncio
 import hashlib
-import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from frugalmoe.errors import UserError
 from frugalmoe.schema import Checkpoint
+from frugalmoe.train import checksums, distributed, saved
+from frugalmoe.train.saved import Damaged, Skipped
+from frugalmoe.train.saved import saved_steps as saved_steps
 from frugalmoe.train.step import State, finite
 
 _ITEMS = ("params", "router_state", "opt_state", "step")
@@ -49,6 +52,38 @@ class _These(policies.PreservationPolicy):
         return [saved.step in self._steps for saved in checkpoints]
 
 
+class _Summed(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A directory that gets its name when all is written: that of a step, after its checksums. The thread that saves
+    calls it in process 0, once all processes have written; training goes on meanwhile.
+    """
+
+    async def finalize(self) -> None:
+        if not saved.is_step(self.get_final().name):  # an item's folder
+            await super().finalize()
+            return
+        if self._checkpoint_metadata_store:
+            await asyncio.to_thread(self._checkpoint_metadata_store.wait_until_finished)
+        await asyncio.to_thread(checksums.write, Path(self.get()))
+        self.get().rename(self.get_final())
+
+
+class _Deleter:
+    """Deletes the steps that are not kept, as Orbax's own would, but each in one moment."""
+
+    def __init__(self, workdir: Path):
+        self._workdir = workdir
+
+    def delete(self, step: int) -> None:
+        if distributed.is_main():
+            saved.delete(self._workdir, step)
+
+    def delete_steps(self, steps: Sequence[int]) -> None:
+        for step in steps:
+            self.delete(step)
+
+    def close(self) -> None: ...
+
+
 def open_manager(
     workdir: Path, config: Checkpoint, cleanup: bool = False, kept: Set[int] = frozenset()
 ) -> ocp.CheckpointManager:
@@ -63,26 +98,32 @@ def open_manager(
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(keep),
         cleanup_tmp_directories=cleanup,
+        temporary_path_class=_Summed,
+        lightweight_initialize=True,  # what it would read of each step may be damaged, and is not needed
     )
     handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
-    return ocp.CheckpointManager(workdir.absolute() / "checkpoints", options=options, item_handlers=handlers)
+    manager = ocp.CheckpointManager(workdir.absolute() / saved.FOLDER, options=options, item_handlers=handlers)
+    manager._checkpoint_deleter.close()
+    manager._checkpoint_deleter = _Deleter(workdir)  # there is no option for it
+    return manager
 
 
 @contextmanager
-def one_line_errors(workdir: Path) -> Iterator[None]:
-    """Raises `UserError` for what Orbax raises of a checkpoint whose files are cut off, gone or no JSON."""
+def reading(workdir: Path, step: int) -> Iterator[None]:
+    """Raises `Damaged` for what Orbax raises of a checkpoint whose files are cut off, gone or no JSON.
+
+    One with checksums has been looked at before it is read, and an error then is another's.
+    """
     try:
         yield
-    except Exception as error:  # a bare Exception is how it reports what TensorStore says
-        if type(error) is not Exception and not isinstance(error, json.JSONDecodeError | OSError):
+    except Exception as error:
+        expected = isinstance(error, ValueError | LookupError | TypeError | AttributeError | OSError)
+        # a bare Exception is how it reports what TensorStore says
+        whole = isinstance(error, UserError) or checksums.are_there(saved.place(workdir, step))
+        if whole or not (expected or type(error) is Exception):
             raise
         why = str(error).partition("\n")[0].partition(". See full")[0]
-        raise UserError(f"{workdir / 'checkpoints'}: a checkpoint is damaged and cannot be read ({why})") from error
-
-
-def saved_steps(workdir: Path) -> list[int]:
-    """Returns the steps of whole checkpoints, in order; those still being written have other names."""
-    return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdecimal())
+        raise saved.damaged(workdir, Skipped(step, f"cannot be read: {why}")) from error
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: State) -> None:
@@ -145,19 +186,39 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: State, items: t
     return abstract._replace(**values, **clocks)
 
 
+def restore_whole(manager: ocp.CheckpointManager, step: int, abstract: State, items: tuple[str, ...] = _ITEMS) -> State:
+    """Returns a saved state as `restore` does, once its files were compared with their checksums.
+
+    Raises `Damaged` for one that is not whole, or whose numbers are not all finite. Process 0 looks at the files.
+    """
+    workdir = Path(manager.directory).parent
+    if why := _agreed(lambda: saved.fault(workdir, step)):
+        raise saved.damaged(workdir, Skipped(step, why))
+    with reading(workdir, step):
+        state = restore(manager, step, abstract, items)
+    if not is_finite(state, items):
+        raise saved.damaged(workdir, Skipped(step, "not finite"))
+    return state
+
+
 def restore_newest(
     manager: ocp.CheckpointManager, abstract: State, items: tuple[str, ...] = _ITEMS
-) -> tuple[State | None, int | None, list[int]]:
-    """Returns (the newest saved state whose numbers are all finite, its step, the later steps that hold others); None,
-    None where there is none.
+) -> tuple[State | None, int | None, list[Skipped]]:
+    """Returns (the newest saved state that is whole and finite, its step, what was passed over); None, None where there
+    is none.
     """
-    broken = []
-    for step in sorted(manager.all_steps(), reverse=True):
-        state = restore(manager, step, abstract, items)
-        if is_finite(state, items):
-            return state, step, broken
-        broken.append(step)
-    return None, None, broken
+    skipped: list[Skipped] = []
+    for step in reversed(_agreed(lambda: saved.entries(Path(manager.directory).parent))):
+        try:
+            return restore_whole(manager, step, abstract, items), step, skipped
+        except Damaged as damaged:
+            skipped.append(Skipped(step, damaged.why))
+    return None, None, skipped
+
+
+def _agreed(of: Callable[[], Any]) -> Any:
+    """What process 0 finds, in all processes."""
+    return distributed.exchange(of() if distributed.is_main() else None)[0]
 
 
 def shapes(manager: ocp.CheckpointManager, step: int, item: str, ours: Iterable[str]) -> dict[str, tuple[int, ...]]:
@@ -217,6 +278,25 @@ def digest(workdir: Path, step: int, items: Iterable[str]) -> str:
 def is_finite(state: State, items: tuple[str, ...] = _ITEMS) -> bool:
     """Whether all numbers of these items are; older versions saved states in which they are not."""
     return bool(jax.jit(finite)([getattr(state, item) for item in items]))
+
+
+def not_finite(workdir: Path, step: int) -> str:
+    """Returns what of a checkpoint holds a number that is not finite or cannot be read, "" for nothing. An item at a
+    time is in memory; no config is needed.
+    """
+    try:
+        with reading(workdir, step), open_manager(workdir, Checkpoint()) as manager:
+            for item, tree in manager.item_metadata(step).items():
+                target = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree, is_leaf=_is_array)
+                with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                    args = ocp.args.PyTreeRestore(restore_args=target)
+                    arrays = reader.restore(saved.place(workdir.absolute(), step) / item, args=args)
+                for names, leaf in _named(arrays, {}):
+                    if not np.all(np.isfinite(np.asarray(leaf))):
+                        return f"{item}/{_joined(names)}: not finite"
+    except Damaged as damaged:
+        return damaged.why
+    return ""
 
 
 def _typed(values: Any, like: Any) -> Any:

@@ -26,7 +26,7 @@ from frugalmoe.model.causality import causality
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
-from frugalmoe.train import best, checkpoint, distributed, rundir
+from frugalmoe.train import best, checkpoint, distributed, rundir, saved
 from frugalmoe.train import origin as origins
 from frugalmoe.train.evaluate import Scores, evaluate, write_probe
 from frugalmoe.train.objective import StepReport, knobs
@@ -131,7 +131,7 @@ def opened(
                     _describe(run, config, begun and begun.record)
                     if begun:
                         origins.accompany(begun.origin, workdir)
-            run.notes += [begun.note] if begun else []
+            run.notes += begun.notes if begun else ()
             begun = None  # its arrays are the run's, which the first step may write over
             yield run
 
@@ -281,9 +281,9 @@ class Run:
         self.layers, self.routed_blocks = pattern.moe_layers(model), pattern.wrapped_layers(model)
         self.trained_layers = self.layers + multi_token.moe_layers(model)
         self.kept: set[int] = set()  # steps of checkpoints that stay
-        self.manager = checkpoint.open_manager(workdir, config.checkpoint, cleanup=True, kept=self.kept)
         self.notes: list[str] = []  # for whoever started the run
         self.state = self._restored() or begun or init(config)
+        self.manager = checkpoint.open_manager(workdir, config.checkpoint, cleanup=True, kept=self.kept)
         self.start = self.step = int(self.state.step)
         self.best = self._best_before()
         self.kept |= {self.best.step} if self.best else set()
@@ -299,14 +299,15 @@ class Run:
         self.counts_LE = np.zeros((len(self.trained_layers), model.moe.num_experts), np.int64)
 
     def _restored(self) -> State | None:
-        """Returns the newest saved state that is finite; later ones, which older versions saved, are deleted."""
-        state, saved, broken = checkpoint.restore_newest(self.manager, abstract(self.config))
-        if broken and state is None:
-            rule = "no checkpoint holds finite numbers only, so there is nothing to continue; --fresh starts over"
-            raise NotFinite(f"{self.workdir}: {rule}")
-        for step in broken:
-            self.manager.delete(step)
-            self.notes.append(f"checkpoint of step {step}: not finite; deleted, the one of step {saved} is taken")
+        """Returns the newest saved state that is whole and finite; the checkpoints that are not are moved aside."""
+        with checkpoint.open_manager(self.workdir, self.config.checkpoint) as reader:
+            state, step, skipped = checkpoint.restore_newest(reader, abstract(self.config))
+        if skipped and state is None:
+            rule = "so there is nothing to continue; --fresh starts over"
+            raise NotFinite(f"{saved.damaged(self.workdir, *skipped)}, {rule}")
+        with distributed.together():
+            if distributed.is_main():
+                self.notes += saved.clear(self.workdir, skipped, step)
         return state
 
     def _best_before(self) -> best.Best | None:

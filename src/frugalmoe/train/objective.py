@@ -296,15 +296,14 @@ def token_losses(
     chunk = config.train.loss_chunk
     z_coefficient = config.optim.logit_z_loss if z_coefficient is None else z_coefficient
 
-    def on_shard(hidden_BTD, head_DV, targets_BT, weights_BT):
+    def on_shard(hidden_BTD, head_DV, bias_V, targets_BT, weights_BT):
         hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
         targets_N, weights_N = targets_BT.reshape(-1), weights_BT.reshape(-1).astype(jnp.float32)
-        out = cross_entropy(
-            hidden_ND, head_DV, targets_N, weights_N, z_coefficient=z_coefficient, chunk=chunk, axis="tensor"
-        )
+        options = {"bias_V": bias_V, "z_coefficient": z_coefficient, "chunk": chunk, "axis": "tensor"}
+        out = cross_entropy(hidden_ND, head_DV, targets_N, weights_N, **options)
         loss, lse_sq = jax.lax.psum((out.loss, out.lse_sq_sum), (*sharding.TOKEN_AXES, "tensor"))
         return loss, out.ce_N.reshape(targets_BT.shape), lse_sq
 
     tokens = "." * (targets_BT.ndim - 2) + "BT"
-    apply = sharding.local(on_shard, (tokens + "D", "DV", tokens, tokens), ("", tokens, ""))
-    return apply(hidden_BTD, model.head(), targets_BT, weights_BT)
+    apply = sharding.local(on_shard, (tokens + "D", "DV", "V", tokens, tokens), ("", tokens, ""))
+    return apply(hidden_BTD, model.head(), model.head_bias(), targets_BT, weights_BT)

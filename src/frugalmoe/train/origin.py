@@ -5,7 +5,7 @@ be new on purpose. The optimizer's state and the two clocks begin anew.
 """
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +19,8 @@ from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.fields import to_dict
 from frugalmoe.model.transformer import declarations, structure
 from frugalmoe.schema import Checkpoint
-from frugalmoe.train import checkpoint, rundir
+from frugalmoe.train import checkpoint, memory, rundir, saved
+from frugalmoe.train.saved import Damaged, Skipped
 from frugalmoe.train.step import State, abstract, finite, init
 from frugalmoe.train.weights import check_run
 
@@ -34,6 +35,10 @@ class Stored(Protocol):
 
     router: Any  # of the config that they were made with
     tokenizer: str  # fingerprint
+
+    def fault(self, step: int, quick: bool) -> str:
+        """Returns what is wrong with the files of a step, "" for nothing; quick: without reading large ones."""
+        ...
 
     def shapes(self, step: int, item: str, ours: Iterable[str]) -> Shapes:
         """Returns the shapes of `params` or `router_state`; ours: the paths that a model of today has."""
@@ -62,7 +67,7 @@ class Origin(NamedTuple):
     """Where a run's first weights come from, as it is asked for."""
 
     run: Path  # or the directory of a published model
-    step: int | None = None  # of the checkpoint; None: the newest that is finite
+    step: int | None = None  # of the checkpoint; None: the newest that is whole and finite
     state: str = "auto"  # whether the routers' state comes too: yes | no | auto, where the router is the same
     drop: tuple[str, ...] = ()  # glob patterns of paths, as head*, that are made new
     published: Published | None = None  # None: `run` is a run
@@ -90,11 +95,16 @@ class _OfRun(NamedTuple):
     def tokenizer(self) -> str:
         return load_from(self.run / "tokenizer").fingerprint
 
+    def fault(self, step: int, quick: bool) -> str:
+        return saved.fault(self.run, step, quick)
+
     def shapes(self, step: int, item: str, ours: Iterable[str]) -> Shapes:
-        return checkpoint.shapes(self.manager, step, item, ours)
+        with checkpoint.reading(self.run, step):
+            return checkpoint.shapes(self.manager, step, item, ours)
 
     def arrays(self, step: int, wanted: checkpoint.Arrays) -> checkpoint.Arrays:
-        return checkpoint.restore_arrays(self.manager, step, wanted)
+        with checkpoint.reading(self.run, step):
+            return checkpoint.restore_arrays(self.manager, step, wanted)
 
     def digest(self, step: int, items: Iterable[str]) -> str:
         return checkpoint.digest(self.run, step, items)
@@ -105,10 +115,11 @@ class _OfRun(NamedTuple):
 
 @contextmanager
 def _stored(origin: Origin) -> Iterator[Stored]:
+    check_there(origin, None)
     if origin.published is not None:
         yield origin.published
         return
-    with checkpoint.one_line_errors(origin.run), checkpoint.open_manager(origin.run, Checkpoint()) as manager:
+    with checkpoint.open_manager(origin.run, Checkpoint()) as manager:
         yield _OfRun(origin.run, manager)
 
 
@@ -132,7 +143,7 @@ class Begun(NamedTuple):
     origin: Origin
     state: State
     record: dict[str, Any]
-    note: str
+    notes: tuple[str, ...]
 
 
 class ToRead(NamedTuple):
@@ -159,7 +170,7 @@ def to_read(origin: Origin | None, workdir: Path, fresh: bool) -> ToRead:
     """
     if fresh:
         return ToRead(origin)
-    if checkpoint.saved_steps(workdir):
+    if saved.entries(workdir):
         return ToRead(None)
     found = rundir.origin_of(workdir)
     if found is None:
@@ -183,7 +194,7 @@ def check_there(origin: Origin, workdir: Path | None) -> list[int]:
     check_run(origin.run)
     if workdir is not None and origin.run.resolve() == workdir.resolve():
         raise UserError(f"{origin}: is the run directory itself; give another --workdir")
-    steps = checkpoint.saved_steps(origin.run)
+    steps = saved.entries(origin.run)
     if not steps:
         raise UserError(f"{origin}: holds no checkpoint yet")
     if origin.step not in (None, *steps):
@@ -197,11 +208,28 @@ def check(origin: Origin, config: Config, tokenizer: str) -> Fit:
     `config` has the size of its vocabulary; `tokenizer` is the fingerprint of its tokenizer. Raises `UserError` for an
     origin that is no run, has no such checkpoint or does not fit.
     """
-    steps = check_there(origin, None)
     with _stored(origin) as stored:
-        fit = _fit(origin, config, stored, steps[-1] if origin.step is None else origin.step)
+        fit, _ = _newest(origin, stored, lambda step: _fit(origin, config, stored, step), quick=True)
         _check_tokenizer(origin, config, fit, (stored.tokenizer, tokenizer))
     return fit
+
+
+def _newest(
+    origin: Origin, stored: Stored, read: Callable[[int], Any], quick: bool = False
+) -> tuple[Any, list[Skipped]]:
+    """What `read` returns of the step that was asked for, or of the newest that is not damaged, and what was passed
+    over; raises `UserError` where there is none.
+    """
+    skipped: list[Skipped] = []
+    for step in check_there(origin, None)[::-1] if origin.step is None else [origin.step]:
+        try:
+            if why := stored.fault(step, quick):
+                raise saved.damaged(origin.run, Skipped(step, why))
+            return read(step), skipped
+        except Damaged as damaged:
+            skipped.append(Skipped(step, damaged.why))
+    what = "holds numbers that are not finite" if origin.published else saved.damaged(origin.run, *skipped)
+    raise UserError(f"{origin}: {what}")
 
 
 def check_numbers(origin: Origin, config: Config) -> None:
@@ -214,24 +242,29 @@ def begin(origin: Origin, config: Config, digest: str | None = None) -> Begun:
     """Returns the state before the first step on the mesh in context: what fits of an origin, else what `init` has.
 
     To be called after `check`. `digest` is that of its files where they were read before. Raises `UserError` where it
-    is another now, and for numbers that are not finite.
+    is another now, for numbers that are not finite, and, before any is read, for a state that does not fit into memory.
     """
-    steps = check_there(origin, None)[::-1] if origin.step is None else [origin.step]
+    like = abstract(config)  # and the gradient, or what is read, which is as large as the parameters
+    needed = memory.on_device(like) + memory.on_device(like.params)
+    memory.check(str(origin), needed, len(jax.sharding.get_mesh().local_devices))
+
+    def read(step: int) -> tuple[Fit, State]:
+        fit = _fit(origin, config, stored, step)
+        state = _with_arrays(config, stored, fit)
+        if state is None:
+            raise saved.damaged(origin.run, Skipped(step, "not finite"))
+        return fit, state
+
     with _stored(origin) as stored:
-        for step in steps:
-            fit = _fit(origin, config, stored, step)
-            state = _with_arrays(config, stored, fit)
-            if state is not None:
-                break
-        else:
-            which = "no checkpoint" if origin.step is None else f"not the checkpoint of step {origin.step}"
-            raise UserError(f"{origin}: holds finite numbers in {which}, so there is no model")
+        (fit, state), skipped = _newest(origin, stored, read)
+        step = fit.step
         found = stored.digest(step, [item for item, paths in fit.taken.items() if paths])
     if digest not in (None, found):
         rule = f"has changed since the run began with it (sha256 {digest[:12]} then, {found[:12]} now)"
         raise UserError(f"{origin}: {rule}; --fresh starts over")
     taken = {"step": step, "sha256": found, "router_state": bool(fit.taken["router_state"]), "new": list(fit.new)}
-    return Begun(origin, state, origin.recorded() | taken, f"{origin}: {fit}")
+    notes = [] if origin.published else saved.lines(origin.run, skipped, step)
+    return Begun(origin, state, origin.recorded() | taken, (*notes, f"{origin}: {fit}"))
 
 
 def accompany(origin: Origin, workdir: Path) -> None:

@@ -26,6 +26,7 @@ from frugalmoe.data.tokenizer import load_from
 from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json, to_json, write_atomically, write_json
+from frugalmoe.train.saved import DAMAGED, FOLDER, UNFINISHED, is_step
 
 # What a run may write before config.json, which marks a directory as a run; then all that it writes.
 _BEGINNING = ("checkpoints", "metrics.jsonl", "expert_load.jsonl", "tensorboard", "tokenizer", "environment.json",
@@ -77,8 +78,9 @@ def size_of_run(workdir: Path) -> int:
 
 def _own(workdir: Path) -> list[Path]:
     """Returns the files and folders that a run wrote into its directory, which may hold others too."""
-    saved = (workdir / "checkpoints").glob("[0-9]*")  # whole ones, and those that a kill interrupted
-    checkpoints = [path for path in saved if path.name.isdecimal() or ".orbax-checkpoint-tmp" in path.name]
+    there = (workdir / FOLDER).glob("[0-9]*")  # whole ones, those that a kill interrupted, and damaged ones
+    kinds = (UNFINISHED, DAMAGED)
+    checkpoints = [path for path in there if is_step(path.name) or any(kind in path.name for kind in kinds)]
     return [*checkpoints, *(path for pattern in _OWN for path in sorted(workdir.glob(pattern)))]
 
 

@@ -18,7 +18,7 @@ from jax import Array
 from frugalmoe import sharding
 from frugalmoe.data.batches import Batch
 from frugalmoe.model import pattern
-from frugalmoe.model.transformer import Transformer, declarations, split, structure
+from frugalmoe.model.transformer import Transformer, declarations, split, structure, to_logits
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import TokenPlan
 from frugalmoe.schema import Config
@@ -231,11 +231,12 @@ def predicted_tokens(model: Transformer, hidden_BTD: Array, config: Config, voca
     Logits are those of the loss, float32 whatever the dtype of hidden states, for `loss_chunk` tokens at one time.
     """
 
-    def on_shard(hidden_BTD, head_DV):
-        logits = lambda hidden_D: jnp.dot(hidden_D, head_DV, preferred_element_type=jnp.float32)[:vocabulary]
+    def on_shard(hidden_BTD, head_DV, bias_V):
+        logits = lambda hidden_D: to_logits(hidden_D, head_DV, bias_V)[:vocabulary]
         best = lambda hidden_D: jnp.argmax(logits(hidden_D)).astype(jnp.int32)
         hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
         return jax.lax.map(best, hidden_ND, batch_size=config.train.loss_chunk).reshape(hidden_BTD.shape[:2])
 
-    whole_head = sharding.reshard(model.head(), "D.")
-    return sharding.local(on_shard, ("BTD", "D."), "BT")(hidden_BTD, whole_head)
+    bias_V = model.head_bias()
+    head = (sharding.reshard(model.head(), "D."), None if bias_V is None else sharding.reshard(bias_V, "."))
+    return sharding.local(on_shard, ("BTD", "D.", "."), "BT")(hidden_BTD, *head)

@@ -13,8 +13,9 @@ from frugalmoe.data.tokenizer import Tokenizer, load_from
 from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json
+from frugalmoe.model.transformer import count_parameters
 from frugalmoe.schema import Mesh, Source
-from frugalmoe.train import best, checkpoint, rundir
+from frugalmoe.train import best, checkpoint, memory, rundir, saved
 from frugalmoe.train.placing import micro_batch
 from frugalmoe.train.step import abstract
 
@@ -61,11 +62,32 @@ def load_model(run: Path, step: int | None = None) -> tuple[Config, Weights, Tok
 
 
 def load_checkpoint(run: Path, step: int | None = None, devices: int = 1) -> Loaded:
-    """Returns a run's checkpoint, the newest that is finite by default, with its step.
+    """Returns a run's checkpoint, the newest that is whole and finite by default, with its step. Those that it passes
+    over are named in a line each. Raises `Damaged` for a step that is damaged, or where all are.
 
     devices: how many of those here hold it, each whole, to share the rows of a batch. A micro-batch of the config is
     rounded up to what they can share.
     """
+    config, tokenizer, mesh = described(run, devices)
+    memory.check(str(run), 4 * count_parameters(config.model)["total"], devices)
+    items = ("params", "router_state")
+    with checkpoint.open_manager(run, config.checkpoint) as manager, jax.set_mesh(mesh):
+        if not saved.entries(run):
+            raise UserError(f"{run}: holds no checkpoint yet")
+        if step is None:
+            state, step, skipped = checkpoint.restore_newest(manager, abstract(config), items)
+            if state is None:
+                raise saved.damaged(run, *skipped)
+        elif step in (there := saved.entries(run)):
+            state, skipped = checkpoint.restore_whole(manager, step, abstract(config), items), []
+        else:
+            raise UserError(f"{run}: no checkpoint of step {step}; valid: {there}")
+    saved.tell(saved.lines(run, skipped, step))
+    return Loaded(config, Weights(state.params, state.router_state), tokenizer, mesh, step)
+
+
+def described(run: Path, devices: int = 1) -> tuple[Config, Tokenizer, jax.sharding.Mesh]:
+    """Returns config, settled for so many devices, tokenizer and mesh of a run; no checkpoint is looked at."""
     check_run(run)
     config, tokenizer = resolve(runnable(run / RECORD)), load_from(run / "tokenizer")
     unit = devices * config.model.moe.load_balance_group
@@ -74,22 +96,7 @@ def load_checkpoint(run: Path, step: int | None = None, devices: int = 1) -> Loa
     config = dataclasses.replace(config, train=train, mesh=Mesh(data=devices))
     config = settle(config, tokenizer.size, devices)
     mesh = sharding.make_mesh(to_dict(config.mesh), jax.devices()[:devices])
-    opened = checkpoint.open_manager(run, config.checkpoint)
-    with checkpoint.one_line_errors(run), opened as manager, jax.set_mesh(mesh):
-        if manager.latest_step() is None:
-            raise UserError(f"{run}: holds no checkpoint yet")
-        items, which = ("params", "router_state"), "no checkpoint"
-        if step is None:
-            state, step, _ = checkpoint.restore_newest(manager, abstract(config), items)
-        elif step in manager.all_steps():
-            which = f"not the checkpoint of step {step}"
-            state = checkpoint.restore(manager, step, abstract(config), items)
-            state = state if checkpoint.is_finite(state, items) else None
-        else:
-            raise UserError(f"{run}: no checkpoint of step {step}; valid: {sorted(manager.all_steps())}")
-        if state is None:
-            raise UserError(f"{run}: holds finite numbers in {which}, so there is no model")
-    return Loaded(config, Weights(state.params, state.router_state), tokenizer, mesh, step)
+    return config, tokenizer, mesh
 
 
 def open_run_data(run: Path, config: Config) -> Dataset:

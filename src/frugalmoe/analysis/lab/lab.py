@@ -18,10 +18,9 @@ from frugalmoe.errors import UserError
 from frugalmoe.fields import check_seed
 from frugalmoe.model import pattern
 from frugalmoe.routing import strategies
-from frugalmoe.train.checkpoint import saved_steps
 from frugalmoe.train.evaluate import Traced, evaluate, limited, probe_columns
 from frugalmoe.train.step import Evaluated, make_eval_step
-from frugalmoe.train.weights import load_model, open_run_data
+from frugalmoe.train.weights import load_checkpoint, open_run_data
 
 TOKENS = 65_536  # held-out tokens that are looked at, if nothing else is asked for
 SAME = 1e-3  # by which K of K + 1 choices may differ from K choices: share of tokens, and nats per token
@@ -31,8 +30,7 @@ class Lab:
     """A checkpoint, its data, and its compiled evaluations."""
 
     def __init__(self, run: Path, step: int | None, tokens: int):
-        config, self.weights, _, self.mesh = load_model(run, step)
-        self.step = saved_steps(run)[-1] if step is None else step
+        config, self.weights, _, self.mesh, self.step = load_checkpoint(run, step)
         self.data = open_run_data(run, config)
         self.config = limited(config, len(self.data.domains), tokens)
         model, moe = config.model, config.model.moe

@@ -31,10 +31,11 @@ from frugalmoe.errors import UserError
 from frugalmoe.fields import check_integer, to_dict
 from frugalmoe.files import write_atomically
 from frugalmoe.routing import stats
-from frugalmoe.train import checkpoint
+from frugalmoe.train import saved
 from frugalmoe.train.evaluate import Scores, Traced, evaluate, limited, probe_columns
+from frugalmoe.train.saved import Damaged
 from frugalmoe.train.step import make_eval_step
-from frugalmoe.train.weights import Weights, load_model, open_run_data
+from frugalmoe.train.weights import Weights, described, load_model, open_run_data
 
 
 def write_trace(
@@ -47,7 +48,7 @@ def write_trace(
     check_integer("--tokens", tokens)
     if not (run / "config.json").is_file():
         raise UserError(f"{run}: not a run directory (it holds no config.json)")
-    steps = checkpoint.saved_steps(run)
+    steps = saved.entries(run)
     if not steps and (run / from_hf.RECORD).is_file():
         steps = [0]  # of the files, a layer at a time
     elif not steps:
@@ -57,18 +58,29 @@ def write_trace(
     made_from = fingerprints(run)
     for path in trace_files(run):
         _check_existing(path, made_from, tokens)
-    files = {step: run / FOLDER / f"step_{step:08d}.npz" for step in (steps if checkpoints == "all" else steps[-1:])}
-    missing = {step: path for step, path in files.items() if not path.is_file()}
-    if not missing:
-        return []
-    (run / FOLDER).mkdir(exist_ok=True)
-    recorder = Recorder(run, tokens) if checkpoint.saved_steps(run) else StreamedRecorder(run, tokens, progress)
-    for step in track(missing, "tracing checkpoints", disable=not progress):
-        columns = recorder.columns(step) | {n: np.array(v) for n, v in made_from.items()}
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **columns, step=np.array(step), tokens=np.array(tokens))
-        write_atomically(missing[step], buffer.getvalue())
-    return list(missing.values())
+    files = {step: run / FOLDER / f"step_{step:08d}.npz" for step in reversed(steps)}
+    recorder, written = None, []
+    for step in track(files, "tracing checkpoints", disable=not progress):
+        path = files[step]
+        if not path.is_file():
+            recorder = recorder or _recorder(run, tokens, progress)
+            try:
+                columns = recorder.columns(step) | {n: np.array(v) for n, v in made_from.items()}
+            except Damaged as damaged:
+                saved.tell([f"{damaged}; is not traced"])
+                continue
+            path.parent.mkdir(exist_ok=True)
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, **columns, step=np.array(step), tokens=np.array(tokens))
+            write_atomically(path, buffer.getvalue())
+            written.append(path)
+        if checkpoints == "last":
+            break
+    return written[::-1]
+
+
+def _recorder(run: Path, tokens: int, progress: bool) -> "Recorder":
+    return Recorder(run, tokens) if saved.entries(run) else StreamedRecorder(run, tokens, progress)
 
 
 def _check_existing(path: Path, made_from: dict[str, str], tokens: int) -> None:
@@ -99,7 +111,7 @@ class Recorder:
 
     def __init__(self, run: Path, tokens: int):
         self.run = run
-        config, _, _, self.mesh = load_model(run)
+        config, _, self.mesh = described(run)
         self.layers = moe_layers(run, config)
         self.data = open_run_data(run, config)
         self.config = limited(config, len(self.data.domains), tokens)

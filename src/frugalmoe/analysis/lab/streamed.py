@@ -63,7 +63,8 @@ def evaluate(found: Found, config: Config, inputs: Sequence[Input], progress: bo
         del arrays
     if not model.tie_embeddings:
         del own["embed_VD"]
-    own |= _parameters(found, *(path for path in found.plan.arrays if path[0] in ("final_norm", "head_DV")))
+    of_end = ("final_norm", "head_DV", "head_bias_V")
+    own |= _parameters(found, *(path for path in found.plan.arrays if path[0] in of_end))
     return [
         last(own, one.batch, stream, jax.tree.map(lambda *of_layers: np.stack(of_layers), *seen))
         for one, stream, seen in zip(inputs, streams, routed)

@@ -8,11 +8,7 @@ from frugalmoe.found import Kind
 
 # model_type of families that are known and are not here -> the options of theirs that our model lacks.
 MISSING = {
-    "llama4": "images; of its text model, what llama4_text says",
-    "llama4_text": "chunked attention (attention_chunk_size), layers without rotary positions (no_rope_layers), their "
-    "temperature (attn_temperature_tuning), norms of queries and keys without weights (use_qk_norm)",
-    "olmo": "LayerNorm without weights; OLMo 2 and 3 are here",
-    "phimoe": "LayerNorm with biases, a bias on logits (lm_head_bias), rope_type='longrope'",
+    "llama4": "images; its text model by itself, saved as Llama4ForCausalLM, is the family llama4_text",
 }
 _KIND = Kind(__name__, "FAMILY", Family, "--family", "family of models")
 names, get, broken, sound = _KIND.names, _KIND.get, _KIND.broken, _KIND.sound

@@ -5,7 +5,7 @@ Letters: E experts, d channels of a head.
 """
 
 from frugalmoe.convert.contract import Family, Form, Key
-from frugalmoe.convert.pairs import halves, pairs
+from frugalmoe.convert.pairs import HEADS
 from frugalmoe.convert.parts import (
     DENSE,
     ENDS,
@@ -22,10 +22,6 @@ from frugalmoe.convert.parts import (
     swiglu,
 )
 
-HEADS = Form(
-    lambda tensor, model: (halves(tensor.reshape(-1, model.head_dim, tensor.shape[-1])).reshape(tensor.shape),),
-    lambda pieces, model: pairs(pieces[0].reshape(-1, model.head_dim, pieces[0].shape[-1])).reshape(pieces[0].shape),
-)
 BIAS = Form(lambda tensor, model: (tensor[0],), lambda pieces, model: pieces[0][None])  # [1, E]
 
 

@@ -1,5 +1,6 @@
 """Hunyuan-A13B (Tencent, 2025): softmax over all experts and one shared, queries and keys normalised after rotation."""
 
+from frugalmoe.convert import rope
 from frugalmoe.convert.contract import Family, Key
 from frugalmoe.convert.parts import (
     ATTENTION,
@@ -35,7 +36,12 @@ FAMILY = Family(
     about="Tencent: Hunyuan-A13B",
     architecture="HunYuanMoEV1ForCausalLM",
     keys=(*KEYS, HEAD_DIM, *BIASES, Key("intermediate_size", "moe.expert_dim")),
-    settings={"qk_norm": "rotated", "moe.router": "topk_softmax", "moe.num_shared_experts": 1},
+    settings={
+        "qk_norm": "rotated",
+        "moe.router": "topk_softmax",
+        "moe.num_shared_experts": 1,
+        "rope_kinds": (*rope.KINDS, "dynamic"),
+    },
     fixed=FIXED,
     inert={"eod_token_id": "of texts", "pretraining_tp": "how it was trained"},
     more_ours=_ours,

@@ -14,9 +14,11 @@ FAMILY = Family(
         Key("num_experts", "moe.num_experts", also=("num_local_experts",)),
         Key("num_experts_per_tok", "moe.num_experts_per_token"),
         Key("norm_topk_prob", "moe.options.renormalize", False),
+        Key("clip_qkv", "clip_qkv", 0.0),
     ),
     settings={"qk_norm": "full", "moe.router": "topk_softmax"},
-    fixed={**FIXED, "clip_qkv": (None,)},
+    fixed=FIXED,
+    more_theirs=lambda model: {"clip_qkv": model.clip_qkv or None},
     rows=(*BLOCKS, *ROUTER, *experts("mlp")),
     same=TIED,
 )

@@ -2,7 +2,7 @@
 
 from frugalmoe.convert import window
 from frugalmoe.convert.contract import Family, Form, Key
-from frugalmoe.convert.dense import first_dense_ours, first_dense_theirs
+from frugalmoe.convert.dense import dense_ours, dense_theirs
 from frugalmoe.convert.parts import BLOCKS, DENSE, FIXED, HEAD_DIM, KEYS, LAYER, ROUTER, TIED, Row, experts, swiglu
 
 GATE = Form(lambda tensor, model: (tensor[0],), lambda pieces, model: pieces[0][None])  # [1, D]
@@ -15,13 +15,13 @@ def _ours(keys):
         raise keys.refused("shared_expert_intermediate_size", shared, rule)
     first = keys.integer("max_window_layers", 28)
     types = ["full_attention" if layer % 2 or layer >= first else "sliding_attention" for layer in range(keys.layers())]
-    of_layers = {**first_dense_ours(keys), **window.by_layer_ours(keys, types, keys.flag(window.USED))}
+    of_layers = {**dense_ours(keys), **window.by_layer_ours(keys, types, keys.flag(window.USED))}
     return {"moe.num_shared_experts": shared // width, **of_layers}
 
 
 def _theirs(model):
     shared = {"shared_expert_intermediate_size": model.moe.num_shared_experts * model.moe.expert_dim}
-    return shared | first_dense_theirs(model) | window.by_layer_theirs(model)
+    return shared | dense_theirs(model) | window.by_layer_theirs(model)
 
 
 FAMILY = Family(

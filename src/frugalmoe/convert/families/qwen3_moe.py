@@ -1,7 +1,7 @@
 """Qwen3-MoE (2505.09388): softmax over all experts, queries and keys normalised by head."""
 
 from frugalmoe.convert.contract import Family, Key
-from frugalmoe.convert.dense import first_dense_ours, first_dense_theirs
+from frugalmoe.convert.dense import dense_ours, dense_theirs
 from frugalmoe.convert.parts import BIASES, BLOCKS, DENSE, FIXED, HEAD_DIM, KEYS, ROUTER, TIED, experts
 from frugalmoe.convert.window import WINDOW
 
@@ -20,8 +20,8 @@ FAMILY = Family(
     settings={"qk_norm": "head", "moe.router": "topk_softmax"},
     fixed=FIXED,
     inert={"max_window_layers": "read by no code of this family"},
-    more_ours=lambda keys: {**_window_ours(keys), **first_dense_ours(keys)},
-    more_theirs=lambda model: {**_window_theirs(model), **first_dense_theirs(model)},
+    more_ours=lambda keys: {**_window_ours(keys), **dense_ours(keys)},
+    more_theirs=lambda model: {**_window_theirs(model), **dense_theirs(model)},
     rows=(*BLOCKS, *DENSE, *ROUTER, *experts("mlp")),
     same=TIED,
 )

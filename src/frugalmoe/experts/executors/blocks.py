@@ -87,6 +87,17 @@ def _pad(rows: Rows, size: int) -> Rows:
     )
 
 
+def _of_expert(w_EIJ: Array, e: Array) -> Array:
+    """The matrix [I, J] of one expert.
+
+    XLA for CPUs slices no bfloat16: it turns an array into float32, and that of all experts in front of the loop. What
+    depends on the expert it cannot move there, and it converts the slice alone.
+    """
+    if w_EIJ.dtype != jnp.float32:
+        w_EIJ, e = lax.optimization_barrier((w_EIJ, e))
+    return w_EIJ[e]
+
+
 def _take(x_ND: Array, token_g: Array) -> Array:
     return x_ND.at[token_g].get(mode="fill", fill_value=0)
 
@@ -127,8 +138,8 @@ def _blocks(form: _Form, biases: Biases | None, rows: Rows, x_ND, gate_up_EDJ, d
     sizes = form.sizes
 
     def body(y_ND, e, start, token_g, weight_g):
-        a_gF = form.activation.value(*_hidden(_take(x_ND, token_g), gate_up_EDJ[e], biases, e))
-        y_gD = _dot(a_gF, down_EFD[e], 1, 0)
+        a_gF = form.activation.value(*_hidden(_take(x_ND, token_g), _of_expert(gate_up_EDJ, e), biases, e))
+        y_gD = _dot(a_gF, _of_expert(down_EFD, e), 1, 0)
         if biases is not None:
             y_gD = y_gD + biases.down_ED[e].astype(jnp.float32)
         return y_ND.at[token_g].add(y_gD * weight_g[:, None], mode="drop")
@@ -147,7 +158,7 @@ def _backward(form, args, dy_ND):
 
     def body(carry, e, start, token_g, weight_g):
         dbiases, dweight_R, dx_ND, dgate_up_EDJ, ddown_EFD = carry
-        gate_up_DJ, down_FD = gate_up_EDJ[e], down_EFD[e]
+        gate_up_DJ, down_FD = _of_expert(gate_up_EDJ, e), _of_expert(down_EFD, e)
         x_gD, dy_gD = _take(x_ND, token_g), _take(dy_ND, token_g)
         gate_gF, up_gF = _hidden(x_gD, gate_up_DJ, biases, e)
         a_gF = form.activation.value(gate_gF, up_gF)

@@ -67,7 +67,8 @@ class Attention:
     seen: Callable[[Model, Any, int], float] = mean_causal  # keys that a token of a sequence of that length sees, mean
     check: Callable[[Model, Any], str | None] = lambda config, options: None  # "FIELD=VALUE: RULE" that is broken
     options: type = NoOptions  # frozen dataclass with defaults; the comment beside a field is its meaning
-    relative: bool = True  # outputs depend on how far apart tokens are, not on where their document begins
+    # Whether outputs depend on how far apart tokens are, and not on where their document begins.
+    relative: Callable[[Model, Any], bool] = lambda config, options: True
     # Options, beside the defaults, that the laws run with.
     cases: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), compare=False)
     name: str = ""  # set by `get`

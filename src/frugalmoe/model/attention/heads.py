@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from frugalmoe.model.attention.kernels import Form, causal_attention
-from frugalmoe.sharding import axis_size, local, own_part, whole_sequences
+from frugalmoe.sharding import axis_size, local, own_part, reshard, whole_sequences
 
 
 def attend(
@@ -46,11 +46,11 @@ def _attend(
 def write(old: Array, new: Array, start: Array) -> Array:
     """A cache [B, ..., C, d] with the T tokens of `new` [B, ..., T, d] at places start, start + 1, ... modulo C.
 
-    start: int32 [] or [B].
+    start: int32 [] or [B]. Devices that share the heads hold the caches of all.
     """
     slots, time, new = old.shape[-2], new.shape[-2], new.astype(old.dtype)
     letters = "B" + "." * (old.ndim - 1)
-    start_B = jnp.broadcast_to(start, old.shape[:1])
+    start_B, new = jnp.broadcast_to(start, old.shape[:1]), reshard(new, letters)
 
     put = lambda old, new, start: old.at[..., (start + jnp.arange(time)) % slots, :].set(new, unique_indices=True)
     return local(jax.vmap(put), (letters, letters, "B"), letters)(old, new, start_B)

@@ -32,6 +32,7 @@ class Form(NamedTuple):
 
     scale: float  # of the products of queries and keys
     window: int = 0  # a query sees itself and the window - 1 keys before it; 0: all
+    chunked: bool = False  # of these, those of its chunk: a document is cut into chunks of `window` tokens
 
 
 def causal_attention(
@@ -55,6 +56,9 @@ def causal_attention(
         plain = sink_H is None and v_BThe.shape[-1] == q_BTHd.shape[-1]
         implementation = choose_implementation(q_BTHd.shape, q_BTHd.dtype, platform(), plain)
     document_BT = _first_of_document(segment_ids_BT)
+    if form.chunked:  # each chunk is a document
+        index_T = jnp.arange(document_BT.shape[1])
+        document_BT = index_T - (index_T - document_BT) % form.window
     o_BTHe = IMPLEMENTATIONS[implementation](Inputs(q_BTHd, k_BThd, v_BThe, document_BT, sink_H), form)
     # A product, because the gradient of `where` would keep a mask of the whole output.
     return o_BTHe * (segment_ids_BT > 0)[:, :, None, None].astype(o_BTHe.dtype)
@@ -113,6 +117,8 @@ def cache_attention(
     if form.window:
         age_BTC = (last_BT[:, :, None] - slot_C) % slot_C.size
         visible_BTC = (age_BTC < form.window) & (age_BTC <= last_BT[:, :, None])
+        if form.chunked:
+            visible_BTC &= age_BTC <= last_BT[:, :, None] % form.window
     return _weighted_sum(q_BTHd, k_BhCd, v_BhCe, visible_BTC, form.scale, sink_H)
 
 
@@ -131,7 +137,7 @@ def _weighted_sum(
     score_BhgTC = jnp.where(visible_BTC[:, None, None], score_BhNC.reshape(B, kv_heads, groups, T, -1), _MASKED)
     if sink_H is not None:
         sink_hg11 = sink_H.astype(jnp.float32).reshape(kv_heads, groups, 1, 1)
-        sink_BhgT1 = jnp.broadcast_to(sink_hg11, (*score_BhgTC.shape[:-1], 1))
+        sink_BhgT1 = jnp.zeros_like(score_BhgTC[..., :1]) + sink_hg11  # spread over devices as the scores are
         score_BhgTC = jnp.concatenate([score_BhgTC, sink_BhgT1], axis=-1)
     p_BhgTC = jax.nn.softmax(score_BhgTC, axis=-1)[..., : v_BhCe.shape[2]]
     p_BhNC = p_BhgTC.reshape(score_BhNC.shape).astype(v_BhCe.dtype)

@@ -4,7 +4,7 @@ Letters: B batch, T time, C slots of a cache, D model, H query heads, h key-valu
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,12 @@ from jax import Array
 from frugalmoe.model.attention.contract import Attention, Flops, Shared
 from frugalmoe.model.attention.heads import attend, write
 from frugalmoe.model.attention.kernels import Form, cache_attention
-from frugalmoe.model.layers import RMSNorm, normal
+from frugalmoe.model.layers import RMSNorm, normal, over_rms
 from frugalmoe.model.rotary import Rotary, rotary, rotate
 from frugalmoe.schema import Model
 from frugalmoe.sharding import parameter, spec
+
+_AFTER = ("rotated", "unit")  # values of model.qk_norm that act behind the rotation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,10 +37,15 @@ class Cache(NamedTuple):
 
 
 class GroupedAttention(nnx.Module):
-    """softmax(q k^T / sqrt(d)) v over earlier tokens of the same document, of the last `window` where there is one."""
+    """softmax(q k^T / sqrt(d)) v over earlier tokens of the same document, of the last `window` where there is one, or
+    where it is `chunked` of a chunk of so many.
+    """
 
-    def __init__(self, key: Array, config: Model, options: Options, out_std: float, window: int = 0):
-        self.config, self.form = config, Form(config.multipliers.scores or config.head_dim**-0.5, window)
+    def __init__(
+        self, key: Array, config: Model, options: Options, out_std: float, window: int = 0, chunked: bool = False
+    ):
+        scale = config.multipliers.scores or config.head_dim**-0.5
+        self.config, self.form = config, Form(scale, window, chunked)
         d, heads, kv_heads = config.head_dim, config.num_heads, config.num_kv_heads
         q_key, k_key, v_key, o_key = jax.random.split(key, 4)
         self.query_DHd = normal(q_key, "D->Hd", (config.dim, heads, d), config.init_std)
@@ -51,21 +58,23 @@ class GroupedAttention(nnx.Module):
             self.value_bias_hd = parameter(jnp.zeros((kv_heads, d)), "hd", "vector")
         if config.out_bias:
             self.out_bias_D = parameter(jnp.zeros(config.dim), "D", "vector")
-        if config.qk_norm != "none":
+        if config.qk_norm not in ("none", "unit"):
             whole = config.qk_norm == "full"
             self.query_norm = RMSNorm(heads * d if whole else d, config.norm_eps, "." if whole else "d")
             self.key_norm = RMSNorm(kv_heads * d if whole else d, config.norm_eps, "." if whole else "d")
         self.sink_H = parameter(jnp.zeros(heads), "H", "vector") if options.sinks else None
 
     def __call__(
-        self, x_BTD: Array, angles: Rotary, segment_ids_BT: Array, cache: Cache | None, start: Array | None
+        self, x_BTD: Array, prepared: Any, segment_ids_BT: Array, cache: Cache | None, start: Array | None
     ) -> tuple[Array, Cache | None]:
         """See `contract`."""
         q_BTHd, k_BThd, v_BThd = self._project(x_BTD)
-        if self.config.qk_norm != "rotated":
+        if self.config.qk_norm not in _AFTER:
             q_BTHd, k_BThd = self._normed(q_BTHd, k_BThd)
-        q_BTHd, k_BThd = rotate(q_BTHd, angles), rotate(k_BThd, angles)
-        if self.config.qk_norm == "rotated":
+        if most := self.config.clip_qkv:
+            q_BTHd, k_BThd, v_BThd = (jnp.clip(a, -most, most) for a in (q_BTHd, k_BThd, v_BThd))
+        q_BTHd, k_BThd = self._placed(q_BTHd, k_BThd, prepared)
+        if self.config.qk_norm in _AFTER:
             q_BTHd, k_BThd = self._normed(q_BTHd, k_BThd)
         sink_H = None if self.sink_H is None else self.sink_H[...]
         if cache is None:
@@ -88,10 +97,16 @@ class GroupedAttention(nnx.Module):
             q_BTHd, k_BThd, v_BThd = (a + b.astype(dtype) for a, b in zip((q_BTHd, k_BThd, v_BThd), biases))
         return q_BTHd, k_BThd, v_BThd
 
+    def _placed(self, q_BTHd: Array, k_BThd: Array, prepared: Rotary) -> tuple[Array, Array]:
+        """Queries and keys that know their positions."""
+        return rotate(q_BTHd, prepared), rotate(k_BThd, prepared)
+
     def _normed(self, q_BTHd: Array, k_BThd: Array) -> tuple[Array, Array]:
         """Queries and keys as model.qk_norm has them."""
         if self.config.qk_norm == "none":
             return q_BTHd, k_BThd
+        if self.config.qk_norm == "unit":
+            return tuple(over_rms(a, self.config.norm_eps).astype(a.dtype) for a in (q_BTHd, k_BThd))
         if self.config.qk_norm == "full":
             return tuple(
                 norm(a.reshape(*a.shape[:2], -1)).reshape(a.shape)

@@ -155,6 +155,10 @@ def mesh(config: Model, options: Options) -> Shared:
     return Shared(heads, heads, stored)
 
 
+# Fields of the model that grouped attention has, at the value that means none.
+_WITHOUT = {"qk_norm": "none", "qkv_bias": False, "out_bias": False, "clip_qkv": 0.0, "rope_fraction": 1.0}
+
+
 def check(config: Model, options: Options) -> str | None:
     """Sizes, and that nothing is asked for which it does not have."""
     for field in dataclasses.fields(options):
@@ -163,7 +167,7 @@ def check(config: Model, options: Options) -> str | None:
     rotated = sizes(config, options).rotated
     if rotated % 2 or not rotated:
         return f"model.attention_options.latent.rotary_dim={rotated}: must be an even number of channels"
-    for name, without in (("qk_norm", "none"), ("qkv_bias", False), ("out_bias", False), ("rope_fraction", 1.0)):
+    for name, without in _WITHOUT.items():
         if (value := getattr(config, name)) != without:
             return f"model.{name}={value!r}: must be {without} with model.attention=latent, which has none"
     return None
