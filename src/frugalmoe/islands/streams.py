@@ -1,8 +1,9 @@
 """Which rows of the data an island reads: streams, each leased to one island at a time, with one counter each.
 
-Of 64 streams, say, row number n of the shuffled data is row n // 64 of stream n % 64. A counter is the first row of a stream that is in no
-merged contribution. An island reads from its streams the rows with the smallest counters first, so that all parts of
-the data are read about equally often; which rows they are follows from the lease and the counters alone.
+Of 64 streams, say, row number n of the shuffled data is row n // 64 of stream n % 64. A counter is the first row of a
+stream that is in no merged contribution. An island reads from its streams the rows with the smallest counters first, so
+that all parts of the data are read about equally often; which rows they are follows from the lease and the counters
+alone.
 """
 
 import heapq
