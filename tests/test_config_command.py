@@ -109,6 +109,8 @@ def tab(line: str) -> set[str]:
         ("frugalmoe train --config.model.moe.router=sig", {"sigmoid_bias"}),
         ("frugalmoe ablate le", {"league"}),
         ("frugalmoe launch sk", {"skypilot"}),
+        ("frugalmoe islands runs --format=", {"table", "json"}),
+        ("frugalmoe train --config=small --config.islands.merge=", {"edit", "mean", "radial", "tokens"}),
     ],
 )
 def test_the_tab_key_offers(line, offered):

@@ -128,6 +128,9 @@ def test_what_is_damaged_is_a_line_and_the_rest_is_shown(party, capsys):
     assert main(["islands", store.place, "--format=json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["round"], found["rounds"], found["merge"]) == (1, None, None)  # the newest that can be read
+    (Path(store.place) / "rounds/000005/commit.json").mkdir(parents=True)
+    assert main(["islands", store.place]) == 0
+    assert "000005/commit.json" in capsys.readouterr().out
 
 
 def test_what_a_terminal_would_obey_is_not_printed(party, capsys):

@@ -9,7 +9,7 @@ import pytest
 from party import SECTION, Party
 
 from frugalmoe.config.describe import field_meanings
-from frugalmoe.islands import merges, packing, records
+from frugalmoe.islands import merges, packing, records, status
 from frugalmoe.islands.island import Work
 from frugalmoe.schema import Islands
 
@@ -41,6 +41,17 @@ def test_every_field_of_the_section_is_explained():
     shown = {name: str(dict(value) if name == "merge_options" else value) for name, value in fields.items()}
     meaning = {name: field_meanings()[f"islands.{name}"].replace("|", r"\|") for name in fields}
     assert rows("`--config.islands`") == [[name, shown[name], meaning[name]] for name in fields]
+
+
+def test_the_names_that_scripts_rely_on_are_those_that_are_printed():
+    part = PAGE.split("\n## Names that scripts rely on\n")[1].split("\n## ")[0]
+    named = [
+        name
+        for line in part.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`(\w+)`", line.split("|")[1])
+    ]
+    assert set(named) == {*status.Directory._fields, *status.Row._fields}
 
 
 def test_every_kind_of_file_is_named():

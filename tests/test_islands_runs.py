@@ -55,6 +55,18 @@ def test_two_islands_have_the_same_outer_parameters_after_every_round(two) -> No
     assert losses[0] == losses[1]
 
 
+def test_records_have_the_expert_loads_of_all(two) -> None:
+    """Those that each run counted itself at the steps of the round."""
+    logs = {workdir.name: rows(workdir, "expert_load.jsonl") for workdir in two}
+    of_rounds = [rows(workdir, "island_load.jsonl") for workdir in two]
+    assert of_rounds[0] == of_rounds[1] and len(of_rounds[0]) == 4
+    for row in of_rounds[0]:
+        assert [name for name, _ in row["loads"]] == list(logs)
+        for name, loads in row["loads"]:
+            own = [log["counts"] for log in logs[name] if row["step"] - 3 < log["step"] <= row["step"]]
+            assert loads == np.sum(own, axis=0).tolist()
+
+
 def test_virtual_islands_are_those_of_real_processes(place, two) -> None:
     """The same rounds bit for bit: two virtual islands share a batch of 8, the real ones have 4 each."""
     root, config = place
@@ -73,6 +85,9 @@ def test_an_island_of_two_processes_is_one_island(place, two) -> None:
     train_all(*([f"--config={config}", meet, *each] for each in (*of_two, [f"--workdir={root / 'alone'}"])))
     hashes = [[row["outer_sha256"] for row in rows(root / name, "rounds.jsonl")] for name in ("both", "alone")]
     assert hashes[0] == hashes[1] and len(hashes[0]) == 4
+    ((_, counts), *_) = rows(root / "alone", "island_load.jsonl")[0]["loads"]
+    ((_, whole), *_) = rows(two[0], "island_load.jsonl")[0]["loads"]
+    assert np.sum(counts, axis=1).tolist() == np.sum(whole, axis=1).tolist()  # those of both processes
     # As far as sums over devices allow, they are the two islands of one process each.
     first, second = (flatten(load_model(workdir)[1].params) for workdir in (root / "both", two[0]))
     assert max(np.abs(first[name] - second[name]).max() for name in first) < 1e-3

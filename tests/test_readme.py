@@ -4,6 +4,7 @@ What is changed: configs run in laptop mode, a study trains two arms for a few s
 running, `make bench` takes small models, and islands, which are for several terminals, begin together.
 """
 
+import json
 import os
 import re
 import shutil
@@ -84,6 +85,10 @@ def test_two_terminals_train_one_model(house):
     assert len(ISLANDS) == 2 and [row.status for row in found.islands] == ["complete"] * 2
     assert {row.outer_sha256 for row in found.islands} == {found.outer_sha256}
     assert [row.tokens for row in found.islands] == [found.tokens / 2] * 2 and found.round == found.rounds == 10
+    rounds = [json.loads(line) for line in (house / "runs/one/island_load.jsonl").read_text().splitlines()]
+    slots = found.tokens / 2 / 10 * 2  # of a round of an island; 2 experts per token
+    assert [[name for name, _ in row["loads"]] for row in rounds] == [["one", "two"]] * 10
+    assert {sum(layer) for row in rounds for _, counts in row["loads"] for layer in counts} == {slots}
 
 
 def test_links_and_pictures_exist():

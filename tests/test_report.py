@@ -14,12 +14,14 @@ from test_analysis_runs import DOMAINS, SCRIPT, write_planted_run
 from frugalmoe import config as configs
 from frugalmoe.analysis import load_run, plots, write_report
 from frugalmoe.analysis.measures.specialisation import group_units, specialise
+from frugalmoe.analysis.pages import findings
 from frugalmoe.analysis.pages.passage import _pieces, passages
 from frugalmoe.analysis.pages.table import headline_rows
 from frugalmoe.analysis.wording import count
 from frugalmoe.cli import main
 from frugalmoe.cost import forward_flops
 from frugalmoe.data.tokenizer import ByteTokenizer
+from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
 
 VOID = {"meta", "img", "br", "source"}
@@ -218,18 +220,22 @@ def test_nothing_leaves_a_picture(tmp_path, monkeypatch, name, width):
     """On a page and on a telephone: every legend and every label lies inside, however many domains and experts."""
     run = plant(monkeypatch, tmp_path / "run", *SHAPES[name])
     for figure in pictures_of(run, width):
-        assert figure.get_figwidth() == width and figure.get_figheight() < 60
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        texts = [axis.label for a in figure.axes for axis in (a.xaxis, a.yaxis)] + [a.title for a in figure.axes]
-        drawn = lambda axes, tick: min(axes.get_ylim()) <= tick.get_position()[1] <= max(axes.get_ylim())
-        ticks = [t for a in figure.axes for t in a.get_yticklabels() if t.get_visible() and drawn(a, t)]
-        for shown in [*figure.legends, *(t for t in texts if t.get_text()), *ticks]:
-            box = shown.get_window_extent(canvas.get_renderer())
-            assert box.x0 > -2 and box.x1 < figure.bbox.x1 + 2, (shown, box)
-            assert box.y0 > -2 and box.y1 < figure.bbox.y1 + 2, (shown, box)
-        for axes in figure.axes:
-            assert axes.get_window_extent().width > 0.3 * figure.bbox.width or len(figure.axes) > 2
+        check_inside(figure, width)
+
+
+def check_inside(figure, width: float) -> None:
+    assert figure.get_figwidth() == width and figure.get_figheight() < 60
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    texts = [axis.label for a in figure.axes for axis in (a.xaxis, a.yaxis)] + [a.title for a in figure.axes]
+    drawn = lambda axes, tick: min(axes.get_ylim()) <= tick.get_position()[1] <= max(axes.get_ylim())
+    ticks = [t for a in figure.axes for t in a.get_yticklabels() if t.get_visible() and drawn(a, t)]
+    for shown in [*figure.legends, *(t for t in texts if t.get_text()), *ticks]:
+        box = shown.get_window_extent(canvas.get_renderer())
+        assert box.x0 > -2 and box.x1 < figure.bbox.x1 + 2, (shown, box)
+        assert box.y0 > -2 and box.y1 < figure.bbox.y1 + 2, (shown, box)
+    for axes in figure.axes:
+        assert axes.get_window_extent().width > 0.3 * figure.bbox.width or len(figure.axes) > 2
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -330,3 +336,71 @@ def test_one_expert_one_domain_one_row(tmp_path, monkeypatch):
     _, text = read(write_report(run))
     assert "fewer than two domains in its probe" in text and "one expert per token at most" in text
     assert "nan" not in text.split("Configuration")[0].lower()
+
+
+# A run that is one of several islands.
+
+ROUND = {
+    "merged": True, "islands": 2, "tokens": 1000, "tokens_of_all": 4000, "seconds/trained": 9.0, "seconds/waited": 1,
+    "bytes/written": 2_000_000, "bytes/read": 5_000_000,
+}  # fmt: skip
+
+
+def write_rounds(path, loads=None, rounds: int = 4, **fields):
+    """Adds to a run what an island writes; of its two layers the experts of the first are loaded as `loads` says."""
+    rows = [{"step": 10 * n, "round": n, **ROUND, **fields} for n in range(1, rounds + 1)]
+    (path / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loads = {"a": [1, 3, 0, 0], "b": [1, 1, 1, 1]} if loads is None else loads
+    of_round = [(name, [counts, [5] * len(counts)]) for name, counts in loads.items()]
+    rows = [{"step": row["step"], "round": row["round"], "layers": [1, 2], "loads": of_round} for row in rows]
+    (path / "island_load.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_rounds_and_loads_of_all_islands_are_shown(tmp_path):
+    path = write_rounds(write_planted_run(tmp_path / "run"))
+    _, text = read(write_report(path))
+    assert "4 of 4 rounds merged what it found, with 2 contributions each. It trained 90.0% of the time." in text
+    assert "A round wrote 2.00 MB and read 5.00 MB" in text and "hold 4.00 k tokens" in text
+    assert "handed in 4.00 k" in text
+    assert "Rounds 3 to 4. The busiest expert of any island has 3.00 times the uniform load." in text
+    assert "about expert 1 of layer 1: it gets 75.0% of a and 25.0% of b." in text
+    assert {"rounds.png", "island_load.png"} <= {file.name for file in (path / "report").iterdir()}
+    assert "Rounds of this island" not in read(write_report(write_planted_run(tmp_path / "alone")))[1]
+
+
+def test_what_islands_say_cannot_break_the_page(tmp_path):
+    """Names that are markup, counts of another shape or of nothing."""
+    run = write_planted_run(tmp_path / "run")
+    wrong = {"<script>": [1, 2, 3, 4], "long": [1] * 3, "empty": [], "none": [0] * 4}
+    page, _ = read(write_report(write_rounds(run, wrong)))
+    assert "script" not in page.tags and load_run(run).island_loads.islands == ["<script>", "none"]
+
+
+def test_rounds_in_which_nothing_was_merged_are_said_so(tmp_path):
+    nothing = {"seconds/trained": 0.0, "seconds/waited": 0.0, "bytes/read": 0, "merged": False, "islands": 0}
+    run = load_run(write_rounds(write_planted_run(tmp_path / "run"), {}, **nothing))
+    assert findings.rounds(run).startswith(
+        "0 of 4 rounds merged what it found, with 0 contributions each. A round wrote"
+    )
+    assert run.island_loads is None and plots.rounds(run) is not None
+    alone = load_run(write_rounds(run.path, {"one": [0, 0]}, rounds=1))
+    assert "Islands differ" not in findings.island_loads(alone)
+
+
+@pytest.mark.parametrize(("name", "row"), [("rounds", {"round": "1"}), ("rounds", {"merged": 1}), ("rounds", {}),
+                                           ("island_load", {"round": 1}), ("island_load", {"layers": 3})])  # fmt: skip
+def test_a_damaged_line_of_an_island_is_named(tmp_path, name, row):
+    path = write_rounds(write_planted_run(tmp_path / "run")) / f"{name}.jsonl"
+    path.write_text(path.read_text() + json.dumps({"step": 50, **row}) + "\n")
+    with pytest.raises(UserError, match=f"{name}.jsonl line 5: "):
+        load_run(path.parent)
+
+
+@pytest.mark.parametrize("width", [plots.WIDE, plots.NARROW])
+@pytest.mark.parametrize("islands", [1, 2, 300])
+def test_nothing_leaves_a_picture_of_islands(tmp_path, islands, width):
+    names = {f"{'a-long-name-of-an-island-' * 3}{n}": [n, 1, 2, 3] * 4 for n in range(islands)}
+    run = load_run(write_rounds(write_planted_run(tmp_path / "run"), names, rounds=200))
+    for figure in (plots.rounds(run, width), plots.island_loads(run.island_loads, width)):
+        check_inside(figure, width)

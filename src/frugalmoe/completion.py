@@ -17,10 +17,12 @@ REQUESTED = "_ARGCOMPLETE"  # the variable by which a shell asks
 _STRATEGIES = Path(__file__).parent / "routing/strategies"
 _EXECUTORS = Path(__file__).parent / "experts/executors"
 _KINDS_OF_ATTENTION = Path(__file__).parent / "model/attention/kinds"
+_MERGE_RULES = Path(__file__).parent / "islands/merges"
 _FOLDERS = {
     "model.moe.router": (_STRATEGIES,),
     "model.moe.executor": (_EXECUTORS, "auto", "grouped"),
     "model.attention": (_KINDS_OF_ATTENTION,),
+    "islands.merge": (_MERGE_RULES,),
 }
 
 

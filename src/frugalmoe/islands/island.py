@@ -76,6 +76,7 @@ class Work(NamedTuple):
     steps: int  # updates
     seconds: float  # that it trained
     leaving: bool = False  # it returns its streams
+    loads: tuple[tuple[int, ...], ...] = ()  # of each MoE layer: the slots of tokens that named each expert
 
 
 class _Offer(NamedTuple):
@@ -208,7 +209,7 @@ class Island:
         packed, left = packing.pack(delta, _PACKING[self.rules.section.bits], residual)
         data = blobs.to_bytes(_prefixed("delta/", packed) | _prefixed("routers/", routers))
         rows = FrozenDict(streams.used(work.numbers, self._counters(work.numbers)))
-        did = {name: getattr(work, name) for name in ("tokens", "steps", "seconds", "leaving")}
+        did = {name: getattr(work, name) for name in ("tokens", "steps", "seconds", "leaving", "loads")}
         made = Contribution(
             island=self.name, run=self.run, round=round, base=self.held.commit.outer, blob=blobs.sha256(data),
             bytes=len(data), rows=rows, **did,

@@ -58,6 +58,9 @@ class Leader(Local):
         _say("train", end)
         return self.local.train(end, _agreed(enough, self._timed))
 
+    def loads(self) -> Sequence[Sequence[int]]:
+        return self.local.loads()  # those of all processes
+
     def stop_requested(self) -> bool:
         _say("stop_requested")
         return self.local.stop_requested()

@@ -72,6 +72,7 @@ class Contribution:
     rows: Mapping[str, tuple[int, int]]  # of each stream that was read: the first row, and the first that was not read
     seconds: float  # that it trained
     leaving: bool = False  # the island returns its streams
+    loads: tuple[tuple[int, ...], ...] = ()  # of each MoE layer: the slots of tokens that named each expert
 
 
 @Record

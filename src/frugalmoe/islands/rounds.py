@@ -44,6 +44,10 @@ class Local(Protocol):
     def train(self, end: int, enough: Callable[[], bool]) -> Iterator[None]:
         """Makes steps up to `end`, or until there is enough, or somebody asks to stop."""
 
+    def loads(self) -> Sequence[Sequence[int]]:
+        """Of each MoE layer, the slots of tokens that named each expert since `begin`; empty where nobody counts."""
+        return ()
+
     def stop_requested(self) -> bool: ...
 
     def save(self) -> None:
@@ -58,6 +62,7 @@ class Found(NamedTuple):
     numbers: tuple[int, ...]  # of the rows that it read
     seconds: float
     leaving: bool
+    loads: tuple[tuple[int, ...], ...] = ()  # of experts, as `Local.loads`
 
 
 class Memory(Protocol):
@@ -214,7 +219,8 @@ class Rounds:
         if steps <= 0:
             return
         numbers = tuple(self.plan[: steps * self.local.rows_per_step])
-        found = Found(round, self.local.step, numbers, self.timing.trained, self.stopped)
+        loads = tuple(map(tuple, self.local.loads()))
+        found = Found(round, self.local.step, numbers, self.timing.trained, self.stopped, loads)
         self.memory.write(found)
         self.local.save()
         yield from self._contribute(found)
@@ -223,7 +229,7 @@ class Rounds:
         steps, count = found.step - self.begin_of(found.round), len(found.numbers)
         local, routers, before = self.local.tensors(), self.local.routers(), self.memory.residual(found.round)
         tokens, written = count * self.local.tokens_per_row, self.island.bytes_written
-        work = Work(found.numbers, tokens, steps, found.seconds, found.leaving)
+        work = Work(found.numbers, tokens, steps, found.seconds, found.leaving, found.loads)
         hand_in = lambda: self.island.contribute(local, routers, before, work)
         self.pending, residual = yield from self._safely(hand_in)
         self.memory.keep_residual(found.round, residual)
@@ -441,5 +447,6 @@ class Rounds:
                 **{f"seconds/{name}": getattr(self.timing, name) for name in ("trained", "waited")},
                 "bytes/written": self.timing.bytes_written,
                 "bytes/read": self.timing.bytes_read,
+                "loads": [(c.island, c.loads) for c in commit.merged if c.loads],
             }
         )

@@ -73,15 +73,21 @@ class _Reader:
 
     def newest(self, presences: dict[str, Presence]) -> int | None:
         """The newest round with a record: at or shortly after the newest that an island speaks of."""
-        is_there = lambda round: self._store.read(records.path_of_commit(round)) is not None
         spoken_of = sorted({there.round for there in presences.values() if there.round}, reverse=True)
-        newest = next(filter(is_there, spoken_of), None)
+        newest = next(filter(self._is_there, spoken_of), None)
         if newest is None:
             keys = [key for key in self._store.list("rounds/") if key.endswith("/commit.json")]
             newest = max((round for key in keys if (round := records.round_of(key)) is not None), default=None)
-        while newest is not None and is_there(newest + 1):
+        while newest is not None and self._is_there(newest + 1):
             newest += 1
         return newest
+
+    def _is_there(self, round: int) -> bool:
+        try:
+            return self._store.read(records.path_of_commit(round)) is not None
+        except StoreError as error:
+            self.damaged.append(str(error))
+            return False
 
     def commits(self, newest: int | None) -> dict[int, Commit]:
         """The newest records by round."""

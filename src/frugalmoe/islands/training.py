@@ -129,13 +129,20 @@ def _lead(steps: Steps, local: Local, store: Store, name: str, *, shown: Any, id
         identity = _identity(run.workdir, name, store)
         island = Island(store, name, identity["run"], rules_of(config), time.monotonic)
         island.agree(agreement_of(config, run.data.fingerprint, run.data.tokenizer.fingerprint))
-        events, rows = (held.enter_context(_log(run, file)) for file in ("events.jsonl", "rounds.jsonl"))
+        files = "events.jsonl", "rounds.jsonl", "island_load.jsonl"
+        events, rows, loads = (held.enter_context(_log(run, file)) for file in files)
 
         def tell(kind: str, what: str) -> None:
             shown.say(f"island {name}: {kind.replace('_', ' ')}: {what}")
             events({"step": run.step, "kind": kind, "what": what, "seconds": round(time.perf_counter() - began, 3)})
 
-        rounds = Rounds(island, local, RunMemory(run.workdir), tell=tell, row=rows, about=about(config), pause=_PAUSE)
+        def row(values: Mapping[str, Any]) -> None:
+            rows({name: value for name, value in values.items() if name != "loads"})
+            if values["loads"]:
+                of_round = {name: values[name] for name in ("step", "round", "loads")}
+                loads(of_round | {"layers": run.trained_layers})
+
+        rounds = Rounds(island, local, RunMemory(run.workdir), tell=tell, row=row, about=about(config), pause=_PAUSE)
         held.enter_context(_signs_of_life(rounds))
         try:
             for pause in rounds.go():
@@ -170,6 +177,7 @@ class RunLocal:
     def __init__(self, run: Run, steps: Steps):
         self.run, self._steps = run, steps
         self.rows_per_step, self.tokens_per_row = run.config.train.batch_size, run.config.data.sequence_length
+        self._counted = run.counts_LE
 
     @property
     def step(self) -> int:
@@ -198,10 +206,14 @@ class RunLocal:
         own, size = own_rows(self.run.mesh, self.run.config), self.rows_per_step
         rows = np.asarray(numbers, np.int64).reshape(-1, size)[:, own]
         self.run.batches = self.run.data.batches_of([row.tolist() for row in rows])
+        self._counted = self.run.counts_LE
 
     def train(self, end: int, enough: Callable[[], bool]) -> Iterator[None]:
         self._steps.until(end, enough)
         return iter(())
+
+    def loads(self) -> Sequence[Sequence[int]]:
+        return (self.run.counts_LE - self._counted).tolist()
 
     def stop_requested(self) -> bool:
         return self._steps.stop_requested()
@@ -255,7 +267,10 @@ class RunMemory:
 
     def read(self, step: int) -> Found | None:
         rows = [row for row in read_json(self._record)["rounds"] if row["step"] == step]
-        return Found(**rows[-1] | {"numbers": tuple(rows[-1]["numbers"])}) if rows else None
+        if not rows:
+            return None
+        numbers, loads = tuple(rows[-1]["numbers"]), tuple(map(tuple, rows[-1].get("loads", ())))
+        return Found(**rows[-1] | {"numbers": numbers, "loads": loads})
 
     def first(self) -> int | None:
         return min((row["round"] for row in read_json(self._record)["rounds"]), default=None)

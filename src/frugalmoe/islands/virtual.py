@@ -148,6 +148,7 @@ class StateLocal(VirtualLocal):
         rows = [list(numbers[i : i + size]) for i in range(0, len(numbers), size)]
         self._batches = (self.run.data.rows(row) for row in rows)
         self._shape = config.train.accumulate_steps, size // config.train.accumulate_steps
+        self._counts_LE = np.zeros((len(self.run.trained_layers), config.model.moe.num_experts), np.int64)
 
     def train(self, end: int, enough: Callable[[], bool]) -> Iterator[None]:
         run = self.run
@@ -158,8 +159,12 @@ class StateLocal(VirtualLocal):
             report = jax.device_get(report)
             run.check(self.step, report)
             self._shown(self.step, report)
+            self._counts_LE = self._counts_LE + (0 if report.counts_LE is None else report.counts_LE)
             self.member.now += self.seconds
             yield
+
+    def loads(self) -> Sequence[Sequence[int]]:
+        return self._counts_LE.tolist()
 
     def save(self) -> None:
         self._saved = _copy(self.state)

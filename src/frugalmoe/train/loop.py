@@ -295,6 +295,8 @@ class Run:
         self.eval_step = compiled_eval_step(config)
         self.batches = data.train_batches(int(self.state.position), own_rows(mesh, config))
         self.tokens_per_second: list[float] = []
+        # Slots of tokens that named each expert, in all steps of this start.
+        self.counts_LE = np.zeros((len(self.trained_layers), model.moe.num_experts), np.int64)
 
     def _restored(self) -> State | None:
         """Returns the newest saved state that is whole and finite; the checkpoints that are not are moved aside."""
@@ -393,6 +395,8 @@ class Run:
 
     def log(self, step: int, report: StepReport, seconds: float) -> None:
         """Logs the host's copy of a step's report; `seconds` is 0 for a step without a time."""
+        if report.counts_LE is not None:
+            self.counts_LE = self.counts_LE + report.counts_LE
         if step % self.config.train.log_every and step != self.config.train.steps:
             return
         row = _flatten(report.metrics, self.trained_layers) | _flatten(report.depths, self.routed_blocks)

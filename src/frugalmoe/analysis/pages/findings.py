@@ -14,7 +14,7 @@ from frugalmoe.analysis.pages import plots
 from frugalmoe.analysis.stored.probe import Probe
 from frugalmoe.analysis.stored.runs import Run
 from frugalmoe.analysis.stored.trace import Trace
-from frugalmoe.analysis.wording import listed, number, p_value, percent, spread
+from frugalmoe.analysis.wording import count, listed, number, p_value, percent, spread
 from frugalmoe.config import RECORD, runnable
 from frugalmoe.config.load import typed
 from frugalmoe.errors import UserError
@@ -122,6 +122,39 @@ def load(run: Run) -> str:
         f"{number(ratio_LE[idle], 2)} times. The load spreads over "
         f"{effective} effective experts of {ratio_LE.shape[1]} (exp of the load entropy, by layer); "
         f"the Gini coefficient is at most {number(gini(tail_LE).max(), 2)}."
+    )
+
+
+def rounds(run: Run) -> str:
+    found = run.rounds
+    trained, waited = found.trained_R.sum(), found.waited_R.sum()
+    of_all = spread(str(found.islands_R.min()), str(found.islands_R.max()))
+    written, read = (f"{count(float(np.median(bytes_R)))}B" for bytes_R in (found.written_R, found.read_R))
+    share = f"It trained {percent(trained / (trained + waited))} of the time. " if trained + waited > 0 else ""
+    return (
+        f"{found.merged_R.sum()} of {len(found.round_R)} rounds merged what it found, with {of_all} contributions "
+        f"each. {share}A round wrote {written} and read {read} (medians). The outer parameters hold "
+        f"{count(int(found.tokens_of_all_R[-1]))} tokens, of which this island handed in "
+        f"{count(int(found.tokens_R[found.merged_R].sum()))}."
+    )
+
+
+def island_loads(run: Run) -> str:
+    found = run.island_loads
+    share_MLE = found.counts_MLE / np.maximum(found.counts_MLE.sum(-1, keepdims=True), 1)
+    apart_LE = share_MLE.max(0) - share_MLE.min(0)
+    layer, expert = np.unravel_index(apart_LE.argmax(), apart_LE.shape)
+    most, least = share_MLE[:, layer, expert].argmax(), share_MLE[:, layer, expert].argmin()
+    said = (
+        f"Rounds {found.first} to {found.last}. The busiest expert of any island has "
+        f"{number(share_MLE.max() * share_MLE.shape[-1])} times the uniform load."
+    )
+    if len(found.islands) == 1:
+        return said
+    return (
+        f"{said} Islands differ most about expert {expert} of layer {found.layers_L[layer]}: it gets "
+        f"{percent(share_MLE[most, layer, expert])} of {plots.short(found.islands[most])} and "
+        f"{percent(share_MLE[least, layer, expert])} of {plots.short(found.islands[least])}."
     )
 
 

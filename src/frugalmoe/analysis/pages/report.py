@@ -63,6 +63,7 @@ def _sections(run: Run) -> list[Section]:
     return [
         Section("Results", _results(run)),
         _section(run, LOSS),
+        *_island_sections(run),
         _load_section(run),
         _section(run, BALANCE),
         *probe,
@@ -101,6 +102,16 @@ HOW_PASSAGE = (
     "Held-out text as the model saw it: the colour and the number under a token name the expert that it went to, or of "
     "its experts the one with the fewest tokens here (hover to see all). ⏎ is a line break, · a part of a character, "
     "▪ the end of a document. One layer is shown at a time."
+)
+HOW_ROUNDS = (
+    "This run is one of several islands that train one model apart and merge what they found after every round. How "
+    "long it trained and waited in each round that it handed something in for, and the bytes that it wrote into the "
+    "directory of the islands and read from there. The first round includes compilation."
+)
+HOW_ISLAND_LOADS = (
+    "One row per island: the share of its token slots that each expert gets, over the uniform share, in what was "
+    "merged in the later half of the rounds. White: uniform; orange: more; purple: less. Columns in which islands "
+    "differ are experts that specialise in what an island sees, or drift apart between two rounds."
 )
 HOW_SPEED = "Tokens of all devices per second of training; evaluation and checkpoints are left out."
 HOW_DOMAINS = (
@@ -206,6 +217,18 @@ def _results(run: Run) -> list[Html]:
         short = len(rows) <= 8
         parts.append(table(header, rows, caption) if short else folded(caption, table(header, rows)))
     return parts
+
+
+def _island_sections(run: Run) -> list[Section]:
+    """Returns the sections of a run that is one of several islands."""
+    if run.rounds is None:
+        return []
+    parts = [_how(HOW_ROUNDS), Picture("rounds", partial(plots.rounds, run)), _shows(findings.rounds(run))]
+    loads = [_missing("no expert loads of islands (island_load.jsonl)")]
+    if run.island_loads is not None:
+        draw = partial(plots.island_loads, run.island_loads)
+        loads = [_how(HOW_ISLAND_LOADS), Picture("island_load", draw), _shows(findings.island_loads(run))]
+    return [Section("Rounds of this island", parts), Section("Expert loads of all islands", loads)]
 
 
 def _load_section(run: Run) -> Section:

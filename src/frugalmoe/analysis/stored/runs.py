@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from frugalmoe.analysis.stored.probe import Probe, load_probe
+from frugalmoe.analysis.stored.rounds import IslandLoads, Rounds, read_island_loads, read_rounds
 from frugalmoe.data.tokenizer import Tokenizer, load_from
 from frugalmoe.errors import UserError, did_you_mean
 
@@ -48,6 +49,8 @@ class Run:
     # A row per start: time (UTC), step, command, versions, git_commit, platform, devices, processes, and the changes
     # of the config since the start before, field -> [then, now]. Empty for runs that are older than their history.
     history: Sequence[Mapping[str, Any]] = ()
+    rounds: Rounds | None = None  # of a run that is one of several islands
+    island_loads: IslandLoads | None = None
 
     @property
     def name(self) -> str:
@@ -91,7 +94,9 @@ def load_run(path: str | Path) -> Run:
         loads=_loads(path / "expert_load.jsonl"),
         probe=load_probe(path / "probe.npz") if (path / "probe.npz").exists() else None,
         tokenizer=_tokenizer(path / "tokenizer"),
-        history=tuple(row for _, row in _rows(path / "history.jsonl")) if (path / "history.jsonl").exists() else (),
+        history=tuple(row for _, row in _rows_if_there(path / "history.jsonl")),
+        rounds=read_rounds(_rows_if_there(path / "rounds.jsonl")),
+        island_loads=read_island_loads(_rows_if_there(path / "island_load.jsonl")),
     )
 
 
@@ -131,6 +136,10 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
         if not isinstance(row, dict) or type(row.get("step")) is not int:
             raise UserError(f"{where}: expected a JSON object with an integer 'step'")
         yield where, row
+
+
+def _rows_if_there(path: Path) -> Iterator[tuple[str, dict]]:
+    return _rows(path) if path.exists() else iter(())
 
 
 def read_metrics(path: Path) -> dict[str, Series]:

@@ -5,6 +5,7 @@ from frugalmoe.analysis.pages.plots.experts import (
     co_activation,
     domain_heatmaps,
     domain_intervals,
+    island_loads,
     vocabulary_specialisation,
 )
 from frugalmoe.analysis.pages.plots.style import (
@@ -28,6 +29,7 @@ from frugalmoe.analysis.pages.plots.training import (
     loss_curves,
     noise_floor,
     optimization,
+    rounds,
     speed,
 )
 
@@ -47,11 +49,13 @@ __all__ = [
     "effects",
     "emphasis",
     "expert_load",
+    "island_loads",
     "legend",
     "lines",
     "loss_curves",
     "noise_floor",
     "optimization",
+    "rounds",
     "saturation",
     "short",
     "speed",

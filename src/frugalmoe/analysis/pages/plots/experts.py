@@ -1,6 +1,6 @@
 """Pictures of what experts do: domains, words, and pairs of experts.
 
-Letters: L layers, G domains, E experts, N tokens, V distinct token ids.
+Letters: L layers, G domains, M contributions of islands, E experts, N tokens, V distinct token ids.
 """
 
 import matplotlib
@@ -26,21 +26,39 @@ from frugalmoe.analysis.pages.plots.style import (
     styled,
 )
 from frugalmoe.analysis.stored.probe import Probe
+from frugalmoe.analysis.stored.rounds import IslandLoads
 
 TALLEST = 26  # inches of a picture of many domains
+MOST_ISLANDS = 60  # in a picture
 PAIRS = 18  # of a domain and an expert in the picture of intervals
 
 
 @styled
 def domain_heatmaps(found: Specialisation, layers: np.ndarray, domains: list[str], width: float = WIDE) -> Figure:
     """One heatmap per layer: domain by expert, coloured by share / chance; of many domains and layers, some layers."""
-    experts, height = found.share_LGE.shape[-1], 0.4 + 0.25 * max(len(domains), 2)
+    return _heatmaps(found.share_LGE, found.chance_L, layers, domains, width)
+
+
+@styled
+def island_loads(loads: IslandLoads, width: float = WIDE) -> Figure:
+    """One heatmap per layer: island by expert, coloured by load / uniform load; of many islands the busiest."""
+    busiest = np.sort(np.argsort(-loads.counts_MLE.sum((1, 2)), kind="stable")[:MOST_ISLANDS])
+    counts_LME = np.moveaxis(loads.counts_MLE[busiest], 1, 0)
+    share_LME = counts_LME / np.maximum(counts_LME.sum(-1, keepdims=True), 1)
+    chance_L = np.full(len(share_LME), 1 / share_LME.shape[-1])
+    return _heatmaps(share_LME, chance_L, loads.layers_L, [loads.islands[i] for i in busiest], width)
+
+
+def _heatmaps(
+    share_LGE: np.ndarray, chance_L: np.ndarray, layers: np.ndarray, domains: list[str], width: float
+) -> Figure:
+    experts, height = share_LGE.shape[-1], 0.4 + 0.25 * max(len(domains), 2)
     columns = 2 if experts <= 16 or len(layers) > 6 else 1
     rows = max(1, int(TALLEST / height))
     room = rows * (columns if width >= WIDE else 1)
     shown_L = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), room)).round().astype(int))
     figure, all_axes = grid(len(shown_L), columns, height, width)
-    ratio_LGE = found.share_LGE / found.chance_L[:, None, None]
+    ratio_LGE = share_LGE / chance_L[:, None, None]
     norm = ratio_norm(ratio_LGE)
     image = None
     for axes, l in zip(all_axes, shown_L):
@@ -49,7 +67,7 @@ def domain_heatmaps(found: Specialisation, layers: np.ndarray, domains: list[str
         axes.set_yticks(range(len(domains)), [short(d, LONGEST_LABEL if width >= WIDE else 16) for d in domains])
         axes.set_xticks(range(0, experts, _every(experts)))
         if experts <= 8:
-            _write_percentages(axes, found.share_LGE[l], np.abs(norm(log_ratio(ratio_LGE[l])) - 0.5) > 0.35)
+            _write_percentages(axes, share_LGE[l], np.abs(norm(log_ratio(ratio_LGE[l])) - 0.5) > 0.35)
     figure.supxlabel("expert", fontsize=10)
     ratio_bar(figure, image, all_axes, "share of tokens / chance")
     return figure

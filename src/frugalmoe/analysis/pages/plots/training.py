@@ -124,6 +124,30 @@ def speed(run: Run, width: float = WIDE) -> Figure | None:
 
 
 @styled
+def rounds(run: Run, width: float = WIDE) -> Figure | None:
+    """Of an island: the seconds of each round in which it trained and waited, and the bytes that it wrote and read."""
+    if run.rounds is None:
+        return None
+    found = run.rounds
+    figure = Figure(figsize=(width, 2.4 if width >= WIDE else 4.4))
+    times, traffic = figure.subplots(*((1, 2) if width >= WIDE else (2, 1)))
+    edges = np.append(found.round_R, found.round_R[-1] + 1) - 0.5
+    parts = ("trained", found.trained_R, OKABE_ITO[0]), ("waited", found.waited_R, OKABE_ITO[1])
+    base_R = np.zeros(len(found.round_R))
+    for label, seconds_R, color in parts:
+        times.stairs(base_R + seconds_R, edges, baseline=base_R, fill=True, color=color, label=label)
+        base_R = base_R + seconds_R
+    for label, bytes_R, color in (("written", found.written_R, OKABE_ITO[2]), ("read", found.read_R, OKABE_ITO[3])):
+        traffic.plot(found.round_R, bytes_R / 1e6, color=color, marker="o", markersize=3, label=label)
+    for axes, y_label in ((times, "seconds"), (traffic, "MB")):
+        axes.set_ylim(0)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        lines(axes, "round", y_label)
+    legend(figure, (times, traffic))
+    return figure
+
+
+@styled
 def expert_load(loads: Loads, width: float = WIDE) -> Figure:
     """One heatmap per layer: expert by step, coloured by load / uniform load."""
     steps_S, ratio_SLE = _binned_ratio(loads)
