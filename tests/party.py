@@ -26,6 +26,7 @@ class Party:
         self.rules = Rules(
             section=section,
             steps=STEPS,
+            tokens_per_row=TOKENS_PER_ROW,
             tensors=tensors,
             fragments=fragments(tensors, section.fragments),
             merge=merges.get(section.merge),

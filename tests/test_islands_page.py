@@ -89,6 +89,23 @@ def test_a_whole_outer_state_is_written_as_often_as_said():
         assert 0 <= written - 2 * (4 * values + 4 * 11) - 4 * 11 - whole <= 4 * HEADER
 
 
+@pytest.mark.parametrize("lie", [{"tokens": 2**62}, {"tokens": 0}, {"steps": 0}, {"steps": 10**9}, {"numbers": 10**15}])
+def test_work_that_cannot_be_true_is_left_out(lie):
+    """Or it would weigh without end, overflow the record, or move a stream to where nobody ever reads."""
+    party = Party("memory://lie-" + "-".join(f"{name}-{value}" for name, value in lie.items()), "ab")
+    a, b = party.islands.values()
+    for island in (a, b):
+        streams, leased = party.section.streams, island.held.commit.members[island.name]
+        numbers = [stream + n * streams for stream in leased for n in range(2)]
+        if island is a and "numbers" in lie:
+            numbers.append(leased[0] + lie["numbers"] * streams)
+            lie = {"tokens": 10 * (2 * len(leased) + lie["numbers"] - 1)}  # of all rows up to that one
+        did = {"tokens": 10 * len(numbers), "steps": 2} | (lie if island is a else {})
+        island.contribute(party.values(1.0), party.routers(), {}, Work(numbers, did["tokens"], did["steps"], 1.0))
+    commit = b.poll(1)
+    assert [c.island for c in commit.merged] == ["b"] and "says " in commit.left_out["a"]
+
+
 def test_who_proposes_a_record_and_is_second_reads_nothing_twice(monkeypatch):
     """Both find the round due at one time; one is first, and the other takes what it has computed already."""
     party = Party("memory://second", "ab", sizes=SIZES)

@@ -77,8 +77,8 @@ def make_rules(steps: int = 24, **fields: object) -> Rules:
     described = tuple(Tensor(name, size, "matrix", name, (size,)) for name, size in SIZES.items())
     fragments = tensors.fragments(described, section.fragments)
     return Rules(
-        section=section, steps=steps, tensors=described, fragments=fragments, merge=merges.get(section.merge),
-        merge_routers=mean,
+        section=section, steps=steps, tokens_per_row=10, tensors=described, fragments=fragments,
+        merge=merges.get(section.merge), merge_routers=mean,
     )  # fmt: skip
 
 

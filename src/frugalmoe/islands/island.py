@@ -27,6 +27,7 @@ from frugalmoe.islands.tensors import Tensor
 from frugalmoe.schema import FrozenDict, Islands
 
 Arrays = Mapping[str, np.ndarray]
+MOST_ROWS = 1 << 20  # of a step
 MOST_LATE = 4  # rounds after which a late contribution is not looked for any more
 _PACKING = {bits: name for name, bits in packing.BITS.items()}
 
@@ -41,6 +42,7 @@ class Rules:
 
     section: Islands
     steps: int  # of the schedule
+    tokens_per_row: int  # of the data
     tensors: tuple[Tensor, ...]
     fragments: tuple[tuple[str, ...], ...]  # names of tensors; round r merges number (r - 1) % P
     merge: Merge
@@ -450,6 +452,8 @@ class Island:
         if key != records.path_of_contribution(found.round, found.island) or found.round != late:
             raise Damaged(f"{key}: says that it is of round {found.round} and island {found.island}")
         base = self.held.commit if late == round else self._known_commit(late - 1)
+        if why := self._unlikely(found):
+            raise Damaged(why)
         if found.base != base.outer:
             raise Damaged(f"started from other outer parameters ({found.base[:12]}) than those of round {late - 1}")
         blob = self._read_blob(found.blob)
@@ -461,6 +465,15 @@ class Island:
         if not all(v.dtype == np.float32 and np.isfinite(v).all() for v in routers.values()):
             raise Damaged("its state of routers is not finite, or no float32")
         return _Offer(label, found, delta, routers)
+
+    def _unlikely(self, found: Contribution) -> str:
+        """Says what of an island's work cannot be true; empty where it can."""
+        count = sum(end - begin for begin, end in found.rows.values())
+        if found.tokens != count * self.rules.tokens_per_row:
+            return f"says {found.tokens} tokens of {count} rows, which have {self.rules.tokens_per_row} each"
+        if not 0 < found.steps <= self.rules.section.round_steps or count > found.steps * MOST_ROWS:
+            return f"says {count} rows in {found.steps} steps; a round has {self.rules.section.round_steps} at most"
+        return ""
 
     def _next_members(self, round: int) -> dict[str, tuple[int, ...]]:
         """Who reads which streams next: those that are still there, and those that want to join."""

@@ -50,6 +50,7 @@ def rules_of(config: Config) -> Rules:
     return Rules(
         section=section,
         steps=config.train.steps,
+        tokens_per_row=config.data.sequence_length,
         tensors=described,
         fragments=tensors.fragments(described, section.fragments),
         merge=merge,
