@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from frugalmoe.errors import UserError
 from frugalmoe.islands import merges, records, streams, tensors
 from frugalmoe.islands.island import Island, Rules
 from frugalmoe.islands.store import open_store
@@ -218,6 +219,30 @@ def test_old_rounds_are_cleaned_away_and_who_comes_late_still_finds_the_way() ->
     assert {kind for member in members for kind, _ in member.events} == {"joined"}
     kept = [key for key in members[0].store.list("blobs/")]
     assert len(kept) < 40 < len(members[0].store.list("rounds/"))  # of 40 rounds
+
+
+def test_what_is_not_finite_is_not_handed_in_but_trained_again() -> None:
+    """As where a bit of the memory flips after the last step; three times in a row, and the island gives up."""
+    for times in (1, 4):
+        members = make_members(make_rules(wait_for=2), [1.0, 1.0])
+        local, left = members[0].local, [times]
+
+        def tensors_of(local: Vectors = local, left: list[int] = left) -> dict[str, np.ndarray]:
+            left[0] -= local.step == 12
+            return {
+                k: np.full_like(v, np.nan) if local.step == 12 and left[0] >= 0 else v for k, v in local.values.items()
+            }
+
+        local.tensors = tensors_of
+        for member in members:
+            member.start(0.25)
+        if times > 3:
+            with pytest.raises(UserError, match="tensor 'a': holds a value that is not finite, 4 times in a row"):
+                turn(members)
+            continue
+        turn(members)
+        assert [kind for kind, _ in members[0].events] == ["joined", "not_finite"]
+        assert all(len(commit.merged) == 2 for commit in check_accounts(members[0])[1:])
 
 
 def test_what_comes_late_is_weighed_down_or_dropped() -> None:

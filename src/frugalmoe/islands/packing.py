@@ -36,6 +36,10 @@ _NORMAL = np.finfo(np.float32).tiny  # below it some machines know only 0
 Arrays = Mapping[str, np.ndarray]
 
 
+class NotFinite(UserError):
+    """What an island would hand in holds a value that is not finite."""
+
+
 def pack(delta: Arrays, bits: str, residual: Arrays) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Returns (arrays to store, new residual) of float32 arrays by name.
 
@@ -43,7 +47,7 @@ def pack(delta: Arrays, bits: str, residual: Arrays) -> tuple[dict[str, np.ndarr
     minus what `unpack` will make of the arrays. So what was sent since the beginning, plus the residual, is the sum of
     all deltas, but for float32's rounding. The residual of other names stays.
 
-    Raises `UserError` that names a tensor with a value that is not finite.
+    Raises `NotFinite` that names a tensor with a value that is not finite.
     """
     arrays, left = {}, dict(residual)
     for name, values in delta.items():
@@ -51,7 +55,7 @@ def pack(delta: Arrays, bits: str, residual: Arrays) -> tuple[dict[str, np.ndarr
         if name in residual:
             wanted = _sum(wanted, np.asarray(residual[name], np.float32))
         if not np.isfinite(wanted).all():
-            raise UserError(f"tensor {name!r}: holds a value that is not finite")
+            raise NotFinite(f"tensor {name!r}: holds a value that is not finite")
         packed = _packed(name, wanted, bits)
         arrays |= packed
         left.pop(name, None)

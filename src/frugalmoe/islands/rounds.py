@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from frugalmoe.errors import UserError
-from frugalmoe.islands import streams
+from frugalmoe.islands import packing, streams
 from frugalmoe.islands.island import Island, Mismatch, Work
 from frugalmoe.islands.records import Commit, Contribution, Damaged
 from frugalmoe.islands.store import StoreError
@@ -192,7 +192,6 @@ class Rounds:
         except self.local.not_finite as error:
             yield from self._recover(str(error))
             return
-        self._broken = 0
         self.stopped = self.stopped or self.local.stop_requested()
         spent = self.clock() - began
         self.timing.trained += spent
@@ -221,9 +220,12 @@ class Rounds:
         numbers = tuple(self.plan[: steps * self.local.rows_per_step])
         loads = tuple(map(tuple, self.local.loads()))
         found = Found(round, self.local.step, numbers, self.timing.trained, self.stopped, loads)
-        self.memory.write(found)
-        self.local.save()
-        yield from self._contribute(found)
+        try:
+            self.memory.write(found)
+            self.local.save()
+            yield from self._contribute(found)
+        except (self.local.not_finite, packing.NotFinite) as error:
+            yield from self._recover(str(error))
 
     def _contribute(self, found: Found) -> Iterator[float]:
         steps, count = found.step - self.begin_of(found.round), len(found.numbers)
@@ -232,6 +234,7 @@ class Rounds:
         work = Work(found.numbers, tokens, steps, found.seconds, found.leaving, found.loads)
         hand_in = lambda: self.island.contribute(local, routers, before, work)
         self.pending, residual = yield from self._safely(hand_in)
+        self._broken = 0
         self.memory.keep_residual(found.round, residual)
         self.timing.bytes_written += self.island.bytes_written - written
         self.counters = streams.after(self.counters, streams.used(found.numbers, self._first_rows(found.numbers)))

@@ -101,7 +101,8 @@ def drive(
         shown = held.enter_context(progress(config, run.start))
         for note in run.notes:
             shown.say(note)
-        steps = Steps([run], lambda: held.enter_context(distributed.stop_requests()), shown)
+        # An island saves at the end of a round, whose place in the directory it knows when it goes on.
+        steps = Steps([run], lambda: held.enter_context(distributed.stop_requests()), shown, saves=False)
         local, timed = RunLocal(run, steps), bool(config.islands.round_seconds)
         if not distributed.is_main():
             stopped = processes.follow(local, timed)

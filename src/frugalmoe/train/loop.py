@@ -198,11 +198,13 @@ class Steps:
     """Trains runs, which stand at one step, up to some step, and then up to another.
 
     stop_requests: gives `stop(step)`, once the first step is under way, which compiles. Until then there is nothing to
-    save, and a signal ends the process.
+    save, and a signal ends the process. saves: whether checkpoint.every_steps says when states are saved.
     """
 
-    def __init__(self, runs: Sequence["Run"], stop_requests: Callable[[], Callable[[int], bool]], shown: Any):
-        self.runs, self.shown, self.step = runs, shown, runs[0].step
+    def __init__(
+        self, runs: Sequence["Run"], stop_requests: Callable[[], Callable[[int], bool]], shown: Any, saves: bool = True
+    ):
+        self.runs, self.shown, self.step, self._saves = runs, shown, runs[0].step, saves
         self.program, self.stopped = Program(runs), False
         self._stop_requests, self._stop = stop_requests, None
         self._pending: tuple[int, StepReport] | None = None
@@ -225,7 +227,7 @@ class Steps:
             self.step += 1
             self._pending = (self.step, report)
             if self.step < config.train.steps:
-                self._pause(config.train.eval_every, config.checkpoint.every_steps)
+                self._pause(config.train.eval_every, config.checkpoint.every_steps if self._saves else 0)
         self._log_pending()
         self.program.settle(self.step)
 
