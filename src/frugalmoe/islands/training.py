@@ -171,25 +171,25 @@ def about(config: Config) -> dict[str, Any]:
     }
 
 
-class RunLocal:
-    """The model of a run, as `rounds.Local`."""
+class OfState(Local):
+    """A local whose model is a `State` of a run's config."""
 
     not_finite = NotFinite
-
-    def __init__(self, run: Run, steps: Steps):
-        self.run, self._steps = run, steps
-        self.rows_per_step, self.tokens_per_row = run.config.train.batch_size, run.config.data.sequence_length
-        self._counted = run.counts_LE
+    run: Run
 
     @property
-    def step(self) -> int:
-        return self._steps.step
+    def state(self) -> State:
+        raise NotImplementedError
+
+    def go_on(self, state: State) -> None:
+        """Goes on from another state, at its step."""
+        raise NotImplementedError
 
     def tensors(self) -> dict[str, np.ndarray]:
-        return tensors.flatten(sharding.fetch(self.run.state.params))
+        return tensors.flatten(sharding.fetch(self.state.params))
 
     def routers(self) -> dict[str, np.ndarray]:
-        return routers.flatten(sharding.fetch(self.run.state.router_state))
+        return routers.flatten(sharding.fetch(self.state.router_state))
 
     def put(
         self,
@@ -198,11 +198,28 @@ class RunLocal:
         step: int,
         fresh_optimizer: bool = False,
     ) -> None:
-        state = self.run.state
-        if fresh_optimizer:  # the state may be broken altogether
-            state = init(self.run.config)
-        state = placed(state, params, states)
-        self._steps.take([at_step(state, step)], step)
+        state = init(self.run.config) if fresh_optimizer else self.state  # which may be broken altogether
+        self.go_on(at_step(placed(state, params, states), step))
+
+
+class RunLocal(OfState):
+    """The model of a run."""
+
+    def __init__(self, run: Run, steps: Steps) -> None:
+        self.run, self._steps = run, steps
+        self.rows_per_step, self.tokens_per_row = run.config.train.batch_size, run.config.data.sequence_length
+        self._counted = run.counts_LE
+
+    @property
+    def step(self) -> int:
+        return self._steps.step
+
+    @property
+    def state(self) -> State:
+        return self.run.state
+
+    def go_on(self, state: State) -> None:
+        self._steps.take([state], int(state.step))
 
     def begin(self, numbers: Sequence[int]) -> None:
         own, size = own_rows(self.run.mesh, self.run.config), self.rows_per_step

@@ -16,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from frugalmoe.errors import UserError
-from frugalmoe.islands import routers, tensors
 from frugalmoe.islands.island import Island, Rules
 from frugalmoe.islands.rounds import Found, Local, Rounds
 from frugalmoe.islands.store import Store, open_store
-from frugalmoe.islands.training import agreement_of, at_step, placed, rules_of
+from frugalmoe.islands.training import OfState, agreement_of, rules_of
 from frugalmoe.schema import Config
 from frugalmoe.train import distributed
-from frugalmoe.train.loop import NotFinite, Run
+from frugalmoe.train.loop import Run
 from frugalmoe.train.placing import put_rows
 from frugalmoe.train.program import compiled_train_step
 from frugalmoe.train.step import State, init
@@ -109,10 +108,8 @@ def turn(members: Sequence[Member], until: Callable[[], bool] = lambda: False) -
         min(living, key=lambda member: (member.now, member.name)).go_on()
 
 
-class StateLocal(VirtualLocal):
+class StateLocal(VirtualLocal, OfState):
     """The model of a run's config, as one island among several of a process."""
-
-    not_finite = NotFinite
 
     def __init__(
         self, run: Run, config: Config, seconds: float, shown: Callable[[int, Any], None] = lambda step, report: None
@@ -120,28 +117,19 @@ class StateLocal(VirtualLocal):
         self.run, self.config, self.seconds, self._shown = run, config, seconds, shown
         self.rows_per_step, self.tokens_per_row = config.train.batch_size, config.data.sequence_length
         self._step = compiled_train_step(config)
-        self.state = _copy(run.state) if run.start == 0 else init(run.config)
+        self._state = _copy(run.state) if run.start == 0 else init(run.config)
         self._saved = _copy(self.state)
 
     @property
     def step(self) -> int:
         return int(self.state.step)
 
-    def tensors(self) -> dict[str, np.ndarray]:
-        return tensors.flatten(jax.device_get(self.state.params))
+    @property
+    def state(self) -> State:
+        return self._state
 
-    def routers(self) -> dict[str, np.ndarray]:
-        return routers.flatten(jax.device_get(self.state.router_state))
-
-    def put(
-        self,
-        params: Mapping[str, np.ndarray],
-        states: Mapping[str, np.ndarray],
-        step: int,
-        fresh_optimizer: bool = False,
-    ) -> None:
-        state = init(self.run.config) if fresh_optimizer else self.state
-        self.state = at_step(placed(state, params, states), step)
+    def go_on(self, state: State) -> None:
+        self._state = state
 
     def begin(self, numbers: Sequence[int]) -> None:
         config, size = self.config, self.rows_per_step
@@ -155,7 +143,7 @@ class StateLocal(VirtualLocal):
         while self.step < end and not enough() and not self.stopping:
             batch = next(self._batches)
             cut = type(batch)(*(x.reshape(*self._shape, *x.shape[1:]) for x in batch))
-            self.state, report = self._step(self.state, put_rows(run.mesh, cut, "ABT", self.config), run.knobs)
+            self._state, report = self._step(self.state, put_rows(run.mesh, cut, "ABT", self.config), run.knobs)
             report = jax.device_get(report)
             run.check(self.step, report)
             self._shown(self.step, report)
@@ -170,7 +158,7 @@ class StateLocal(VirtualLocal):
         self._saved = _copy(self.state)
 
     def restore(self) -> None:
-        self.state = _copy(self._saved)
+        self._state = _copy(self._saved)
 
 
 def _copy(state: State) -> State:
