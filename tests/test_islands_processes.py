@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import pytest
 from islands_processes import (
     COMPLETE,
     PATIENCE,
+    REFUSED,
     Disturber,
     Place,
     Reader,
@@ -27,10 +29,10 @@ from islands_processes import (
     vectors,
 )
 from runs import write_text
-from test_islands_rounds import check_accounts, make_rules
+from test_islands_rounds import SIZES, check_accounts, make_rules
 
 import frugalmoe
-from frugalmoe.islands import outer
+from frugalmoe.islands import blobs, outer, records, streams
 from frugalmoe.islands.store import open_store
 
 PATIENT = {"lapse_seconds": 600.0}  # nobody is given up
@@ -230,3 +232,78 @@ def test_islands_of_unlike_software_hold_the_same_bits(room, text):
     for name in ends[0]:
         assert ends[0][name].tobytes() == ends[1][name].tobytes(), name
     assert outer.sha256(ends[0]) == hashes[0][-1][1]
+
+
+# ---------------------------------------------------------------- bad input
+
+FIELDS = {"steps": 12, "lapse_seconds": 2.0}
+
+
+def test_two_islands_of_one_name_are_told_apart(room):
+    """The second refuses while the first shows signs of life, and takes its place when it does no more."""
+    places = [Place(str(room / "islands"), room / runs, "a", FIELDS | {"steps": 400}) for runs in ("first", "second")]
+    first = places[0].start(vectors, 0.02)
+    until(lambda: len(places[0].rows()) > 1)
+    second = places[1].start(vectors)
+    assert second.wait() == REFUSED
+    assert second.said() == (
+        "error: --island=a: another run shows signs of life under this name; give another --island\n"
+    )
+    assert first.alive
+    first.signal(signal.SIGKILL)
+    first.wait()
+    assert places[1].start(vectors).wait() == COMPLETE
+
+
+def test_other_rules_are_refused_by_name(room):
+    place = Place(str(room / "islands"), room / "runs", "a", FIELDS)
+    assert place.start(vectors).wait() == COMPLETE
+    other = Place(str(room / "islands"), room / "others", "b", FIELDS | {"momentum": 0.5})
+    process = other.start(vectors)
+    assert process.wait() == REFUSED
+    assert "islands.momentum is 0.9 there and 0.5 here" in process.said() and process.said().count("\n") == 1
+
+
+def test_contributions_that_are_none_are_left_out_and_the_others_go_on(room):
+    """Four hand in what is no contribution, by hand; the one that trains goes on, and its record says what is wrong."""
+    fields = {"steps": 8, "wait_for": 5, "lapse_seconds": 2.0, "round_steps": 4}
+    place = Place(str(room / "islands"), room / "runs", "a", fields)
+    store = open_store(place.islands)
+    names = ["checksum", "leaves", "shapes", "torn"]
+    process = place.start(vectors)
+
+    def announce(beat: int) -> None:
+        for name in names:
+            here = records.Presence(
+                island=name, run=name, beat=beat, round=0, status="joining", step=0, tokens_per_second=0.0, about={}
+            )
+            store.write(records.path_of_presence(name), records.to_bytes(here))
+
+    beats = iter(range(1, 10**6))
+    until(lambda: announce(next(beats)) or store.read(records.path_of_commit(0)) is not None)
+    begun = records.from_bytes(records.Commit, store.read(records.path_of_commit(0)), "commit")
+    assert set(begun.members) == {"a", *names}
+    good = {f"delta/{n}": np.ones(size, np.float32) for n, size in SIZES.items()} | {
+        "routers/bias": np.ones(2, np.float32)
+    }
+    written = {
+        "checksum": blobs.to_bytes(good) + b" ",
+        "shapes": blobs.to_bytes(good | {"delta/a": np.ones(7, np.float32)}),
+        "torn": blobs.to_bytes(good)[:-3],
+    }
+    for name in names:
+        data = written.get(name, b"")
+        sha256 = blobs.sha256(blobs.to_bytes(good) if name == "checksum" else data)
+        numbers = streams.read(begun.members[name], begun.rows, 4)
+        made = records.Contribution(
+            island=name, run=name, round=1, base=begun.outer, blob="../../etc/passwd" if name == "leaves" else sha256,
+            bytes=len(data), tokens=40, steps=1, rows=streams.used(numbers, begun.rows), seconds=1.0,
+        )  # fmt: skip
+        if data:
+            store.write(records.path_of_blob(sha256), data)
+        store.create(records.path_of_contribution(1, name), records.to_bytes(made))
+    assert process.wait() == COMPLETE, process.said()
+    commit = records.from_bytes(records.Commit, store.read(records.path_of_commit(1)), "commit")
+    assert [c.island for c in commit.merged] == ["a"] and set(commit.left_out) == set(names)
+    assert "no sha256 of a blob" in commit.left_out["leaves"] and "(7,)" in commit.left_out["shapes"]
+    assert all("\n" not in why for why in commit.left_out.values()), commit.left_out
