@@ -37,7 +37,9 @@ def faults(folder: Path, count: int, seed: int) -> None:
 
 
 def stragglers(folder: Path, seconds: float, rounds: int) -> None:
+    # While the slow ones write and read, the fast ones make up to so many steps of the next round.
     timed = {"round_steps": 10**5, "round_seconds": seconds, "steps": rounds * 10**5}
+    timed |= {"overlap_steps": 400}
     equal = {"round_steps": 1, "steps": 40}
     for what, fields in (("rounds of time", timed), ("equal steps", equal)):
         fields |= {"wait_for": len(SPEEDS), "lapse_seconds": 600.0}
@@ -54,9 +56,12 @@ def stragglers(folder: Path, seconds: float, rounds: int) -> None:
         for place, share in zip(places, SPEEDS):
             rows = place.rows()
             trained, waited = (sum(row[f"seconds/{kind}"] for row in rows) for kind in ("trained", "waited"))
+            before_last = [sum(row[f"seconds/{kind}"] for row in rows[:-1]) for kind in ("trained", "waited")]
             steps = sum(row["steps"] for row in rows)
             all_steps, longest = all_steps + steps, max(longest, trained + waited)
-            print(f"  speed {share:5.3f}: {steps:5d} steps, {trained / (trained + waited):6.1%} of the time training")
+            shares = [t / (t + w) for t, w in ((trained, waited), before_last)]
+            told = f"training {shares[0]:.1%} of the time, {shares[1]:.1%} before the last wait"
+            print(f"  speed {share:5.3f}: {steps:5d} steps, {told}")
         print(f"  together {all_steps / longest:.1f} steps a second")
     print(f"closed form: who waits for the slowest keeps {kept_when_all_wait(SPEEDS):.1%} of all speed")
 

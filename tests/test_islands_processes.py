@@ -21,6 +21,7 @@ from islands_processes import (
     Disturber,
     Place,
     Reader,
+    Spoil,
     at_speed,
     check,
     product,
@@ -307,3 +308,37 @@ def test_contributions_that_are_none_are_left_out_and_the_others_go_on(room):
     assert [c.island for c in commit.merged] == ["a"] and set(commit.left_out) == set(names)
     assert "no sha256 of a blob" in commit.left_out["leaves"] and "(7,)" in commit.left_out["shapes"]
     assert all("\n" not in why for why in commit.left_out.values()), commit.left_out
+
+
+# ---------------------------------------------------------------- a bad island
+
+POISON = SMALL | {"train.steps": 280, "optim.warmup_steps": 20, "islands.round_steps": 40, "islands.wait_for": 4}
+
+
+def poisoned(room: Path, text: Path, name: str, merge: str, spoil: Spoil | None, **fields) -> float:
+    """The held-out loss, in nats, that four islands end with, of which one may be bad; infinite where the outer state
+    is so far from any model that all of them give up.
+    """
+    fields = POISON | {"islands.merge": merge} | fields
+    places = [Place(str(room / name), room / f"{name}-runs", f"i{n}", fields) for n in range(4)]
+    processes = [place.start(product, text, spoil if n == 3 else None) for n, place in enumerate(places)]
+    ended = [process.wait() for process in processes]
+    if ended == [REFUSED] * 4:
+        assert all("not finite" in p.said() and "4 times in a row from the outer state" in p.said() for p in processes)
+        return np.inf
+    assert ended == [COMPLETE] * 4, [process.said()[-1000:] for process in processes]
+    ends = [json.loads((place.workdir / "summary.json").read_text())["eval"]["loss"]["mean"] for place in places]
+    assert max(ends) == min(ends) and {place.rows()[-1]["outer_sha256"] for place in places} == {
+        outer.sha256(places[0].outer())
+    }
+    return ends[0]
+
+
+@pytest.mark.slow
+def test_a_bad_island_is_left_out_by_edit_and_ruins_the_mean(room, text):
+    clean = poisoned(room, text, "clean", "edit", None)
+    bad = poisoned(room, text, "bad", "edit", Spoil())
+    ruined = poisoned(room, text, "ruined", "mean", Spoil())
+    print(f"clean {clean:.4f}, with a bad island {bad:.4f}, with the mean {ruined:.4f}")
+    assert abs(bad - clean) <= 0.02
+    assert not ruined - clean <= 0.02
