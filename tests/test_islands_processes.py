@@ -204,7 +204,9 @@ sys.exit(product({place!r}, Path({str(text)!r})))"""
 
 @pytest.mark.slow
 def test_islands_of_unlike_software_hold_the_same_bits(room, text):
-    """Two versions of Python and of JAX, 8 devices beside one; contributions of 8 bits, in two fragments."""
+    """Two versions of Python and of JAX, bfloat16 on 8 devices beside float32 on one; contributions of 8 bits, in two
+    fragments.
+    """
     other, missing = other_python()
     if other is None:
         pytest.skip(f"no second stack to train with: {missing}")
@@ -212,7 +214,7 @@ def test_islands_of_unlike_software_hold_the_same_bits(room, text):
     section = {"round_steps": 2, "wait_for": 2, "streams": 8, "bits": 8, "fragments": 2, "snapshot_rounds": 2}
     fields = SMALL | {"train.steps": 8, "model.moe.router": "sigmoid_bias"}
     fields |= {f"islands.{name}": value for name, value in section.items()}
-    own = {"old": {"train.batch_size": 8}, "new": {}}
+    own = {"old": {"train.batch_size": 8, "model.compute_dtype": "bfloat16"}, "new": {}}
     places = [Place(str(room / "islands"), room / "runs", name, fields | own[name]) for name in own]
     places[0].runs.mkdir()
     processes = [in_stack(python, p, text, n) for python, p, n in zip((old, new), places, (8, 1))]

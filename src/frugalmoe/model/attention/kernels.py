@@ -24,7 +24,14 @@ _MASKED = -1e30
 _SCORES_IN_CACHE = 2**18  # float32 scores of one block of rows (1 MiB): they stay in a core's cache; measured
 _UNROLLED = 16  # at most this many query chunks, to bound compile time
 
-_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+def _einsum(letters: str, a: Array, b: Array) -> Array:
+    """A product that is summed in float32, whatever the dtype of its factors."""
+    if (
+        platform() == "cpu"
+    ):  # where XLA has not all products of bfloat16 with a float32 result; float32 holds the factors
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(letters, a, b, preferred_element_type=jnp.float32)
 
 
 class Form(NamedTuple):
