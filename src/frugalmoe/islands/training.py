@@ -28,6 +28,7 @@ from frugalmoe.train import distributed, rundir
 from frugalmoe.train.loop import NotFinite, Run, Steps
 from frugalmoe.train.placing import own_rows
 from frugalmoe.train.step import State, init
+from frugalmoe.train.supervise import EVENTS
 
 RECORD = "island.json"  # in the run directory
 FOLDER = "island"
@@ -131,8 +132,8 @@ def _lead(steps: Steps, local: Local, store: Store, name: str, *, shown: Any, id
         identity = _identity(run.workdir, name, store)
         island = Island(store, name, identity["run"], rules_of(config), time.monotonic)
         island.agree(agreement_of(config, run.data.fingerprint, run.data.tokenizer.fingerprint))
-        files = "events.jsonl", "rounds.jsonl", "island_load.jsonl"
-        events, rows, loads = (held.enter_context(_log(run, file)) for file in files)
+        rows, loads = (held.enter_context(_log(run, file, run.start)) for file in ("rounds.jsonl", "island_load.jsonl"))
+        events = held.enter_context(_log(run, EVENTS, run.config.train.steps))  # what happened stays
 
         def tell(kind: str, what: str) -> None:
             shown.say(f"island {name}: {kind.replace('_', ' ')}: {what}")
@@ -328,8 +329,9 @@ def _identity(workdir: Path, name: str, store: Store) -> dict[str, Any]:
 
 
 @contextmanager
-def _log(run: Run, name: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    log = rundir.Log(run.workdir / name, run.start)
+def _log(run: Run, name: str, step: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """What writes rows to a log of the run; those after `step` are dropped."""
+    log = rundir.Log(run.workdir / name, step)
     try:
         yield log.write
     finally:
