@@ -141,6 +141,8 @@ class Quiet:
 
     def update(self, *numbers: Any) -> None: ...
 
+    def idle(self) -> None: ...
+
 
 def product(place: Place, text: Path, spoil: Callable[..., dict] | None = None, kill_at: int = -1) -> int:
     """`frugalmoe train --islands`, without the sample and the report at its end.
