@@ -27,7 +27,7 @@ STUDY = Study(
         "loss_sequence": scope("sequence"),
         "loss_micro": scope("micro_batch", load_balance_group=4),
         "loss_global": scope("global"),
-        # softmax scores with normalized weights, as the other arms have: the balance alone differs
+        # softmax scores with normalised weights, as the other arms have: the balance alone differs
         "bias": {**NO_LOSS, "model.moe.router": "sigmoid_bias", "model.moe.options.score": "softmax"},
         "quantile": {**NO_LOSS, "model.moe.router": "quantile_balance", "model.moe.options.score": "softmax"},
     },

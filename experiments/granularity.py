@@ -24,7 +24,7 @@ STUDY = Study(
         "nats per doubling at first, less later, and slower steps with small experts."
     ),
     base="configs/study.py",
-    # One weight rule for every K. With K = 1 renormalized weights would give the router no gradient; unnormalized ones
+    # One weight rule for every K. With K = 1 renormalised weights would give the router no gradient; unnormalised ones
     # sum to about K / E = 1/8 at the start in every arm.
     overrides={"model.moe.options": {"renormalize": False, "scale": 8.0}},
     arms={f"split_{factor}": split(factor) for factor in (1, 2, 4, 8, 16)},

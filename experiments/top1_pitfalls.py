@@ -3,7 +3,7 @@
 Command:   frugalmoe ablate experiments/top1_pitfalls.py --jobs=2
 Cost:      15 runs of 0.61 M tokens.
 
-With K = 1 a renormalized weight is 1 whatever the router says, so that the loss gives the router no gradient.
+With K = 1 a renormalised weight is 1 whatever the router says, so that the loss gives the router no gradient.
 Strategies refuse such a config; this study takes the check away to show what it prevents.
 """
 
@@ -25,7 +25,7 @@ TOP_2 = {
 STUDY = Study(
     question="What goes wrong with one expert per token?",
     expectation=(
-        "With weights renormalized at K = 1 the router's gradient is zero: it stays near its random start and follows "
+        "With weights renormalised at K = 1 the router's gradient is zero: it stays near its random start and follows "
         "the balance loss alone, so it should do no better than a frozen one. Switch (2101.03961) keeps the "
         "probability as weight, Llama 4 scales the input with a sigmoid. Top-2 of half the width is expected ahead: "
         "1.867 (GShard top-2) against 1.881 (Switch) in 2401.06066."
@@ -39,7 +39,7 @@ STUDY = Study(
     },
     arms={
         "switch": {},
-        "renormalized": {"model.moe.router": UNCHECKED},
+        "renormalised": {"model.moe.router": UNCHECKED},
         "frozen_random": {"model.moe.router": "frozen_random"},
         "llama4": {"model.moe.router": "llama4"},
         "top_2": TOP_2,

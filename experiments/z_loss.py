@@ -10,7 +10,7 @@ STUDY = Study(
     question="What does the router's z-loss do at a high learning rate?",
     expectation=(
         "ST-MoE (2202.08906) adds it for stability with a coefficient of 1e-3 and sees no loss of quality. Expected: "
-        "the log-normalizer of the router grows without it and is bounded with it; equal loss up to 1e-3, "
+        "the log-normaliser of the router grows without it and is bounded with it; equal loss up to 1e-3, "
         "worse at 1e-1."
     ),
     base="configs/study.py",

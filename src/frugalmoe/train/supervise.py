@@ -88,24 +88,40 @@ def _watched(command: Sequence[str], limits: Limits, asked: list[int]) -> _Ended
     # A session of its own: Ctrl-C of the terminal comes through the supervisor, once.
     process = subprocess.Popen(command, env=os.environ | {PIPE: str(writer)}, pass_fds=[writer], start_new_session=True)
     os.close(writer)
-    step, stuck, told, text = -1, False, 0.0, b""
-    with open(reader, "rb", buffering=0) as pipe:
-        while process.poll() is None:
-            ready, _, _ = select.select([pipe], [], [], _LOOK)
-            if ready and (data := pipe.read(65536)):
-                moved = time.monotonic()
-                *lines, text = (text + data).split(b"\n")
-                step = max([step, *(int(line) for line in lines if line.isdigit())])
-            elif ready:  # the run has closed its end: it is about to end, or has lost it
-                time.sleep(_LOOK)
-            if asked and not told:
-                told = time.monotonic()
-                process.send_signal(asked[0])
-            stuck = time.monotonic() - moved > limits.hang
-            if stuck or (told and time.monotonic() - told > limits.grace):
-                process.kill()
-                process.wait()
-    return _Ended(process.returncode, step, stuck, time.monotonic() - began)
+    os.set_blocking(reader, False)
+    stuck, told, heard = False, 0.0, _Heard(reader)
+    while process.poll() is None:
+        select.select([reader] if heard.open else [], [], [], _LOOK)
+        if heard.more():
+            moved = time.monotonic()
+        if asked and not told:
+            told = time.monotonic()
+            process.send_signal(asked[0])
+        stuck = time.monotonic() - moved > limits.hang
+        if stuck or (told and time.monotonic() - told > limits.grace):
+            process.kill()
+            process.wait()
+    heard.more()  # what it said last
+    os.close(reader)
+    return _Ended(process.returncode, heard.step, stuck, time.monotonic() - began)
+
+
+class _Heard:
+    """What a run has told through its pipe."""
+
+    def __init__(self, pipe: int) -> None:
+        self._pipe, self._text, self.step, self.open = pipe, b"", -1, True
+
+    def more(self) -> bool:
+        """Reads what is there; returns whether that was something."""
+        found = b""
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self._pipe, 65536):
+                found += data
+            self.open = False  # the run has closed its end
+        *lines, self._text = (self._text + found).split(b"\n")
+        self.step = max([self.step, *(int(line) for line in lines if line.isdigit() and len(line) < 10)])
+        return bool(found)
 
 
 @contextlib.contextmanager
