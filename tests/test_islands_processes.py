@@ -301,7 +301,7 @@ def test_contributions_that_are_none_are_left_out_and_the_others_go_on(room):
         numbers = streams.read(begun.members[name], begun.rows, 4)
         made = records.Contribution(
             island=name, run=name, round=1, base=begun.outer, blob="../../etc/passwd" if name == "leaves" else sha256,
-            bytes=len(data), tokens=40, steps=1, rows=streams.used(numbers, begun.rows), seconds=1.0,
+            bytes=len(data), tokens=40, steps=1, rows=streams.used(numbers, len(begun.rows)), seconds=1.0,
         )  # fmt: skip
         if data:
             store.write(records.path_of_blob(sha256), data)

@@ -16,7 +16,7 @@ EXAMPLES = """\
 --format=json prints one object: outer_sha256, round, rounds and tokens of all together, merge, bits, members, damaged
 (a line for each file that cannot be read), and islands, a list with an object for each: island, status, round, behind,
 tokens, tokens_per_second, merged, left_out, note, bytes, streams, device, software, beat, outer_sha256. `status` is
-what an island said last (joining, training, waiting, leaving, left, complete), or lapsed where the others go on
+what an island said last (joining, training, waiting, left, complete), or lapsed where the others go on
 without it, or unknown; `beat` grows while it lives. What is not known is null. With --watch each look is one line."""
 PAUSE = 2.0  # seconds between two looks
 _PATIENCE = 3.0  # seconds for which a read is tried again

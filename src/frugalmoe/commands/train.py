@@ -39,6 +39,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", type=int, metavar="STEPS", help="trace so many steps into the run directory's profile/, for XProf"
     )
+    for add in (_add_supervision, _add_origin, _add_islands, _add_processes):
+        add(parser)
+
+
+def _add_supervision(parser: argparse.ArgumentParser) -> None:
     watched = parser.add_argument_group(
         "supervision", "A process beside the run starts it again when it dies or makes no step any more."
     )
@@ -64,6 +69,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="to save in when it is asked to stop (default: 300)",
     )
+
+
+def _add_origin(parser: argparse.ArgumentParser) -> None:
     origin = parser.add_argument_group(
         "weights of another run, or of a published model",
         "The run begins with them; data, schedule and optimizer's state are its own. What does not fit is named.",
@@ -88,6 +96,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="GLOB",
         help="make new the parameters whose path, names joined by /, it matches, as 'head*'; may be repeated",
     )
+
+
+def _add_islands(parser: argparse.ArgumentParser) -> None:
     islands = parser.add_argument_group(
         "islands",
         "Runs that train one model apart from each other, on whatever devices, and meet in a directory; "
@@ -97,6 +108,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--islands", metavar="DIR", help="where they meet: a path, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
     )
     islands.add_argument("--island", metavar="NAME", help="of this one (default: the name of its run directory)")
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
     several = parser.add_argument_group(
         "several processes",
         "One run over the devices of all of them, which share the run directory. SLURM, Open MPI, Kubernetes and TPU "

@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from frugalmoe.errors import UserError
-from frugalmoe.islands import blobs, outer, packing, records, streams
+from frugalmoe.islands import agreements, blobs, outer, packing, records, streams
 from frugalmoe.islands.contract import Merge, Offered
 from frugalmoe.islands.outer import Outer
 from frugalmoe.islands.records import Agreement, Commit, Contribution, Damaged, Presence
 from frugalmoe.islands.store import Store
 from frugalmoe.islands.tensors import Tensor
+from frugalmoe.islands.watch import Watch
 from frugalmoe.schema import FrozenDict, Islands
 
 Arrays = Mapping[str, np.ndarray]
@@ -99,7 +100,7 @@ class Island:
         self.bytes_read = self.bytes_written = 0
         self._presence: Presence | None = None
         self._announcing = threading.Lock()
-        self._watch = _Watch(clock, rules.section.lapse_seconds)
+        self._watch = Watch(clock, rules.section.lapse_seconds)
         self._enough_since: tuple[int, float] | None = None  # round, time
         self._next: Held | None = None  # what this island would commit
         self._own = "", b""  # its last contribution, which it need not read: sha256, blob
@@ -107,7 +108,7 @@ class Island:
     # What it says of itself.
 
     def announce(self, status: str, step: int, speed: float, about: Mapping[str, Any]) -> None:
-        """Writes a sign of life. A first one may find another island of this name: see `check_name`."""
+        """Writes a sign of life. A first one may find another island of this name: see `name_is_taken`."""
         fields = dict(status=status, step=step, tokens_per_second=speed, about=FrozenDict(about))
         with self._announcing:
             beat = self._presence.beat + 1 if self._presence else self._last_beat() + 1
@@ -126,7 +127,7 @@ class Island:
     def name_is_taken(self) -> bool | None:
         """Whether another run shows signs of life under this name; None while it is not known."""
         there = self.presence(self.name)
-        if there is None or there.run == self.run or there.status not in (*records.LIVE, "leaving"):
+        if there is None or there.run == self.run or there.status not in records.LIVE:
             return False
         self._watch.look(self.name, (there.run, there.beat))
         return True if self._watch.moves(self.name) else False if self._watch.lapsed(self.name) else None
@@ -136,7 +137,7 @@ class Island:
     def agree(self, agreement: Agreement) -> None:
         """Makes the directory's agreement, or raises `UserError` that names in what this island differs from it."""
         self.store.create(records.AGREEMENT, records.to_bytes(agreement))
-        check_agreement(self.store, agreement)
+        agreements.check(self.store, agreement)
 
     def begin(self, params: Callable[[], Arrays], routers: Callable[[], Arrays]) -> bool:
         """Whether the directory has begun. Makes its first record when as many islands are there as wanted."""
@@ -210,7 +211,7 @@ class Island:
         delta = {name: before[name] - np.asarray(local[name], np.float32) for name in names}
         packed, left = packing.pack(delta, _PACKING[self.rules.section.bits], residual)
         data = blobs.to_bytes(_prefixed("delta/", packed) | _prefixed("routers/", routers))
-        rows = FrozenDict(streams.used(work.numbers, self._counters(work.numbers)))
+        rows = FrozenDict(streams.used(work.numbers, self.rules.section.streams))
         did = {name: getattr(work, name) for name in ("tokens", "steps", "seconds", "leaving", "loads")}
         made = Contribution(
             island=self.name, run=self.run, round=round, base=self.held.commit.outer, blob=blobs.sha256(data),
@@ -223,13 +224,6 @@ class Island:
         if not self.store.create(key, records.to_bytes(made)):
             made = self._record(Contribution, key) or made
         return made, left
-
-    def _counters(self, numbers: Sequence[int]) -> tuple[int, ...]:
-        """Where its rows begin: at the counters of the record, or after rows of a late contribution of its own."""
-        counters, total = list(self.held.commit.rows), self.rules.section.streams
-        for number in reversed(numbers):
-            counters[number % total] = number // total
-        return tuple(counters)
 
     def poll(self, round: int) -> Commit | None:
         """Returns the record of the round after the one held; makes it where it is due; None while it is not."""
@@ -356,7 +350,7 @@ class Island:
         """The outer state after a round, with the record that this island would make of it."""
         self._check(self.held.outer, self.held.commit)  # memory is not believed either
         before, names = self.held.commit, self.rules.names(round)
-        offers, left_out, rows = self._offers(round)
+        offers, left_out = self._offers(round)
         deltas = [offer.delta for offer in offers]
         offered = Offered(
             tuple(offer.label for offer in offers),
@@ -415,8 +409,8 @@ class Island:
         wanted = {name: shapes[name] for name in names}
         return packing.unpack(_of(blob, "delta/"), wanted, _PACKING[self.rules.section.bits])
 
-    def _offers(self, round: int) -> tuple[list[_Offer], dict[str, str], tuple[int, ...]]:
-        """What can be merged, sorted by island and round; why the rest cannot; and the counters after it."""
+    def _offers(self, round: int) -> tuple[list[_Offer], dict[str, str]]:
+        """What can be merged, sorted by island and round, and why the rest cannot."""
         rows, offers, left_out = self.held.commit.rows, [], {}
         for label, key in self._candidates(round):
             try:
@@ -430,7 +424,7 @@ class Island:
             else:
                 rows = streams.after(rows, found.rows)
                 offers.append(offer)
-        return offers, left_out, rows
+        return offers, left_out
 
     def _candidates(self, round: int) -> list[tuple[str, str]]:
         """(label, key) of the contributions to a round, and of late ones where they are wanted, in order."""
@@ -478,14 +472,15 @@ class Island:
     def _next_members(self, round: int) -> dict[str, tuple[int, ...]]:
         """Who reads which streams next: those that are still there, and those that want to join."""
         before, handed_in = self.held.commit.members, self._handed_in(round)
-        leaving = {name for name in handed_in if (found := self._quietly(handed_in[name])) and found.leaving}
+        leaving = {
+            name
+            for name in handed_in
+            if (found := self._record(Contribution, handed_in[name], quiet=True)) and found.leaving
+        }
         stay = [name for name in before if (name in handed_in or not self._is_gone(name)) and name not in leaving]
         new = [name for name in self._announced() if name == self.name or self._watch.moves(name)]
         names = {*stay, *(name for name in new if name not in before)} or set(before) & handed_in.keys() or {self.name}
         return streams.lease(names, before, self.rules.section.streams)
-
-    def _quietly(self, key: str) -> Contribution | None:
-        return self._record(Contribution, key, quiet=True)
 
     def _clean(self, commit: Commit) -> None:
         """Deletes blobs of rounds that nobody needs any more to catch up."""
@@ -506,51 +501,6 @@ class Island:
 def _blobs_of(commit: Commit | None) -> set[str]:
     found = [c.blob for c in commit.merged] + [commit.snapshot, commit.routers] if commit else []
     return {sha256 for sha256 in found if sha256}
-
-
-class _Watch:
-    """Signs of life, by the clock of who watches: times of different machines are never compared."""
-
-    def __init__(self, clock: Callable[[], float], lapse: float):
-        self._clock, self._lapse = clock, lapse
-        self._seen: dict[str, tuple[Any, float, bool]] = {}  # sign, when it was new, whether it has ever changed
-
-    def look(self, name: str, sign: Any) -> None:
-        known = self._seen.get(name)
-        if known is None:
-            self._seen[name] = sign, self._clock(), False
-        elif known[0] != sign:
-            self._seen[name] = sign, self._clock(), True
-
-    def lapsed(self, name: str) -> bool:
-        return name in self._seen and self._clock() - self._seen[name][1] >= self._lapse
-
-    def moves(self, name: str) -> bool:
-        return name in self._seen and self._seen[name][2] and not self.lapsed(name)
-
-
-def check_agreement(store: Store, agreement: Agreement) -> None:
-    """Raises `UserError` that names in what this island differs from a directory; nothing where it is new."""
-    data = store.read(records.AGREEMENT)
-    if data is None:
-        return
-    where = f"--islands={store.place}"
-    try:
-        there = records.from_bytes(Agreement, data, records.AGREEMENT)
-    except Damaged as e:
-        raise UserError(f"{where}: no directory of islands, or of another version ({e})") from e
-    for field in dataclasses.fields(Agreement):
-        ours, theirs = (_flat(field.name, getattr(a, field.name)) for a in (agreement, there))
-        for name in sorted(ours.keys() | theirs.keys()):
-            if ours.get(name) != theirs.get(name):
-                rule = "all islands of a directory must have the same"
-                raise UserError(f"{where}: {name} is {theirs.get(name)!r} there and {ours.get(name)!r} here; {rule}")
-
-
-def _flat(path: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {path: list(value) if isinstance(value, tuple) else value}
-    return {name: inner for key in value for name, inner in _flat(f"{path}.{key}", value[key]).items()}
 
 
 def _gives(commit: Commit) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from frugalmoe.schema import FrozenDict
 
 FORMAT = 1  # of the files; islands of another one are refused
 AGREEMENT = "agreement.json"
-LIVE = ("joining", "training", "waiting")  # of an island's status; others: leaving, left, complete
+LIVE = ("joining", "training", "waiting")  # of an island's status; others: left, complete
 Record = dataclasses.dataclass(frozen=True, kw_only=True)
 
 

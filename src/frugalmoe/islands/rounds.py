@@ -237,14 +237,8 @@ class Rounds:
         self._broken = 0
         self.memory.keep_residual(found.round, residual)
         self.timing.bytes_written += self.island.bytes_written - written
-        self.counters = streams.after(self.counters, streams.used(found.numbers, self._first_rows(found.numbers)))
+        self.counters = streams.after(self.counters, streams.used(found.numbers, self.section.streams))
         self.plan = []
-
-    def _first_rows(self, numbers: Sequence[int]) -> tuple[int, ...]:
-        first, total = list(self.counters), len(self.counters)
-        for number in reversed(numbers):
-            first[number % total] = number // total
-        return tuple(first)
 
     def _result(self) -> Iterator[float]:
         """Waits for what the round of the pending contribution gives, and takes it."""

@@ -16,7 +16,7 @@ class Row(NamedTuple):
     """An island."""
 
     island: str
-    status: str  # what it said last: joining | training | waiting | leaving | left | complete; or lapsed | unknown
+    status: str  # what it said last: joining | training | waiting | left | complete; or lapsed | unknown
     round: int | None  # the newest that it has taken; None where it says nothing of itself
     behind: int | None  # rounds that are newer
     tokens: int  # of its contributions that are in the outer parameters

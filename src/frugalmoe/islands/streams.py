@@ -23,13 +23,14 @@ def read(leased: Sequence[int], counters: Sequence[int], count: int) -> list[int
     return found
 
 
-def used(numbers: Iterable[int], counters: Sequence[int]) -> dict[str, tuple[int, int]]:
-    """Returns the rows of each stream that these numbers are, which `read` gave for these counters."""
-    ends: dict[int, int] = {}
+def used(numbers: Iterable[int], total: int) -> dict[str, tuple[int, int]]:
+    """Returns the rows of each of `total` streams that these numbers are, which `read` gave."""
+    found: dict[int, tuple[int, int]] = {}
     for number in numbers:
-        row, stream = divmod(number, len(counters))
-        ends[stream] = max(ends.get(stream, 0), row + 1)
-    return {str(stream): (counters[stream], end) for stream, end in sorted(ends.items())}
+        row, stream = divmod(number, total)
+        first, end = found.get(stream, (row, row))
+        found[stream] = min(first, row), max(end, row + 1)
+    return {str(stream): rows for stream, rows in sorted(found.items())}
 
 
 def after(counters: Sequence[int], rows: Rows) -> tuple[int, ...]:

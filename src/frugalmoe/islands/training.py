@@ -1,6 +1,5 @@
 """A run that is an island: `drive` trains it in rounds, where `train.loop.train_runs` would train it alone."""
 
-import json
 import platform
 import secrets
 import threading
@@ -16,11 +15,10 @@ import optax
 
 from frugalmoe import sharding
 from frugalmoe.errors import UserError
-from frugalmoe.fields import to_dict
 from frugalmoe.files import check_name, read_json, write_atomically, write_json
-from frugalmoe.islands import blobs, merges, processes, routers, tensors
-from frugalmoe.islands.island import Island, Rules, check_agreement
-from frugalmoe.islands.records import FORMAT, Agreement, Damaged
+from frugalmoe.islands import agreements, blobs, merges, processes, routers, tensors
+from frugalmoe.islands.island import Island, Rules
+from frugalmoe.islands.records import Damaged
 from frugalmoe.islands.rounds import Found, Local, Rounds
 from frugalmoe.islands.store import Store, StoreError, open_store
 from frugalmoe.schema import Config
@@ -32,9 +30,6 @@ from frugalmoe.train.supervise import EVENTS
 
 RECORD = "island.json"  # in the run directory
 FOLDER = "island"
-# Of the model, what each island may choose for itself: how it computes, not what.
-_OWN = {"compute_dtype": None, "remat": None}
-_OWN_OF_MOE = {"executor": None, "exchange": None, "exchange_room": None, "capacity_factor": None, "drop_order": None}
 _PAUSE = 0.25  # seconds between two looks at the directory
 _KEPT = 8  # rounds that the run directory remembers
 _PATIENCE = 10  # times lapse_seconds that a step may take while signs of life are shown
@@ -59,34 +54,15 @@ def rules_of(config: Config) -> Rules:
     )
 
 
-def agreement_of(config: Config, data: str, tokenizer: str) -> Agreement:
-    """Returns what a settled config has in common with all islands of its directory."""
-    model = {name: value for name, value in to_dict(config.model).items() if name not in _OWN}
-    model["moe"] = {name: value for name, value in model["moe"].items() if name not in _OWN_OF_MOE}
-    plain = json.loads(json.dumps({"model": model, "islands": to_dict(config.islands)}))
-    return Agreement(
-        format=FORMAT, data=data, tokenizer=tokenizer, seed=config.train.seed, steps=config.train.steps, **plain
-    )
-
-
-def check(config: Config, url: str, name: str, data: str | None = None, tokenizer: str | None = None) -> Store:
-    """Opens the directory for an island. Raises `UserError` for one that cannot be used, or is of another model, as
-    far as is known: the fingerprints of data and tokenizer may be None.
+def check(config: Config, url: str, name: str) -> Store:
+    """Opens the directory for an island. Raises `UserError` for one that cannot be used, or is of another model; data
+    and tokenizer are compared when they are there.
     """
     check_name("--island", name)
     rules_of(config)
     store = open_store(url)
-    there = _agreement_there(store)
-    check_agreement(store, agreement_of(config, data or there.get("data", ""), tokenizer or there.get("tokenizer", "")))
+    agreements.check(store, agreements.of(config, "", ""), unknown=("data", "tokenizer"))
     return store
-
-
-def _agreement_there(store: Store) -> dict[str, Any]:
-    try:
-        found = json.loads(store.read("agreement.json") or b"{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def drive(
@@ -131,7 +107,7 @@ def _lead(steps: Steps, local: Local, store: Store, name: str, *, shown: Any, id
     with ExitStack() as held:
         identity = _identity(run.workdir, name, store)
         island = Island(store, name, identity["run"], rules_of(config), time.monotonic)
-        island.agree(agreement_of(config, run.data.fingerprint, run.data.tokenizer.fingerprint))
+        island.agree(agreements.of(config, run.data.fingerprint, run.data.tokenizer.fingerprint))
         rows, loads = (held.enter_context(_log(run, file, run.start)) for file in ("rounds.jsonl", "island_load.jsonl"))
         events = held.enter_context(_log(run, EVENTS, run.config.train.steps))  # what happened stays
 

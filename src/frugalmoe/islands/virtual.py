@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from frugalmoe.errors import UserError
+from frugalmoe.islands import agreements
 from frugalmoe.islands.island import Island, Rules
 from frugalmoe.islands.rounds import Found, Local, Rounds
 from frugalmoe.islands.store import Store, open_store
-from frugalmoe.islands.training import OfState, agreement_of, rules_of
+from frugalmoe.islands.training import OfState, rules_of
 from frugalmoe.schema import Config
 from frugalmoe.train import distributed
 from frugalmoe.train.loop import Run
@@ -200,7 +201,7 @@ def drive(runs: Sequence[Run], progress: Callable[[Config, int], Any], sample: A
 
         locals = [StateLocal(run, of_island(config), s, *([show] if i == 0 else [])) for i, s in enumerate(seconds)]
         members = [Member(f"island-{i:02}", store, rules, local) for i, local in enumerate(locals)]
-        agreement = agreement_of(config, run.data.fingerprint, run.data.tokenizer.fingerprint)
+        agreement = agreements.of(config, run.data.fingerprint, run.data.tokenizer.fingerprint)
         Island(store, "first", "first", rules, lambda: 0.0).agree(agreement)
         for member in members:
             member.start(pause=min(seconds) / 4)
