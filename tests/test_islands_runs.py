@@ -91,3 +91,14 @@ def test_an_island_of_two_processes_is_one_island(place, two) -> None:
     # As far as sums over devices allow, they are the two islands of one process each.
     first, second = (flatten(load_model(workdir)[1].params) for workdir in (root / "both", two[0]))
     assert max(np.abs(first[name] - second[name]).max() for name in first) < 1e-3
+
+
+def test_data_of_its_own_are_refused_before_there_is_a_run(place, two) -> None:
+    root, config = place
+    text = write_text(root / "other")
+    (text / "doc00.txt").write_text("Words that the others do not read.\n")
+    workdir = root / "stranger"
+    flags = [f"--workdir={workdir}", f"--islands={root / 'meet'}", f"--config.data.path={text}"]
+    done = run("train", f"--config={config}", *flags)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and ": data is '" in done.stderr
+    assert not workdir.exists() or {path.name for path in workdir.iterdir()} <= {".lock"}

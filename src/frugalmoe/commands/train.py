@@ -209,7 +209,7 @@ def _without(argv: list[str], *flags: str) -> list[str]:
 
 
 def _island(args: argparse.Namespace, config, workdir: Path) -> dict:
-    """The `drive` of a run that is an island."""
+    """What `train` is told of a run that is an island."""
     if args.islands is None:
         if args.island is not None:
             raise UserError(f"--island={args.island}: needs --islands=DIR, where it meets the others")
@@ -227,7 +227,9 @@ def _island(args: argparse.Namespace, config, workdir: Path) -> dict:
         rule = "all islands are in one process then, and need no --islands"
         raise UserError(f"islands.virtual={config.islands.virtual}: {rule}")
     name = args.island or workdir.absolute().name
-    return {"drive": functools.partial(training.drive, store=training.check(config, args.islands, name), name=name)}
+    store = training.check(config, args.islands, name)
+    of_island = {"drive": functools.partial(training.drive, store=store, name=name)}
+    return of_island | {"suits": functools.partial(training.suits, store)}
 
 
 def _origin(args: argparse.Namespace):

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from frugalmoe import sharding
+from frugalmoe.data import Dataset
 from frugalmoe.errors import UserError
 from frugalmoe.files import check_name, read_json, write_atomically, write_json
 from frugalmoe.islands import agreements, blobs, merges, processes, routers, tensors
@@ -56,13 +57,18 @@ def rules_of(config: Config) -> Rules:
 
 def check(config: Config, url: str, name: str) -> Store:
     """Opens the directory for an island. Raises `UserError` for one that cannot be used, or is of another model; data
-    and tokenizer are compared when they are there.
+    and tokenizer are compared by `suits`, when they are there.
     """
     check_name("--island", name)
     rules_of(config)
     store = open_store(url)
     agreements.check(store, agreements.of(config, "", ""), unknown=("data", "tokenizer"))
     return store
+
+
+def suits(store: Store, config: Config, data: Dataset) -> None:
+    """Raises `UserError` where an island would not be of the model, the data and the tokenizer of a directory."""
+    agreements.check(store, agreements.of(config, data.fingerprint, data.tokenizer.fingerprint))
 
 
 def drive(

@@ -56,6 +56,7 @@ def train(
     sample: Sampler | None = None,
     progress: Callable[[Config, int], Any] = Progress,
     drive: Callable[..., list[dict[str, Any]]] | None = None,
+    suits: Callable[[Config, Dataset], None] | None = None,
 ) -> dict[str, Any]:
     """Trains, or continues, the run in `workdir` and returns its summary. `status` is complete or stopped.
 
@@ -63,7 +64,8 @@ def train(
     replaces the run that is there, once all has been checked. origin: a run, or a published model, whose weights this
     one begins with; it is read once, and not when this run is continued. sample: draws the passage of text in a
     complete run's summary, as `generate.sample_text` does; None: the summary has none. drive: trains the opened run in
-    the place of `train_runs`, as islands do. Raises UserError for input that cannot be run; nothing is written or
+    the place of `train_runs`, as islands do; suits: raises `UserError` where settled config and data do not suit it.
+    Raises UserError for input that cannot be run; nothing is written or
     deleted then. With several processes (`distributed.start`) each calls it with equal arguments.
     """
     config = config if fresh else rundir.as_begun(config, workdir)
@@ -75,7 +77,7 @@ def train(
             check_directory(config, workdir, resume=resume, fresh=fresh, origin=origin)
     if distributed.exchange(rundir.is_complete(workdir))[0] and resume != "force" and not fresh:
         return read_json(workdir / "summary.json")
-    how = {"force": resume == "force", "fresh": fresh, "origin": origin}
+    how = {"force": resume == "force", "fresh": fresh, "origin": origin, "suits": suits}
     with jax.set_mesh(sharding.make_mesh(layout)), opened(config, workdir, **how) as run:
         return (drive or train_runs)([run], progress, sample)[0]
 
@@ -89,6 +91,7 @@ def opened(
     fresh: bool = False,
     origin: Origin | None = None,
     done: Callable[[], bool] = lambda: False,
+    suits: Callable[[Config, Dataset], None] | None = None,
 ) -> Iterator["Run"]:
     """Opens the run of a directory, new or continued and locked, on the mesh in context; `fresh` replaces the one
     there, and a new one begins with the weights of `origin`.
@@ -101,6 +104,8 @@ def opened(
         settled = settle(config, data.tokenizer.size, mesh.size)
         parts = {"eval": data, "validation": data.validation}
         best.check_metric(settled, {part: of_part.domains for part, of_part in parts.items() if of_part})
+        if suits and main:
+            suits(settled, data)
     distributed.check_same({"fingerprint of the data": data.fingerprint})
     with ExitStack() as held:
         with distributed.together():
