@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import json
 import random
 import shutil
 import signal
@@ -380,6 +381,8 @@ def test_a_run_goes_on_from_the_step_before_and_ends_with_the_same_bits(run, six
     for step in (4, *known):
         (line,) = [line for line in said if f"checkpoints/{step}: " in line]
         assert f"; step 2 is taken; is {step}.damaged" in line
+        kept = [json.loads(row) for row in (run / "events.jsonl").read_text().splitlines()]
+        assert [row for row in kept if row["what"] == line and (row["kind"], row["step"]) == ("checkpoint", 2)]
     assert saved.saved_steps(run) == [4, 6] == saved.entries(run), "step 4 was saved anew"
     aside = run / "checkpoints" / "4.damaged.2" / path.relative_to(saved.place(run, 4))
     assert aside.read_bytes() == changed, "moved, not deleted; 4.damaged was there"

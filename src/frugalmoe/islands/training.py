@@ -27,7 +27,6 @@ from frugalmoe.train import distributed, rundir
 from frugalmoe.train.loop import NotFinite, Run, Steps
 from frugalmoe.train.placing import own_rows
 from frugalmoe.train.step import State, init
-from frugalmoe.train.supervise import EVENTS
 
 RECORD = "island.json"  # in the run directory
 FOLDER = "island"
@@ -82,8 +81,7 @@ def drive(
     began, config = time.perf_counter(), run.config
     with ExitStack() as held:
         shown = held.enter_context(progress(config, run.start))
-        for note in run.notes:
-            shown.say(note)
+        run.show(shown)
         # An island saves at the end of a round, whose place in the directory it knows when it goes on.
         steps = Steps([run], lambda: held.enter_context(distributed.stop_requests()), shown, saves=False)
         local, timed = RunLocal(run, steps), bool(config.islands.round_seconds)
@@ -109,17 +107,16 @@ def drive(
 def _lead(steps: Steps, local: Local, store: Store, name: str, *, shown: Any, idle: Callable[[], None]) -> bool:
     """Goes through the rounds; returns whether a stop was requested. `idle` is called while there is nothing to do."""
     (run,) = steps.runs
-    began, config = time.perf_counter(), run.config
+    config = run.config
     with ExitStack() as held:
         identity = _identity(run.workdir, name, store)
         island = Island(store, name, identity["run"], rules_of(config), time.monotonic)
         island.agree(agreements.of(config, run.data.fingerprint, run.data.tokenizer.fingerprint))
         rows, loads = (held.enter_context(_log(run, file, run.start)) for file in ("rounds.jsonl", "island_load.jsonl"))
-        events = held.enter_context(_log(run, EVENTS, run.config.train.steps))  # what happened stays
 
         def tell(kind: str, what: str) -> None:
             shown.say(f"island {name}: {kind.replace('_', ' ')}: {what}")
-            events({"step": run.step, "kind": kind, "what": what, "seconds": round(time.perf_counter() - began, 3)})
+            run.events.write(run.step, kind, what)
 
         def row(values: Mapping[str, Any]) -> None:
             rows({name: value for name, value in values.items() if name != "loads"})

@@ -192,6 +192,7 @@ def drive(runs: Sequence[Run], progress: Callable[[Config, int], Any], sample: A
     rules, seconds = _all_at_once(rules_of(config)), speeds(config)
     with ExitStack() as held:
         shown = held.enter_context(progress(config, 0))
+        run.show(shown)
         stop = held.enter_context(distributed.stop_requests())
 
         def show(step: int, report: Any) -> None:

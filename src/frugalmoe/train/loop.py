@@ -29,6 +29,7 @@ from frugalmoe.routing import strategies
 from frugalmoe.train import best, checkpoint, distributed, rundir, saved
 from frugalmoe.train import origin as origins
 from frugalmoe.train.evaluate import Scores, evaluate, write_probe
+from frugalmoe.train.events import Events
 from frugalmoe.train.objective import StepReport, knobs
 from frugalmoe.train.origin import Origin
 from frugalmoe.train.placing import own_rows
@@ -183,8 +184,8 @@ def train_runs(
     began, config = time.perf_counter(), runs[0].config
     with ExitStack() as held:
         shown = held.enter_context(progress(config, runs[0].start))
-        for note in (note for run in runs for note in run.notes):
-            shown.say(note)
+        for run in runs:
+            run.show(shown)
         stopped = _loop(runs, lambda: held.enter_context(distributed.stop_requests()), shown)
         if not stopped:
             shown.say("evaluating on held-out documents")
@@ -289,6 +290,8 @@ class Run:
         self.trained_layers = self.layers + multi_token.moe_layers(model)
         self.kept: set[int] = set()  # steps of checkpoints that stay
         self.notes: list[str] = []  # for whoever started the run
+        self.say: Callable[[str], None] = self.notes.append  # the progress shown, once there is one
+        self.events = Events(workdir, quiet=not distributed.is_main())
         self.state = self._restored() or begun or init(config)
         self.manager = checkpoint.open_manager(workdir, config.checkpoint, cleanup=True, kept=self.kept)
         self.start = self.step = int(self.state.step)
@@ -314,7 +317,8 @@ class Run:
             raise NotFinite(f"{saved.damaged(self.workdir, *skipped)}, {rule}")
         with distributed.together():
             if distributed.is_main():
-                self.notes += saved.clear(self.workdir, skipped, step)
+                for line in saved.clear(self.workdir, skipped, step):
+                    self.tell("checkpoint", line, step or 0)
         return state
 
     def _best_before(self) -> best.Best | None:
@@ -333,6 +337,17 @@ class Run:
             self.best = best.Best(self.step, scores[metric])
             self.kept.clear()
             self.kept.add(self.step)
+
+    def show(self, shown: Any) -> None:
+        """Says on `shown` what there is to say, now and from here on."""
+        for note in self.notes:
+            shown.say(note)
+        self.say = shown.say
+
+    def tell(self, kind: str, what: str, step: int | None = None) -> None:
+        """Says what happened to the run, and keeps it as a row of its events."""
+        self.say(what)
+        self.events.write(self.step if step is None else step, kind, what)
 
     def check(self, step: int, report: StepReport) -> None:
         """Raises `NotFinite` unless a step's loss and gradient and the state after it are finite."""

@@ -5,7 +5,6 @@ step through a pipe. Of several processes each has a supervisor: where one dies 
 """
 
 import contextlib
-import json
 import os
 import select
 import signal
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from frugalmoe.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
+from frugalmoe.train import events
 
 PIPE = "FRUGALMOE_SUPERVISED"  # in the environment of the run: the number of the pipe's end
-EVENTS = "events.jsonl"
 LONGEST_PAUSE = 60.0  # seconds before a start; 1, 2, 4, ... up to this
 _LOOK = 0.2  # seconds between two looks at the run
 
@@ -158,13 +157,10 @@ def _say(line: str) -> None:
 
 
 def _record(workdir: Path, what: str, seconds: float) -> None:
-    """A row of the run's events, at the step from which it will go on: rows of later ones are not kept."""
+    """A row of the run's events, at the step from which it will go on."""
     folder = workdir / "checkpoints"
     saved = [int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal()] if folder.is_dir() else []
-    row = {"step": max(saved, default=0), "kind": "restart", "what": what, "seconds": round(seconds, 3)}
-    if workdir.is_dir():
-        with contextlib.suppress(OSError), (workdir / EVENTS).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    events.append(workdir / events.FILE, max(saved, default=0), "restart", what, seconds)
 
 
 def telling(progress: Callable[..., Any]) -> Callable[..., Any]:
