@@ -36,6 +36,8 @@ import frugalmoe
 from frugalmoe.islands import blobs, outer, records, streams
 from frugalmoe.islands.store import open_store
 
+pytestmark = pytest.mark.whole
+
 PATIENT = {"lapse_seconds": 600.0}  # nobody is given up
 
 

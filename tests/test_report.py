@@ -24,6 +24,8 @@ from frugalmoe.data.tokenizer import ByteTokenizer
 from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
 
+pytestmark = pytest.mark.whole
+
 VOID = {"meta", "img", "br", "source"}
 
 
