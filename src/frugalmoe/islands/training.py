@@ -79,7 +79,7 @@ def drive(
     """
     (run,) = runs
     began, config = time.perf_counter(), run.config
-    with ExitStack() as held:
+    with run.ledger.phase("exchange"), ExitStack() as held:
         shown = held.enter_context(progress(config, run.start))
         run.show(shown)
         # An island saves at the end of a round, whose place in the directory it knows when it goes on.
@@ -95,6 +95,7 @@ def drive(
             stopped = _lead(steps, local, store, name, shown=shown, idle=lambda: None)
         if stopped:  # what can go on is saved: the state at the end of a round
             run.manager.wait_until_finished()
+            run.ledger.write(run.step, ended="stopped")
             return [{"status": "stopped", "step": run.step, "steps": config.train.steps}]
         steps.program.check_compiled_once()
         run.manager.wait_until_finished()

@@ -206,11 +206,13 @@ def drive(runs: Sequence[Run], progress: Callable[[Config, int], Any], sample: A
         Island(store, "first", "first", rules, lambda: 0.0).agree(agreement)
         for member in members:
             member.start(pause=min(seconds) / 4)
-        turn(members, lambda: stop(run.step))
+        with run.ledger.phase("step"):
+            turn(members, lambda: stop(run.step))
         described = _described(members)
         for key in store.list(""):
             store.delete(key)
         if any(member.alive for member in members):
+            run.ledger.write(0, ended="stopped")
             return [{"status": "stopped", "step": 0, "steps": config.train.steps}]
         run.state, run.step = locals[0].state, locals[0].step
         shown.say("evaluating on held-out documents")
