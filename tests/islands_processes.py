@@ -444,7 +444,7 @@ class Disturber:
         for number in range(islands):
             self.start(f"i{number:02}")
         due, left = 1, faults
-        end = time.monotonic() + PATIENCE + 10 * faults
+        end = time.monotonic() + PATIENCE + 40 * faults
         while self.live or self.away:
             now = newest(self.store)
             self._go_on(now)
