@@ -21,7 +21,7 @@ from frugalmoe.errors import UserError
 from frugalmoe.islands import agreements, blobs, outer, packing, records, streams
 from frugalmoe.islands.contract import Merge, Offered
 from frugalmoe.islands.outer import Outer
-from frugalmoe.islands.records import Agreement, Commit, Contribution, Damaged, Presence
+from frugalmoe.islands.records import Agreement, Commit, Contribution, Damaged, Maker, Presence
 from frugalmoe.islands.store import Store
 from frugalmoe.islands.tensors import Tensor
 from frugalmoe.islands.watch import Watch
@@ -229,7 +229,7 @@ class Island:
         """Returns the record of the round after the one held; makes it where it is due; None while it is not."""
         assert self.held is not None and round == self.held.round + 1
         commit = self.commit(round)
-        if commit is None and self._is_due(round):
+        if commit is None and self._is_due(round) and self._makes(round):
             self._next = self._proposal(round)
             self.store.create(records.path_of_commit(round), records.to_bytes(self._next.commit))
             commit = self.commit(round)
@@ -330,6 +330,23 @@ class Island:
             self._enough_since = round, self.clock()
         return self.clock() - self._enough_since[1] >= section.grace_seconds
 
+    def _makes(self, round: int) -> bool:
+        """Whether this island makes the record of a round. One with a whole outer state, which is much to write, is
+        made by whoever says so first, and by others when that one is gone.
+        """
+        key = records.path_of_maker(round)
+        if not self._is_whole(round) or self.store.create(key, records.to_bytes(Maker(island=self.name, run=self.run))):
+            return True
+        maker = self._record(Maker, key, quiet=True)
+        if maker is None or maker.island == self.name or self._is_gone(maker.island):
+            return True
+        there = self.presence(maker.island)
+        return there is not None and there.run != maker.run
+
+    def _is_whole(self, round: int) -> bool:
+        """Whether the record of a round names the whole outer state."""
+        return round % self.rules.section.snapshot_rounds == 0 or round == self.rules.rounds
+
     def _is_gone(self, name: str) -> bool:
         """Whether an island will not contribute: it says so, or shows no signs of life."""
         if name == self.name:
@@ -374,8 +391,7 @@ class Island:
         found = [offers[i].contribution for i in kept]
         routers = self._merged_routers([offers[i].routers for i in kept], [c.tokens for c in found])
         state = self._step(self.held.outer, [deltas[i] for i in kept], coefficients, names)
-        section = self.rules.section
-        whole = round % section.snapshot_rounds == 0 or round == self.rules.rounds
+        whole = self._is_whole(round)
         commit = Commit(
             format=records.FORMAT, round=round, by=self.name, merged=tuple(found),
             coefficients=tuple(tuple(map(float, row)) for row in coefficients), left_out=FrozenDict(left_out),
