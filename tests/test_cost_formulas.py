@@ -152,7 +152,7 @@ def test_a_perfect_device_takes_the_time_of_its_flops():
     """With a memory and links of no cost, all products at the peak and equal experts, a step is FLOPs over peak."""
     c = load("configs/ling_2.py:mini")
     perfect = H800._replace(bandwidth=1e30, link=1e30, network=1e30)
-    ideal = ASSUMED._replace(matmul=1, attention=1, imbalance=1)
+    ideal = ASSUMED._replace(matmul=1, attention=1, imbalance=1, tile=0, launch=0, software=1)
     times = formulas.step_seconds(c, Layout(remat="none"), perfect, "bf16", ideal)
     assert times.compute == pytest.approx(4096 * formulas.train_flops(c.model, 4096) / 989e12, rel=1e-6)
     assert times.total == pytest.approx(times.compute, rel=1e-6)

@@ -10,6 +10,7 @@ one expert), M devices of the expert axis, P parameters; b bytes of a number in 
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -84,12 +85,18 @@ class Assumptions(NamedTuple):
     """Constants of the time model that no shape gives. `docs/planner.md` has the origin and the effect of each."""
 
     matmul: float = 0.75  # share of the peak that a large product reaches
+    fp8: float = 0.5  # likewise in fp8, with scales of tiles and sums that are moved to float32
+    tile: float = 128.0  # inputs and outputs of a product that are lost to the ends of a kernel's loops
+    launch: float = 4e-4  # seconds of a layer's passes in which a GPU waits for its next kernel
     memory: float = 0.8  # share of the memory's bandwidth that reading and writing in order reaches
     attention: float = 0.5  # share of the peak of fused products of attention
     links: float = 0.8  # share of links and network that a collective reaches
     imbalance: float = 1.3  # rows of the busiest device over the mean
     hidden: float = 0.0  # share of the exchange of tokens that goes on beside computing
-    software: float = 1.0  # what is left of the sum of the parts: launches, waits, kernels not tuned
+    # What is left on GPUs and NPUs of the sum of the parts, beside launches: waits, kernels that are not tuned, jitter.
+    # The median over the published MoE runs of docs/planner.md; TPUs, whose programs are one kernel after the other in
+    # one stream, have nothing to tell.
+    software: float = 0.85
 
 
 ASSUMED = Assumptions()
@@ -390,14 +397,20 @@ class Times(NamedTuple):
         return sum(self)
 
 
-def product_seconds(device: Device, flops: float, moved: float, precision: str, assumed: Assumptions) -> float:
+def product_seconds(
+    device: Device, flops: float, moved: float, precision: str, assumed: Assumptions, narrow: float = math.inf
+) -> float:
     """Returns the time of a product of `flops` that moves so many bytes of factors and result.
 
     Additive roofline: computing and moving overlap in a perfect kernel, and a large product then takes the longer of
     the two. Real ones come near the sum (waves that do not fill the device, factors read more than once), which is
-    also smooth in the shapes: narrow experts, whose products move much for what they compute, lose gradually.
+    also smooth in the shapes: narrow experts, whose products move much for what they compute, lose gradually. A kernel
+    fills and empties its pipeline along the axis that it contracts and in its last tile of outputs: where the narrower
+    of a product's two widths is `narrow`, narrow / (narrow + tile) of the peak is left.
     """
-    share = device.matmul or assumed.matmul
+    share = (device.matmul or assumed.matmul) * (1 / (1 + assumed.tile / narrow))
+    if precision == "fp8":
+        share *= assumed.fp8 / assumed.matmul
     return flops / (device.peak[precision] * share) + moved / (device.bandwidth * assumed.memory)
 
 
@@ -427,9 +440,9 @@ def forward_seconds(
     wide = 3 if low == "fp8" else 0  # an input is read in 2 bytes and written in 1
     queries, keys = _widths(model, pattern.layers(model)[0].attention)
 
-    def product(name: str, moved: float, precision: str = low) -> float:
+    def product(name: str, moved: float, precision: str = low, narrow: float = math.inf) -> float:
         """`moved`: bytes of a whole micro-batch in all layers, before `tensor` and `pipeline` share them."""
-        return product_seconds(device, flops[name] * tokens * share, moved * share, precision, assumed)
+        return product_seconds(device, flops[name] * tokens * share, moved * share, precision, assumed, narrow)
 
     of_attention = (
         layers
@@ -466,13 +479,18 @@ def forward_seconds(
         if hidden and count:
             moved = count * b * (tokens * (2 * model.dim + 3 * hidden) + 3 * model.dim * hidden)
             more = count * tokens * (3 * hidden * b + wide * (model.dim + hidden)) * share / stream
-            found[name] = (product(name, moved), more)
+            found[name] = (product(name, moved, narrow=min(hidden / layout.tensor, model.dim)), more)
     if moe_layers:
         count = moe.num_experts_per_token * tokens * assumed.imbalance
         held = min(moe.num_experts / layout.expert, moe.num_experts_per_token * tokens * layout.expert)
         moved = moe_layers * b * (count * (2 * model.dim + 3 * moe.expert_dim) + held * 3 * model.dim * moe.expert_dim)
         work = product_seconds(
-            device, flops["routed experts"] * tokens * assumed.imbalance * share, moved * share, low, assumed
+            device,
+            flops["routed experts"] * tokens * assumed.imbalance * share,
+            moved * share,
+            low,
+            assumed,
+            min(moe.expert_dim / layout.tensor, model.dim),
         )
         order = (3 * moe.num_experts_per_token + 1) * model.dim * b * tokens / layout.pipeline
         gates = count * (3 * moe.expert_dim * b + wide * (model.dim + moe.expert_dim)) * share
@@ -502,7 +520,10 @@ def step_seconds(
     reading = sum(times(name) * more(name) * part[1] for name, part in parts.items()) * layout.micro_batches
     stored = parameters(model).total / layout.stored
     reading += 7 * FLOAT32 * stored / (device.bandwidth * assumed.memory)
-    compute, reading = compute / assumed.software, reading / assumed.software
+    if device.platform in ("gpu", "npu"):
+        reading += assumed.launch * (model.num_layers + depth) / layout.pipeline * layout.micro_batches
+    if device.platform in ("gpu", "npu"):
+        compute, reading = compute / assumed.software, reading / assumed.software
     exchange = exchange_seconds(config, layout, device, compute + reading, assumed)
     busy = compute + reading + exchange
     ends = (layout.pipeline - 1) / layout.virtual
