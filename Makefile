@@ -41,6 +41,7 @@ parity: .venv/dev.stamp
 
 paper: .venv/dev.stamp
 	$(BIN)/python tests/islands_paper.py
+	$(BIN)/python tests/published_runs.py
 
 bench: .venv/run.stamp .venv-bench/stamp
 	$(BIN)/python benchmarks/run.py --torch-python .venv-bench/bin/python $(ARGS)
