@@ -241,8 +241,8 @@ def _planned() -> str:
 ## What our own planner says
 
 `frugalmoe plan` for `configs/ling_1.py:plus` on {COUNT:,} of each, bfloat16, with failures (8,900 hours between two
-of a device) and this project's layouts, which have no pipelines. What is not known of a device is another's, so that the
-column of prices is no better than these cells; none of it was in the report.
+of a device) and this project's layouts, which have no pipelines. What is not known of a device is another's, so that
+the column of prices is no better than these cells; none of it was in the report.
 
 {table(columns, rows)}"""
 
