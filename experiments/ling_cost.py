@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from frugalmoe.ablate import load_comparison
 from frugalmoe.config import load
-from frugalmoe.cost import TRAIN_FACTOR, forward_flops, islands
+from frugalmoe.cost import TRAIN_FACTOR, device_catalogue, forward_flops, islands, planning
 from frugalmoe.cost.laws import published
 from frugalmoe.files import write_generated
 from frugalmoe.model.transformer import count_parameters
@@ -29,7 +29,7 @@ SEQUENCE = 4096
 
 
 class Device(NamedTuple):
-    """A row of table 1 of the Ling report (arXiv 2503.05139)."""
+    """A row of table 1 of the Ling report (arXiv 2503.05139), from the device catalogue."""
 
     name: str
     peak: float  # FLOP/s, bfloat16
@@ -38,15 +38,16 @@ class Device(NamedTuple):
     likely: str  # which device it is taken for; the report does not say
 
 
-DEVICES = (
-    Device("A", 370e12, 64, 7.0, "Ascend 910B, inferred"),
-    Device("B", 120e12, 96, 4.5, "T-Head PPU, inferred"),
-    Device("C", 312e12, 80, 10.0, "A100 or A800 80 GB: the same speeds stand under that name in Flood's table"),
-    Device("D", 989e12, 80, 27.5, "H100 or H800, by its peak"),
-    Device("E", 147e12, 96, 5.64, "H20: the same speeds stand under that name in Flood's table"),
-)
+def _device(name: str) -> Device:
+    entry = device_catalogue.read().get(f"ling-{name.lower()}")
+    peak, memory, rate = (entry.value(cell) for cell in ("bf16_tflops", "memory_gb", "price_per_hour"))
+    return Device(name, peak, round(memory / 1e9), rate, entry.title.partition(", ")[2])
+
+
+DEVICES = tuple(map(_device, "ABCDE"))
 BY_NAME = {device.name: device for device in DEVICES}
 TOKENS = 1e12
+COUNT = 2048  # devices that the planner is asked about
 DEAR, CHEAP = 6.35e6, 5.08e6  # RMB for 1T tokens of Ling-Plus: on D, and on "a lower-specification hardware system"
 ACTIVE = 28.8e9  # parameters of Ling-Plus, as the report counts them
 RMB_PER_DOLLAR = 7.25
@@ -89,7 +90,16 @@ def saving() -> float:
 
 
 def text() -> str:
-    parts = [_question(), _devices(), _conventions(), _mixes(), _parameters(), _deepseek(), _hyper_parameters()]
+    parts = [
+        _question(),
+        _devices(),
+        _conventions(),
+        _mixes(),
+        _planned(),
+        _parameters(),
+        _deepseek(),
+        _hyper_parameters(),
+    ]
     parts += [_leverage(), _reliability(), _percentages()]
     return "\n\n".join(map(_wrapped, "\n\n".join(parts).split("\n\n")))
 
@@ -106,11 +116,11 @@ def _question() -> str:
 
 What does the price of a model depend on, and can unlike devices give the 20% of the Ling report?
 
-**Assumed.** Peaks, memory and prices are those of table 1 of the Ling report (arXiv 2503.05139); it calls the price a
-fair cost, and says neither what the devices are nor what is in it. {six_n():.4g} FLOPs for 1T tokens: 6 for each of
-{ACTIVE / 1e9:.1f}B active parameters. No failures, no idle time, one utilization for the whole run;
-{RMB_PER_DOLLAR} RMB are a dollar. The report discloses no utilization, no number of devices, no mix and no
-precision: what is said of them here is solved for, not measured.
+**Assumed.** Peaks, memory and prices are those of table 1 of the Ling report (arXiv 2503.05139), as
+`cost/devices.toml` has them; it calls the price a fair cost, and says neither what the devices are nor what is in it.
+{six_n():.4g} FLOPs for 1T tokens: 6 for each of {ACTIVE / 1e9:.1f}B active parameters. No failures, no idle time, one
+utilization for the whole run; {RMB_PER_DOLLAR} RMB are a dollar. The report discloses no utilization, no number of
+devices, no mix and no precision: what is said of them here is solved for, not measured.
 
 **Found.** The two totals, {DEAR / 1e6:.2f}M and {CHEAP / 1e6:.2f}M RMB for 1T tokens
 ({DEAR / RMB_PER_DOLLAR / 1e6:.3f}M and {CHEAP / RMB_PER_DOLLAR / 1e6:.3f}M dollars), are {saving():.1%} apart."""
@@ -128,7 +138,7 @@ def _devices() -> str:
             f"{dear:.1%}", f"{cheap:.1%}", f"{hours:,.0f}", f"{TOKENS / hours / 3600:,.0f}",
         ))  # fmt: skip
     columns = (
-        "device", "peak TFLOP/s", "GB", "RMB/h", "likely", "RMB per peak PFLOP-hour", "of D's",
+        "device", "peak TFLOP/s", "GB", "RMB/h", "taken for", "RMB per peak PFLOP-hour", "of D's",
         "1T tokens at the peak, RMB", f"utilization for {DEAR / 1e6:.2f}M", f"for {CHEAP / 1e6:.2f}M",
         f"device-hours at {CHEAP / 1e6:.2f}M", "tokens/s of a device",
     )  # fmt: skip
@@ -209,6 +219,32 @@ above, weighted by tokens. For E that means
 large memory
 bandwidth: not out of reach, since DeepSeek-V3 measured 39% on H800, but nothing that the report says. A alone may be
 at {relative(a) / wanted:.2f} of D's utilization."""
+
+
+def _planned() -> str:
+    config, rows, prices = load("ling_1:plus"), [], {}
+    ask = planning.Ask(config, TOKENS, currency="CNY")
+    for device in DEVICES:
+        entry = device_catalogue.read().get(f"ling-{device.name.lower()}")
+        part = planning.part(ask, planning.Offer(entry, COUNT, device.rate), COUNT)
+        hours = TOKENS / part.speed / 3600 * COUNT
+        prices[device.name] = hours * device.rate
+        lacking = ", ".join(cell for cell in entry.borrowed if cell in ("bandwidth_gb_s", "link_gb_s", "network_gb_s"))
+        rows.append([
+            device.name, f"{part.fit.mfu:.1%}", f"{part.uptime.goodput:.1%}", f"{hours:,.0f}",
+            f"{prices[device.name] / 1e6:.2f}M", "", lacking,
+        ])  # fmt: skip
+    for row in rows:
+        row[5] = f"{prices[row[0]] / prices['D']:.2f}"
+    columns = ("device", "utilization", "goodput", "device-hours", "RMB for 1T tokens", "of D's", "not known of it")
+    return f"""\
+## What our own planner says
+
+`frugalmoe plan` for `configs/ling_1.py:plus` on {COUNT:,} of each, bfloat16, with failures (8,900 hours between two
+of a device) and this project's layouts, which have no pipelines. What is not known of a device is another's, so that
+the column of prices is no better than these cells; none of it was in the report.
+
+{table(columns, rows)}"""
 
 
 def overridden(name: str, changes: dict) -> Model:

@@ -9,6 +9,7 @@ K choices, V vocabulary, H query heads, h heads of keys and values, d channels o
 one expert), M devices of the expert axis, P parameters; b bytes of a number in the compute dtype.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -148,7 +149,8 @@ def flops_of_token(model: Model, sequence_length: int) -> Mapping[str, float]:
 
 @functools.lru_cache(64)
 def _state(model: Model, optimizer: Optim) -> optim.Bytes:
-    return optim.bytes_of(Config(model=model, optim=optimizer))
+    of_any_length = dataclasses.replace(optimizer, schedule="constant")
+    return optim.bytes_of(Config(model=model, optim=of_any_length))
 
 
 def train_flops(model: Model, sequence_length: int, remat: str = "none") -> float:
@@ -324,6 +326,7 @@ class Traffic(NamedTuple):
     experts: float  # rows to their experts and back
     experts_far: float  # of them to other nodes
     parameters: float  # gathered, and gradients that are scattered
+    gradients: float  # summed over groups of devices that each have all parameters (`data`)
     tensor: float  # sums over devices that share heads and hidden widths
     context: float  # whole sequences for attention
 
@@ -361,7 +364,8 @@ def traffic(config: Config, layout: Layout, node: int) -> Traffic:
     return Traffic(
         of_rows * (near + far),
         of_rows * far,
-        (2 if layout.gathered_once else 3 * layout.micro_batches) * b * gathered + summed,
+        (2 if layout.gathered_once else 3 * layout.micro_batches) * b * gathered,
+        summed,
         8 * (t - 1) / t * layers * tokens * model.dim * b * layout.micro_batches,
         2 * (c - 1) / c * layers * tokens * (2 * queries + keys) / t * b * layout.micro_batches,
     )
@@ -546,7 +550,8 @@ def exchange_seconds(
     rows *= 1 - assumed.hidden
     inner = layout.tensor * layout.context
     near = sent.tensor / speed(inner) + sent.context / speed(layout.context)
-    gathers = sent.parameters / speed(inner * layout.expert * layout.fsdp * layout.data)
+    gathers = sent.parameters / speed(inner * layout.expert * layout.fsdp)
+    gathers += sent.gradients / speed(inner * layout.expert * layout.fsdp * layout.data)
     if layout.pipeline > 1:
         tokens = layout.sequences * config.data.sequence_length / layout.context * layout.micro_batches
         near += 2 * layout.virtual * tokens * config.model.dim * bytes_of_number(config.model) / network

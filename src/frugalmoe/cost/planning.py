@@ -295,8 +295,7 @@ def counts(ask: Ask, offer: Offer, least: Fit) -> list[int]:
 def search(ask: Ask, offers: Sequence[Offer]) -> Found:
     """Returns the cheapest plan that meets the constraints, all others, and why they lose.
 
-    Without a deadline devices with a number are all used, and of others as many as end the run in `DAYS`. Where no
-    price is known plans are compared by device-hours. Raises `UserError` where no plan meets the constraints.
+    Where no price is known plans are compared by device-hours. Raises `UserError` where no plan meets the constraints.
     """
     plans: dict[str, list[Plan]] = {}
     why, fewest = {}, {}
@@ -349,16 +348,19 @@ def _meets(ask: Ask, p: Plan) -> bool:
 
 
 def _choose(ask: Ask, plans: Mapping[str, Sequence[Plan]]) -> Plan:
+    """The cheapest plan that meets the constraints. Without a deadline none may be slower than the cheapest of those
+    that use all devices that are there, or that end in `DAYS`: fewer devices for longer are not what was asked.
+    """
     every = [p for of_kind in plans.values() for p in of_kind]
+    meeting = [p for p in every if _meets(ask, p)]
+    if not meeting:
+        raise UserError(_infeasible(ask, every))
     if ask.deadline is None:
-        # All that are there, or what ends in DAYS; where a budget is given, also fewer devices.
-        usual = [_usual(of_kind) for of_kind in plans.values() if len(of_kind[-1].parts) == 1]
-        meeting = [p for p in usual if _meets(ask, p)] or [p for p in every if _meets(ask, p)]
-    else:
-        meeting = [p for p in every if _meets(ask, p)]
-    if meeting:
-        return min(meeting, key=_cost)
-    raise UserError(_infeasible(ask, every))
+        usual = [_usual(of_kind) for of_kind in plans.values() if len(of_kind[0].parts) == 1]
+        if usual := [p for p in usual if p in meeting]:
+            slowest = min(usual, key=_cost).hours
+            meeting = [p for p in meeting if p.hours <= slowest]
+    return min(meeting, key=_cost)
 
 
 def _of_kind(ask: Ask, of_kind: Sequence[Plan]) -> Plan:
@@ -372,7 +374,7 @@ def _usual(of_kind: Sequence[Plan]) -> Plan:
     offer = of_kind[-1].parts[0].offer
     if offer.count is not None:
         return of_kind[-1]
-    return next((p for p in of_kind if p.hours <= DAYS * 24), of_kind[-1])
+    return min((p for p in of_kind if p.hours <= DAYS * 24), key=_cost, default=of_kind[-1])
 
 
 def _infeasible(ask: Ask, every: Sequence[Plan]) -> str:
@@ -437,7 +439,9 @@ def slow_part(ask: Ask, one: Part) -> str:
 def _why(ask: Ask, p: Plan, best: Plan) -> str:
     """One clause: what decides against a plan, or for it."""
     slow = "; ".join(dict.fromkeys(slow_part(ask, one) for one in p.parts))
-    apart = f"; training apart lost {p.loss[1]:.2f} nats in our study of small models" if p.loss else ""
+    apart = ""
+    if p.loss:
+        apart = f"; {p.transfer:.0%} of the time goes into meeting, and small models lost {p.loss[1]:.2f} nats so"
     if p is best:
         what = "cheapest" if p.price is not None else "fewest device-hours"
         return f"{what} of those that meet the constraints ({slow}){apart}"
