@@ -30,7 +30,9 @@ from frugalmoe.errors import EXIT_PREEMPTED, UserError
 from frugalmoe.files import write_atomically
 from frugalmoe.islands import blobs, outer, records, training
 from frugalmoe.islands.contract import Offered
-from frugalmoe.islands.island import Agreement, Island, Rules
+from frugalmoe.islands.directory import Rules
+from frugalmoe.islands.island import Island
+from frugalmoe.islands.records import Agreement
 from frugalmoe.islands.rounds import Rounds
 from frugalmoe.islands.store import PATIENCE as PATIENCE_OF_STORES
 from frugalmoe.islands.store import Store, open_store
@@ -349,7 +351,7 @@ def replay(store: Store, rules: Rules) -> list[records.Commit]:
     island.catch_up(0)
     for before, commit in itertools.pairwise(found):
         names = rules.names(commit.round)
-        deltas = [island._delta(island._read_blob(c.blob), names, shapes) for c in commit.merged]
+        deltas = [island.delta(island.read_blob(c.blob), names, shapes) for c in commit.merged]
         number = functools.partial(_numbers, commit)
         offered = Offered(
             tuple(c.island for c in commit.merged), outer.gram(deltas, names),
@@ -360,7 +362,7 @@ def replay(store: Store, rules: Rules) -> list[records.Commit]:
         assert np.array_equal(merged.coefficients_MQ, np.array(commit.coefficients).reshape(len(deltas), len(names)))
         after = island.take(commit)  # raises where the checksum is another one
         if commit.snapshot:
-            whole = island._read_snapshot(commit)
+            whole = island.read_snapshot(commit)
             assert outer.sha256(whole.outer.momentum) == outer.sha256(after.outer.momentum)
     return found
 

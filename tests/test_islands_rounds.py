@@ -14,7 +14,8 @@ from party import TOKENS_PER_ROW, Party
 
 from frugalmoe.errors import UserError
 from frugalmoe.islands import merges, records, streams, tensors
-from frugalmoe.islands.island import Island, Rules, Work
+from frugalmoe.islands.directory import Rules
+from frugalmoe.islands.island import Island, Work
 from frugalmoe.islands.store import open_store
 from frugalmoe.islands.tensors import Tensor
 from frugalmoe.islands.virtual import Member, VirtualLocal, turn

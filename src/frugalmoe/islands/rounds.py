@@ -13,7 +13,8 @@ import numpy as np
 
 from frugalmoe.errors import UserError
 from frugalmoe.islands import packing, streams
-from frugalmoe.islands.island import Island, Mismatch, Work
+from frugalmoe.islands.directory import Mismatch
+from frugalmoe.islands.island import Island, Work
 from frugalmoe.islands.records import Commit, Contribution, Damaged
 from frugalmoe.islands.store import StoreError
 from frugalmoe.schema import FrozenDict

@@ -18,7 +18,8 @@ from frugalmoe.data import Dataset
 from frugalmoe.errors import UserError
 from frugalmoe.files import check_name, read_json, write_atomically, write_json
 from frugalmoe.islands import agreements, blobs, merges, processes, routers, tensors
-from frugalmoe.islands.island import Island, Rules
+from frugalmoe.islands.directory import Rules
+from frugalmoe.islands.island import Island
 from frugalmoe.islands.records import Damaged
 from frugalmoe.islands.rounds import Found, Local, Rounds
 from frugalmoe.islands.store import Store, StoreError, open_store

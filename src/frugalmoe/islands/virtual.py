@@ -17,7 +17,8 @@ import numpy as np
 
 from frugalmoe.errors import UserError
 from frugalmoe.islands import agreements
-from frugalmoe.islands.island import Island, Rules
+from frugalmoe.islands.directory import Rules
+from frugalmoe.islands.island import Island
 from frugalmoe.islands.rounds import Found, Local, Rounds
 from frugalmoe.islands.store import Store, open_store
 from frugalmoe.islands.training import OfState, advice, rules_of
