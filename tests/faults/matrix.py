@@ -3,6 +3,7 @@
     make faults                       all of it, in an hour on two cores; the table goes into docs/reliability.md too
     make faults ARGS="--only=F5,F9"   some rows; those of the others stay as they were measured
     make faults ARGS=--short          as few injections as in CI; the table is printed and not kept
+    make faults ARGS=--read=FILE      no tests: the figures that some gave, run with FRUGALMOE_FAULTS_TABLE=FILE
 
 A row is of the tests that give figures (`runs.figures`), or of those that a fault names here: then each test is an
 injection, and is survived if it passes. Tests that are not there yet are left out.
@@ -69,6 +70,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", metavar="F1,F5", help="faults whose tests are run (default: all)")
     parser.add_argument("--short", action="store_true", help="few injections; nothing is kept")
+    parser.add_argument("--read", type=Path, metavar="FILE", help="run nothing: take the figures that tests gave")
     parser.add_argument("--table", action="store_true", help="run nothing: write the page from the figures kept")
     args = parser.parse_args()
     chosen = args.only.split(",") if args.only else [*FAULTS]
@@ -76,7 +78,11 @@ def main() -> int:
         parser.error(f"--only={args.only}: no fault {unknown[0]}; valid: {', '.join(FAULTS)}")
     kept = read_json(KEPT) if KEPT.is_file() else {}
     code = 0
-    for words, files in _passes(chosen) if not args.table else ():
+    if args.read:
+        kept |= _given(args.read, chosen, args.short)
+    if not (args.read or args.table):  # a fault whose tests fail has no row
+        kept = {name: figures for name, figures in kept.items() if name.split()[0] not in chosen}
+    for words, files in _passes(chosen) if not (args.table or args.read) else ():
         found, failed = _run(words, files, chosen, args.short)
         code, kept = code or int(failed), kept | found
     if not args.short:
@@ -107,11 +113,22 @@ def _run(words: str, files: list[Path], chosen: list[str], short: bool) -> tuple
         environment |= {} if short else {"FRUGALMOE_FAULTS_LONG": "1"}
         line = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *map(str, sorted(files))]
         code = subprocess.run([*line, "-k", words] if words else line, env=environment, cwd=TESTS.parent).returncode
-        given = [json.loads(row) for row in table.read_text().splitlines()] if table.is_file() else []
+        found = _given(table, chosen, short)
         cases = [*ET.parse(report).iter("testcase")] if report.is_file() else []
-    about = {"date": datetime.date.today().isoformat(), "commit": _commit(), "form": "short" if short else "long"}
+    for fault in chosen:
+        title, tests = FAULTS[fault]
+        own = [case for case in cases if any(_is_of(case, pattern, named) for pattern, named in tests.items())]
+        if own and not any(name.split()[0] == fault for name in found):
+            passed = [case for case in own if not any(case.iter("failure")) and not any(case.iter("error"))]
+            figures = {"injections": len(own), "survived": len(passed), "lost": None, "seconds": []}
+            found[f"{fault} {title} (tests)"] = figures | _about(short)
+    return found, code not in (0, 5)  # 5: no test has these words
+
+
+def _given(table: Path, chosen: list[str], short: bool) -> dict:
+    """{title: figures} of the rows that tests gave, those of a title added up."""
     found: dict = {}
-    for row in given:
+    for row in map(json.loads, table.read_text().splitlines() if table.is_file() else []):
         if row["fault"].partition(" ")[0] in chosen:
             old = found.get(row["fault"], {"injections": 0, "survived": 0, "lost": None, "seconds": []})
             lost = [value for value in (old["lost"], row["lost"]) if value is not None]
@@ -120,16 +137,13 @@ def _run(words: str, files: list[Path], chosen: list[str], short: bool) -> tuple
                 "survived": old["survived"] + row["survived"],
                 "lost": max(lost, default=None),
                 "seconds": [round(second, 2) for second in old["seconds"] + row["seconds"]],
-                **about,
+                **_about(short),
             }
-    for fault in chosen:
-        title, tests = FAULTS[fault]
-        own = [case for case in cases if any(_is_of(case, pattern, named) for pattern, named in tests.items())]
-        if own and not any(name.split()[0] == fault for name in found):
-            passed = [case for case in own if not any(case.iter("failure")) and not any(case.iter("error"))]
-            figures = {"injections": len(own), "survived": len(passed), "lost": None, "seconds": []}
-            found[f"{fault} {title} (tests)"] = figures | about
-    return found, code not in (0, 5)  # 5: no test has these words
+    return found
+
+
+def _about(short: bool) -> dict[str, str]:
+    return {"date": datetime.date.today().isoformat(), "commit": _commit(), "form": "short" if short else "long"}
 
 
 def _is_of(case: ET.Element, pattern: str, words: str) -> bool:

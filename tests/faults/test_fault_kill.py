@@ -159,7 +159,8 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_been(place, forks, begin
         assert_same(bits(workdir), theirs)
         assert not list(workdir.rglob("*tmp*")) and (workdir / "report" / "index.html").is_file()
     for moment, count in kills.items():
-        figures(f"F{2 if moment == 'in a save' else 1} SIGKILL {moment}", count, count, max(lost), times if moment == "anywhere" else [])
+        fault = "F2" if moment == "in a save" else "F1"
+        figures(f"{fault} SIGKILL {moment}", count, count, max(lost), times if moment == "anywhere" else [])
     assert max(lost) <= 2 * EVERY, "an interval, and the steps while the save of the next one was being written"
 
 

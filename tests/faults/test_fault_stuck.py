@@ -193,9 +193,10 @@ def test_what_two_looks_at_the_others_tell():
     before = {f"{key}0": "4 step 8 to end", f"{key}1": "7 the batch of step 8", f"{key}2": "9 step 8 to end"}
     moved = {f"{key}0": "6 step 8 to end", f"{key}1": "9 the batch of step 8", f"{key}2": "11 step 8 to end"}
     told = lambda after, own: _Voices.compared(before, after, own, 3)
-    assert told(moved, 0) == "; process 1 waits for the batch of step 8" and told(moved, 1) == ""
-    assert "process 1 does not answer" in told(moved | {f"{key}1": before[f"{key}1"]}, 0)
-    assert "process 1, 2 does not answer" in told({f"{key}0": "6 x"}, 0)
+    assert told(moved, 0) == ("; process 1 waits for the batch of step 8", False) and told(moved, 1) == ("", False)
+    what, silent = told(moved | {f"{key}1": before[f"{key}1"]}, 0)
+    assert "process 1 does not answer" in what and silent
+    assert "process 1, 2 does not answer" in told({f"{key}0": "6 x"}, 0)[0]
 
 
 def test_time_in_which_the_process_itself_was_stopped_does_not_count(tmp_path, monkeypatch):

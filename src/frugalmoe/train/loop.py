@@ -301,7 +301,7 @@ class Run:
         main = distributed.is_main()
         log = lambda name: rundir.Log(workdir / name if main else Path(os.devnull), self.start)
         self.metrics_log, self.load_log = log("metrics.jsonl"), log("expert_load.jsonl")
-        self.saves.logs = (self.metrics_log, self.load_log)
+        self.saves.logs = lambda: (self.metrics_log, self.load_log)
         self.trackers = Trackers(config, workdir, self.start, quiet=not main)
         self.eval_step = compiled_eval_step(config)
         data.quarantine.begin(workdir / quarantine.FILE)
@@ -379,7 +379,6 @@ class Run:
         trace: list = []
         scores = None if stopped else self._finish(trace)
         self.save(last=True)
-        watch.doing(None)
         if trace:
             write_probe(self.workdir / "probe.npz", trace, self.layers, self.config.model.moe.num_experts)
         summary = {"status": "stopped" if stopped else "complete", "step": self.step, "steps": self.config.train.steps}
@@ -404,7 +403,9 @@ class Run:
     def _scored(self, eval_step: Callable, data: Dataset, trace: list | None = None) -> Scores:
         moves = lambda *rows: watch.doing(watch.EVALUATION, self.step)
         moves()
-        return evaluate(eval_step, self.state, data, self.config, self.mesh, trace, done=moves)
+        scores = evaluate(eval_step, self.state, data, self.config, self.mesh, trace, done=moves)
+        watch.doing(None)
+        return scores
 
     def save(self, *, must: bool = False, last: bool = False) -> bool:
         """Saves the state, as `Saves` does, and returns whether; raises `NotFinite` for one that is not finite.
@@ -414,10 +415,10 @@ class Run:
         watch.doing(watch.SAVE, self.step)
         if not checkpoint.is_finite(self.state):
             raise NotFinite(self._broken(f"the state after step {self.step}"))
-        if last:
-            self.saves.last(self.step, self.state)
-            return True
-        return self.saves.save(self.step, self.state, must)
+        try:
+            return self.saves.last(self.step, self.state) if last else self.saves.save(self.step, self.state, must)
+        finally:
+            watch.doing(None)
 
     def seek(self, position: int) -> None:
         """Makes the run go on with the batch of another position: a larger one skips batches, a smaller one goes back.

@@ -41,7 +41,7 @@ class Saves:
         self._saving: int | None = None
         self._told: int | None = None  # the last step that was told not to be saved
         self._behind = False  # whether rows wait
-        self.logs: Sequence[Log] = ()
+        self.logs: Callable[[], Sequence[Log]] = lambda: ()  # those that the run has open
         self.manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -63,27 +63,29 @@ class Saves:
         self._failed(step, why, must)
         return False
 
-    def settled(self, step: int) -> bool:
-        """Waits for what is being saved; returns whether the step is there then."""
-        self._settle(must=False)
+    def settled(self, step: int, must: bool = False) -> bool:
+        """Waits for what is being saved; returns whether the step is there then, or raises `NotSaved` with `must`."""
+        self._settle(must)
         return step in self.manager.all_steps()
 
-    def last(self, step: int, state: State) -> None:
-        """Saves the last state of a run and waits until it is there. Where there is no space it waits for some, `WAIT`
-        seconds long; then it raises `NotSaved`.
+    def last(self, step: int, state: State) -> bool:
+        """Saves the last state of a run, waits until it is there, and returns True.
+
+        Where there is no space it waits for some, `WAIT` seconds long; then it raises `NotSaved`.
         """
         end = time.monotonic() + (WAIT if self._config.on_error == CONTINUE else 0)
-        told = False
-        while not (self.save(step, state, must=told and time.monotonic() > end) and self.settled(step)):
+        told = must = False
+        while not (self.save(step, state, must) and self.settled(step, must)):
             if not told:
                 self._tell("checkpoint", f"the run waits up to {WAIT:g} s for space, for this is its last step", step)
-            told = True
+            told, must = True, distributed.exchange(time.monotonic() > end)[0]
             watch.doing(watch.SAVE, step)  # to wait is not to be stuck
             _pause(_LOOK)
+        return True
 
     def look(self, step: int) -> None:
         """Tells of a save, or of logs, that failed meanwhile. Costs next to nothing."""
-        behind = next((log for log in self.logs if log.trouble), None)
+        behind = next((log for log in self.logs() if log.trouble), None)
         if behind is not None and not self._behind:
             self._tell("log", f"{behind.trouble}; rows wait in memory, and are tried again with each new one", step)
         if behind is None and self._behind:
@@ -111,7 +113,7 @@ class Saves:
             checkpoint.check_space(Path(self.manager.directory), state)
         except UserError as error:
             return str(error)
-        return next((log.trouble for log in self.logs if log.flush()), "")
+        return next((log.trouble for log in self.logs() if log.flush()), "")
 
     def _renewed_after(self, error: Exception) -> str:
         """What to tell of an error of the disk, once the manager, which still counts the step that failed, is a new one

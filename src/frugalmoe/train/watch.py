@@ -3,9 +3,9 @@ leaves with `EXIT_STUCK`, so that a supervisor, or whoever else looks after it, 
 
 The loop says what it does, `doing`. Each time the count begins anew, with a limit of its own: a batch may take
 `train.stuck_seconds`, or ten times what a step takes in the median where that is longer; a step twice as long, so that
-of several processes the one whose loader sleeps speaks first; compiling, evaluating and saving far longer. Time is
-counted by a thread in its own ticks: while the whole process is stopped, as on a laptop that sleeps, none passes, and
-clocks that are set do not matter.
+of several processes the one whose loader sleeps speaks first; compiling, evaluating and saving far longer, as
+long as all other processes can still be heard. Time is counted by a thread in its own ticks: while the whole process is
+stopped, as on a laptop that sleeps, none passes, and clocks that are set do not matter.
 """
 
 import contextlib
@@ -53,12 +53,12 @@ class _Now(NamedTuple):
 
 
 class _Watch:
-    def __init__(self, seconds: float, workdir: Path, limit_of_others: float):
-        self._seconds, self._workdir, self._patience = seconds, workdir, limit_of_others
+    def __init__(self, seconds: float, workdir: Path):
+        self._seconds, self._workdir = seconds, workdir
         self._now: _Now | None = None
         self._steps: deque[float] = deque(maxlen=32)
         self._began, self._over = time.monotonic(), threading.Event()
-        self._voices = _Voices(lambda: str(self._now)) if jax.process_count() > 1 else None
+        self._voices = _Voices(lambda: str(self._now), seconds / 4) if jax.process_count() > 1 else None
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
 
@@ -79,18 +79,25 @@ class _Watch:
         return phase.times * max(self._seconds, _MEDIANS * usual)
 
     def _look(self) -> None:
-        seen, waited, last = None, 0.0, time.monotonic()
+        seen, waited, last, heard = None, 0.0, time.monotonic(), 0.0
         while not self._over.wait(_TICK):
             now, at = self._now, time.monotonic()
             tick, last = min(at - last, 2 * _TICK), at
             waited = waited + tick if now is seen and now is not None else 0.0
-            seen = now
-            if now is not None and waited > self._limit(now.phase):
-                self._end(now, waited)
+            seen, heard = now, heard if waited else 0.0
+            if now is None:
+                continue
+            # What takes long may wait for a process that will not come any more.
+            over = waited > self._limit(now.phase)
+            if over or (self._voices and waited - heard > self._limit(STEP)):
+                asks = self._voices and now.phase is not BATCH  # whose batch does not come need not ask why
+                others, frozen = self._voices.told() if asks else ("", False)
+                heard = waited
+                if over or frozen:
+                    self._end(now, waited, others)
 
-    def _end(self, now: _Now, waited: float) -> None:
-        """Ends the process, unless it moves while this is told."""
-        others = self._voices.told(self._patience) if self._voices else ""
+    def _end(self, now: _Now, waited: float, others: str) -> None:
+        """Ends the process, unless it has moved meanwhile."""
         if self._now is not now or self._over.is_set() or not may_speak():
             return
         who = f"process {jax.process_index()}: " if self._voices else ""
@@ -114,42 +121,45 @@ class _Voices:
 
     _KEY, _PERIOD = "frugalmoe/watch/", 1.0
 
-    def __init__(self, what: Callable[[], str]):
+    def __init__(self, what: Callable[[], str], silence: float):
         from jax._src import distributed  # there is no public way to its store
 
         self._client, self.over = distributed.global_state.client, threading.Event()
+        self._period = self._PERIOD * max(1.0, jax.process_count() / 64)
+        self._silence = max(silence, 4 * self._period)  # seconds without a word
         threading.Thread(target=self._say, args=(what,), name="watch: tells", daemon=True).start()
 
     def _say(self, what: Callable[[], str]) -> None:
         count = 0
-        period = self._PERIOD * max(1.0, jax.process_count() / 64)
-        while not self.over.wait(period):
+        while not self.over.wait(self._period):
             with contextlib.suppress(Exception):  # of many kinds; it only helps to say who is stuck
                 self._client.key_value_set(
                     f"{self._KEY}{jax.process_index()}", f"{count} {what()}", allow_overwrite=True
                 )
             count += 1
 
-    def told(self, patience: float) -> str:
-        """What is known of the others: who no longer says anything, or what they wait for."""
+    def told(self) -> tuple[str, bool]:
+        """(What is known of the others: who no longer says anything, or what they wait for; whether one is silent.)"""
         found: list[Mapping[str, str]] = []
 
         def ask() -> None:
             with contextlib.suppress(Exception):
-                for pause in (4 * self._PERIOD * max(1.0, jax.process_count() / 64), 0):
+                for pause in (self._silence, 0):
                     found.append(dict(self._client.key_value_dir_get(self._KEY)))
                     time.sleep(pause)
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
-        asking.join(patience)
+        asking.join(self._silence + 10)
         if len(found) < 2:
-            return "; process 0 does not answer: it is frozen, or its host cannot be reached"
+            return "; process 0 does not answer: it is frozen, or its host cannot be reached", True
         return self.compared(*found, own=jax.process_index(), processes=jax.process_count())
 
     @classmethod
-    def compared(cls, before: Mapping[str, str], after: Mapping[str, str], own: int, processes: int) -> str:
-        """What two looks at the store tell."""
+    def compared(
+        cls, before: Mapping[str, str], after: Mapping[str, str], own: int, processes: int
+    ) -> tuple[str, bool]:
+        """What two looks at the store tell, as `told`."""
         silent, waiting = [], []
         for process in (i for i in range(processes) if i != own):
             key = f"{cls._KEY}{process}"
@@ -159,8 +169,8 @@ class _Voices:
                 waiting.append(f"process {process} waits for {after[key].partition(' ')[2]}")
         if silent:
             names = ", ".join(map(str, silent))
-            return f"; process {names} does not answer: it is frozen, or its host cannot be reached"
-        return f"; {', '.join(waiting)}" if waiting else ""
+            return f"; process {names} does not answer: it is frozen, or its host cannot be reached", True
+        return (f"; {', '.join(waiting)}" if waiting else ""), False
 
 
 _current: _Watch | None = None
@@ -170,7 +180,7 @@ _current: _Watch | None = None
 def watching(seconds: float, workdir: Path) -> Iterator[None]:
     """Watches the process while the block runs, which holds one run; 0 seconds: it does not."""
     global _current
-    _current = _Watch(seconds, workdir, limit_of_others=10.0) if seconds else None
+    _current = _Watch(seconds, workdir) if seconds else None
     try:
         yield
     finally:
