@@ -232,7 +232,7 @@ class RunLocal(OfState):
         return self._steps.stop_requested()
 
     def save(self) -> None:
-        self.run.save()
+        self.run.save(must=True)  # an island goes on from what the directory says of it
 
 
 def at_step(state: State, step: int) -> State:
