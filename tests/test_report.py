@@ -25,6 +25,8 @@ from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
 from frugalmoe.train import goodput
 
+pytestmark = pytest.mark.whole
+
 VOID = {"meta", "img", "br", "source"}
 
 

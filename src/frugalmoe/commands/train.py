@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     from frugalmoe.console import Console
     from frugalmoe.fields import to_dict
     from frugalmoe.generate import sample_text
-    from frugalmoe.train import distributed, preflight, rundir, supervise
+    from frugalmoe.train import distributed, preflight, rundir, supervise, watch
     from frugalmoe.train.ledger import Ledger
     from frugalmoe.train.loop import train
     from frugalmoe.train.profile import profiled
@@ -159,7 +159,10 @@ def run(args: argparse.Namespace) -> int:
         return _dry_run(ready, workdir, distributed.is_main())
     was_complete = rundir.is_complete(workdir) and not args.fresh
     progress = supervise.telling(profiled(args.profile, workdir / "profile") if args.profile else Progress)
-    summary = train(config, workdir, **how, sample=sample_text, progress=progress, times=times)
+    with watch.watching(config.train.stuck_seconds, workdir):
+        summary = train(config, workdir, **how, sample=sample_text, progress=progress, times=times)
+    if summary["status"] == "stopped":
+        watch.leave_within(10, EXIT_PREEMPTED)
     if not distributed.is_main():
         return EXIT_PREEMPTED if summary["status"] == "stopped" else 0
     if summary["status"] == "stopped":

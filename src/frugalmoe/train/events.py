@@ -14,25 +14,32 @@ class Events:
     """Writes rows of (step, kind, what, seconds since this start of the run). The file is made with the first of them.
 
     None is written with `quiet`, as in processes that are not the first of a run. An event that cannot be written, as
-    on a full disk, must not end what goes on: it is left out.
+    on a full disk, must not end what goes on: it waits for the next one, or for `flush`.
     """
 
     def __init__(self, workdir: Path, quiet: bool = False):
         self._path, self._quiet, self._began = workdir / FILE, quiet, time.perf_counter()
+        self._waiting: list[tuple[int, str, str, float]] = []
 
     def write(self, step: int, kind: str, what: str) -> None:
         if not self._quiet:
-            append(self._path, step, kind, what, time.perf_counter() - self._began)
+            self._waiting.append((step, kind, what, time.perf_counter() - self._began))
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the events that wait, as far as it can."""
+        while self._waiting and append(self._path, *self._waiting[0]):
+            self._waiting.pop(0)
 
 
-def append(path: Path, step: int, kind: str, what: str, seconds: float) -> None:
-    """Appends a row to a file of events."""
-    append_row(path, {"step": step, "kind": kind, "what": what, "seconds": round(seconds, 3)})
+def append(path: Path, step: int, kind: str, what: str, seconds: float) -> bool:
+    """Appends a row to a file of events; returns whether it could be written."""
+    return append_row(path, {"step": step, "kind": kind, "what": what, "seconds": round(seconds, 3)})
 
 
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Appends a row to a file of JSON lines; where its last line was torn, as by a kill, that line goes first. A row
-    that cannot be written is left out.
+def append_row(path: Path, row: Mapping[str, Any]) -> bool:
+    """Appends a row to a file of JSON lines; where its last line was torn, as by a kill, that line goes first. Returns
+    whether it could be written.
     """
     with contextlib.suppress(OSError), path.open("ab+") as file:
         size = file.seek(0, 2)
@@ -41,3 +48,6 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         if tail and not tail.endswith(b"\n"):
             file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
         file.write(json.dumps(row).encode() + b"\n")
+        file.flush()
+        return True
+    return False

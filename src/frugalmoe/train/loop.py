@@ -15,7 +15,7 @@ import numpy as np
 
 from frugalmoe import sharding
 from frugalmoe.config import Config, outside, settle
-from frugalmoe.data import Dataset, open_data
+from frugalmoe.data import Dataset, open_data, quarantine
 from frugalmoe.data.batches import Batch
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
@@ -26,7 +26,7 @@ from frugalmoe.model.causality import causality
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
-from frugalmoe.train import best, checkpoint, distributed, ledger, rundir, saved
+from frugalmoe.train import best, checkpoint, distributed, ledger, rundir, saved, watch
 from frugalmoe.train import origin as origins
 from frugalmoe.train.evaluate import Scores, evaluate, write_probe
 from frugalmoe.train.events import Events
@@ -37,6 +37,7 @@ from frugalmoe.train.placing import own_rows
 from frugalmoe.train.preflight import check_directory
 from frugalmoe.train.program import Program, compiled_eval_step
 from frugalmoe.train.progress import Progress
+from frugalmoe.train.saving import Saves
 from frugalmoe.train.step import State, abstract, init
 from frugalmoe.train.trackers import Trackers
 from frugalmoe.train.weights import Weights
@@ -114,6 +115,7 @@ def opened(
         if suits and main:
             suits(settled, data)
     distributed.check_same({"fingerprint of the data": data.fingerprint})
+    other: list[str] = []  # what to tell of data that are others than before
     with ExitStack() as held:
         held.enter_context(times)
         with distributed.together():
@@ -125,7 +127,7 @@ def opened(
                     rundir.check_fresh(workdir)
                 else:
                     rundir.check_config(workdir, settled, force=force)
-                    _check_data(workdir, data)
+                    other = rundir.check_data(workdir, data, force=force)
                 freed = rundir.size_of_run(workdir) if fresh else 0
                 checkpoint.check_space(workdir, abstract(settled), freed)
         with distributed.together():
@@ -144,6 +146,8 @@ def opened(
                     _describe(run, config, begun and begun.record)
                     if begun:
                         origins.accompany(begun.origin, workdir)
+            for line in other:
+                run.tell("data", line)
             run.notes += begun.notes if begun else ()
             begun = None  # its arrays are the run's, which the first step may write over
             yield run
@@ -158,19 +162,6 @@ def _begun(
         return None
     origins.check(found, config, tokenizer.fingerprint)
     return origins.begin(found, config, digest)
-
-
-def _check_data(workdir: Path, data: Dataset) -> None:
-    path = workdir / "data.json"
-    if not path.is_file():
-        return
-    there = read_json(path)
-    sets = [("data", there["fingerprint"], data.fingerprint)]
-    if data.validation and "validation" in there:
-        sets.append(("validation set", there["validation"]["fingerprint"], data.validation.fingerprint))
-    for what, old, new in sets:
-        if old != new:
-            raise UserError(f"--workdir={workdir}: the run's {what} changed (fingerprint {old} there, {new} now)")
 
 
 def _describe(run: "Run", config: Config, origin: Mapping[str, Any] | None) -> None:
@@ -236,7 +227,14 @@ class Steps:
     def _until(self, end: int, enough: Callable[[], bool]) -> None:
         config = self.runs[0].config
         while self.step < end and not self.stop_requested() and not enough():
-            batch = self._next_batch()
+            watch.doing(watch.BATCH, self.step + 1)
+            try:
+                with distributed.while_waiting(self._stop):
+                    batch = self._next_batch()
+            except distributed.StopNow:
+                self.stopped = True
+                break
+            watch.doing(watch.STEP if self._stop else watch.COMPILE, self.step + 1)
             with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=self.step):
                 report = self.program.step(batch)
             self._stop = self._stop or self._stop_requests()
@@ -246,6 +244,7 @@ class Steps:
             if self.step < config.train.steps:
                 self._pause(config.train.eval_every, config.checkpoint.every_steps if self._saves else 0)
         self._log_pending()
+        watch.doing(None)
         self.program.settle(self.step)
 
     def _next_batch(self) -> Batch:
@@ -276,6 +275,7 @@ class Steps:
         self._pending = None
         reports = self.program.of_each_run(jax.device_get(report))
         seconds = self._clock.tick()
+        watch.stepped(seconds)
         for run, own in zip(self.runs, reports):
             run.check(logged, own)
         loss, tokens = float(reports[0].metrics["loss/ce"]), sum(float(own.tokens) for own in reports)
@@ -323,7 +323,7 @@ class Run:
         self.say: Callable[[str], None] = self.notes.append  # the progress shown, once there is one
         self.events = Events(workdir, quiet=not distributed.is_main())
         self.state = self._restored() or begun or init(config)
-        self.manager = checkpoint.open_manager(workdir, config.checkpoint, cleanup=True, kept=self.kept)
+        self.saves = Saves(workdir, config.checkpoint, self.kept, self.tell)
         self.start = self.step = int(self.state.step)
         self.best = self._best_before()
         self.kept |= {self.best.step} if self.best else set()
@@ -331,13 +331,20 @@ class Run:
         main = distributed.is_main()
         log = lambda name: rundir.Log(workdir / name if main else Path(os.devnull), self.start)
         self.metrics_log, self.load_log = log("metrics.jsonl"), log("expert_load.jsonl")
+        self.saves.logs = lambda: (self.metrics_log, self.load_log)
         self.trackers = Trackers(config, workdir, self.start, quiet=not main)
         self.eval_step = compiled_eval_step(config)
+        data.quarantine.begin(workdir / quarantine.FILE)
         self.batches = data.train_batches(int(self.state.position), own_rows(mesh, config))
         self.tokens_per_second: list[float] = []
         # Slots of tokens that named each expert, in all steps of this start.
         self.counts_LE = np.zeros((len(self.trained_layers), model.moe.num_experts), np.int64)
         self.ledger.attach(workdir, self.start, quiet=not main)
+
+    @property
+    def manager(self) -> Any:
+        """Orbax's manager of the run's checkpoints; a save that failed makes it a new one."""
+        return self.saves.manager
 
     def _restored(self) -> State | None:
         """Returns the newest saved state that is whole and finite; the checkpoints that are not are moved aside."""
@@ -362,9 +369,9 @@ class Run:
     def _keep_best(self, scores: Mapping[str, float]) -> None:
         """Saves the state that was evaluated and keeps it, if it is the best until now, in the place of that before."""
         metric = self.config.checkpoint.keep_best
-        if metric and best.is_better(metric, scores[metric], self.best):
-            self.save()
-            self.manager.wait_until_finished()
+        if not (metric and best.is_better(metric, scores[metric], self.best)):
+            return
+        if self.save() and self.saves.settled(self.step):
             self.best = best.Best(self.step, scores[metric])
             self.kept.clear()
             self.kept.add(self.step)
@@ -400,11 +407,12 @@ class Run:
         """Saves the state; unless stopped, evaluates, and samples if asked to. Returns the summary, which a complete
         run also writes, with `more` in it.
         """
+        trace: list = []
         with self.ledger.phase("evaluation"):
-            scores = None if stopped else self._finish()
-        self.save()
-        with self.ledger.phase("checkpoint"):
-            self.manager.wait_until_finished()
+            scores = None if stopped else self._finish(trace)
+        self.save(last=True)
+        if trace:
+            write_probe(self.workdir / "probe.npz", trace, self.layers, self.config.model.moe.num_experts)
         summary = {"status": "stopped" if stopped else "complete", "step": self.step, "steps": self.config.train.steps}
         with self.ledger.phase("report"):
             if scores:
@@ -420,7 +428,7 @@ class Run:
 
     def close(self) -> None:
         self.ledger.died(self.step)
-        for part in (self.metrics_log, self.load_log, self.trackers, self.manager):
+        for part in (self.metrics_log, self.load_log, self.trackers, self.saves):
             part.close()
 
     def evaluate(self) -> None:
@@ -431,15 +439,26 @@ class Run:
         self.ledger.write(self.step)
 
     def _scored(self, eval_step: Callable, data: Dataset, trace: list | None = None) -> Scores:
-        return evaluate(eval_step, self.state, data, self.config, self.mesh, trace)
+        moves = lambda *rows: watch.doing(watch.EVALUATION, self.step)
+        moves()
+        scores = evaluate(eval_step, self.state, data, self.config, self.mesh, trace, done=moves)
+        watch.doing(None)
+        return scores
 
-    def save(self) -> None:
-        """Saves the state; raises `NotFinite` for one that is not finite."""
+    def save(self, *, must: bool = False, last: bool = False) -> bool:
+        """Saves the state, as `Saves` does, and returns whether; raises `NotFinite` for one that is not finite.
+
+        must: raises `NotSaved` where it cannot be saved. last: waits for it, and for space.
+        """
+        watch.doing(watch.SAVE, self.step)
         if not checkpoint.is_finite(self.state):
             raise NotFinite(self._broken(f"the state after step {self.step}"))
-        with self.ledger.phase("checkpoint"):
-            checkpoint.save(self.manager, self.step, self.state)
-        self.ledger.write(self.step)
+        try:
+            with self.ledger.phase("checkpoint"):
+                return self.saves.last(self.step, self.state) if last else self.saves.save(self.step, self.state, must)
+        finally:
+            self.ledger.write(self.step)
+            watch.doing(None)
 
     def seek(self, position: int) -> None:
         """Makes the run go on with the batch of another position: a larger one skips batches, a smaller one goes back.
@@ -472,6 +491,9 @@ class Run:
         self._write(step, row)
         if report.counts_LE is not None:
             self.load_log.write({"step": step, "layers": self.trained_layers, "counts": report.counts_LE.tolist()})
+        self.saves.look(step)
+        for line in self.data.quarantine.news():
+            self.tell("data", line)
 
     def _write(self, step: int, row: Mapping[str, float]) -> None:
         self.metrics_log.write({"step": step, **row})
@@ -487,19 +509,19 @@ class Run:
         self._write(self.step, row)
         return row
 
-    def _finish(self) -> tuple[Scores, Scores | None]:
-        """Scores of the held-out documents, and of the validation set where there is one."""
-        trace: list | None = [] if self.layers and distributed.is_main() else None
+    def _finish(self, trace: list) -> tuple[Scores, Scores | None]:
+        """Scores of the held-out documents, and of the validation set where there is one. What the probe shall hold is
+        appended to `trace`.
+        """
         traced = lambda: compiled_eval_step(self.config, trace=True, vocabulary=self.data.tokenizer.size)
         eval_step = traced() if self.layers else self.eval_step
-        scores, own = self._scored(eval_step, self.data, trace), None
+        probed = trace if self.layers and distributed.is_main() else None
+        scores, own = self._scored(eval_step, self.data, probed), None
         measured = self._log_scores("eval", scores)
         if self.data.validation:
             own = self._scored(eval_step, self.data.validation)
             measured |= self._log_scores("validation", own)
         self._keep_best(measured)
-        if trace:
-            write_probe(self.workdir / "probe.npz", trace, self.layers, self.config.model.moe.num_experts)
         return scores, own
 
     def _summary(self, scores: Scores, own: Scores | None, seconds: float) -> dict[str, Any]:
@@ -513,6 +535,7 @@ class Run:
             "domains": list(self.data.domains),
             "eval": _losses(scores),
             **({"validation": _losses(own)} if own else {}),
+            **({"records_left_out": left_out} if (left_out := len(self.data.quarantine)) else {}),
             **({"best": {"metric": self.config.checkpoint.keep_best, **self.best._asdict()}} if self.best else {}),
             "parameters": count_parameters(self.config.model),
             "speed": {"tokens_per_second": speed, "train_seconds": seconds},

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from frugalmoe.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
+from frugalmoe.errors import EXIT_PREEMPTED, EXIT_STUCK, EXIT_USER_ERROR, UserError
 from frugalmoe.train import events
 
 PIPE = "FRUGALMOE_SUPERVISED"  # in the environment of the run: the number of the pipe's end
@@ -152,6 +152,8 @@ def _what(ended: _Ended, limits: Limits) -> str:
     where = f"after step {ended.step}" if ended.step >= 0 else "before its first step"
     if ended.stuck:
         return f"the run made no step for {limits.hang:g} s {where} (--supervise.hang), and was killed"
+    if ended.code == EXIT_STUCK:
+        return f"the run was stuck {where}, and ended itself"
     if ended.code < 0:
         with contextlib.suppress(ValueError):
             return f"the run was ended by {signal.Signals(-ended.code).name} {where}"

@@ -1,5 +1,6 @@
 """Pictures of a run. Each function returns a matplotlib Figure, or None where the run lacks what it shows."""
 
+from frugalmoe.analysis.pages.plots.budgets import loss_for_money, tokens_for_money
 from frugalmoe.analysis.pages.plots.change import effects, saturation
 from frugalmoe.analysis.pages.plots.experts import (
     co_activation,
@@ -55,6 +56,7 @@ __all__ = [
     "legend",
     "lines",
     "loss_curves",
+    "loss_for_money",
     "noise_floor",
     "optimization",
     "rounds",
@@ -62,5 +64,6 @@ __all__ = [
     "short",
     "speed",
     "styled",
+    "tokens_for_money",
     "vocabulary_specialisation",
 ]
