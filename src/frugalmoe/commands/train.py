@@ -139,7 +139,6 @@ def run(args: argparse.Namespace) -> int:
 
     from frugalmoe.console import Console
     from frugalmoe.fields import to_dict
-    from frugalmoe.generate import sample_text
     from frugalmoe.train import distributed, preflight, rundir, supervise, watch
     from frugalmoe.train.ledger import Ledger
     from frugalmoe.train.loop import train
@@ -160,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
     was_complete = rundir.is_complete(workdir) and not args.fresh
     progress = supervise.telling(profiled(args.profile, workdir / "profile") if args.profile else Progress)
     with watch.watching(config.train.stuck_seconds, workdir):
-        summary = train(config, workdir, **how, sample=sample_text, progress=progress, times=times)
+        summary = train(config, workdir, **how, sample=_sample, progress=progress, times=times)
     if summary["status"] == "stopped":
         watch.leave_within(10, EXIT_PREEMPTED)
     if not distributed.is_main():
@@ -185,6 +184,13 @@ def run(args: argparse.Namespace) -> int:
         times.amend(workdir, summary["step"])
         _print_timings(args, times)
     return 0
+
+
+def _sample(*given) -> dict[str, str]:
+    """As `generate.sample_text`, which is needed when all is trained."""
+    from frugalmoe.generate import sample_text
+
+    return sample_text(*given)
 
 
 def _print_timings(args: argparse.Namespace, times) -> None:

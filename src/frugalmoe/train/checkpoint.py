@@ -185,7 +185,7 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: State, items: t
         step, args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in as_saved.items()})
     )
     restored = _renamed({k: restored[k] for k in wanted}, today)
-    values = jax.jit(lambda values: _typed(values, wanted), donate_argnums=0)(restored)
+    values = typed(restored, wanted)
     clocks = values.pop("step", {})
     if clocks and "position" not in clocks:
         clocks["position"] = jnp.copy(clocks["step"])  # an array of its own: the step donates both
@@ -260,8 +260,18 @@ def restore_arrays(manager: ocp.CheckpointManager, step: int, wanted: Arrays) ->
 
 
 def typed(arrays: Arrays, wanted: Arrays) -> Arrays:
-    """Returns arrays, which are donated, with types that are written as those of a step's results are."""
-    return jax.jit(lambda values: _typed(values, wanted), donate_argnums=0)(arrays)
+    """Returns the same arrays with types that are written as those of a step's results are. P(None, None) and P() mean
+    the same but compare unequal: else the first step and the others would each be compiled. No program is compiled for
+    it, and what lies where it shall is not copied.
+    """
+
+    def same(a: jax.Array, like: Any) -> jax.Array:
+        if not a.sharding.is_equivalent_to(like.sharding, a.ndim):
+            return jax.device_put(a, like.sharding)
+        parts = [shard.data for shard in a.addressable_shards]
+        return jax.make_array_from_single_device_arrays(a.shape, like.sharding, parts)
+
+    return jax.tree.map(same, arrays, wanted)
 
 
 def _restored(directory: Path, target: Any) -> Any:
@@ -319,13 +329,6 @@ def _values(workdir: Path, step: int) -> Iterator[tuple[str, np.ndarray]]:
                 arrays = reader.restore(saved.place(workdir.absolute(), step) / item, args=args)
             for names, leaf in _named(arrays, {}):
                 yield f"{item}/{_joined(names)}", np.asarray(leaf)
-
-
-def _typed(values: Any, like: Any) -> Any:
-    """Inside jit: arrays whose types are written as those of a step's results are. P(None, None) and P() mean the same
-    but compare unequal: else the first step and the others would each be compiled.
-    """
-    return jax.tree.map(lambda a, like: jax.sharding.reshard(a, like.sharding.spec), values, like)
 
 
 def _nonempty(state: State) -> dict:

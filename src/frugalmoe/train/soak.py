@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from frugalmoe.errors import EXIT_PREEMPTED, UserError
+from frugalmoe.errors import EXIT_PREEMPTED, EXIT_STUCK, UserError
 from frugalmoe.train import goodput, saved
 
 KINDS = {  # of faults
@@ -29,8 +29,8 @@ SECONDS_BETWEEN_LINES = 15.0
 _LOOK = 0.05  # seconds between two looks at the run
 LONGEST_DELAY = 2.0  # seconds from the step that a fault waits for to the fault, so that it may hit anything
 LONGEST_FREEZE = 4.0
-# By SIGKILL; by SIGTERM, after saving, before there is a handler for it, and while it saved.
-EXPLAINED = (-signal.SIGKILL, EXIT_PREEMPTED, -signal.SIGTERM, 128 + signal.SIGTERM)
+# By SIGKILL; by SIGTERM: after saving, before there is a handler, while it saved; by the watch, as after a freeze.
+EXPLAINED = (-signal.SIGKILL, EXIT_PREEMPTED, -signal.SIGTERM, 128 + signal.SIGTERM, EXIT_STUCK)
 MOST_STARTS = 3  # in a row that end by themselves and not with 0: the run cannot go on
 
 

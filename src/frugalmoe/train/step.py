@@ -62,6 +62,11 @@ def _compiled_fresh(config: Config) -> Callable[[Array], State]:
 
 def abstract(config: Config) -> State:
     """Returns shapes, dtypes and shardings of the state on the mesh in context; nothing is allocated."""
+    return _abstract(config, jax.sharding.get_mesh())
+
+
+@functools.lru_cache(4)  # a start asks several times, and each would be traced
+def _abstract(config: Config, mesh: jax.sharding.Mesh) -> State:
     return sharding.placed(jax.eval_shape(lambda: _fresh(config, config.train.seed)), declarations(config.model))
 
 
