@@ -51,6 +51,8 @@ class Run:
     history: Sequence[Mapping[str, Any]] = ()
     rounds: Rounds | None = None  # of a run that is one of several islands
     island_loads: IslandLoads | None = None
+    # A row per event: step, kind, what, and seconds since the start. Empty where nothing happened.
+    events: Sequence[Mapping[str, Any]] = ()
 
     @property
     def name(self) -> str:
@@ -97,6 +99,7 @@ def load_run(path: str | Path) -> Run:
         history=tuple(row for _, row in _rows_if_there(path / "history.jsonl")),
         rounds=read_rounds(_rows_if_there(path / "rounds.jsonl")),
         island_loads=read_island_loads(_rows_if_there(path / "island_load.jsonl")),
+        events=tuple(row for _, row in _rows_if_there(path / "events.jsonl")),
     )
 
 
