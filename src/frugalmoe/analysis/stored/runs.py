@@ -54,6 +54,8 @@ class Run:
     rounds: Rounds | None = None  # of a run that is one of several islands
     island_loads: IslandLoads | None = None
     goodput: Goodput | None = None  # where the wall time went; None for a run without goodput.jsonl
+    # A row per event: step, kind, what, and seconds since the start. Empty where nothing happened.
+    events: Sequence[Mapping[str, Any]] = ()
 
     @property
     def name(self) -> str:
@@ -101,6 +103,7 @@ def load_run(path: str | Path) -> Run:
         rounds=read_rounds(_rows_if_there(path / "rounds.jsonl")),
         island_loads=read_island_loads(_rows_if_there(path / "island_load.jsonl")),
         goodput=goodput.account(rows) if (rows := goodput.read(path / goodput.FILE)) else None,
+        events=tuple(row for _, row in _rows_if_there(path / "events.jsonl")),
     )
 
 
