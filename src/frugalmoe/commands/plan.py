@@ -17,6 +17,7 @@ EXAMPLES = """\
   frugalmoe plan --config=ling_2:mini --tokens=1e12 --devices=h800:2048,h20:512 --format=json
   frugalmoe plan --hf=config.json --tokens=14.8e12 --devices=h800:2048 --precision=fp8
   frugalmoe plan --config=quickstart --tokens=1e9 --deadline=2 --budget=100 --picture=cost.png
+  frugalmoe plan --config=study --fit=experiments/isoflop/fit.json --target-loss=3.9 --devices=rtx4090
   frugalmoe plan --config=ling_2:flash --tokens=1e12 --devices=v5p:512,v6e:1024 --spot=0.01
 
 NAME:COUNT are the devices that are there; without a number as many as end the run by the deadline, or in 90 days.
@@ -26,7 +27,8 @@ frugalmoe/cost/devices.toml.
 
 --format=json prints one object: the chosen plan's device_hours, price, currency, mfu, tokens_per_second, memory_gib
 (of the fullest device), range, layout and why, with hours, goodput, energy_kwh, parts (an object for each kind of
-device in it) and plans, a list with an object like it for every plan. What is not known is null."""
+device in it) and plans, a list with an object like it for every plan. With --fit also loss: loss, low, high (90%),
+tokens, and distance, which says how far the fit extrapolates. What is not known is null."""
 LARGEST_TOKENS, LARGEST_COUNT, LARGEST_DAYS, LARGEST_MONEY = 1e16, 2**20, 36_500.0, 1e15
 
 
@@ -35,6 +37,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_config_flag(parser, required=False)
     parser.add_argument("--hf", metavar="FILE", help="config.json of a published model, in place of --config")
     parser.add_argument("--tokens", help="tokens to train on, as 1e12 (default with --config: those of its steps)")
+    parser.add_argument(
+        "--fit",
+        metavar="FILE",
+        help="fit.json of a study, by `frugalmoe report STUDY --fit`: says which loss to expect",
+    )
+    parser.add_argument("--target-loss", metavar="NATS", help="in place of --tokens: as many as it takes, by --fit")
     parser.add_argument(
         "--devices", metavar="NAME[:COUNT],...", help="kinds of devices, with how many are there (default: all known)"
     )
@@ -68,16 +76,22 @@ def run(args: argparse.Namespace) -> int:
     from frugalmoe.cost.plan_table import row, tables
 
     ask, offers, notes = asked(args)
+    expected = _expected(args, ask)
     found = planning.search(ask, offers)
     found = found._replace(why={**found.why, **notes})
     if args.picture:
         _draw(Path(args.picture), ask, found)
     if args.format == "json":
-        print(json.dumps(row(ask, found), indent=1))
+        print(json.dumps(row(ask, found) | ({"loss": expected} if expected else {}), indent=1))
     else:
         from frugalmoe.console import Console
 
         Console(width=None if sys.stdout.isatty() else 160).print(*tables(ask, found), sep="\n")
+        if expected:
+            print(
+                f"loss: {expected['loss']:.3f} nats per token ({expected['low']:.3f} to {expected['high']:.3f}, 90%), "
+                f"by {expected['fit']}: {expected['distance']}"
+            )
     return 0
 
 
@@ -126,9 +140,46 @@ def _config(args: argparse.Namespace):
     train = dataclasses.replace(config.train, batch_size=batch, accumulate_steps=1)
     config = dataclasses.replace(config, train=train, data=dataclasses.replace(config.data, sequence_length=length))
     tokens = _number("--tokens", args.tokens, LARGEST_TOKENS)
-    if tokens is None and of_hf:
+    if tokens is None and of_hf and args.target_loss is None:
         raise UserError("--tokens: how many a published model is to be trained on must be said, as --tokens=1e12")
-    return as_expected(config, None), tokens or float(config.train.steps * batch * length)
+    config = as_expected(config, None)
+    if args.target_loss is not None:
+        return config, _tokens_for(args, config)
+    return config, tokens or float(config.train.steps * batch * length)
+
+
+def _size(config) -> float:
+    from frugalmoe.cost import formulas
+    from frugalmoe.cost.laws import size_of
+
+    return size_of(formulas.flops_of_token(config.model, config.data.sequence_length))
+
+
+def _tokens_for(args: argparse.Namespace, config) -> float:
+    """Tokens until the loss of --target-loss, by the fit that --fit names."""
+    from frugalmoe.cost.laws import read_fit, tokens_for
+
+    flag = f"--target-loss={args.target_loss}"
+    if args.tokens is not None:
+        raise UserError(f"{flag}: --tokens={args.tokens} says how many already; give one of them")
+    if args.fit is None:
+        raise UserError(f"{flag}: needs --fit=FILE, of a study that tells how loss falls; valid: a fit.json")
+    target = _number("--target-loss", args.target_loss, 100)
+    tokens = tokens_for(read_fit(args.fit), _size(config), target)
+    if tokens > LARGEST_TOKENS:
+        raise UserError(f"{flag}: takes {tokens:.3g} tokens by {args.fit}; a plan goes up to {LARGEST_TOKENS:g}")
+    return tokens
+
+
+def _expected(args: argparse.Namespace, ask) -> dict | None:
+    """The loss that the fit foretells for the tokens of the plan, and how far it is from what the fit has seen."""
+    if args.fit is None:
+        return None
+    from frugalmoe.cost.laws import how_far, loss_at, read_fit
+
+    fit, size = read_fit(args.fit), _size(ask.config)
+    beside = {"tokens": ask.tokens, "distance": how_far(fit, size, ask.tokens), "fit": str(args.fit)}
+    return loss_at(fit, size, ask.tokens)._asdict() | beside
 
 
 def _number(flag: str, text: str | None, most: float) -> float | None:
