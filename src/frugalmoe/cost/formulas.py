@@ -9,6 +9,7 @@ K choices, V vocabulary, H query heads, h heads of keys and values, d channels o
 one expert), M devices of the expert axis, P parameters; b bytes of a number in the compute dtype.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -100,7 +101,9 @@ class Assumptions(NamedTuple):
     memory: float = 0.8  # share of the memory's bandwidth that reading and writing in order reaches
     attention: float = 0.5  # share of the peak of fused products of attention
     links: float = 0.8  # share of links and network that a collective reaches
-    imbalance: float = 1.3  # rows of the busiest device over the mean, where experts are spread over devices
+    # Rows of the busiest device over the mean, where experts are spread over devices. Five published pairs of one run
+    # with forced and with its own balance differ by 4 to 24%, 15% in the mean; experts are about 0.7 of such a step.
+    imbalance: float = 1.2
     hidden: float = 0.0  # share of the exchange of tokens that goes on beside computing
     # What is left on GPUs and NPUs of the sum of the parts, beside launches: waits, kernels that are not tuned, jitter.
     # The median over the published MoE runs of docs/planner.md; TPUs, whose programs are one kernel after the other in
@@ -200,6 +203,7 @@ def memory(config: Config, layout: Layout, platform: str) -> Memory:
 
     State: parameters are float32, and so are their gradients, each spread over the devices of `Layout.stored`; an
     optimizer's state is spread likewise (AdamW has two numbers for each parameter, Muon one for each of a matrix).
+    Where only that is spread, it has the float32 parameters too, and a device holds what it uses in the compute dtype.
 
     Activations: `kept_of_layer` for each token and layer; with a pipeline its first device keeps as many micro-batches
     as it has stages, each of 1 / pipeline of the layers: as much as one device would of one micro-batch.
@@ -219,25 +223,26 @@ def memory(config: Config, layout: Layout, platform: str) -> Memory:
     model, count, b = config.model, parameters(config.model), bytes_of_number(config.model)
     state = _state(model, config.optim)
     tokens = layout.sequences * config.data.sequence_length / layout.context
-    of_layers = sum(kept_of_layer(model, kind, layout, config.data.sequence_length) for kind in _blocks(model))
-    everything = [
-        kept_of_layer(model, kind, layout._replace(remat="none"), config.data.sequence_length)
-        for kind in set(_blocks(model))
-    ]
+    kept = lambda kind, layout: kept_of_layer(model, kind, layout, config.data.sequence_length)
+    of_layers = sum(times * kept(kind, layout) for kind, times in _kinds(model).items())
+    everything = [kept(kind, layout._replace(remat="none")) for kind in _kinds(model)]
     vocabulary = _vocabulary(config, layout, platform, tokens)
     whole = (count.layer - count.layer_experts) / layout.tensor + count.layer_experts / layout.expert / layout.tensor
     gathered = layout.fsdp * layout.expert * layout.context > 1
     weights = 2 * b * whole if gathered or b < FLOAT32 else 0.0
     layer = weights + tokens * max(everything) + rows(config, layout, platform, tokens)
     if platform == "cpu":
-        layer += tokens * 4 * b * max(2 * _hidden(model, kind) for kind in _blocks(model)) / layout.tensor
+        layer += tokens * 4 * b * max(2 * _hidden(model, kind) for kind in _kinds(model)) / layout.tensor
     copies = b * count.experts / layout.stored if platform == "tpu" and b < FLOAT32 else 0.0
     if platform == "tpu":
         vocabulary, layer = (vocabulary, 0.0) if vocabulary > layer else (0.0, layer)
+    if layout.gathered_once:
+        held = (count.total - count.experts + count.experts / layout.expert) / layout.tensor / layout.pipeline
+        of_state = (b * held, FLOAT32 * held, (state.parameters + state.optimizer) / layout.stored)
+    else:
+        of_state = tuple(size / layout.stored for size in state)
     return Memory(
-        state.parameters / layout.stored,
-        state.gradients / layout.stored,
-        state.optimizer / layout.stored,
+        *of_state,
         tokens * of_layers,
         vocabulary,
         layer,
@@ -245,9 +250,11 @@ def memory(config: Config, layout: Layout, platform: str) -> Memory:
     )
 
 
-def _blocks(model: Model) -> list[pattern.BlockKind]:
-    """Every block, those of multi-token prediction too."""
-    return [*pattern.layers(model), *[multi_token.kind(model)] * model.multi_token_prediction.depth]
+@functools.lru_cache(64)
+def _kinds(model: Model) -> Mapping[pattern.BlockKind, int]:
+    """How many blocks there are of each kind, those of multi-token prediction too."""
+    modules = [multi_token.kind(model)] * model.multi_token_prediction.depth
+    return collections.Counter([*pattern.layers(model), *modules])
 
 
 def kept_of_layer(model: Model, kind: pattern.BlockKind, layout: Layout, length: int) -> float:
@@ -357,8 +364,8 @@ def traffic(config: Config, layout: Layout, node: int) -> Traffic:
     """
     model, count, b = config.model, parameters(config.model), bytes_of_number(config.model)
     tokens = layout.sequences * config.data.sequence_length / layout.context
-    moe_layers = sum(kind.feed_forward == "moe" for kind in _blocks(model)) / layout.pipeline
-    layers = len(_blocks(model)) / layout.pipeline
+    moe_layers = sum(times for kind, times in _kinds(model).items() if kind.feed_forward == "moe") / layout.pipeline
+    layers = sum(_kinds(model).values()) / layout.pipeline
     directions = 5 if layout.remat == "full" else 4
     near, far = _rows_sent(model, layout, node)
     of_rows = directions * moe_layers * tokens * model.dim * b * layout.micro_batches
@@ -433,8 +440,9 @@ def forward_seconds(
 
     Of a product of N rows, I inputs and J outputs: 2 N I J FLOPs, and (N I + I J + N J) b bytes. Routed experts:
     K N rows are spread over E / M experts of a device, each with its own matrices; the busiest device is waited for.
-    Attention's products run at `Assumptions.attention` of the peak and move queries, keys, values and output once. fp8 is for the projections and
-    experts, as DeepSeek-V3 has it (2412.19437 section 3.3): their inputs are written once more in one byte.
+    Attention's products run at `Assumptions.attention` of the peak and move queries, keys, values and output once.
+    fp8 is for the projections and experts, as DeepSeek-V3 has it (2412.19437 section 3.3): their inputs are written
+    once more in one byte.
 
     What only reads and writes, in numbers of a token and layer: two norms 4 D, two additions 6 D, rotation (and norm)
     of queries and keys 2 (4), gate and up to hidden 3 F for each feed-forward that it passes, rows to their order and
