@@ -15,9 +15,9 @@
 # # What can I train for 1,000 dollars?
 #
 # `bought` plans each config on each kind of device: the fewest devices that hold the model and spend the money within
-# 30 days, and how many tokens they see, failures and all. Prices, peaks and bandwidths are those of the device catalogue,
-# each with its source and date; `read_catalogue(FILE)` puts yours over them. How far the planner's hours are from
-# published runs is in [docs/planner.md](../docs/planner.md): 16% on average, 28% at worst, for models with experts.
+# 30 days, and how many tokens they see, failures and all. Prices, peaks and bandwidths are those of the device
+# catalogue, each with its source and date; `read_catalogue(FILE)` puts yours over them. How far the planner's hours are
+# from those of published runs is in [docs/planner.md](../docs/planner.md).
 
 # %%
 # %matplotlib inline
