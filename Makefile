@@ -10,7 +10,7 @@ NEWEST_PYTHON = $(shell for python in python3.12 python3.13 $(HOME)/.pyenv/versi
 TORCHLESS = $(patsubst %,--ignore %,$(shell grep -lE "^(import|from) (torch|transformers|published|parity)" tests/test_*.py))
 NO_NEWEST_PYTHON = test-newest: no Python 3.12 or 3.13 runs on this machine, so nothing was tested on the newest JAX
 
-.PHONY: run laws test test-fast test-newest run-newest lint parity paper bench clean
+.PHONY: run laws test test-fast test-newest run-newest lint parity paper faults bench clean
 
 run: .venv/run.stamp
 	$(BIN)/frugalmoe train --config=$(CONFIG) $(if $(FRESH),--fresh) $(ARGS)
@@ -23,7 +23,7 @@ test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-fast: .venv/dev.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not (slow or whole)" $(ARGS)
 
 test-newest:
 	@$(if $(NEWEST_PYTHON),$(MAKE) --no-print-directory run-newest PYTHON=$(NEWEST_PYTHON),echo "$(NO_NEWEST_PYTHON)")
@@ -42,6 +42,9 @@ parity: .venv/dev.stamp
 paper: .venv/dev.stamp
 	$(BIN)/python tests/islands_paper.py
 	$(BIN)/python tests/published_runs.py
+
+faults: .venv/dev.stamp
+	$(BIN)/python tests/faults/matrix.py $(ARGS)
 
 bench: .venv/run.stamp .venv-bench/stamp
 	$(BIN)/python benchmarks/run.py --torch-python .venv-bench/bin/python $(ARGS)

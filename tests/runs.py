@@ -83,3 +83,15 @@ def rows(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 def without_times(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith("speed/")} for row in rows]
+
+
+def figures(
+    fault: str, injections: int, survived: int, lost: float | None = None, seconds: list[float] | None = None
+) -> None:
+    """Gives a row to the table of faults (faults/matrix.py): of so many injections so many were survived, the most
+    steps that one cost, and the seconds to recover of each.
+    """
+    if table := os.environ.get("FRUGALMOE_FAULTS_TABLE"):
+        row = {"fault": fault, "injections": injections, "survived": survived, "lost": lost, "seconds": seconds or []}
+        with open(table, "a") as file:
+            file.write(json.dumps(row) + "\n")

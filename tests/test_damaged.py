@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import json
 import random
 import shutil
 import signal
@@ -12,7 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from runs import command, config_file, rows, tiny, without_times, write_text
+from runs import command, config_file, figures, rows, tiny, without_times, write_text
 
 from frugalmoe import sharding
 from frugalmoe.cli import main
@@ -22,6 +23,8 @@ from frugalmoe.train import checkpoint, checksums, saved
 from frugalmoe.train.loop import train
 from frugalmoe.train.step import abstract
 from frugalmoe.train.weights import load_checkpoint
+
+pytestmark = pytest.mark.whole
 
 FIELDS = {
     "train.steps": 4,
@@ -154,6 +157,7 @@ def test_each_of_hundreds_of_flipped_bits_is_seen(run):
         assert saved.fault(run, 4) == f"{path.relative_to(saved.place(run, 4))}: changed"
         path.write_bytes(content)
     assert saved.fault(run, 4) == ""
+    figures("F7 a flipped bit in any file of a checkpoint", 400, 400)
 
 
 @pytest.mark.parametrize("how", HARMS)
@@ -168,6 +172,7 @@ def test_each_harm_to_each_file_is_seen_and_named(run, how):
         elif how != "gone":  # then it is as if an older version had saved it, with the values that it has
             assert said == f"{name}: changed"
         path.write_bytes(content)
+    figures(f"F6 any file of a checkpoint: {how}", len(files(run, 4)), len(files(run, 4)))
 
 
 def test_what_the_checksums_file_may_not_be(run):
@@ -380,6 +385,8 @@ def test_a_run_goes_on_from_the_step_before_and_ends_with_the_same_bits(run, six
     for step in (4, *known):
         (line,) = [line for line in said if f"checkpoints/{step}: " in line]
         assert f"; step 2 is taken; is {step}.damaged" in line
+        kept = [json.loads(row) for row in (run / "events.jsonl").read_text().splitlines()]
+        assert [row for row in kept if row["what"] == line and (row["kind"], row["step"]) == ("checkpoint", 2)]
     assert saved.saved_steps(run) == [4, 6] == saved.entries(run), "step 4 was saved anew"
     aside = run / "checkpoints" / "4.damaged.2" / path.relative_to(saved.place(run, 4))
     assert aside.read_bytes() == changed, "moved, not deleted; 4.damaged was there"

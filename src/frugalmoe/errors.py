@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import os
 import shlex
 from collections.abc import Iterable
 
@@ -9,7 +10,9 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # by Ctrl-C, before anything was saved
 EXIT_READER_GONE = 141  # whoever read the output, as `head` in a pipe, has ended
 EXIT_PREEMPTED = 75  # a signal stopped a run after it saved; the same command continues it (EX_TEMPFAIL of sysexits.h)
-_OF_THE_DISK = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
+EXIT_STUCK = 70  # a run that no longer moved has ended itself; the same command goes on from its last checkpoint
+_OF_THE_DISK = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG)
+_IN_TENSORSTORE = {"RESOURCE_EXHAUSTED": errno.ENOSPC, "PERMISSION_DENIED": errno.EACCES}  # in its messages
 
 
 LONGEST_MESSAGE = 1000  # characters
@@ -54,8 +57,18 @@ def one_line(error: BaseException) -> str:
     """What to tell a user who can do something about an error; empty for one that only a traceback explains."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+    if isinstance(error, OSError) and of_disk(error):
         return str(UserError(f"{error.filename or 'write'}: {error.strerror}"))
-    if isinstance(error, ValueError) and "RESOURCE_EXHAUSTED" in str(error):  # how TensorStore reports a failed write
-        return "checkpoint: No space left on device; the last whole one is kept"
+    if why := of_disk(error):
+        return f"checkpoint: {why}; the last whole one is kept"
     return ""
+
+
+def of_disk(error: BaseException) -> str:
+    """What is wrong with the disk, as a full one, where an error of a write says so; "" for another error."""
+    if isinstance(error, OSError):
+        return (error.strerror or "") if error.errno in _OF_THE_DISK else ""
+    if isinstance(error, RuntimeError) and os.strerror(errno.ENOSPC) in str(error):  # of ArrayRecord
+        return os.strerror(errno.ENOSPC)
+    names = [name for name in _IN_TENSORSTORE if isinstance(error, ValueError) and name in str(error)]
+    return os.strerror(_IN_TENSORSTORE[names[0]]) if names else ""

@@ -40,10 +40,16 @@ def locked(path: Path) -> Iterator[None]:
 def write_atomically(path: Path, content: bytes) -> None:
     """After a crash `path` holds the old content or the new one, never a part. Processes may write it at one time."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        error.filename = error.filename or str(path)
+        raise
     os.replace(temporary, path)
 
 

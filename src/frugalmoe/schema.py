@@ -198,6 +198,9 @@ class Data:
     # A validation set of your own beside the held-out documents; path empty: none. None of it is trained on, and
     # train.eval_rows of each of its domains are scored. A prepared directory gives its held-out documents.
     validation: Source = Source()
+    # Records of prepared data, pieces of documents, that may be left out where they cannot be read; one more ends the
+    # run. What was left out stays so when the run goes on.
+    quarantine: int = 0
     cache_dir: str = ""  # empty: $FRUGALMOE_CACHE, else ~/.cache/frugalmoe
 
 
@@ -234,6 +237,9 @@ class Train:
     eval_every: int = 0  # 0: at the end only
     eval_rows: int = 128  # held-out sequences of each domain, whatever batches they are computed in
     loss_chunk: int = 1024  # tokens whose logits exist at one time
+    # Seconds to wait for a batch, or ten times what a step takes if that is longer; then the process counts as stuck
+    # and ends. Twice as long for a step, 30 times for a save or an evaluation, 60 times for compiling. 0: for ever.
+    stuck_seconds: float = 60.0
     trackers: str = "tensorboard"  # who gets the metrics too, a,b: tensorboard | wandb | trackio; empty: nobody
 
 
@@ -245,6 +251,9 @@ class Checkpoint:
     # A metric of evaluations, as eval/loss/mean or validation/bits_per_byte/DOMAIN, whose best checkpoint is saved and
     # kept beside the last ones; RUN@best names it. Needs train.eval_every. Empty: none.
     keep_best: str = ""
+    # Where the disk is full, or cannot be written: continue (says so, trains on, and tries again at the next save) |
+    # stop. At its end a run waits for space, and then stops in either case.
+    on_error: str = "continue"
 
 
 @Frozen
@@ -269,7 +278,9 @@ class Islands:
     momentum: float = 0.9  # of the outer step
     bits: int = 32  # of a number in a contribution: 32 (float32) | 16 (bfloat16) | 8 | 4 | 2 (integers)
     fragments: int = 1  # parts of the parameters; each round merges one of them, in turn
-    overlap_steps: int = 0  # updates that an island makes before it takes what a round gave; 0: it waits for it
+    # Updates that an island makes before it takes what a round gave; 0: it waits for it. With round_seconds they are
+    # the least: it goes on until the round is decided.
+    overlap_steps: int = 0
     overlap_mixing: float = 0.0  # share of an island's own parameters in what it then goes on with
     streams: int = 64  # parts of the data; each is read by one island at a time
     wait_for: int = 1  # islands that must be there before the first round

@@ -14,8 +14,10 @@ library, this package and `frugalmoe.errors`; what takes time is imported in `ru
 
 import argparse
 import importlib
+import logging
 import os
 import pkgutil
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -75,5 +77,10 @@ def set_up_training(config) -> None:
     from frugalmoe.train.allocator import keep_freed_memory
 
     keep_freed_memory()
+    # Of a save that failed Orbax logs pages; the run says it in a line.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(lambda record: not record.exc_info)
+    tell = sys.unraisablehook
+    sys.unraisablehook = lambda of: str(of.exc_value) == "Event loop is closed" or tell(of)
     jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data) / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -230,6 +230,7 @@ def _check_scope(config: Config, devices: int) -> None:
 def _data(config: Config) -> None:
     d = config.data
     _require(d.sequence_length > 1, "data.sequence_length", d.sequence_length, "must be at least 2")
+    _require(d.quarantine >= 0, "data.quarantine", d.quarantine, "must not be negative")
     _one_of("data.document_start", d.document_start, ("end_of_text", "none"))
     _require(0 < d.validation_fraction < 1, "data.validation_fraction", d.validation_fraction, "must be in (0, 1)")
     size = re.fullmatch(r"bpe:([0-9]{3,9})", d.tokenizer)
@@ -306,10 +307,11 @@ def _train(config: Config) -> None:
     positive = "steps batch_size accumulate_steps log_every eval_rows loss_chunk"
     _each("train", t, positive, lambda v: v > 0, "must be positive")
     check_seed("train.seed", t.seed)
-    _each("train", t, "eval_every", lambda v: v >= 0, "must not be negative")
+    _each("train", t, "eval_every stuck_seconds", lambda v: v >= 0, "must not be negative")
     _each("checkpoint", c, "every_steps keep_every_steps", lambda v: v >= 0, "must not be negative")
     _each("checkpoint", c, "keep_last", lambda v: v > 0, "must be positive")
     _keep_best(config)
+    _one_of("checkpoint.on_error", c.on_error, ("continue", "stop"))
     _require(
         t.batch_size % t.accumulate_steps == 0,
         "train.batch_size",

@@ -40,7 +40,15 @@ class Device(NamedTuple):
     link: float  # to the devices of its node, bytes per second in one direction
     network: float  # to other nodes, likewise
     node: int  # devices that links join
-    matmul: float = 0.0  # share of the peak that a large product reaches, where it was measured; 0: as assumed
+    # Shares of the peak where they were measured, 0 where not: of products, of those of experts, of attention.
+    matmul: float = 0.0
+    grouped: float = 0.0
+    attention: float = 0.0
+
+    @property
+    def nominal(self) -> float:
+        """The peak that utilization is told by: of bf16, or of what there is."""
+        return self.peak.get("bf16") or next(iter(self.peak.values()))
 
 
 class Layout(NamedTuple):
@@ -92,7 +100,7 @@ class Assumptions(NamedTuple):
     memory: float = 0.8  # share of the memory's bandwidth that reading and writing in order reaches
     attention: float = 0.5  # share of the peak of fused products of attention
     links: float = 0.8  # share of links and network that a collective reaches
-    imbalance: float = 1.3  # rows of the busiest device over the mean
+    imbalance: float = 1.3  # rows of the busiest device over the mean, where experts are spread over devices
     hidden: float = 0.0  # share of the exchange of tokens that goes on beside computing
     # What is left on GPUs and NPUs of the sum of the parts, beside launches: waits, kernels that are not tuned, jitter.
     # The median over the published MoE runs of docs/planner.md; TPUs, whose programs are one kernel after the other in
@@ -424,8 +432,8 @@ def forward_seconds(
     """Returns (products, reading and writing) of one micro-batch's forward pass on one device, by part.
 
     Of a product of N rows, I inputs and J outputs: 2 N I J FLOPs, and (N I + I J + N J) b bytes. Routed experts:
-    K N rows are spread over E / M experts of a device, each with its own matrices. Attention's products run at
-    `Assumptions.attention` of the peak and move queries, keys, values and output once. fp8 is for the projections and
+    K N rows are spread over E / M experts of a device, each with its own matrices; the busiest device is waited for.
+    Attention's products run at `Assumptions.attention` of the peak and move queries, keys, values and output once. fp8 is for the projections and
     experts, as DeepSeek-V3 has it (2412.19437 section 3.3): their inputs are written once more in one byte.
 
     What only reads and writes, in numbers of a token and layer: two norms 4 D, two additions 6 D, rotation (and norm)
@@ -437,8 +445,8 @@ def forward_seconds(
     flops = flops_of_token(model, length)
     layers, moe = len(pattern.layers(model)), model.moe
     moe_layers = len(pattern.moe_layers(model))
-    low = precision if precision in device.peak else "bf16"
     high = "bf16" if "bf16" in device.peak else next(iter(device.peak))
+    low = precision if precision in device.peak else high
     share = 1 / layout.tensor / layout.pipeline
     stream = device.bandwidth * assumed.memory
     wide = 3 if low == "fp8" else 0  # an input is read in 2 bytes and written in 1
@@ -460,7 +468,10 @@ def forward_seconds(
             + layers * tokens * wide * (model.dim + queries) * share / stream,
         ),
         "attention products": (
-            flops["attention products"] * tokens * share / (device.peak[high] * assumed.attention),
+            flops["attention products"]
+            * tokens
+            * share
+            / (device.peak[high] * (device.attention or assumed.attention)),
             layers * tokens * (2 * queries + keys) * b * share / stream,
         ),
         "norms and residual": (0.0, layers * tokens * 10 * model.dim * b / layout.pipeline / stream),
@@ -485,12 +496,13 @@ def forward_seconds(
             more = count * tokens * (3 * hidden * b + wide * (model.dim + hidden)) * share / stream
             found[name] = (product(name, moved, narrow=min(hidden / layout.tensor, model.dim)), more)
     if moe_layers:
-        count = moe.num_experts_per_token * tokens * assumed.imbalance
+        uneven = assumed.imbalance if layout.expert > 1 else 1.0
+        count = moe.num_experts_per_token * tokens * uneven
         held = min(moe.num_experts / layout.expert, moe.num_experts_per_token * tokens * layout.expert)
         moved = moe_layers * b * (count * (2 * model.dim + 3 * moe.expert_dim) + held * 3 * model.dim * moe.expert_dim)
         work = product_seconds(
-            device,
-            flops["routed experts"] * tokens * assumed.imbalance * share,
+            device._replace(matmul=device.grouped or device.matmul),
+            flops["routed experts"] * tokens * uneven * share,
             moved * share,
             low,
             assumed,
@@ -564,8 +576,8 @@ def utilization(config: Config, layout: Layout, device: Device, seconds: float) 
     The convention of DeepSeek-V3, Megatron-Core and PaLM but for the causal count of attention (docs/planner.md).
     """
     tokens = layout.batch_size * config.data.sequence_length
-    peak = device.peak.get("bf16") or next(iter(device.peak.values()))
-    return tokens * train_flops(config.model, config.data.sequence_length) / (seconds * layout.devices * peak)
+    flops = tokens * train_flops(config.model, config.data.sequence_length)
+    return flops / (seconds * layout.devices * device.nominal)
 
 
 def tokens_per_second(config: Config, layout: Layout, seconds: float) -> float:

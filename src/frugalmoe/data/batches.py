@@ -30,6 +30,7 @@ import numpy as np
 
 from frugalmoe.data.cache import digest
 from frugalmoe.data.prepare import prepare, say
+from frugalmoe.data.quarantine import Quarantine
 from frugalmoe.data.shards import AGAIN, Sizes, Store, is_prepared, read_manifest
 from frugalmoe.data.sources import check_apart, of_validation, open_inputs
 from frugalmoe.data.split import ALL, check_domain
@@ -178,6 +179,7 @@ class Dataset:
 
     validation: "Dataset | None" = None
     notes: tuple[str, ...] = ()  # beside those of the manifest
+    quarantine = Quarantine(0)  # what is left out of it and of its validation set
 
     def __init__(self, store: Store, data: Data, weights: Sequence[float], batch_size: int, seed: int) -> None:
         self._store, self._data, self._batch_size = store, data, batch_size
@@ -289,13 +291,15 @@ def open_data(data: Data, *, batch_size: int, seed: int, progress: bool = True) 
     own = bool(data.validation.path) and data.validation_fraction != ALL
     if own:
         check_validation(data, progress)
-    store = _store(data, progress)
+    quarantine = Quarantine(data.quarantine)
+    store = _store(data, progress, quarantine)
     weights = [source["weight"] for source in store.manifest["sources"]]
     if data.sources:
         weights = [data.sources[source["name"]].weight for source in store.manifest["sources"]]
     found = Dataset(store, data, weights, batch_size, seed)
+    found.quarantine = quarantine
     if own:
-        held_out = _store(held_out_data(data, str(store.directory)), progress)
+        held_out = _store(held_out_data(data, str(store.directory)), progress, quarantine)
         found.validation = Dataset(held_out, data, [0.0] * len(held_out.manifest["sources"]), batch_size, seed)
         found.notes += tuple(_repeated(store, held_out))
         found.notes += tuple(f"data.validation: {line}" for line in found.validation.notes)
@@ -304,11 +308,11 @@ def open_data(data: Data, *, batch_size: int, seed: int, progress: bool = True) 
     return found
 
 
-def _store(data: Data, progress: bool) -> Store:
+def _store(data: Data, progress: bool, quarantine: Quarantine) -> Store:
     path = prepared_path(data)
     if path is None:
-        return Store(prepare(data, progress=progress))
-    store = Store(path)
+        return Store(prepare(data, progress=progress), quarantine)
+    store = Store(path, quarantine)
     _check_prepared(data, store)
     if progress:
         say(store.manifest["notes"])

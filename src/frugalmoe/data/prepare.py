@@ -4,8 +4,10 @@ A preparation that was interrupted goes on after its last complete shard.
 """
 
 import collections
+import contextlib
 import functools
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +22,7 @@ from frugalmoe.data.shards import FORMAT, Item, is_prepared, read_index, read_ma
 from frugalmoe.data.sources import Document, Input, Notes, documents, open_inputs
 from frugalmoe.data.split import ALL, Sample, Split, Survey, text_hash
 from frugalmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_from, load_json, parse, train_bpe
-from frugalmoe.errors import UserError
+from frugalmoe.errors import UserError, of_disk
 from frugalmoe.files import locked
 from frugalmoe.schema import Data
 
@@ -99,7 +101,8 @@ def _prepare_into(directory: Path, data: Data, inputs: list[Input], key: str, wo
     domains = sorted(survey.lowest)
     bar.update(task, description="tokenising", total=survey.bytes, completed=0)
     shards = _shards(inputs, split, domains, survey.bytes)
-    paths = _write(directory, shards, tokenizer, workers, lambda size: bar.advance(task, size))
+    with _space(directory, survey.bytes):
+        paths = _write(directory, shards, tokenizer, workers, lambda size: bar.advance(task, size))
     files = {file.name for path in paths for file in (path, path.with_suffix(".npz"))}
     for file in directory.iterdir():
         if file.name not in files:  # left by an interrupted preparation: a part of a file, or shards of other data
@@ -119,6 +122,20 @@ def _prepare_into(directory: Path, data: Data, inputs: list[Input], key: str, wo
         "notes": [line for i, of_input in zip(inputs, notes) for line in of_input.lines(i)] + of_tokenizer,
     }
     write_manifest(directory, manifest, paths)
+
+
+@contextlib.contextmanager
+def _space(directory: Path, size: int) -> Iterator[None]:
+    """Raises `UserError` for a disk that is full while data are written, whose texts have so many bytes."""
+    try:
+        yield
+    except Exception as error:
+        if not (why := of_disk(error)):
+            raise
+        there = sum(path.stat().st_size for path in directory.iterdir()) / 1e6
+        free = shutil.disk_usage(directory).free / 1e6
+        sizes = f"{size / 1e6:.1f} MB of text are prepared there, {there:.1f} MB are written, {free:.1f} MB are free"
+        raise UserError(f"{directory}: {why}: {sizes}; the same command goes on with what is whole") from error
 
 
 def _documents(inputs: list[Input], notes: list[Notes] | None = None) -> Iterator[tuple[int, Document]]:

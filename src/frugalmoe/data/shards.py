@@ -26,6 +26,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from frugalmoe.data.cache import digest
 from frugalmoe.data.chat import Rendered
 from frugalmoe.data.end_of_text import read_object
+from frugalmoe.data.quarantine import Quarantine
 from frugalmoe.data.tokenizer import Tokenizer, load_from
 from frugalmoe.errors import UserError
 from frugalmoe.files import write_atomically, write_json
@@ -198,8 +199,10 @@ def write_manifest(directory: Path, manifest: dict[str, Any], shards: Sequence[P
     write_json(directory / "manifest.json", {**manifest, "digest": digest(manifest)})
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """Returns the manifest, once it is known to be as it was written and every shard to be there in its full size."""
+def read_manifest(directory: Path, with_shards: bool = True) -> dict[str, Any]:
+    """Returns the manifest, once it is known to be as it was written and every shard to be there in its full size; or,
+    without `with_shards`, the index of every shard.
+    """
     path = directory / "manifest.json"
     manifest = read_object(path)
     if manifest.get("format") != FORMAT:
@@ -212,7 +215,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     for name, shard in manifest["shards"].items():
         if not re.fullmatch(r"shard-\d{5,}", name):
             raise UserError(f"{path}: {name!r} is no name of a shard, as in shard-00000; {AGAIN}")
-        for file, size in ((f"{name}.array_record", shard["bytes"]), (f"{name}.npz", None)):
+        records = ((f"{name}.array_record", shard["bytes"]),) if with_shards else ()
+        for file, size in (*records, (f"{name}.npz", None)):
             file = directory / file
             if not file.is_file() or file.stat().st_size != (size or file.stat().st_size):
                 state = f"has {file.stat().st_size} bytes, not {size}" if file.is_file() else "is missing"
@@ -247,9 +251,11 @@ def _reader(path: Path) -> ArrayRecordReader:
 class Store:
     """Random access to the pieces of a prepared directory, numbered over all shards. Safe to use from many threads."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, quarantine: Quarantine | None = None) -> None:
+        """quarantine: what may be left out where it cannot be read; nothing without it."""
         self.directory = directory
-        self.manifest = read_manifest(directory)
+        self._quarantine = Quarantine(0) if quarantine is None else quarantine
+        self.manifest = read_manifest(directory, with_shards=not self._quarantine.is_on)
         self.tokenizer = load_from(directory)
         made = self.manifest["tokenizer"]
         if self.tokenizer.fingerprint != made["fingerprint"]:
@@ -266,11 +272,30 @@ class Store:
         self.columns = {name: np.concatenate([index[name] for index in indexes]) for name in COLUMNS}
         kinds = [source.get("kind", "text") for source in self.manifest["sources"]]  # texts had none before
         self.is_chat_I = np.isin(self.columns["source"], [n for n, kind in enumerate(kinds) if kind == "chat"])
-        self._readers = [_reader(path) for path in self._paths]
+        self._readers = [None if self._quarantine.is_on else _reader(path) for path in self._paths]
 
     def read(self, piece: int) -> Record:
         shard = int(np.searchsorted(self._first, piece, side="right")) - 1
         number = int(piece - self._first[shard])
+        name = f"{self.directory.name}/{self._paths[shard].name}:{number}"
+        if name in self._quarantine:
+            return self._left_out(piece)
+        try:
+            return self._read(piece, shard, number)
+        except UserError as error:
+            self._quarantine.add(name, error)
+            return self._left_out(piece)
+
+    def _left_out(self, piece: int) -> Record:
+        """A record of the length of one that is left out, nothing of which is to be predicted."""
+        length = int(self.columns["length"][piece])
+        none = np.zeros(length, np.int32)
+        domain = int(self.columns["domain"][piece])
+        return Record(domain, 0, "", np.full(length, self.tokenizer.eos, np.int32), none, none.astype(bool))
+
+    def _read(self, piece: int, shard: int, number: int) -> Record:
+        if self._readers[shard] is None:
+            self._readers[shard] = _reader(self._paths[shard])
         try:
             (raw,) = self._readers[shard].read([number])
         except Exception as error:  # the library raises what its C++ status maps to

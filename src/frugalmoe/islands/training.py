@@ -18,7 +18,8 @@ from frugalmoe.data import Dataset
 from frugalmoe.errors import UserError
 from frugalmoe.files import check_name, read_json, write_atomically, write_json
 from frugalmoe.islands import agreements, blobs, merges, processes, routers, tensors
-from frugalmoe.islands.island import Island, Rules
+from frugalmoe.islands.directory import Rules
+from frugalmoe.islands.island import Island
 from frugalmoe.islands.records import Damaged
 from frugalmoe.islands.rounds import Found, Local, Rounds
 from frugalmoe.islands.store import Store, StoreError, open_store
@@ -27,7 +28,6 @@ from frugalmoe.train import distributed, rundir
 from frugalmoe.train.loop import NotFinite, Run, Steps
 from frugalmoe.train.placing import own_rows
 from frugalmoe.train.step import State, init
-from frugalmoe.train.supervise import EVENTS
 
 RECORD = "island.json"  # in the run directory
 FOLDER = "island"
@@ -41,6 +41,9 @@ def rules_of(config: Config) -> Rules:
     section, described = config.islands, tensors.describe(config.model)
     merge = merges.get(section.merge)
     merge.options_of(section.merge_options)
+    if metric := config.checkpoint.keep_best:
+        rule = "must be empty: islands save what they hold at the end of rounds only, which no evaluation is of"
+        raise UserError(f"checkpoint.keep_best={metric!r}: {rule}")
     if section.late == "weigh" and section.fragments > 1:
         rule = "needs islands.fragments=1: a late contribution is of another fragment than the round"
         raise UserError(f"islands.late={section.late!r}: {rule}")
@@ -53,6 +56,13 @@ def rules_of(config: Config) -> Rules:
         merge=merge,
         merge_routers=routers.merger(config.model.moe),
     )
+
+
+def advice(config: Config) -> list[str]:
+    """What the merge rule says of the section that it is used with."""
+    merge, section = merges.get(config.islands.merge), config.islands
+    said = merge.advice(merge.options_of(section.merge_options), section)
+    return [said] if said else []
 
 
 def check(config: Config, url: str, name: str) -> Store:
@@ -80,10 +90,11 @@ def drive(
     """
     (run,) = runs
     began, config = time.perf_counter(), run.config
-    with ExitStack() as held:
+    with run.ledger.phase("exchange"), ExitStack() as held:
         shown = held.enter_context(progress(config, run.start))
-        for note in run.notes:
-            shown.say(note)
+        run.show(shown)
+        for line in advice(config):
+            run.say(line)
         # An island saves at the end of a round, whose place in the directory it knows when it goes on.
         steps = Steps([run], lambda: held.enter_context(distributed.stop_requests()), shown, saves=False)
         local, timed = RunLocal(run, steps), bool(config.islands.round_seconds)
@@ -97,6 +108,7 @@ def drive(
             stopped = _lead(steps, local, store, name, shown=shown, idle=lambda: None)
         if stopped:  # what can go on is saved: the state at the end of a round
             run.manager.wait_until_finished()
+            run.ledger.write(run.step, ended="stopped")
             return [{"status": "stopped", "step": run.step, "steps": config.train.steps}]
         steps.program.check_compiled_once()
         run.manager.wait_until_finished()
@@ -109,17 +121,16 @@ def drive(
 def _lead(steps: Steps, local: Local, store: Store, name: str, *, shown: Any, idle: Callable[[], None]) -> bool:
     """Goes through the rounds; returns whether a stop was requested. `idle` is called while there is nothing to do."""
     (run,) = steps.runs
-    began, config = time.perf_counter(), run.config
+    config = run.config
     with ExitStack() as held:
         identity = _identity(run.workdir, name, store)
         island = Island(store, name, identity["run"], rules_of(config), time.monotonic)
         island.agree(agreements.of(config, run.data.fingerprint, run.data.tokenizer.fingerprint))
         rows, loads = (held.enter_context(_log(run, file, run.start)) for file in ("rounds.jsonl", "island_load.jsonl"))
-        events = held.enter_context(_log(run, EVENTS, run.config.train.steps))  # what happened stays
 
         def tell(kind: str, what: str) -> None:
             shown.say(f"island {name}: {kind.replace('_', ' ')}: {what}")
-            events({"step": run.step, "kind": kind, "what": what, "seconds": round(time.perf_counter() - began, 3)})
+            run.events.write(run.step, kind, what)
 
         def row(values: Mapping[str, Any]) -> None:
             rows({name: value for name, value in values.items() if name != "loads"})
@@ -221,7 +232,7 @@ class RunLocal(OfState):
         return self._steps.stop_requested()
 
     def save(self) -> None:
-        self.run.save()
+        self.run.save(must=True)  # an island goes on from what the directory says of it
 
 
 def at_step(state: State, step: int) -> State:

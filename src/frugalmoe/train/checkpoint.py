@@ -22,6 +22,8 @@ from frugalmoe.train.saved import saved_steps as saved_steps
 from frugalmoe.train.step import State, finite
 
 _ITEMS = ("params", "router_state", "opt_state", "step")
+# Seconds. Orbax takes the time of day, which may be set while it saves: an hour must not count for one.
+_TIMEOUT = 7 * 24 * 3600
 
 # Arrays that had another name in older checkpoints, which are read with today's: one letter of a name, one meaning.
 RENAMED = {
@@ -99,6 +101,7 @@ def open_manager(
         preservation_policy=policies.AnyPreservationPolicy(keep),
         cleanup_tmp_directories=cleanup,
         temporary_path_class=_Summed,
+        async_options=ocp.AsyncOptions(timeout_secs=_TIMEOUT),
         lightweight_initialize=True,  # what it would read of each step may be damaged, and is not needed
     )
     handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}

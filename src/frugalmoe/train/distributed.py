@@ -20,11 +20,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from frugalmoe.errors import EXIT_USER_ERROR, UserError, one_line
-from frugalmoe.interrupts import is_watched
+from frugalmoe.interrupts import is_watched, may_speak
 from frugalmoe.train.rundir import differences
 
 EXIT_PEER_LOST = 1
-_SECONDS_OF_SILENCE = 60  # after these a process counts as dead, and JAX ends those that wait for it
+# After these a process counts as dead, and JAX ends those that wait for it, with a page. `train.watch` is earlier, and
+# says who.
+_SECONDS_OF_SILENCE = 300
 _SECONDS_TO_SPEAK = 2.0  # for the others to notice by themselves that one is gone, and to say so
 _FLAGS = "--coordinator=HOST:PORT --num-processes=N --process-id=I"
 _PERHAPS_A_POD = "TPU VM"
@@ -176,6 +178,8 @@ def all_or_none(shared: type[Exception]) -> Iterator[None]:
     except BaseException as e:
         if jax.process_count() == 1:
             raise
+        if not may_speak():  # the watch has said why the process ends
+            time.sleep(60)
         print(f"frugalmoe: process {jax.process_index()}: {_what_happened(e)}", file=sys.stderr, flush=True)
         if is_main():  # it runs the service that the others need: without a pause they would end before they speak
             time.sleep(_SECONDS_TO_SPEAK)
@@ -197,15 +201,45 @@ def _is_loss_of_peer(error: BaseException) -> bool:
     return isinstance(error, ValueError | RuntimeError) and "gloo" in str(error).lower()
 
 
+class StopNow(Exception):
+    """A signal came while there was nothing to do but wait."""
+
+
+class _Received(list):
+    """The signals that came; called, whether any did. `waits` is set while the first one is to end what waits."""
+
+    waits = False
+
+    def __call__(self, step: int) -> bool:
+        return bool(self)
+
+
+@contextmanager
+def while_waiting(stop: Callable[[int], bool] | None) -> Iterator[None]:
+    """Wraps a block that changes nothing: the first signal ends it with `StopNow`, so that a loader that sleeps keeps
+    no process alone from stopping. stop: as `stop_requests` gave it; of several processes nothing is done.
+    """
+    if not isinstance(stop, _Received):
+        yield
+        return
+    stop.waits = True
+    try:
+        yield
+    finally:
+        stop.waits = False
+
+
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Collects SIGTERM and SIGINT; a second one ends the process at once."""
-    received: list[int] = []
+    received = _Received()
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def handle(number, frame):
         if not received:
             received.append(number)
+            if received.waits:
+                raise StopNow
         elif not is_watched(previous[number]):  # a watch ends the process itself
             raise KeyboardInterrupt
 
@@ -227,7 +261,7 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     """
     if jax.process_count() == 1:
         with stop_signals() as received:
-            yield lambda step: bool(received)
+            yield received
         return
 
     def interrupt(number, frame):

@@ -15,7 +15,7 @@ import numpy as np
 
 from frugalmoe import sharding
 from frugalmoe.config import Config, outside, settle
-from frugalmoe.data import Dataset, open_data
+from frugalmoe.data import Dataset, open_data, quarantine
 from frugalmoe.data.batches import Batch
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
@@ -26,15 +26,18 @@ from frugalmoe.model.causality import causality
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
-from frugalmoe.train import best, checkpoint, distributed, rundir, saved
+from frugalmoe.train import best, checkpoint, distributed, ledger, rundir, saved, watch
 from frugalmoe.train import origin as origins
 from frugalmoe.train.evaluate import Scores, evaluate, write_probe
+from frugalmoe.train.events import Events
+from frugalmoe.train.ledger import Ledger
 from frugalmoe.train.objective import StepReport, knobs
 from frugalmoe.train.origin import Origin
 from frugalmoe.train.placing import own_rows
 from frugalmoe.train.preflight import check_directory
 from frugalmoe.train.program import Program, compiled_eval_step
 from frugalmoe.train.progress import Progress
+from frugalmoe.train.saving import Saves
 from frugalmoe.train.step import State, abstract, init
 from frugalmoe.train.trackers import Trackers
 from frugalmoe.train.weights import Weights
@@ -57,6 +60,7 @@ def train(
     progress: Callable[[Config, int], Any] = Progress,
     drive: Callable[..., list[dict[str, Any]]] | None = None,
     suits: Callable[[Config, Dataset], None] | None = None,
+    times: Ledger | None = None,
 ) -> dict[str, Any]:
     """Trains, or continues, the run in `workdir` and returns its summary. `status` is complete or stopped.
 
@@ -65,6 +69,7 @@ def train(
     one begins with; it is read once, and not when this run is continued. sample: draws the passage of text in a
     complete run's summary, as `generate.sample_text` does; None: the summary has none. drive: trains the opened run in
     the place of `train_runs`, as islands do; suits: raises `UserError` where settled config and data do not suit it.
+    times: the ledger of this start, where it began before this call.
     Raises UserError for input that cannot be run; nothing is written or
     deleted then. With several processes (`distributed.start`) each calls it with equal arguments.
     """
@@ -77,7 +82,7 @@ def train(
             check_directory(config, workdir, resume=resume, fresh=fresh, origin=origin)
     if distributed.exchange(rundir.is_complete(workdir))[0] and resume != "force" and not fresh:
         return read_json(workdir / "summary.json")
-    how = {"force": resume == "force", "fresh": fresh, "origin": origin, "suits": suits}
+    how = {"force": resume == "force", "fresh": fresh, "origin": origin, "suits": suits, "times": times}
     with jax.set_mesh(sharding.make_mesh(layout)), opened(config, workdir, **how) as run:
         return (drive or train_runs)([run], progress, sample)[0]
 
@@ -92,6 +97,7 @@ def opened(
     origin: Origin | None = None,
     done: Callable[[], bool] = lambda: False,
     suits: Callable[[Config, Dataset], None] | None = None,
+    times: Ledger | None = None,
 ) -> Iterator["Run"]:
     """Opens the run of a directory, new or continued and locked, on the mesh in context; `fresh` replaces the one
     there, and a new one begins with the weights of `origin`.
@@ -99,15 +105,19 @@ def opened(
     Raises `rundir.Busy` if another process has it, or had it until it was `done`.
     """
     main, mesh = distributed.is_main(), jax.sharding.get_mesh()
+    times = times or Ledger()
     with distributed.together():
-        data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed, progress=main)
+        with times.phase("data"):
+            data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed, progress=main)
         settled = settle(config, data.tokenizer.size, mesh.size)
         parts = {"eval": data, "validation": data.validation}
         best.check_metric(settled, {part: of_part.domains for part, of_part in parts.items() if of_part})
         if suits and main:
             suits(settled, data)
     distributed.check_same({"fingerprint of the data": data.fingerprint})
+    other: list[str] = []  # what to tell of data that are others than before
     with ExitStack() as held:
+        held.enter_context(times)
         with distributed.together():
             if main:
                 held.enter_context(rundir.locked(workdir))
@@ -117,7 +127,7 @@ def opened(
                     rundir.check_fresh(workdir)
                 else:
                     rundir.check_config(workdir, settled, force=force)
-                    _check_data(workdir, data)
+                    other = rundir.check_data(workdir, data, force=force)
                 freed = rundir.size_of_run(workdir) if fresh else 0
                 checkpoint.check_space(workdir, abstract(settled), freed)
         with distributed.together():
@@ -130,12 +140,14 @@ def opened(
             if main and fresh:
                 rundir.start_over(workdir)
         with distributed.all_or_none(shared=NotFinite):
-            run = held.enter_context(closing(Run(settled, workdir, data, mesh, begun and begun.state)))
+            run = held.enter_context(closing(Run(settled, workdir, data, mesh, begun and begun.state, times)))
             with distributed.together():
                 if main:
                     _describe(run, config, begun and begun.record)
                     if begun:
                         origins.accompany(begun.origin, workdir)
+            for line in other:
+                run.tell("data", line)
             run.notes += begun.notes if begun else ()
             begun = None  # its arrays are the run's, which the first step may write over
             yield run
@@ -150,19 +162,6 @@ def _begun(
         return None
     origins.check(found, config, tokenizer.fingerprint)
     return origins.begin(found, config, digest)
-
-
-def _check_data(workdir: Path, data: Dataset) -> None:
-    path = workdir / "data.json"
-    if not path.is_file():
-        return
-    there = read_json(path)
-    sets = [("data", there["fingerprint"], data.fingerprint)]
-    if data.validation and "validation" in there:
-        sets.append(("validation set", there["validation"]["fingerprint"], data.validation.fingerprint))
-    for what, old, new in sets:
-        if old != new:
-            raise UserError(f"--workdir={workdir}: the run's {what} changed (fingerprint {old} there, {new} now)")
 
 
 def _describe(run: "Run", config: Config, origin: Mapping[str, Any] | None) -> None:
@@ -183,8 +182,8 @@ def train_runs(
     began, config = time.perf_counter(), runs[0].config
     with ExitStack() as held:
         shown = held.enter_context(progress(config, runs[0].start))
-        for note in (note for run in runs for note in run.notes):
-            shown.say(note)
+        for run in runs:
+            run.show(shown)
         stopped = _loop(runs, lambda: held.enter_context(distributed.stop_requests()), shown)
         if not stopped:
             shown.say("evaluating on held-out documents")
@@ -222,9 +221,20 @@ class Steps:
 
     def until(self, end: int, enough: Callable[[], bool] = lambda: False) -> None:
         """Trains until step `end`, until there is `enough`, or until a stop is requested; hands runs their states."""
+        with ledger.phase(self.runs, "step"):
+            self._until(end, enough)
+
+    def _until(self, end: int, enough: Callable[[], bool]) -> None:
         config = self.runs[0].config
         while self.step < end and not self.stop_requested() and not enough():
-            batch = self.program.next_batch()
+            watch.doing(watch.BATCH, self.step + 1)
+            try:
+                with distributed.while_waiting(self._stop):
+                    batch = self._next_batch()
+            except distributed.StopNow:
+                self.stopped = True
+                break
+            watch.doing(watch.STEP if self._stop else watch.COMPILE, self.step + 1)
             with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=self.step):
                 report = self.program.step(batch)
             self._stop = self._stop or self._stop_requests()
@@ -234,7 +244,15 @@ class Steps:
             if self.step < config.train.steps:
                 self._pause(config.train.eval_every, config.checkpoint.every_steps if self._saves else 0)
         self._log_pending()
+        watch.doing(None)
         self.program.settle(self.step)
+
+    def _next_batch(self) -> Batch:
+        with ledger.phase(self.runs, "data"):
+            batch = self.program.next_batch()
+            if self._pending is not None and not self._pending[1].tokens.is_ready():
+                ledger.hidden(self.runs)
+            return batch
 
     def take(self, states: Sequence[State], step: int) -> None:
         """Goes on with other states of the runs, at another step."""
@@ -243,9 +261,11 @@ class Steps:
         self.step = step
         self.program.read_states()
 
-    def paused(self) -> Any:
-        """A context whose time does not count as a step's."""
-        return self._clock.paused()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context in which the runs wait for others: its time does not count as a step's."""
+        with self._clock.paused(), ledger.phase(self.runs, "idle"):
+            yield
 
     def _log_pending(self) -> None:
         """Reads the report of the step before, which waits for it."""
@@ -255,12 +275,14 @@ class Steps:
         self._pending = None
         reports = self.program.of_each_run(jax.device_get(report))
         seconds = self._clock.tick()
+        watch.stepped(seconds)
         for run, own in zip(self.runs, reports):
             run.check(logged, own)
         loss, tokens = float(reports[0].metrics["loss/ce"]), sum(float(own.tokens) for own in reports)
         self.shown.update(logged, loss, tokens, seconds)
         for run, own in zip(self.runs, reports):
             run.log(logged, own, seconds / len(self.runs))
+            run.ledger.stepped(logged)
 
     def _pause(self, eval_every: int, save_every: int) -> None:
         """Evaluates and saves where it is time to; 0: never."""
@@ -272,25 +294,36 @@ class Steps:
             self.program.settle(self.step)
             for run in self.runs:
                 if evaluate:
-                    run.evaluate()
+                    with ledger.phase(self.runs, "evaluation"):
+                        run.evaluate()
                 if save:
-                    run.save()
+                    with ledger.phase(self.runs, "checkpoint"):
+                        run.save()
 
 
 class Run:
-    """What the loop holds on to: compiled steps and logs. All that a run *is* lives in `State` and on disk."""
+    """What the loop holds on to: compiled steps, logs and times. All that a run *is* lives in `State` and on disk."""
 
     def __init__(
-        self, config: Config, workdir: Path, data: Dataset, mesh: jax.sharding.Mesh, begun: State | None = None
+        self,
+        config: Config,
+        workdir: Path,
+        data: Dataset,
+        mesh: jax.sharding.Mesh,
+        begun: State | None = None,
+        times: Ledger | None = None,
     ):
+        self.ledger = times or Ledger()
         self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
         model = config.model
         self.layers, self.routed_blocks = pattern.moe_layers(model), pattern.wrapped_layers(model)
         self.trained_layers = self.layers + multi_token.moe_layers(model)
         self.kept: set[int] = set()  # steps of checkpoints that stay
         self.notes: list[str] = []  # for whoever started the run
+        self.say: Callable[[str], None] = self.notes.append  # the progress shown, once there is one
+        self.events = Events(workdir, quiet=not distributed.is_main())
         self.state = self._restored() or begun or init(config)
-        self.manager = checkpoint.open_manager(workdir, config.checkpoint, cleanup=True, kept=self.kept)
+        self.saves = Saves(workdir, config.checkpoint, self.kept, self.tell)
         self.start = self.step = int(self.state.step)
         self.best = self._best_before()
         self.kept |= {self.best.step} if self.best else set()
@@ -298,12 +331,20 @@ class Run:
         main = distributed.is_main()
         log = lambda name: rundir.Log(workdir / name if main else Path(os.devnull), self.start)
         self.metrics_log, self.load_log = log("metrics.jsonl"), log("expert_load.jsonl")
+        self.saves.logs = lambda: (self.metrics_log, self.load_log)
         self.trackers = Trackers(config, workdir, self.start, quiet=not main)
         self.eval_step = compiled_eval_step(config)
+        data.quarantine.begin(workdir / quarantine.FILE)
         self.batches = data.train_batches(int(self.state.position), own_rows(mesh, config))
         self.tokens_per_second: list[float] = []
         # Slots of tokens that named each expert, in all steps of this start.
         self.counts_LE = np.zeros((len(self.trained_layers), model.moe.num_experts), np.int64)
+        self.ledger.attach(workdir, self.start, quiet=not main)
+
+    @property
+    def manager(self) -> Any:
+        """Orbax's manager of the run's checkpoints; a save that failed makes it a new one."""
+        return self.saves.manager
 
     def _restored(self) -> State | None:
         """Returns the newest saved state that is whole and finite; the checkpoints that are not are moved aside."""
@@ -314,7 +355,8 @@ class Run:
             raise NotFinite(f"{saved.damaged(self.workdir, *skipped)}, {rule}")
         with distributed.together():
             if distributed.is_main():
-                self.notes += saved.clear(self.workdir, skipped, step)
+                for line in saved.clear(self.workdir, skipped, step):
+                    self.tell("checkpoint", line, step or 0)
         return state
 
     def _best_before(self) -> best.Best | None:
@@ -327,12 +369,23 @@ class Run:
     def _keep_best(self, scores: Mapping[str, float]) -> None:
         """Saves the state that was evaluated and keeps it, if it is the best until now, in the place of that before."""
         metric = self.config.checkpoint.keep_best
-        if metric and best.is_better(metric, scores[metric], self.best):
-            self.save()
-            self.manager.wait_until_finished()
+        if not (metric and best.is_better(metric, scores[metric], self.best)):
+            return
+        if self.save() and self.saves.settled(self.step):
             self.best = best.Best(self.step, scores[metric])
             self.kept.clear()
             self.kept.add(self.step)
+
+    def show(self, shown: Any) -> None:
+        """Says on `shown` what there is to say, now and from here on."""
+        for note in self.notes:
+            shown.say(note)
+        self.say = shown.say
+
+    def tell(self, kind: str, what: str, step: int | None = None) -> None:
+        """Says what happened to the run, and keeps it as a row of its events."""
+        self.say(what)
+        self.events.write(self.step if step is None else step, kind, what)
 
     def check(self, step: int, report: StepReport) -> None:
         """Raises `NotFinite` unless a step's loss and gradient and the state after it are finite."""
@@ -354,20 +407,28 @@ class Run:
         """Saves the state; unless stopped, evaluates, and samples if asked to. Returns the summary, which a complete
         run also writes, with `more` in it.
         """
-        scores = None if stopped else self._finish()
-        self.save()
-        self.manager.wait_until_finished()
+        trace: list = []
+        with self.ledger.phase("evaluation"):
+            scores = None if stopped else self._finish(trace)
+        self.save(last=True)
+        if trace:
+            write_probe(self.workdir / "probe.npz", trace, self.layers, self.config.model.moe.num_experts)
         summary = {"status": "stopped" if stopped else "complete", "step": self.step, "steps": self.config.train.steps}
+        with self.ledger.phase("report"):
+            if scores:
+                summary |= (
+                    self._summary(*scores, seconds) | dict(more) | ({"sample": self._sample(sample)} if sample else {})
+                )
+            self.ledger.write(self.step, ended=summary["status"])
         if scores:
-            summary |= (
-                self._summary(*scores, seconds) | dict(more) | ({"sample": self._sample(sample)} if sample else {})
-            )
+            summary |= {"goodput": self.ledger.account().summary()}
             if distributed.is_main():
                 write_json(self.workdir / "summary.json", summary)
         return summary
 
     def close(self) -> None:
-        for part in (self.metrics_log, self.load_log, self.trackers, self.manager):
+        self.ledger.died(self.step)
+        for part in (self.metrics_log, self.load_log, self.trackers, self.saves):
             part.close()
 
     def evaluate(self) -> None:
@@ -375,15 +436,29 @@ class Run:
         if self.data.validation:
             measured |= self._log_scores("validation", self._scored(self.eval_step, self.data.validation))
         self._keep_best(measured)
+        self.ledger.write(self.step)
 
     def _scored(self, eval_step: Callable, data: Dataset, trace: list | None = None) -> Scores:
-        return evaluate(eval_step, self.state, data, self.config, self.mesh, trace)
+        moves = lambda *rows: watch.doing(watch.EVALUATION, self.step)
+        moves()
+        scores = evaluate(eval_step, self.state, data, self.config, self.mesh, trace, done=moves)
+        watch.doing(None)
+        return scores
 
-    def save(self) -> None:
-        """Saves the state; raises `NotFinite` for one that is not finite."""
+    def save(self, *, must: bool = False, last: bool = False) -> bool:
+        """Saves the state, as `Saves` does, and returns whether; raises `NotFinite` for one that is not finite.
+
+        must: raises `NotSaved` where it cannot be saved. last: waits for it, and for space.
+        """
+        watch.doing(watch.SAVE, self.step)
         if not checkpoint.is_finite(self.state):
             raise NotFinite(self._broken(f"the state after step {self.step}"))
-        checkpoint.save(self.manager, self.step, self.state)
+        try:
+            with self.ledger.phase("checkpoint"):
+                return self.saves.last(self.step, self.state) if last else self.saves.save(self.step, self.state, must)
+        finally:
+            self.ledger.write(self.step)
+            watch.doing(None)
 
     def seek(self, position: int) -> None:
         """Makes the run go on with the batch of another position: a larger one skips batches, a smaller one goes back.
@@ -416,6 +491,9 @@ class Run:
         self._write(step, row)
         if report.counts_LE is not None:
             self.load_log.write({"step": step, "layers": self.trained_layers, "counts": report.counts_LE.tolist()})
+        self.saves.look(step)
+        for line in self.data.quarantine.news():
+            self.tell("data", line)
 
     def _write(self, step: int, row: Mapping[str, float]) -> None:
         self.metrics_log.write({"step": step, **row})
@@ -431,19 +509,19 @@ class Run:
         self._write(self.step, row)
         return row
 
-    def _finish(self) -> tuple[Scores, Scores | None]:
-        """Scores of the held-out documents, and of the validation set where there is one."""
-        trace: list | None = [] if self.layers and distributed.is_main() else None
+    def _finish(self, trace: list) -> tuple[Scores, Scores | None]:
+        """Scores of the held-out documents, and of the validation set where there is one. What the probe shall hold is
+        appended to `trace`.
+        """
         traced = lambda: compiled_eval_step(self.config, trace=True, vocabulary=self.data.tokenizer.size)
         eval_step = traced() if self.layers else self.eval_step
-        scores, own = self._scored(eval_step, self.data, trace), None
+        probed = trace if self.layers and distributed.is_main() else None
+        scores, own = self._scored(eval_step, self.data, probed), None
         measured = self._log_scores("eval", scores)
         if self.data.validation:
             own = self._scored(eval_step, self.data.validation)
             measured |= self._log_scores("validation", own)
         self._keep_best(measured)
-        if trace:
-            write_probe(self.workdir / "probe.npz", trace, self.layers, self.config.model.moe.num_experts)
         return scores, own
 
     def _summary(self, scores: Scores, own: Scores | None, seconds: float) -> dict[str, Any]:
@@ -457,6 +535,7 @@ class Run:
             "domains": list(self.data.domains),
             "eval": _losses(scores),
             **({"validation": _losses(own)} if own else {}),
+            **({"records_left_out": left_out} if (left_out := len(self.data.quarantine)) else {}),
             **({"best": {"metric": self.config.checkpoint.keep_best, **self.best._asdict()}} if self.best else {}),
             "parameters": count_parameters(self.config.model),
             "speed": {"tokens_per_second": speed, "train_seconds": seconds},

@@ -23,7 +23,7 @@ from frugalmoe.config import RECORD, Config, completed, outside, record, recorde
 from frugalmoe.config.settle import left_open, open_again
 from frugalmoe.data import Dataset
 from frugalmoe.data.tokenizer import load_from
-from frugalmoe.errors import UserError
+from frugalmoe.errors import UserError, of_disk
 from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json, to_json, write_atomically, write_json
 from frugalmoe.train.saved import DAMAGED, FOLDER, UNFINISHED, is_step
@@ -31,14 +31,14 @@ from frugalmoe.train.saved import DAMAGED, FOLDER, UNFINISHED, is_step
 # What a run may write before config.json, which marks a directory as a run; then all that it writes.
 _BEGINNING = ("checkpoints", "metrics.jsonl", "expert_load.jsonl", "tensorboard", "tokenizer", "environment.json",
               "data.json", "history.jsonl", "trackers.json", "wandb", "outside", "outside.json", "events.jsonl",
-              "rounds.jsonl", "island.json", "island")  # fmt: skip
+              "rounds.jsonl", "island.json", "island", "goodput.jsonl", "quarantine.jsonl")  # fmt: skip
 _OWN = ("config.json", "environment.json", "data.json", "history.jsonl", "metrics.jsonl", "expert_load.jsonl",
         "summary.json", "probe.npz", "cross.json", "suite.json", ".*.json.*.tmp", ".*.jsonl.*.tmp",
         "tensorboard/events.out.tfevents.*", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
         "tokenizer/chat_template.jinja", "tokenizer/generation_config.json",
         "report/index.html", "report/*.png", "trace/step_*.npz", "trackers.json", "wandb", "profile",
         "outside.json", "outside/*/*.py", "source.json", "source/*", "events.jsonl", "rounds.jsonl", "island.json",
-        "island/residual_*")  # fmt: skip
+        "island/residual_*", "goodput.jsonl", "stuck-*.txt", "quarantine.jsonl")  # fmt: skip
 _FOLDERS = ("checkpoints", "tensorboard", "tokenizer", "report", "trace", "outside/*", "outside", "source", "island")
 
 
@@ -93,8 +93,8 @@ def _holds_something(workdir: Path) -> bool:
 
 
 def check_config(workdir: Path, config: Config, force: bool) -> None:
-    """Refuses to continue a run of another config, and names what differs. Mesh and trackers may differ, for no result
-    depends on them.
+    """Refuses to continue a run of another config, and names what differs. Mesh, trackers and what is done about
+    faults may differ, for no result depends on them while there are none.
 
     A vocabulary that is not settled yet is not compared: when the run begins it is settled and this is called again. A
     file outside the package that the config names is the same file as long as its text is.
@@ -111,6 +111,9 @@ def check_config(workdir: Path, config: Config, force: bool) -> None:
         raise UserError(f"--workdir={workdir}: {changed[0]}; {rule}")
     saved["model"]["vocab_size"] = ours and (vocabulary(workdir) or ours)
     saved["train"]["trackers"] = config.train.trackers
+    saved["data"]["quarantine"] = config.data.quarantine
+    saved["train"]["stuck_seconds"] = config.train.stuck_seconds
+    saved["checkpoint"]["on_error"] = config.checkpoint.on_error
     if "eval_batches" in read_json(workdir / RECORD)["train"]:  # an older run goes on with the rows of today
         saved["train"]["eval_rows"] = config.train.eval_rows
     differing = differences(saved, here, "there", "here")
@@ -221,6 +224,10 @@ def copy_source(there: Path, workdir: Path) -> None:
 
 def describe_data(workdir: Path, data: Dataset) -> None:
     """Writes data.json: which data a run is about, and how much there is of it."""
+    write_json(workdir / "data.json", _described(data))
+
+
+def _described(data: Dataset) -> dict[str, Any]:
     described = {
         "fingerprint": data.fingerprint,
         "domains": list(data.domains),
@@ -235,7 +242,30 @@ def describe_data(workdir: Path, data: Dataset) -> None:
             "domains": list(data.validation.domains),
             "tokens": data.validation.validation_tokens,
         }
-    write_json(workdir / "data.json", described)
+    return described
+
+
+def check_data(workdir: Path, data: Dataset, force: bool) -> list[str]:
+    """Refuses to continue a run with other data, and names what differs; with `force` returns what to tell of it."""
+    path = workdir / "data.json"
+    there, here = (read_json(path), _described(data)) if path.is_file() else ({}, {})
+    pairs = [("data", there, here)]
+    if "validation" in there and "validation" in here:
+        pairs.append(("validation set", there["validation"], here["validation"]))
+    told = []
+    for what, old, new in pairs:
+        if old.get("fingerprint") == new.get("fingerprint"):
+            continue
+        names = ("domains", "train_tokens", "validation_tokens", "tokens")
+        counted = [{name: found[name] for name in names if name in found} for found in (old, new)]
+        told += differences(*counted, "there", "now")
+        told = told[:5] or ["as many tokens in the same domains, but other texts, tokenizer or weights"]
+        prints = f"fingerprint {old.get('fingerprint')} there, {new.get('fingerprint')} now"
+        line = f"--workdir={workdir}: the run's {what} changed ({'; '.join(told)}; {prints})"
+        if not force:
+            raise UserError(f"{line}; put it back, or --resume=force to go on with it as it is now")
+        told = [line]
+    return told
 
 
 def _changed_files(workdir: Path, config: Config) -> dict[str, tuple[str, str]]:
@@ -309,17 +339,34 @@ def _git_commit() -> str:
 
 
 class Log:
-    """A JSON-lines file. Opening it for a resumed run drops the rows after the checkpoint, and a torn last line."""
+    """A JSON-lines file. Opening it for a resumed run drops the rows after the checkpoint, and a torn last line.
+
+    Rows that the disk has no space for wait in memory until it has, the rest of one that was torn too; `trouble` says
+    what is wrong meanwhile.
+    """
 
     def __init__(self, path: Path, step: int):
         if path.is_file():
             rows = [row for row in read_rows(path) if type(row.get("step")) is int and row["step"] <= step]
             write_rows(path, rows)
-        self._file: TextIO = path.open("a")
+        self._path, self._file = path, path.open("ab", buffering=0)
+        self._waiting, self.trouble = b"", ""
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(to_json(row) + "\n")
-        self._file.flush()
+        self._waiting += to_json(row).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> str:
+        """Writes what waits; returns the trouble with it, "" for none."""
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self.trouble = ""
+        except OSError as error:
+            if not of_disk(error):
+                raise
+            self.trouble = f"{self._path}: {error.strerror}: {len(self._waiting)} bytes are to be written"
+        return self.trouble
 
     def close(self) -> None:
         self._file.close()

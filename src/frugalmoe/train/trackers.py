@@ -43,13 +43,47 @@ class TensorBoard:
 
         # A continued run writes the steps after its checkpoint again: those there are hidden.
         self.writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._events = self.writer.file_writer.event_writer
+        self._file = self._events._ev_writer._py_recordio_writer = _File(self._events._ev_writer._py_recordio_writer)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._check()
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         self.writer.close()
+        self._check()
+
+    def _check(self) -> None:
+        if self._file.error:
+            self._events._event_queue.cancel_join_thread()  # the process does not wait for what is left in it
+            raise self._file.error
+
+
+class _File:
+    """The file of TensorBoard's events, which a thread of its own writes: an error there would end that thread, and
+    then the queue that it reads would be full and the run would wait for ever.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.error = file, None
+
+    def _safely(self, act: Any) -> None:
+        try:
+            if self.error is None:
+                act()
+        except OSError as error:
+            self.error = error
+
+    def write(self, data: bytes) -> None:
+        self._safely(lambda: self._file.write(data))
+
+    def flush(self) -> None:
+        self._safely(self._file.flush)
+
+    def close(self) -> None:
+        self._safely(self._file.close)
 
 
 class WandB:
