@@ -58,9 +58,11 @@ plots.tokens_for_money(rows)
 # ## To which loss?
 #
 # By a fit of one's own study, here the smallest one that there is: `experiments/isoflop.py`, four sizes on a laptop.
-# Bars are its 90% bands. Its losses are those of its text under its tokenizer, of a thousand words, and it extrapolates
-# without shame: the lines below say how far. What a band cannot hold is that a law has another shape out there. A study
-# of your own, nearer to what you will train, is what to put here (`frugalmoe report STUDY --fit`).
+# Bars are its 90% bands. Its losses are those of its text under its tokenizer, of a thousand words.
+#
+# It is shown for what it is: all bands overlap, for the fit has seen nothing within a hundred thousand times of these
+# runs, as the lines below say; it cannot choose between the models. With `frugalmoe report STUDY --fit` a study of your
+# own, within ten times of what you will train, takes its place (`FRUGALMOE_FIT`).
 
 # %%
 plots.loss_for_money(rows)
@@ -72,13 +74,10 @@ plots.loss_for_money(rows)
 }
 
 # %% [markdown]
-# ## The best for the money
+# ## On what, then?
 #
-# Of each device the config with the lowest expected loss, and its price of a token.
+# Of each config the device that sees the most tokens, and what a billion of them costs there.
 
 # %%
-best = {row.device: row for row in sorted(rows, key=lambda row: -row.loss.loss)}
-{
-    device: (row.config, f"{row.loss.loss:.2f}", f"{1e9 * money / row.tokens:,.2f} a billion tokens")
-    for device, row in best.items()
-}
+most = {row.config: row for row in sorted(rows, key=lambda row: row.tokens)}
+{name: (f"{row.count} {row.device}", f"{1e9 * money / row.tokens:,.2f} dollars") for name, row in most.items()}
