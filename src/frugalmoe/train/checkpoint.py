@@ -298,18 +298,32 @@ def not_finite(workdir: Path, step: int) -> str:
     time is in memory; no config is needed.
     """
     try:
-        with reading(workdir, step), open_manager(workdir, Checkpoint()) as manager:
-            for item, tree in manager.item_metadata(step).items():
-                target = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree, is_leaf=_is_array)
-                with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                    args = ocp.args.PyTreeRestore(restore_args=target)
-                    arrays = reader.restore(saved.place(workdir.absolute(), step) / item, args=args)
-                for names, leaf in _named(arrays, {}):
-                    if not np.all(np.isfinite(np.asarray(leaf))):
-                        return f"{item}/{_joined(names)}: not finite"
+        for name, array in _values(workdir, step):
+            if not np.all(np.isfinite(array)):
+                return f"{name}: not finite"
     except Damaged as damaged:
         return damaged.why
     return ""
+
+
+def values_digest(workdir: Path, step: int) -> str:
+    """Returns the SHA-256 of names, types, shapes and bits of a checkpoint's arrays, however its files hold them."""
+    total = hashlib.sha256()
+    for name, array in sorted(_values(workdir, step), key=lambda named: named[0]):
+        total.update(f"{name} {array.dtype} {array.shape}\n".encode() + np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()
+
+
+def _values(workdir: Path, step: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (item/path, array) of a checkpoint, an item at a time. Raises `Damaged` for one that cannot be read."""
+    with reading(workdir, step), open_manager(workdir, Checkpoint()) as manager:
+        for item, tree in manager.item_metadata(step).items():
+            target = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree, is_leaf=_is_array)
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                args = ocp.args.PyTreeRestore(restore_args=target)
+                arrays = reader.restore(saved.place(workdir.absolute(), step) / item, args=args)
+            for names, leaf in _named(arrays, {}):
+                yield f"{item}/{_joined(names)}", np.asarray(leaf)
 
 
 def _typed(values: Any, like: Any) -> Any:
