@@ -237,7 +237,8 @@ class Steps:
                 self.stopped = True
                 break
             tried = self.runs[0].queue.tried
-            watch.doing(watch.STEP if self._stop else watch.COMPILE, self.step + 1)
+            # Another process may still compile when this one waits for the first step.
+            watch.doing(watch.COMPILE if self._clock.last is None else watch.STEP, self.step + 1)
             with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=self.step):
                 report = self.program.step(batch, tried.again)
             self.launched += 1

@@ -25,7 +25,7 @@ from frugalmoe.data import Dataset
 from frugalmoe.data.tokenizer import load_from
 from frugalmoe.errors import UserError, of_disk
 from frugalmoe.fields import to_dict
-from frugalmoe.files import read_json, to_json, write_atomically, write_json
+from frugalmoe.files import is_temporary, read_json, remove_leftovers, to_json, write_atomically, write_json
 from frugalmoe.train.saved import DAMAGED, FOLDER, UNFINISHED, is_step
 
 # What a run may write before config.json, which marks a directory as a run; then all that it writes.
@@ -90,6 +90,7 @@ def _holds_something(workdir: Path) -> bool:
     if not workdir.is_dir():
         return False
     others = {path.name for path in workdir.iterdir()} - {".lock", *_BEGINNING}
+    others = {name for name in others if not is_temporary(name)}
     return bool(others or any((workdir / "checkpoints").glob("[0-9]*")))
 
 
@@ -310,6 +311,7 @@ def locked(workdir: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
+        remove_leftovers(workdir)
         yield
 
 

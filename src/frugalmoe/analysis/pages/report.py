@@ -22,7 +22,7 @@ from frugalmoe.analysis.stored.runs import Run, load_run
 from frugalmoe.analysis.stored.trace import load_trace, trace_files
 from frugalmoe.analysis.wording import number, p_value, percent
 from frugalmoe.data.tokenizer import Tokenizer
-from frugalmoe.files import write_atomically
+from frugalmoe.files import remove_leftovers, write_atomically
 from frugalmoe.train import goodput
 
 EVENTS_SHOWN = 200  # of the last ones, in the table
@@ -44,6 +44,7 @@ def write_report(run_dir: str | Path) -> Path:
     run = load_run(run_dir)
     folder = run.path / "report"
     folder.mkdir(exist_ok=True)
+    remove_leftovers(folder)
     body = [_opening(run)]
     for section in _sections(run):
         body.append(tag("h2", section.title))
