@@ -153,10 +153,9 @@ def _begun(
 
 
 def _check_data(workdir: Path, data: Dataset) -> None:
-    path = workdir / "data.json"
-    if not path.is_file():
+    if not (workdir / "data.json").is_file():
         return
-    there = read_json(path)
+    there = rundir.read_data(workdir)
     sets = [("data", there["fingerprint"], data.fingerprint)]
     if data.validation and "validation" in there:
         sets.append(("validation set", there["validation"]["fingerprint"], data.validation.fingerprint))

@@ -26,6 +26,7 @@ from frugalmoe.data.tokenizer import load_from
 from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json, to_json, write_atomically, write_json
+from frugalmoe.shapes import misshapen
 from frugalmoe.train.saved import DAMAGED, FOLDER, UNFINISHED, is_step
 
 # What a run may write before config.json, which marks a directory as a run; then all that it writes.
@@ -236,6 +237,17 @@ def describe_data(workdir: Path, data: Dataset) -> None:
             "tokens": data.validation.validation_tokens,
         }
     write_json(workdir / "data.json", described)
+
+
+_DATA = {"fingerprint": str, "validation?": {"fingerprint": str}}
+
+
+def read_data(workdir: Path) -> dict[str, Any]:
+    """Returns the content of data.json. Raises `UserError` for what is none."""
+    found = read_json(workdir / "data.json")
+    if wrong := next(misshapen(found, _DATA), None) if isinstance(found, dict) else "all":
+        raise UserError(f"{workdir / 'data.json'}: damaged: {wrong} is not as a run writes it")
+    return found
 
 
 def _changed_files(workdir: Path, config: Config) -> dict[str, tuple[str, str]]:
