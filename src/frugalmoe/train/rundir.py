@@ -23,7 +23,7 @@ from frugalmoe.config import RECORD, Config, completed, outside, record, recorde
 from frugalmoe.config.settle import left_open, open_again
 from frugalmoe.data import Dataset
 from frugalmoe.data.tokenizer import load_from
-from frugalmoe.errors import UserError
+from frugalmoe.errors import UserError, printable
 from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json, to_json, write_atomically, write_json
 from frugalmoe.shapes import misshapen
@@ -164,7 +164,30 @@ def changes(ours: Any, theirs: Any, path: str = "") -> dict[str, tuple[Any, Any]
     return {} if ours == theirs else {path: (ours, theirs)}
 
 
-_OF_A_START = ("command", "versions", "git_commit", "platform", "devices", "processes")
+_OF_A_START = ("command", "versions", "git_commit", "platform", "devices", "processes", "xla_flags", "jax_options")
+# What may change the bits of the same steps: of a start, with the layout of its devices.
+_OF_THE_BITS = ("python", "machine", "versions", "platform", "devices", "processes", "xla_flags", "jax_options", "mesh")
+_JAX_OPTIONS = (
+    "jax_default_matmul_precision", "jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable",
+    "jax_numpy_dtype_promotion", "jax_disable_jit", "jax_debug_nans",
+)  # fmt: skip
+
+
+def other_environment(workdir: Path, settled: Config) -> list[str]:
+    """Returns a line on what has changed since the last start of a run that may change the bits of its steps; to be
+    called before `describe`, which writes over it. What that start did not record is not compared.
+    """
+    if not (workdir / "environment.json").is_file():
+        return []
+    before, now = read_json(workdir / "environment.json"), environment() | {"mesh": to_dict(settled.mesh)}
+    if not isinstance(before, Mapping):
+        return []
+    known = {**before, "mesh": record(workdir / RECORD)["mesh"]} if (workdir / RECORD).is_file() else before
+    compared = [name for name in _OF_THE_BITS if name in known]
+    found = differences({n: known[n] for n in compared}, {n: now[n] for n in compared}, "before", "now")
+    shown = "; ".join(line[:120] for line in found[:6]) + (f"; and {len(found) - 6} more" if len(found) > 6 else "")
+    rule = "steps from here on may differ in their last bits from those of a run that was not interrupted"
+    return [printable(f"{workdir}: goes on in another environment ({shown}); {rule}")] if found else []
 
 
 def describe(
@@ -309,6 +332,7 @@ def environment() -> dict[str, Any]:
         "devices": [d.device_kind for d in devices],
         "processes": jax.process_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "jax_options": {name: str(getattr(jax.config, name)) for name in _JAX_OPTIONS if hasattr(jax.config, name)},
     }
 
 
