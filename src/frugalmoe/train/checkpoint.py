@@ -382,16 +382,19 @@ def _check_same_model(manager: ocp.CheckpointManager, step: int, wanted: dict, t
         ours = _shapes(wanted[item], {})
         theirs = _shapes(saved[item], today) if saved.get(item) is not None else {}
         for name in sorted(ours.keys() | theirs.keys()):
-            if ours.get(name) != theirs.get(name):
+            (shape, dtype), (own_shape, own_dtype) = (found.get(name, ("none", None)) for found in (theirs, ours))
+            what, there, here = ("dtype", dtype, own_dtype) if shape == own_shape else ("shape", shape, own_shape)
+            if there != here:  # Orbax would make one dtype another in silence
                 raise UserError(
-                    f"{manager.directory}/{step}: checkpoint of {another[item]}: {item}{name} has shape "
-                    f"{theirs.get(name, 'none')} there and {ours.get(name, 'none')} in this config"
+                    f"{manager.directory}/{step}: checkpoint of {another[item]}: {item}{name} has {what} "
+                    f"{there} there and {here} in this config"
                 )
 
 
-def _shapes(tree: object, today: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """In the names of today."""
-    return {"".join(f"[{name!r}]" for name in names): tuple(leaf.shape) for names, leaf in _named(tree, today)}
+def _shapes(tree: object, today: Mapping[str, str]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shapes and dtypes, in the names of today."""
+    found = ((names, (tuple(leaf.shape), str(np.dtype(leaf.dtype)))) for names, leaf in _named(tree, today))
+    return {"".join(f"[{name!r}]" for name in names): known for names, known in found}
 
 
 def _named(tree: object, today: Mapping[str, str]) -> Iterator[tuple[list, Any]]:

@@ -168,6 +168,8 @@ def _describe(run: "Run", config: Config, origin: Mapping[str, Any] | None) -> N
     (workdir / "tokenizer").mkdir(exist_ok=True)
     data.tokenizer.save_into(workdir / "tokenizer")
     rundir.describe_data(workdir, data)
+    if run.start:
+        run.notes += rundir.other_environment(workdir, run.config)
     rundir.describe(workdir, config, run.config, run.start, origin)  # last: it marks the directory as a run
 
 
