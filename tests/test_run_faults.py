@@ -308,10 +308,17 @@ def test_what_a_kill_at_the_beginning_leaves_is_no_dead_end(tmp_path, make):
     (tmp_path / "run" / "tokenizer").mkdir(parents=True)
     (tmp_path / "run" / "environment.json").write_text("{}")
     (tmp_path / "run" / "metrics.jsonl").write_text('5\n{"step": "x"}\n[[[\n{"step": 7}\n{"st')
+    ours, gone = (f".other.json.{number}.tmp" for number in (os.getpid(), 2**31 - 1))
+    for name in (ours, gone, ".data.json.x.tmp", "a.tmp"):
+        (tmp_path / "run" / name).write_text("{")
     config = make()
+    with pytest.raises(UserError, match=r"holds files but no config.json"):
+        rundir.check_config(tmp_path / "run", config, force=False)
+    (tmp_path / "run" / "a.tmp").unlink()
     with jax.set_mesh(sharding.make_mesh(check_devices(config, 1))), opened(config, tmp_path / "run") as run:
         assert run.start == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+    assert sorted(path.name for path in (tmp_path / "run").glob(".*.tmp")) == sorted([ours, ".data.json.x.tmp"])
 
 
 def test_processes_may_look_at_a_lock_together(tmp_path):

@@ -53,6 +53,29 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file of that name is what `write_atomically` writes before it has the name that was asked for."""
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what `write_atomically` left in a folder when its process was killed."""
+    for path in folder.glob(".*.tmp"):
+        number = path.name.split(".")[-2]
+        if number.isdecimal() and not _is_alive(int(number)):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def check_writable(path: Path, what: str) -> None:
     """Raises `UserError` that begins with `what` where `write_atomically` could not write, before there is anything."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -252,7 +252,7 @@ def own_lines(place, name: str) -> list[str]:
 
 def test_a_loader_that_sleeps_in_one_of_two_is_named(place, config):
     workdir = place / "nap"
-    started = start_two(config, workdir, "--config.train.stuck_seconds=4", asleep=str(place / "nap.flag"))
+    started = start_two(config, workdir, "--config.train.stuck_seconds=5", asleep=str(place / "nap.flag"))
     assert [ended(process) for process in started][1] == EXIT_STUCK
     assert all(process.returncode not in (0, 2, 75) for process in started)
     (line,) = own_lines(place, "nap-1")
@@ -283,7 +283,7 @@ def test_a_frozen_process_is_named_and_the_other_ends_with_a_line(place, config,
 
 def test_supervised_processes_come_back_when_one_is_killed_and_one_is_frozen(place, config, calm_two):
     workdir = place / "back"
-    flags = ("--supervise", "--supervise.hang=60", "--config.train.stuck_seconds=3")
+    flags = ("--supervise", "--supervise.hang=90", "--config.train.stuck_seconds=8")
     started = start_two(config, workdir, *flags)
     times = []
     for victim, number, step in ((1, signal.SIGKILL, 4), (0, signal.SIGKILL, 7), (1, signal.SIGSTOP, 10)):
