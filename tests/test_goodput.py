@@ -223,6 +223,23 @@ def test_the_account_is_what_really_happened(seed):
     assert sum(map(sum, (start.values() for start in found.by_start))) == pytest.approx(wall, rel=1e-6)
 
 
+def test_a_run_that_goes_back_has_lost_what_it_did_since(clock, tmp_path):
+    times = Ledger()
+    times.attach(tmp_path, 0)
+    for step in range(1, 8):
+        with times.phase("step"):
+            clock.go(10.0)
+        if step < 7:
+            times.stepped(step)  # the seventh has no row when the run goes back
+    with times.phase("checkpoint"):
+        clock.go(0.5)  # reads the checkpoint of step 4
+    times.write(4, back_to=4)
+    with times.phase("step"):
+        clock.go(10.0)
+    times.stepped(5)
+    assert kept(times.account().seconds) == {"step": 50, "lost": 30.5}
+
+
 def test_a_wall_clock_that_was_set_back_between_starts_takes_nothing_away():
     begun = {"step": 9, "start": 0, "time": 5000.0, "elapsed": 9.0, "seconds": {"step": 9.0}}
     again = begun | {"start": 1, "time": 1409.0}

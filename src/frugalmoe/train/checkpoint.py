@@ -193,8 +193,13 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: State, items: t
         clocks["position"] = jnp.copy(clocks["step"])  # an array of its own: the step donates both
     if clocks and abstract.guard:
         found = clocks.get("guard")
-        clocks["guard"] = Guard(**found) if found else jax.jit(lambda: _typed(guard.fresh(), abstract.guard))()
+        clocks["guard"] = Guard(**found) if found else _fresh_guard(abstract.guard)
     return abstract._replace(**values, **clocks)
+
+
+def _fresh_guard(like: Guard) -> Guard:
+    placed = lambda a, like: jax.sharding.reshard(a, like.sharding.spec)
+    return jax.jit(lambda: jax.tree.map(placed, guard.fresh(), like))()
 
 
 def restore_whole(manager: ocp.CheckpointManager, step: int, abstract: State, items: tuple[str, ...] = _ITEMS) -> State:

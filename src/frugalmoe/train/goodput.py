@@ -73,7 +73,7 @@ def _row(line: str) -> Row | None:
 class _Part(NamedTuple):
     """Seconds of one kind, between two rows."""
 
-    step: int  # of the later row
+    step: float  # of the later row
     kind: str
     seconds: float
 
@@ -130,11 +130,13 @@ def account(rows: Iterable[Row]) -> Goodput:
         begun: Mapping[str, float] = {}
         recovering = died
         for row in group:
-            if row.back_to is not None:
-                _give_up(by_start, row.back_to)
+            # What a run did since its last row, before it went back, is of steps that it has no more.
+            step = row.step if row.back_to is None or row is group[0] else math.inf
             for kind in row.seconds:
                 seconds = row.seconds[kind] - begun.get(kind, 0.0)
-                parts.append(_Part(row.step, "restart" if recovering else kind, seconds))
+                parts.append(_Part(step, "restart" if recovering else kind, seconds))
+            if row.back_to is not None:
+                _give_up(by_start, row.back_to)
             begun, recovering = row.seconds, recovering and row.first_step is None
         first = next((row.first_step for row in group if row.first_step is not None), None)
         if died and first is not None:
