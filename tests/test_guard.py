@@ -430,6 +430,8 @@ def test_wrong_values_are_refused(make):
         ("loss_deviations", -1e-3, "negative"),
         ("gradient_deviations", -1.0, "negative"),
         ("rollbacks", -1, "negative"),
+        ("replicas_every", -1, "negative"),
+        ("replay_every", -1, "negative"),
     ]:
         with pytest.raises(UserError, match=f"guard.{field}=.*{rule}"):
             make(**{f"guard__{field}": value})

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from frugalmoe import __version__, commands, completion
-from frugalmoe.errors import EXIT_INTERRUPTED, EXIT_READER_GONE, EXIT_USER_ERROR, UserError, one_line
+from frugalmoe.errors import EXIT_INTERRUPTED, EXIT_READER_GONE, UserError, exit_code, one_line
 from frugalmoe.interrupts import at_once, may_speak, silence
 
 _FIRST_LINE = time.perf_counter()
@@ -18,8 +18,8 @@ _LONGEST_START = 10.0  # seconds that Python takes for its own start
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
-    0 done, 2 user error, 75 stopped by a signal after saving or before there was anything to save, 130 interrupted,
-    141 the reader of the output has gone.
+    0 done, 2 user error, 74 a device is not to be trusted, 75 stopped by a signal after saving or before there was
+    anything to save, 130 interrupted, 141 the reader of the output has gone.
     """
     began = time.perf_counter() - (_age() if argv is None else 0.0)
     try:
@@ -69,7 +69,7 @@ def _run(argv: list[str], began: float) -> int:
         if not (line := one_line(e)):
             raise
         print(f"frugalmoe: {line}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return exit_code(e)
 
 
 def _take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:

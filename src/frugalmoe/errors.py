@@ -9,6 +9,7 @@ from collections.abc import Iterable
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # by Ctrl-C, before anything was saved
 EXIT_READER_GONE = 141  # whoever read the output, as `head` in a pipe, has ended
+EXIT_HARDWARE = 74  # a device computed or kept something wrong; the same command goes on from its last checkpoint
 EXIT_PREEMPTED = 75  # a signal stopped a run after it saved; the same command continues it (EX_TEMPFAIL of sysexits.h)
 EXIT_STUCK = 70  # a run that no longer moved has ended itself; the same command goes on from its last checkpoint
 _OF_THE_DISK = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG)
@@ -27,6 +28,15 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(_shortened(printable(message)))
+
+
+class HardwareError(RuntimeError):
+    """A device has computed or kept something wrong: the message names it, on one line."""
+
+
+def exit_code(error: BaseException) -> int:
+    """Returns the exit code of a process that ends with an error which `one_line` tells."""
+    return EXIT_HARDWARE if isinstance(error, HardwareError) else EXIT_USER_ERROR
 
 
 def printable(text: str) -> str:
@@ -55,7 +65,7 @@ def needs_package(what: str, *requirements: str) -> UserError:
 
 def one_line(error: BaseException) -> str:
     """What to tell a user who can do something about an error; empty for one that only a traceback explains."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | HardwareError):
         return str(error)
     if isinstance(error, OSError) and of_disk(error):
         return str(UserError(f"{error.filename or 'write'}: {error.strerror}"))

@@ -276,6 +276,8 @@ class Guard:
     rollbacks: int = 2  # times that a run goes back to the newest checkpoint before the trouble
     # Batches between that checkpoint and the end of the trouble: skip (they are left out) | again (at the lowered rate)
     rollback_batches: str = "skip"
+    replicas_every: int = 100  # steps between two comparisons of what devices hold alike; 0: before a save only
+    replay_every: int = 0  # steps between two that are made twice, and must give the same bits; 0: none
 
 
 @Frozen

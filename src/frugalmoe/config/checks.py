@@ -331,7 +331,8 @@ def _guard(config: Config) -> None:
     g, path = config.guard, "guard"
     _one_of(f"{path}.policy", g.policy, ("skip", "stop"))
     _one_of(f"{path}.rollback_batches", g.rollback_batches, ("skip", "again"))
-    _each(path, g, "loss_deviations gradient_deviations rollbacks", lambda v: v >= 0, "must not be negative")
+    counts = "rollbacks replicas_every replay_every"
+    _each(path, g, f"loss_deviations gradient_deviations {counts}", lambda v: v >= 0, "must not be negative")
     _each(
         path,
         g,

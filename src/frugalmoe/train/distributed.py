@@ -164,9 +164,9 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def all_or_none(shared: type[Exception]) -> Iterator[None]:
-    """Wraps a block of steps: an error ends this process at once, and with it the others. An error of type `shared`,
-    which all processes have, is raised.
+def all_or_none(*shared: type[Exception]) -> Iterator[None]:
+    """Wraps a block of steps: an error ends this process at once, and with it the others. An error of a type in
+    `shared`, which all processes have, is raised.
 
     An orderly end would never come: it waits for the other processes, whose devices wait for ours in the middle of a
     step. With one process every error is raised.

@@ -18,7 +18,7 @@ from frugalmoe.config import Config, outside, settle
 from frugalmoe.data import Dataset, open_data, quarantine
 from frugalmoe.data.batches import Batch
 from frugalmoe.data.tokenizer import Tokenizer
-from frugalmoe.errors import UserError
+from frugalmoe.errors import HardwareError, UserError
 from frugalmoe.fields import check_integer, to_dict
 from frugalmoe.files import read_json, write_json
 from frugalmoe.model import depths, multi_token, pattern
@@ -26,7 +26,7 @@ from frugalmoe.model.causality import causality
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
-from frugalmoe.train import best, checkpoint, distributed, ledger, rundir, saved, troubles, watch
+from frugalmoe.train import best, checkpoint, distributed, ledger, replicas, rundir, saved, troubles, watch
 from frugalmoe.train import origin as origins
 from frugalmoe.train.evaluate import Scores, evaluate, write_probe
 from frugalmoe.train.events import Events
@@ -137,7 +137,7 @@ def opened(
         with distributed.together():
             if main and fresh:
                 rundir.start_over(workdir)
-        with distributed.all_or_none(shared=NotFinite):
+        with distributed.all_or_none(NotFinite, HardwareError):
             run = held.enter_context(closing(Run(settled, workdir, data, mesh, begun and begun.state, times)))
             with distributed.together():
                 if main:
@@ -215,6 +215,7 @@ class Steps:
         self._stop_requests, self._stop = stop_requests, None
         self._pending: _Pending | None = None
         self._clock = _Clock()
+        self._replicas = replicas.Watch(runs[0].config.guard, runs[0].mesh, runs[0].tell)
 
     def stop_requested(self) -> bool:
         """Whether a signal asks to stop after the steps that were made."""
@@ -239,18 +240,23 @@ class Steps:
                 self.stopped = True
                 break
             tried = self.runs[0].queue.tried
+            copy = self._replicas.before(self.step + 1, self.program.state)
             # Another process may still compile when this one waits for the first step.
             watch.doing(watch.COMPILE if self._clock.last is None else watch.STEP, self.step + 1)
             with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=self.step):
                 report = self.program.step(batch, tried.again)
             self.launched += 1
             self._stop = self._stop or self._stop_requests()
+            self._replicas.read()
             if self._log_pending():  # the run went back, and this step was made from what it left
                 continue
             self.step += 1
             self._pending = _Pending(self.step, tried, report)
+            again = None if copy is None else self.program.again(copy, batch, tried.again)
+            self._replicas.after(self.step, (self.program.state, report), again)
             if self.step < config.train.steps:
                 self._pause(config.train.eval_every, config.checkpoint.every_steps if self._saves else 0)
+        self._replicas.read()
         self._log_pending()
         watch.doing(None)
         self.program.settle(self.step)
@@ -515,13 +521,15 @@ class Run:
         return scores
 
     def save(self, *, must: bool = False, last: bool = False) -> bool:
-        """Saves the state, as `Saves` does, and returns whether; raises `NotFinite` for one that is not finite.
+        """Saves the state, as `Saves` does, and returns whether; raises `NotFinite` for one that is not finite,
+        `HardwareError` where replicas differ.
 
         must: raises `NotSaved` where it cannot be saved. last: waits for it, and for space.
         """
         watch.doing(watch.SAVE, self.step)
         if not checkpoint.is_finite(self.state):
             raise NotFinite(self._broken(f"the state after step {self.step}"))
+        replicas.check(self.state, self.mesh, self.step, self.tell)
         self.kept.clear()
         self.kept |= {self.best.step} if self.best else set()
         self.kept |= troubles.before_trouble(self.state, self.manager.all_steps())

@@ -16,7 +16,7 @@ from frugalmoe.schema import Config
 from frugalmoe.sharding import AXES, GPUS, axis_size, platform
 from frugalmoe.train.objective import StepReport, without_knobs
 from frugalmoe.train.placing import put_rows
-from frugalmoe.train.step import make_eval_step, make_train_step
+from frugalmoe.train.step import State, make_eval_step, make_train_step
 
 # The most programs of each kind that are kept. On CPUs one takes thousands of memory maps, and Linux gives a process
 # 65,530 of them.
@@ -92,6 +92,10 @@ class Program:
         """Makes a step; `again`: the batch has been taken before."""
         self.state, report = self.train_step(self.state, batch, self.knobs_again if again else self.knobs)
         return report
+
+    def again(self, state: State, batch: Batch, again: bool) -> tuple[State, StepReport]:
+        """Makes a step once more, from a copy of the state before it, which is donated."""
+        return self.train_step(state, batch, self.knobs_again if again else self.knobs)
 
     def of_each_run(self, values: Any) -> list[Any]:
         """Returns the values of each run, from what the program gave for all."""
