@@ -238,3 +238,14 @@ def test_a_published_model_needs_its_tokens(tmp_path, capsys):
     file.write_text(json.dumps(OLMOE), encoding="utf-8")
     assert "--tokens: how many" in refused(capsys, "plan", f"--hf={file}", "--devices=h100:8")
     assert "no such file" in refused(capsys, "plan", f"--hf={tmp_path / 'x.json'}", "--tokens=1e9")
+
+
+def test_what_meeting_takes_is_told(capsys):
+    best = found(capsys, *MINI, "--devices=h800:256,h20:256", "--config.islands.bits=8")
+    mix = next(p for p in best["plans"] if len(p["devices"]) == 2)["islands"]
+    total = formulas.parameters(load("configs/ling_2.py:mini").model).total
+    assert mix["sent_gib"] == pytest.approx(total * 8.25 / 8 / 2**30) == mix["received_gib"]
+    assert mix["stored_gib"] == pytest.approx(20 * 2 * mix["sent_gib"] + 4 * total / 2**30)
+    assert mix["slowest_line"] == "the store"
+    good = list(mix["goodput_by_islands"].values())
+    assert good == sorted(good) and good[0] < good[-1] < 1  # fewer devices fail less often

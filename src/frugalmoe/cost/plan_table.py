@@ -5,8 +5,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from frugalmoe.cost.failures import HOUR
-from frugalmoe.cost.planning import Ask, Fit, Found, Part, Plan
+from frugalmoe.cost.failures import HOUR, uptime
+from frugalmoe.cost.formulas import FLOAT32, parameters
+from frugalmoe.cost.planning import STORE, Ask, Fit, Found, Part, Plan, round_traffic
 
 GIB = 2**30
 _AXES = ("data", "fsdp", "expert", "tensor", "context")
@@ -68,11 +69,24 @@ def _plan(ask: Ask, p: Plan, why: str | None) -> dict[str, Any]:
 
 
 def _islands(ask: Ask, p: Plan) -> dict[str, Any]:
+    """What meeting takes: traffic of a round, where it goes through, what lies in the store, what it cost in loss."""
     (count, steps), nats, half = p.loss
+    own, moved = ask.config.islands, round_traffic(ask, len(p.parts))
+    lines = {"the store": STORE} | {f"network of {part.device.name}": part.device.network for part in p.parts}
+    main = max(p.parts, key=lambda part: part.speed)
+    devices, mtbf = sum(part.count for part in p.parts), main.offer.entry.value("mtbf_hours")
+    total, node = parameters(ask.config.model).total, main.device.node
     return {
-        "round_steps": ask.config.islands.round_steps,
-        "bits": ask.config.islands.bits,
+        "round_steps": own.round_steps,
+        "bits": own.bits,
+        "sent_gib": moved.sent / GIB,
+        "received_gib": moved.received / GIB,
+        "stored_gib": (own.keep_rounds * moved.stored + FLOAT32 * total) / GIB if own.keep_rounds else None,
+        "slowest_line": min(lines, key=lines.get),
         "share_of_time_in_transfer": p.transfer,
+        "goodput_by_islands": {
+            n: uptime(total, max(1, devices // n), node, mtbf, ask.preemptions).goodput for n in (1, 2, 4, 8, 16)
+        },
         "loss_nats": nats,
         "loss_half_width": half,
         "loss_measured_at": {"islands": count, "round_steps": steps},

@@ -253,8 +253,7 @@ def plan(ask: Ask, parts: Sequence[Part]) -> Plan:
     transfer, lost = 0.0, None
     if len(parts) > 1:
         own = ask.config.islands
-        bits = {32: "float32", 16: "bfloat16", 8: "int8", 4: "int4", 2: "int2"}[own.bits]
-        moved = islands.traffic(formulas.parameters(ask.config.model).total, bits, len(parts), own.fragments)
+        moved = round_traffic(ask, len(parts))
         busy = islands.transfer_seconds(moved, STORE)
         longest = max(own.round_steps * part.fit.times.total for part in parts)
         transfer = max(0.0, busy - longest) if own.overlap_steps else busy
@@ -266,6 +265,13 @@ def plan(ask: Ask, parts: Sequence[Part]) -> Plan:
     price = None if None in prices else hours * sum(price * part.count for price, part in zip(prices, parts))
     low, high, widths = _range(ask, parts)
     return Plan(tuple(parts), hours, price, low, high, widths, lost, transfer)
+
+
+def round_traffic(ask: Ask, count: int) -> islands.Traffic:
+    """Returns the bytes of a round of so many islands, as the config's `islands` has them written."""
+    own = ask.config.islands
+    bits = {32: "float32", 16: "bfloat16", 8: "int8", 4: "int4", 2: "int2"}[own.bits]
+    return islands.traffic(formulas.parameters(ask.config.model).total, bits, count, own.fragments)
 
 
 def _range(ask: Ask, parts: Sequence[Part]) -> tuple[float, float, tuple[tuple[str, float], ...]]:
@@ -464,8 +470,9 @@ def slow_part(ask: Ask, one: Part) -> str:
     most = max(shares, key=shares.get)
     parts = formulas.forward_seconds(ask.config, one.fit.layout, one.device, ask.precision, ask.assumed)
     which = max(parts, key=lambda name: parts[name][most == "memory"])
+    foreign = ", where this code does not run" if one.device.platform == "npu" else ""
     names = {"compute": f"compute-bound {which}", "memory": f"memory-bound {which}", "exchange": "waits for others"}
-    return f"{names.get(most, most)}, {most} is {shares[most]:.0%} of a step"
+    return f"{names.get(most, most)}, {most} is {shares[most]:.0%} of a step{foreign}"
 
 
 def _why(ask: Ask, p: Plan, best: Plan) -> str:
