@@ -71,7 +71,8 @@ def test_what_changed_since_is_said_once_and_kept(good, config, tmp_path, monkey
     written = json.loads((run / "environment.json").read_text())
     flags = os.environ.get("XLA_FLAGS", "")
     changed = {
-        "versions": written["versions"] | {"jax": "0.9.9"}, "python": "3.10.1", "xla_flags": flags + " --xla_other\n\x1b[2J",
+        "versions": written["versions"] | {"jax": "0.9.9"}, "python": "3.10.1",
+        "xla_flags": flags + " --xla_other\n\x1b[2J",
         "jax_options": written["jax_options"] | {"jax_enable_x64": "True"}, "devices": ["TPU v5e"],
     }  # fmt: skip
     (run / "environment.json").write_text(json.dumps(written | changed))

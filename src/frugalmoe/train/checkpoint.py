@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from frugalmoe.errors import UserError
 from frugalmoe.schema import Checkpoint
-from frugalmoe.train import checksums, distributed, saved
+from frugalmoe.train import checksums, distributed, memory, saved
 from frugalmoe.train.saved import Damaged, Skipped
 from frugalmoe.train.saved import saved_steps as saved_steps
 from frugalmoe.train.step import State, finite
@@ -292,6 +293,10 @@ def not_finite(workdir: Path, step: int) -> str:
     try:
         with reading(workdir, step), open_manager(workdir, Checkpoint()) as manager:
             for item, tree in manager.item_metadata(step).items():
+                leaves = jax.tree.leaves(tree, is_leaf=_is_array)
+                size = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
+                if size > memory.of_device():  # a few bytes may say that
+                    return f"{item}: says {size / 1e9:,.3g} GB of arrays, more than there is memory"
                 target = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree, is_leaf=_is_array)
                 with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
                     args = ocp.args.PyTreeRestore(restore_args=target)

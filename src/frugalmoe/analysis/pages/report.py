@@ -22,6 +22,7 @@ from frugalmoe.analysis.stored.trace import load_trace, trace_files
 from frugalmoe.analysis.wording import number, p_value, percent
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.files import write_atomically
+from frugalmoe.train.rundir import check_no_links
 
 TYPICAL_EXPERTS = 6  # how many experts the table of typical tokens shows
 
@@ -39,6 +40,7 @@ class Section(NamedTuple):
 def write_report(run_dir: str | Path) -> Path:
     """Writes `report/index.html` and its PNG files; returns the page's path. Replaces an older report file by file."""
     run = load_run(run_dir)
+    check_no_links(run.path)
     folder = run.path / "report"
     folder.mkdir(exist_ok=True)
     body = [_opening(run)]
