@@ -121,10 +121,9 @@ class JsonTokenizer:
     """
 
     def __init__(self, content: str, eos_token: str | None, where: str, directory: Path | None = None) -> None:
-        try:
+        self._where = where
+        with self._of_library("not a tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library raises a bare Exception
-            raise UserError(f"{where}: not a tokenizer.json ({str(error).partition(chr(10))[0]})") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True
@@ -139,7 +138,7 @@ class JsonTokenizer:
             eos_token = end_of_text.find(directory, vocabulary, specials, where)
         if eos_token not in vocabulary:
             raise UserError(f"{where}: end-of-text token {eos_token!r} is not in its vocabulary")
-        self._where, self._eos_token = where, eos_token
+        self._eos_token = eos_token
         self.eos = vocabulary[eos_token]
         self.chat = directory and chat.find(directory)
         self.ends = (self.eos,)
@@ -210,7 +209,9 @@ class JsonTokenizer:
         """One line for what only a text shows to be wrong with a vocabulary."""
         try:
             yield
-        except Exception as error:  # the library raises a bare Exception
+        except BaseException as error:  # the library raises a bare Exception, and its panics are not even that
+            if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+                raise
             raise UserError(f"{self._where}: {what} ({str(error).partition(chr(10))[0]})") from error
 
     def save_into(self, directory: str | Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from frugalmoe import sharding
 from frugalmoe.config import Config, outside, settle
-from frugalmoe.data import Dataset, open_data
+from frugalmoe.data import Dataset, open_data, ramp
 from frugalmoe.data.batches import Batch
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import UserError
@@ -301,7 +301,8 @@ class Run:
         self.metrics_log, self.load_log = log("metrics.jsonl"), log("expert_load.jsonl")
         self.trackers = Trackers(config, workdir, self.start, quiet=not main)
         self.eval_step = compiled_eval_step(config)
-        self.batches = data.train_batches(int(self.state.position), own_rows(mesh, config))
+        self._rows, self._ramp = own_rows(mesh, config), ramp.of(to_dict(config.train))
+        self.batches = data.train_batches(int(self.state.position), self._rows, self._ramp)
         self.tokens_per_second: list[float] = []
         # Slots of tokens that named each expert, in all steps of this start.
         self.counts_LE = np.zeros((len(self.trained_layers), model.moe.num_experts), np.int64)
@@ -394,12 +395,12 @@ class Run:
         """
         check_integer("position", position, least=0)
         self.state = self.state._replace(position=sharding.put(self.mesh, np.int32(position), ""))
-        self.batches = self.data.train_batches(position, own_rows(self.mesh, self.config))
+        self.batches = self.data.train_batches(position, self._rows, self._ramp)
 
     def next_batch(self) -> Batch:
         """Returns the next batch on the host: A micro-batches [A, B / A, T], of which this process has its own rows."""
-        a = self.config.train.accumulate_steps
-        return Batch(*(x.reshape(a, x.shape[0] // a, *x.shape[1:]) for x in next(self.batches)))
+        own = len(self._rows) // self.config.train.accumulate_steps  # of a micro-batch; in a ramp there are fewer
+        return Batch(*(x.reshape(x.shape[0] // own, own, *x.shape[1:]) for x in next(self.batches)))
 
     def log(self, step: int, report: StepReport, seconds: float) -> None:
         """Logs the host's copy of a step's report; `seconds` is 0 for a step without a time."""
