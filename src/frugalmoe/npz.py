@@ -44,4 +44,14 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
         raise ValueError(f"{member.filename}: holds Python objects, which could run any program as they are read")
     if any(length < 0 for length in shape) or math.prod(shape) * dtype.itemsize != len(content) - head.tell():
         raise ValueError(f"{member.filename}: {dtype} of shape {shape} does not fit its {len(content):,} bytes")
-    return np.load(io.BytesIO(content), allow_pickle=False)
+    array = np.load(io.BytesIO(content), allow_pickle=False)
+    if dtype.kind == "U" and array.size and not _is_text(array):
+        raise ValueError(f"{member.filename}: holds numbers that are no characters")
+    return array
+
+
+def _is_text(array: np.ndarray) -> bool:
+    """Whether texts hold characters only: of other numbers Python cannot make one, nor say that it cannot."""
+    order = array.dtype.byteorder
+    codes = np.frombuffer(array.tobytes(), np.dtype(np.uint32).newbyteorder("=" if order == "|" else order))
+    return bool(((codes < 0xD800) | ((codes > 0xDFFF) & (codes <= 0x10FFFF))).all())

@@ -11,14 +11,14 @@ from frugalmoe.ablate import suite
 from frugalmoe.ablate.results import known_metrics
 from frugalmoe.ablate.study import Arm, Study, arms_of, check_arm, check_seeds, choose
 from frugalmoe.config import Config, settle
+from frugalmoe.config.checks import decaying_updates
 from frugalmoe.cost import forward_flops
-from frugalmoe.data import open_data
+from frugalmoe.data import open_data, ramp
 from frugalmoe.data.look import look
 from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.fields import to_dict
 from frugalmoe.files import check_name, read_json, write_json
 from frugalmoe.model.transformer import count_parameters
-from frugalmoe.train.optim import decaying_updates
 from frugalmoe.train.origin import Origin
 from frugalmoe.train.weights import run_and_step
 
@@ -162,7 +162,7 @@ def describe(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
         "tolerance": study.tolerance,
         "seeds": sorted({pair.seed for pair in plan.pairs} | set(study.seeds)),
         "steps": train.steps,
-        "tokens_per_step": train.batch_size * data.sequence_length,
+        "tokens_per_step": ramp.of(to_dict(train)).before(train.steps) * data.sequence_length // train.steps,
         "constant_rate": not any(decaying_updates(arm.config) for arm in plan.arms.values()),
         "forward_flops": plan.flops,
         "experts_per_token": {n: arm.config.model.moe.num_experts_per_token for n, arm in plan.arms.items()},

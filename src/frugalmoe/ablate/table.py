@@ -9,12 +9,14 @@ from frugalmoe.ablate.comparison import Comparison, load_comparison
 from frugalmoe.ablate.plan import Plan, budget_ratios
 from frugalmoe.ablate.together import groups
 from frugalmoe.analysis.wording import count, number
+from frugalmoe.data import ramp
+from frugalmoe.fields import to_dict
 
 
 def budget_table(plan: Plan, workdir: Path) -> Table:
     """Returns a table of the arms with parameters and active FLOPs per token, and of how runs would be trained."""
     config = plan.arms[plan.study.baseline].config
-    tokens = config.train.batch_size * config.data.sequence_length * plan.steps
+    tokens = ramp.of(to_dict(config.train)).before(plan.steps) * config.data.sequence_length
     together = max(map(len, groups(plan)))
     caption = f"{len(plan.pairs)} runs of {count(tokens)} tokens in {workdir}, {together} at once in a process"
     title = f"{plan.study.name}: {plan.study.question}"

@@ -111,5 +111,7 @@ def _render(dataset, batch):
         (at,) = np.nonzero(row.segment_ids_BT == segment)
         domain = dataset.domains[row.domain_ids_BT[at[0]]]
         text.append(f"[{segment} {domain}, {len(at)} tokens] ", style="bold reverse")
-        text.append(dataset.tokenizer.decode(row.tokens_BT[at]) + "\n", style=COLOURS[segment % len(COLOURS)])
+        decoded = dataset.tokenizer.decode(row.tokens_BT[at])
+        shown = "".join(c if c in "\n\t" or c.isprintable() else ascii(c)[1:-1] for c in decoded)
+        text.append(shown + "\n", style=COLOURS[segment % len(COLOURS)])
     return text

@@ -298,6 +298,8 @@ def _dry_run(ready, workdir: Path, talks: bool) -> int:
     from frugalmoe.aot.program import compile_step
     from frugalmoe.aot.table import tables
     from frugalmoe.console import Console
+    from frugalmoe.data import ramp
+    from frugalmoe.fields import to_dict
     from frugalmoe.model.transformer import count_parameters
     from frugalmoe.train import origin
     from frugalmoe.train.optim import bytes_of
@@ -310,9 +312,10 @@ def _dry_run(ready, workdir: Path, talks: bool) -> int:
         return 0
     train, data = config.train, config.data
     counts, per_step = count_parameters(config.model), train.batch_size * data.sequence_length
+    in_all = ramp.of(to_dict(train)).before(train.steps) * data.sequence_length
     print(f"run directory  {workdir}")
     print(f"devices        {jax.device_count()} x {jax.devices()[0].device_kind}")
-    print(f"tokens         {per_step:,} per step, {per_step * train.steps:,} in {train.steps:,} steps")
+    print(f"tokens         {per_step:,} per step, {in_all:,} in {train.steps:,} steps")
     trained = bytes_of(config).gradients // 4  # float32
     print(f"parameters     {counts['total']:,} total, {counts['active']:,} active, {trained:,} trained")
     print(*(f"note: {note}" for note in notes), sep="\n", end="\n" if notes else "")

@@ -296,12 +296,65 @@ def _optim(config: Config) -> None:
     _each("optim", o, "b1 b2 momentum", lambda v: 0 <= v < 1, "must be in [0, 1)")
     _each("optim", o, "decay_fraction final_fraction", lambda v: 0 <= v <= 1, "must be in [0, 1]")
     _one_of("optim.schedule", o.schedule, ("wsd", "cosine", "constant"))
+    _drop(config)
     _require(
         o.warmup_steps < config.train.steps,
         "optim.warmup_steps",
         o.warmup_steps,
         f"must be less than train.steps={config.train.steps}",
     )
+
+
+def _drop(config: Config) -> None:
+    """The rate that is lowered on the way, between warmup and decay."""
+    o, steps = config.optim, config.train.steps
+    _require(0 <= o.drop_after < 1, "optim.drop_after", o.drop_after, "must be in [0, 1)")
+    _require(0 < o.drop_factor <= 1, "optim.drop_factor", o.drop_factor, "must be in (0, 1]")
+    if not o.drop_after:
+        return
+    at, decay = dropped_at(config), steps - decaying_updates(config)
+    rule = "needs optim.schedule=wsd or constant: cosine has no rate that stays"
+    _require(o.schedule != "cosine", "optim.drop_after", o.drop_after, rule)
+    rule = f"is update {at}, which must be after the {o.warmup_steps} of the warmup and before the decay at {decay}"
+    _require(o.warmup_steps < at < decay, "optim.drop_after", o.drop_after, rule)
+    if decay < steps:
+        rule = f"must not be above optim.drop_factor={o.drop_factor}: a rate never rises again"
+        _require(o.final_fraction <= o.drop_factor, "optim.final_fraction", o.final_fraction, rule)
+
+
+def dropped_at(config: Config) -> int:
+    """Returns the first update with the rate that `optim.drop_after` gives; `train.steps` where it gives none."""
+    steps = config.train.steps
+    return round(config.optim.drop_after * steps) if config.optim.drop_after else steps
+
+
+def decaying_updates(config: Config) -> int:
+    """Returns how many updates at the end are below the rate that stays."""
+    o, steps = config.optim, config.train.steps
+    after = steps - o.warmup_steps
+    if o.schedule == "constant" or (o.schedule == "wsd" and not o.decay_fraction):
+        return 0
+    wanted = after if o.schedule == "cosine" else max(round(o.decay_fraction * after), 1)
+    return min(wanted, max(steps - 1, 1))
+
+
+def _ramp(config: Config) -> None:
+    """Batches that grow by whole micro-batches, each of which the layout of the devices suits already."""
+    t = config.train
+    _each("train", t, "ramp_from ramp_batches", lambda v: v >= 0, "must not be negative")
+    rule = "needs train.ramp_batches, the batches over which they grow; without one of them both are 0"
+    _require(bool(t.ramp_from) == bool(t.ramp_batches), "train.ramp_from", t.ramp_from, rule)
+    if not t.ramp_from:
+        return
+    unit = t.batch_size // t.accumulate_steps
+    rule = f"must be a multiple of a micro-batch of {unit}, train.batch_size / train.accumulate_steps, and below"
+    rule = f"{rule} train.batch_size={t.batch_size}"
+    _require(t.ramp_from % unit == 0 and t.ramp_from < t.batch_size, "train.ramp_from", t.ramp_from, rule)
+    rule = "must not be above train.steps, and give each size a batch"
+    stages = (t.batch_size - t.ramp_from) // unit
+    _require(stages <= t.ramp_batches <= t.steps, "train.ramp_batches", t.ramp_batches, rule)
+    rule = f"needs train.ramp_from=0, not {t.ramp_from}: islands share batches of one size"
+    _require(not config.islands.virtual, "islands.virtual", config.islands.virtual, rule)
 
 
 def _train(config: Config) -> None:
@@ -320,6 +373,7 @@ def _train(config: Config) -> None:
         t.batch_size,
         f"must be a multiple of train.accumulate_steps={t.accumulate_steps}",
     )
+    _ramp(config)
     for name in tracker_names(config):
         _one_of("train.trackers", name, ("tensorboard", "wandb", "trackio"))
     tokens = t.batch_size * config.data.sequence_length

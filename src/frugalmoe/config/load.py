@@ -283,7 +283,7 @@ def _set(config: ConfigDict, dotted: str, value: Any) -> None:
     try:
         with node.ignore_type():
             node[leaf] = value
-    except AttributeError as e:  # a name that ConfigDict has for itself
+    except (AttributeError, ValueError) as e:  # a name that ConfigDict has for itself, or with a dot
         raise UserError(f"{dotted}: no name for a field ({e})") from e
 
 

@@ -21,6 +21,7 @@ from frugalmoe.errors import UserError
 from frugalmoe.files import read_json, write_atomically, write_json
 from frugalmoe.model import pattern
 from frugalmoe.schema import OUTSIDE, Config
+from frugalmoe.shapes import NAMES, misshapen
 
 RECORD = "outside.json"
 FOLDER = "outside"
@@ -72,10 +73,9 @@ def kept(workdir: Path) -> dict[str, dict[str, str]]:
     """What `keep` wrote: field -> spec, sha256 and file. Empty where it wrote nothing."""
     path = workdir / RECORD
     record = read_json(path) if path.is_file() else {}
-    sound = isinstance(record, dict) and all(
-        isinstance(row, dict) and all(isinstance(row.get(name), str) for name in ("spec", "sha256", "file"))
-        for row in record.values()
-    )
+    rows = {NAMES: {"spec": str, "sha256": str, "file": str}}
+    inside = lambda file: file.parts[:1] == (FOLDER,) and ".." not in file.parts
+    sound = not any(misshapen(record, rows)) and all(inside(Path(row["file"])) for row in record.values())
     if not sound:
         raise UserError(f"{path}: damaged; it holds no record of the files that the run's config names")
     return record
@@ -105,6 +105,8 @@ def with_copies(workdir: Path, saved: dict[str, Any]) -> dict[str, Any]:
     for field, row in kept(workdir).items():
         copy = workdir / row["file"]
         if _sha256(row["spec"]) != row["sha256"] and copy.is_file():
+            if not copy.resolve().is_relative_to(workdir.resolve()):
+                raise UserError(f"{copy}: leads out of the run's directory, and is not run")
             _put(saved, field, str(copy.resolve()))
     return saved
 

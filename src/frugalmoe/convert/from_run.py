@@ -132,16 +132,21 @@ def export(run: Path, step: int, to: Path) -> None:
     saved.check(run, step)
     with output.appearing(to) as directory:
         for name in _COPIED:
-            if (run / name).is_file():
+            if (run / name).is_file() and not (run / name).is_symlink():
                 shutil.copyfile(run / name, directory / name)
         for name in _FOLDERS:
-            if (run / name).is_dir():
-                shutil.copytree(run / name, directory / name)
+            if (run / name).is_dir() and not (run / name).is_symlink():
+                shutil.copytree(run / name, directory / name, ignore=_links)
         for name in ("metrics.jsonl", "expert_load.jsonl"):
             if (run / name).is_file():
                 rows = [row for row in rundir.read_rows(run / name) if row.get("step", step + 1) <= step]
                 rundir.write_rows(directory / name, rows)
-        shutil.copytree(saved.place(run, step), saved.place(directory, step))
+        shutil.copytree(saved.place(run, step), saved.place(directory, step), ignore=_links)
         if not checksums.are_there(saved.place(directory, step)):
             checksums.write(saved.place(directory, step))
         saved.check(directory, step)
+
+
+def _links(folder: str, names: list[str]) -> list[str]:
+    """What is not copied: links, through which files from anywhere would come along."""
+    return [name for name in names if (Path(folder) / name).is_symlink()]

@@ -31,6 +31,7 @@ import numpy as np
 from frugalmoe.data.cache import digest
 from frugalmoe.data.prepare import prepare, say
 from frugalmoe.data.quarantine import Quarantine
+from frugalmoe.data.ramp import Ramp
 from frugalmoe.data.shards import AGAIN, Sizes, Store, is_prepared, read_manifest
 from frugalmoe.data.sources import check_apart, of_validation, open_inputs
 from frugalmoe.data.split import ALL, check_domain
@@ -219,19 +220,25 @@ class Dataset:
                 raise UserError(f"data.sequence_length={self._data.sequence_length}: {rule}")
         return list(streams.values())
 
-    def batch(self, position: int, rows: Sequence[int] | None = None) -> Batch:
-        """Returns the batch at a position 0, 1, ..., or some of its rows in any order. Only these are read."""
-        first = position * self._batch_size
-        chosen = range(self._batch_size) if rows is None else rows
+    def batch(self, position: int, rows: Sequence[int] | None = None, ramp: Ramp | None = None) -> Batch:
+        """Returns the batch at a position 0, 1, ..., or some of its rows in any order. Only these are read.
+
+        ramp: how batches grow; of rows that a smaller one does not have, none is returned.
+        """
+        ramp = ramp or Ramp(self._batch_size, self._batch_size, 0, self._batch_size)
+        first, size = ramp.before(position), ramp.size(position)
+        chosen = range(size) if rows is None else (row for row in rows if row < size)
         return self.rows([first + int(row) for row in chosen])
 
     def rows(self, numbers: Sequence[int]) -> Batch:
         """Returns rows of the shuffled data, by their numbers 0, 1, ..., as one batch."""
         return Batch(*map(np.stack, zip(*(self._rows[number] for number in numbers))))
 
-    def train_batches(self, start: int = 0, rows: Sequence[int] | None = None) -> Iterator[Batch]:
-        """Returns an endless iterator: batch(start, rows), batch(start + 1, rows), ... Two threads read ahead."""
-        return _ahead(grain.MapDataset.range(start, sys.maxsize).map(lambda position: self.batch(position, rows)))
+    def train_batches(
+        self, start: int = 0, rows: Sequence[int] | None = None, ramp: Ramp | None = None
+    ) -> Iterator[Batch]:
+        """Returns an endless iterator: batch(start, ...), batch(start + 1, ...), ... Two threads read ahead."""
+        return _ahead(grain.MapDataset.range(start, sys.maxsize).map(lambda position: self.batch(position, rows, ramp)))
 
     def batches_of(self, numbers: Sequence[Sequence[int]]) -> Iterator[Batch]:
         """Returns an iterator over batches of the rows with these numbers. Two threads read ahead."""

@@ -351,11 +351,8 @@ def _parquet(file: Path, name: str, fields: Sequence[str]) -> Iterator[Found]:
             wanted = " or ".join(map(repr, fields))
             option = "text_field" if len(fields) == 1 else "chat_fields"
             raise UserError(f"{file}: no column {wanted} ({option} of the source); columns: {', '.join(names)}")
-        for group in range(table.num_row_groups):
-            for number in range(table.metadata.row_group(group).num_columns):
-                chunk = table.metadata.row_group(group).column(number)
-                where = f"{file}: column {chunk.path_in_schema!r}"
-                _check_expansion(where, chunk.total_compressed_size, chunk.total_uncompressed_size)
+        for group in range(table.num_row_groups):  # to ask for a column's numbers can end the process, if damaged
+            _check_expansion(f"{file}: row group {group}", packed, table.metadata.row_group(group).total_byte_size)
         for batch in table.iter_batches(columns=columns, batch_size=16):  # few: a row may be as large as LARGEST
             for record in _rows(batch, f"{file}#", row):
                 _check_expansion(file, packed, unpacked := unpacked + _size(record))  # equal values are stored once

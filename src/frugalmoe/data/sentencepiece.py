@@ -75,7 +75,7 @@ def tokenizer_json(content: bytes, where: str, directory: Path) -> str:
         pieces = [_piece(raw) for number, raw in fields if number == 1]
         trainer = dict(_fields(next(raw for number, raw in fields if number == 2)))
         normalizer = dict(_fields(next((raw for number, raw in fields if number == 3), b"")))
-    except (IndexError, KeyError, ValueError, AttributeError, StopIteration, struct.error) as error:
+    except (IndexError, KeyError, ValueError, TypeError, AttributeError, StopIteration, struct.error) as error:
         raise UserError(f"{where}: not a SentencePiece model ({str(error) or type(error).__name__})") from error
     kinds = [piece.kind for piece in pieces]
     if reason := _obstacle(trainer.get(3, UNIGRAM), kinds, normalizer):

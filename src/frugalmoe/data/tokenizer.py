@@ -147,7 +147,7 @@ class JsonTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        with self._of_library("a text cannot be encoded"):
+        with _of_library(f"{self._where}: a text cannot be encoded"):
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
@@ -157,7 +157,7 @@ class JsonTokenizer:
         If the tokens' own bytes join to the text, these are counted. Otherwise a token stands for the text from the end
         of the token before it to its own end, and end-of-text for what no token stands for.
         """
-        with self._of_library("a text cannot be encoded"):
+        with _of_library(f"{self._where}: a text cannot be encoded"):
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
         tokens = np.array([*encoding.ids, self.eos], np.int32)
         if self.eos in encoding.ids:
@@ -174,7 +174,7 @@ class JsonTokenizer:
         return Encoded(tokens, sizes, self.decode(encoding.ids) == text)
 
     def encode_chat(self, rendered: Rendered) -> Chat:
-        with self._of_library("a conversation cannot be encoded"):
+        with _of_library(f"{self._where}: a conversation cannot be encoded"):
             encoding = self._with_specials.encode(rendered.text, add_special_tokens=False)
         answers = np.zeros(len(encoding.ids), bool)
         first_last = np.array(encoding.offsets, np.int64).reshape(-1, 2)
@@ -192,16 +192,8 @@ class JsonTokenizer:
         return copy
 
     def decode(self, ids: Iterable[int]) -> str:
-        with self._of_library("tokens cannot be decoded"):
+        with _of_library(f"{self._where}: tokens cannot be decoded"):
             return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
-
-    @contextmanager
-    def _of_library(self, what: str) -> Iterator[None]:
-        """One line for what only a text shows to be wrong with a vocabulary."""
-        try:
-            yield
-        except Exception as error:  # the library raises a bare Exception
-            raise UserError(f"{self._where}: {what} ({str(error).partition(chr(10))[0]})") from error
 
     def save_into(self, directory: str | Path) -> None:
         write_atomically(Path(directory) / "tokenizer.json", self._text.encode())
@@ -232,10 +224,8 @@ def _read(text: str) -> _Read:
     """Reads a tokenizer.json. Of a large vocabulary that takes seconds, and it is read from its own folder, from that
     of prepared data and from that of a run: one text is read once. Raises ValueError with what is wrong.
     """
-    try:
+    with _of_library("not a tokenizer.json", ValueError):
         tokenizer = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises a bare Exception
-        raise ValueError(f"not a tokenizer.json ({str(error).partition(chr(10))[0]})") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True
@@ -250,6 +240,17 @@ def _read(text: str) -> _Read:
     pieces = _pieces(content, of_model, added, size)
     canonical = hashlib.sha256(f"[{json.dumps(content, sort_keys=True, ensure_ascii=False)}".encode())
     return _Read(tokenizer, content, vocabulary, size, specials, gaps, pieces, canonical)
+
+
+@contextmanager
+def _of_library(what: str, raised: type[Exception] = UserError) -> Iterator[None]:
+    """One line for what the library has against a vocabulary, which often only a text shows."""
+    try:
+        yield
+    except BaseException as error:  # it raises a bare Exception, and its panics are not even that
+        if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
+        raise raised(f"{what} ({str(error).partition(chr(10))[0]})") from error
 
 
 def load_from(directory: str | Path) -> Tokenizer:

@@ -39,6 +39,8 @@ _PATIENCE = 10  # times lapse_seconds that a step may take while signs of life a
 def rules_of(config: Config) -> Rules:
     """Returns what all islands of a config do alike. Raises `UserError` for a merge rule that is none."""
     section, described = config.islands, tensors.describe(config.model)
+    if config.train.ramp_from:
+        raise UserError(f"train.ramp_from={config.train.ramp_from}: islands share batches of one size, so it must be 0")
     merge = merges.get(section.merge)
     merge.options_of(section.merge_options)
     if metric := config.checkpoint.keep_best:

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from frugalmoe.errors import UserError
 from frugalmoe.schema import Checkpoint
-from frugalmoe.train import checksums, distributed, guard, saved
+from frugalmoe.train import checksums, distributed, guard, memory, saved
 from frugalmoe.train.guard import Guard
 from frugalmoe.train.saved import Damaged, Skipped
 from frugalmoe.train.saved import saved_steps as saved_steps
@@ -333,6 +334,11 @@ def _values(workdir: Path, step: int) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (item/path, array) of a checkpoint, an item at a time. Raises `Damaged` for one that cannot be read."""
     with reading(workdir, step), open_manager(workdir, Checkpoint()) as manager:
         for item, tree in manager.item_metadata(step).items():
+            leaves = jax.tree.leaves(tree, is_leaf=_is_array)
+            size = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
+            if size > memory.of_device():  # a few bytes may say that
+                why = f"{item}: says {size / 1e9:,.3g} GB of arrays, more than there is memory"
+                raise saved.damaged(workdir, Skipped(step, why))
             target = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree, is_leaf=_is_array)
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
                 args = ocp.args.PyTreeRestore(restore_args=target)

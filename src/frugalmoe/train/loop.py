@@ -15,7 +15,7 @@ import numpy as np
 
 from frugalmoe import sharding
 from frugalmoe.config import Config, outside, settle
-from frugalmoe.data import Dataset, open_data, quarantine
+from frugalmoe.data import Dataset, open_data, quarantine, ramp
 from frugalmoe.data.batches import Batch
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.errors import HardwareError, UserError
@@ -394,6 +394,7 @@ class Run:
         self._open_logs(self.start)
         self.eval_step = compiled_eval_step(config)
         data.quarantine.begin(workdir / quarantine.FILE)
+        self._rows, self._ramp = own_rows(mesh, config), ramp.of(to_dict(config.train))
         self._read_from(self.state)
         self.tokens_per_second: list[float] = []
         # Slots of tokens that named each expert, in all steps of this start.
@@ -554,7 +555,7 @@ class Run:
     def _read_from(self, state: State) -> None:
         """Goes on with the batch at a state's position, and with those that wait in it."""
         self.queue = Queue(state, self.config.guard.retry_after)
-        self.batches = self.data.train_batches(self.queue.position, own_rows(self.mesh, self.config))
+        self.batches = self.data.train_batches(self.queue.position, self._rows, self._ramp)
 
     def next_batch(self) -> Batch:
         """Returns the next batch on the host: A micro-batches [A, B / A, T], of which this process has its own rows.
@@ -562,9 +563,9 @@ class Run:
         One that was skipped comes again after `guard.retry_after` others.
         """
         tried = self.queue.next()
-        batch = self.data.batch(tried.position, own_rows(self.mesh, self.config)) if tried.again else next(self.batches)
-        a = self.config.train.accumulate_steps
-        return Batch(*(x.reshape(a, x.shape[0] // a, *x.shape[1:]) for x in batch))
+        batch = self.data.batch(tried.position, self._rows, self._ramp) if tried.again else next(self.batches)
+        own = len(self._rows) // self.config.train.accumulate_steps  # of a micro-batch; in a ramp there are fewer
+        return Batch(*(x.reshape(x.shape[0] // own, own, *x.shape[1:]) for x in batch))
 
     def stop_where_not_finite(self) -> None:
         """Makes a value that is not finite raise `NotFinite`: nothing is skipped, as where others decide what then is

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from frugalmoe.config.checks import decaying_updates, dropped_at
 from frugalmoe.model.transformer import declarations, structure
 from frugalmoe.optimizers import OPTIMIZERS, trained, with_rates
 from frugalmoe.schema import Config
@@ -17,7 +18,8 @@ def schedule(config: Config) -> optax.Schedule:
     last update of all, i = steps - 1, has exactly the final rate: wsd goes there linearly over the last
     `decay_fraction` of the updates after the warmup, at least one, from the peak (Hu et al. 2024, arXiv 2404.06395);
     cosine by half a cosine over all updates after the warmup (Loshchilov & Hutter 2017, arXiv 1608.03983). It never
-    rises again. `constant`, and wsd with a `decay_fraction` of 0, stay at the peak.
+    rises again. `constant`, and wsd with a `decay_fraction` of 0, stay at the peak. With `drop_after` the rate that
+    stays is `drop_factor` of the peak from update round(drop_after * steps) on, and wsd decays from there.
     """
     o, steps = config.optim, config.train.steps
     peak, warmup = o.learning_rate, o.warmup_steps
@@ -26,24 +28,19 @@ def schedule(config: Config) -> optax.Schedule:
         parts.append(optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)))
         boundaries.append(warmup)
     parts.append(optax.constant_schedule(peak))
+    stays = peak
+    if o.drop_after:
+        stays = peak * o.drop_factor
+        parts.append(optax.constant_schedule(stays))
+        boundaries.append(dropped_at(config))
     if decay := decaying_updates(config):
         if o.schedule == "cosine":
             shape = optax.cosine_decay_schedule(peak, decay, o.final_fraction)
         else:
-            shape = optax.linear_schedule(peak, peak * o.final_fraction, decay)
+            shape = optax.linear_schedule(stays, peak * o.final_fraction, decay)
         parts.append(lambda count: shape(count + 1))  # the update before has the peak rate
         boundaries.append(steps - decay)
     return optax.join_schedules(parts, boundaries)
-
-
-def decaying_updates(config: Config) -> int:
-    """Returns how many updates at the end are below the peak rate."""
-    o, steps = config.optim, config.train.steps
-    after = steps - o.warmup_steps
-    if o.schedule == "constant" or (o.schedule == "wsd" and not o.decay_fraction):
-        return 0
-    wanted = after if o.schedule == "cosine" else max(round(o.decay_fraction * after), 1)
-    return min(wanted, max(steps - 1, 1))
 
 
 def optimizer(config: Config, factor: jax.Array | None = None) -> optax.GradientTransformation:

@@ -3,6 +3,7 @@
 Letters: A micro-batches of a step, B sequences, T time; '.' any axis (that of the runs).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,8 +67,7 @@ class Program:
         self.runs, self.together = runs, len(runs) > 1
         if len({without_knobs(run.config) for run in runs}) > 1:
             raise ValueError("runs of several programs cannot be trained as one; see ablate.together.groups")
-        self.train_step = compiled_train_step(runs[0].config, self.together)
-        self.compiled_before = self.train_step._cache_size()
+        self._steps: dict[int, tuple[Callable, int]] = {}  # micro-batches -> step, and programs that it had before
         self.knobs = runs[0].knobs
         if self.together:
             names = {name for run in runs for name in run.knobs.losses}
@@ -90,12 +90,24 @@ class Program:
 
     def step(self, batch: Batch, again: bool = False) -> StepReport:
         """Makes a step; `again`: the batch has been taken before."""
-        self.state, report = self.train_step(self.state, batch, self.knobs_again if again else self.knobs)
+        self.state, report = self.again(self.state, batch, again)
         return report
 
     def again(self, state: State, batch: Batch, again: bool) -> tuple[State, StepReport]:
-        """Makes a step once more, from a copy of the state before it, which is donated."""
-        return self.train_step(state, batch, self.knobs_again if again else self.knobs)
+        """Makes a step from a state, which is donated."""
+        return self._train_step(batch.tokens_BT.shape[-3])(state, batch, self.knobs_again if again else self.knobs)
+
+    def _train_step(self, micro_batches: int) -> Callable:
+        """The step of batches of so many micro-batches: in a ramp there are several, and each is a program."""
+        if micro_batches not in self._steps:
+            train = self.runs[0].config.train
+            size = train.batch_size // train.accumulate_steps * micro_batches
+            train = dataclasses.replace(
+                train, batch_size=size, accumulate_steps=micro_batches, ramp_from=0, ramp_batches=0
+            )
+            step = compiled_train_step(dataclasses.replace(self.runs[0].config, train=train), self.together)
+            self._steps[micro_batches] = step, step._cache_size()
+        return self._steps[micro_batches][0]
 
     def of_each_run(self, values: Any) -> list[Any]:
         """Returns the values of each run, from what the program gave for all."""
@@ -109,5 +121,5 @@ class Program:
             run.state, run.step = state, step
 
     def check_compiled_once(self) -> None:
-        if self.train_step._cache_size() > self.compiled_before + 1:
+        if any(step._cache_size() > before + 1 for step, before in self._steps.values()):
             raise RuntimeError("the train step was compiled more than once: its argument types changed between steps")

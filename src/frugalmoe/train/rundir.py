@@ -54,8 +54,22 @@ def is_complete(workdir: Path) -> bool:
         return False
 
 
+def check_no_links(workdir: Path) -> None:
+    """Refuses a run directory in which what a run writes is a symbolic link: what is written, or deleted to start over,
+    would lie elsewhere. The directory itself may be one.
+    """
+    names = {".lock", *(pattern.partition("/")[0] for pattern in (*_OWN, *_FOLDERS) if not pattern.startswith("."))}
+    inside = workdir.glob("outside/*")
+    if link := next(
+        (path for path in (*(workdir / name for name in sorted(names)), *inside) if path.is_symlink()), None
+    ):
+        rule = "a run would write or delete what it leads to; put a folder or a file of its own in its place"
+        raise UserError(f"--workdir={workdir}: {link.relative_to(workdir)} is a symbolic link: {rule}")
+
+
 def check_fresh(workdir: Path) -> None:
     """Refuses to start over in a directory that holds something, but no run of ours."""
+    check_no_links(workdir)
     if (workdir / RECORD).is_file():
         record(workdir / RECORD)
     elif _holds_something(workdir):
@@ -102,6 +116,7 @@ def check_config(workdir: Path, config: Config, force: bool) -> None:
     A vocabulary that is not settled yet is not compared: when the run begins it is settled and this is called again. A
     file outside the package that the config names is the same file as long as its text is.
     """
+    check_no_links(workdir)
     if not (workdir / RECORD).is_file():
         if _holds_something(workdir):
             raise UserError(f"--workdir={workdir}: holds files but no {RECORD}; give an empty or new directory")

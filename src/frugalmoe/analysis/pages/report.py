@@ -24,6 +24,7 @@ from frugalmoe.analysis.wording import number, p_value, percent
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.files import remove_leftovers, write_atomically
 from frugalmoe.train import goodput
+from frugalmoe.train.rundir import check_no_links
 
 EVENTS_SHOWN = 200  # of the last ones, in the table
 TYPICAL_EXPERTS = 6  # how many experts the table of typical tokens shows
@@ -42,6 +43,7 @@ class Section(NamedTuple):
 def write_report(run_dir: str | Path) -> Path:
     """Writes `report/index.html` and its PNG files; returns the page's path. Replaces an older report file by file."""
     run = load_run(run_dir)
+    check_no_links(run.path)
     folder = run.path / "report"
     folder.mkdir(exist_ok=True)
     remove_leftovers(folder)

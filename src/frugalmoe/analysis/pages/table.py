@@ -8,6 +8,7 @@ from frugalmoe.analysis.stored.runs import Run
 from frugalmoe.analysis.wording import count, number, percent
 from frugalmoe.config import RECORD, resolve, runnable, settle
 from frugalmoe.cost import TRAIN_FACTOR, forward_flops
+from frugalmoe.data import ramp
 from frugalmoe.errors import UserError
 
 
@@ -78,8 +79,10 @@ def balance_rows(run: Run) -> tuple[list[str], list[list[str]]]:
 def tokens_seen(run: Run) -> int:
     """Returns how many tokens the logged steps have seen; 0 where the config does not say."""
     train, data = run.config.get("train", {}), run.config.get("data", {})
-    per_step = train.get("batch_size", 0) * data.get("sequence_length", 0)
-    return per_step * max((int(s.steps[-1]) for s in run.metrics.values()), default=0)
+    if not train.get("batch_size"):
+        return 0
+    steps = max((int(s.steps[-1]) for s in run.metrics.values()), default=0)
+    return ramp.of(train).before(steps) * data.get("sequence_length", 0)
 
 
 def training_flops(run: Run) -> float:

@@ -30,7 +30,7 @@ _CONFIG = {
         "num_layers?": int, "multi_token_prediction?": {"depth?": int},
         "moe": {"num_experts": int, "num_experts_per_token": int},
     },
-    "train?": {"steps?": int, "batch_size?": int},
+    "train?": {"steps?": int, "batch_size?": int, "accumulate_steps?": int, "ramp_from?": int, "ramp_batches?": int},
     "data?": {"sequence_length?": int},
 }  # fmt: skip
 _SUMMARY = {
