@@ -23,7 +23,7 @@ test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-fast: .venv/dev.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not (slow or whole)" $(ARGS)
 
 test-newest:
 	@$(if $(NEWEST_PYTHON),$(MAKE) --no-print-directory run-newest PYTHON=$(NEWEST_PYTHON),echo "$(NO_NEWEST_PYTHON)")
@@ -41,6 +41,7 @@ parity: .venv/dev.stamp
 
 paper: .venv/dev.stamp
 	$(BIN)/python tests/islands_paper.py
+	$(BIN)/python tests/published_runs.py
 
 faults: .venv/dev.stamp
 	$(BIN)/python tests/faults/matrix.py $(ARGS)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import conftest  # noqa: F401  its environment of JAX, for the command too
 
 from frugalmoe.config import load
-from frugalmoe.cost import islands
+from frugalmoe.cost import device_catalogue, islands
 from frugalmoe.cost.flops import TRAIN_FACTOR, forward_flops
 from frugalmoe.files import write_generated
 from frugalmoe.model.transformer import count_parameters
@@ -20,14 +20,19 @@ HOUR = 3600.0
 
 
 class Device(NamedTuple):
-    """A row of table 1 of the Ling report (arXiv 2503.05139); what the devices are is not said there."""
+    """A row of table 1 of the Ling report (arXiv 2503.05139), from the device catalogue."""
 
     name: str
     peak: float  # FLOP/s, bfloat16
     price: float  # RMB per hour
 
 
-DEVICES = (Device("A", 370e12, 7.0), Device("B", 120e12, 4.5), Device("D", 989e12, 27.5))
+def _device(name: str) -> Device:
+    entry = device_catalogue.read().get(f"ling-{name.lower()}")
+    return Device(name, entry.value("bf16_tflops"), entry.value("price_per_hour"))
+
+
+DEVICES = tuple(map(_device, "ABD"))
 COUNT, UTILIZATION = 512, 0.3  # devices of an island, and the share of the peak that they reach: taken, for all alike
 RMB_PER_DOLLAR = 7.25
 SPEEDS = (1e9, 10e9, 100e9)  # bits per second between an island and the store

@@ -5,7 +5,6 @@ There are two kinds: `product` is what `frugalmoe train --islands` does, `vector
 directory around the model of small vectors of test_islands_rounds.py, which costs nothing to start.
 """
 
-import atexit
 import contextlib
 import dataclasses
 import functools
@@ -17,7 +16,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,8 +30,11 @@ from frugalmoe.errors import EXIT_PREEMPTED, UserError
 from frugalmoe.files import write_atomically
 from frugalmoe.islands import blobs, outer, records, training
 from frugalmoe.islands.contract import Offered
-from frugalmoe.islands.island import Agreement, Island, Rules
+from frugalmoe.islands.directory import Rules
+from frugalmoe.islands.island import Island
+from frugalmoe.islands.records import Agreement
 from frugalmoe.islands.rounds import Rounds
+from frugalmoe.islands.store import PATIENCE as PATIENCE_OF_STORES
 from frugalmoe.islands.store import Store, open_store
 
 COMPLETE, STOPPED, REFUSED = 0, EXIT_PREEMPTED, 2
@@ -144,6 +146,17 @@ class Quiet:
     def idle(self) -> None: ...
 
 
+# The smallest model, for `product`; and what islands of it need in little time.
+SMALL = {"model.num_layers": 2, "model.vocab_size": 320, "train.batch_size": 2, "train.eval_rows": 8}
+OF_RUNS = SMALL | {"islands.lapse_seconds": 600.0, "islands.keep_rounds": 0, "model.moe.router": "sigmoid_bias"}
+KILLED = OF_RUNS | {"train.steps": 6, "islands.round_steps": 3, "islands.bits": 8, "islands.snapshot_rounds": 2}
+
+
+def product_rules(text: Path, fields: Mapping[str, Any]) -> Rules:
+    """The rules of the islands that `product` makes."""
+    return training.rules_of(tiny(text, text.parent / "cache", fields))
+
+
 def product(place: Place, text: Path, spoil: Callable[..., dict] | None = None, kill_at: int = -1) -> int:
     """`frugalmoe train --islands`, without the sample and the report at its end.
 
@@ -180,7 +193,6 @@ def product(place: Place, text: Path, spoil: Callable[..., dict] | None = None, 
     if kill_at >= 0:
         fault = Fault(kill_at)
         fault.store(store)
-        atexit.register(lambda: print(f"operations {fault.count}", flush=True))
         memory, local = training.RunMemory, training.RunLocal
         for cls, name in ((memory, "write"), (memory, "keep_residual"), (local, "save")):
             setattr(cls, name, fault.around(getattr(cls, name)))
@@ -190,7 +202,10 @@ def product(place: Place, text: Path, spoil: Callable[..., dict] | None = None, 
             self, spoil(self.held.round + 1, local, self.held.outer.params), *rest
         )
     drive = functools.partial(training.drive, store=store, name=place.name)
-    return _status(train(config, place.workdir, progress=Quiet, drive=watched(drive)))
+    status = _status(train(config, place.workdir, progress=Quiet, drive=watched(drive)))
+    if kill_at >= 0:
+        print(f"operations {fault.count}", flush=True)
+    return status
 
 
 def _status(summary: Mapping[str, Any]) -> int:
@@ -262,10 +277,21 @@ class OnDisk(Vectors):
         super().restore()
 
 
-def vectors(place: Place, seconds: float = 0.0, work: float = 0.0, slow_disk: bool = False, kill_at: int = -1) -> int:
-    """An island of two small vectors. Prints how many operations on files there were; see `product` for kill_at."""
+def vectors(
+    place: Place,
+    seconds: float = 0.0,
+    work: float = 0.0,
+    slow_disk: bool = False,
+    kill_at: int = -1,
+    patience: float = PATIENCE_OF_STORES,
+) -> int:
+    """An island of small vectors. Prints how many operations on files there were; see `product` for kill_at.
+
+    patience: seconds for which an operation of the store is tried again before the island tells of it.
+    """
     place.workdir.mkdir(parents=True, exist_ok=True)
     rules, store, fault = make_rules(**place.fields), open_store(place.islands), Fault(kill_at)
+    store.patience = patience
     local, memory = OnDisk(place.workdir, seconds, work, slow_disk), training.RunMemory(place.workdir)
     local.restore()
     identity = training._identity(place.workdir, place.name, store)
@@ -325,7 +351,7 @@ def replay(store: Store, rules: Rules) -> list[records.Commit]:
     island.catch_up(0)
     for before, commit in itertools.pairwise(found):
         names = rules.names(commit.round)
-        deltas = [island._delta(island._read_blob(c.blob), names, shapes) for c in commit.merged]
+        deltas = [island.delta(island.read_blob(c.blob), names, shapes) for c in commit.merged]
         number = functools.partial(_numbers, commit)
         offered = Offered(
             tuple(c.island for c in commit.merged), outer.gram(deltas, names),
@@ -336,7 +362,7 @@ def replay(store: Store, rules: Rules) -> list[records.Commit]:
         assert np.array_equal(merged.coefficients_MQ, np.array(commit.coefficients).reshape(len(deltas), len(names)))
         after = island.take(commit)  # raises where the checksum is another one
         if commit.snapshot:
-            whole = island._read_snapshot(commit)
+            whole = island.read_snapshot(commit)
             assert outer.sha256(whole.outer.momentum) == outer.sha256(after.outer.momentum)
     return found
 
@@ -420,7 +446,7 @@ class Disturber:
         for number in range(islands):
             self.start(f"i{number:02}")
         due, left = 1, faults
-        end = time.monotonic() + PATIENCE + 10 * faults
+        end = time.monotonic() + PATIENCE + 40 * faults
         while self.live or self.away:
             now = newest(self.store)
             self._go_on(now)
@@ -494,6 +520,46 @@ def check(disturber: Disturber, rules: Rules) -> list[records.Commit]:
     for name in disturber.result.complete:
         assert outer.sha256(disturber.result.places[name].outer()) == found[-1].outer
     return found
+
+
+# One island that is killed before an operation on files, and started again.
+
+
+def operations(said: str) -> int:
+    return int(said.split("operations")[-1])
+
+
+def check_kills(
+    room: Path,
+    start: Callable[[Place, int], Process],
+    fields: Mapping[str, Any],
+    rules: Rules,
+    choose: Callable[[int], Iterable[int]],
+    at_once: int = 4,
+) -> list[int]:
+    """Kills an island before each chosen operation of a whole run, and lets the same command go on: the records and
+    the end are those of a run that was not disturbed, bit for bit. Returns the operations.
+
+    start: (place, operation before which it is killed; 0: none); choose: how many operations there are -> which.
+    """
+    clean = Place(str(room / "clean"), room / "clean-runs", "a", fields)
+    process = start(clean, 0)
+    assert process.wait() == COMPLETE, process.said()[-2000:]
+    count, expected = operations(process.said()), (clean.workdir / "outer").read_bytes()
+    assert count > 30
+    places = [(k, Place(str(room / f"d{k}"), room / f"r{k}", "a", fields)) for k in choose(count)]
+    for begin in range(0, len(places), at_once):
+        chosen = places[begin : begin + at_once]
+        killed = [start(place, k) for k, place in chosen]
+        assert [process.wait() for process in killed] == [-signal.SIGKILL] * len(chosen), killed[0].said()[-2000:]
+        again = [start(place, 0) for _, place in chosen]
+        assert [process.wait() for process in again] == [COMPLETE] * len(chosen), again[0].said()[-2000:]
+    hashes = [row["outer_sha256"] for row in clean.rows()]
+    for k, place in places:
+        found = replay(open_store(place.islands), rules)
+        assert [commit.outer for commit in found[1:]] == hashes, f"killed before operation {k}"
+        assert (place.workdir / "outer").read_bytes() == expected, f"killed before operation {k}"
+    return [k for k, _ in places]
 
 
 # Islands that hand in something else than they found.

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from frugalmoe.islands import merges
-from frugalmoe.islands.island import Island, Rules, Work
+from frugalmoe.islands.directory import Rules
+from frugalmoe.islands.island import Island, Work
 from frugalmoe.islands.records import FORMAT, Agreement
 from frugalmoe.islands.store import open_store
 from frugalmoe.islands.tensors import Tensor, fragments

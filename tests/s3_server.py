@@ -2,7 +2,7 @@
 
 What lines of its standard input do: `stop` closes the port and `start` opens it again, with what it held; `fail N`
 answers the next N requests with 503; `overlook` makes it overlook conditions, as servers do that do not know them;
-`lock` asks for credentials that it knows, of which there are none.
+`lock` asks for credentials that it knows, of which there are none, until `unlock`.
 """
 
 import contextlib
@@ -89,6 +89,8 @@ def main() -> None:
             application.overlooks = True
         elif word == "lock":
             settings.INITIAL_NO_AUTH_ACTION_COUNT = 0
+        elif word == "unlock":
+            settings.INITIAL_NO_AUTH_ACTION_COUNT = float("inf")
         print(line, end="", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Every file of experiments/ is a whole study, and every published page says what its data says."""
+"""Every file of experiments/ is a whole study or a calculation, and every published page says what its data says."""
 
 from pathlib import Path
 
@@ -8,10 +8,14 @@ from frugalmoe.ablate import load_comparison, load_study, shrunk
 from frugalmoe.ablate.plan import check_budgets
 from frugalmoe.ablate.publish import index, page
 from frugalmoe.ablate.study import arms_of
+from frugalmoe.config.load import run_file
 from frugalmoe.cost import forward_flops
+from frugalmoe.errors import UserError
+from frugalmoe.shipped import STUDIES
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(ROOT.glob("experiments/*.py"))
+FILES = [ROOT / f"experiments/{name}.py" for name in STUDIES.names()]
+CALCULATIONS = sorted({*ROOT.glob("experiments/*.py")} - {*FILES})
 PUBLISHED = sorted(path.parent for path in ROOT.glob("experiments/*/study.json"))
 
 
@@ -26,6 +30,24 @@ def test_an_experiment_is_a_whole_study(path, monkeypatch):
         arms = arms_of(whole_or_small, {"model.vocab_size": 1088})
         flops = {a.name: forward_flops(a.config.model, a.config.data.sequence_length) for a in arms}
         check_budgets(whole_or_small, flops)
+
+
+@pytest.mark.parametrize("path", CALCULATIONS, ids=lambda path: path.stem)
+def test_what_is_no_study_is_a_calculation_with_its_page(path):
+    """It trains nothing: `text()` is the generated part of its RESULTS.md, and running the file writes it."""
+    module = run_file(path, path.name)
+    assert f"python experiments/{path.name}" in module.__doc__
+    assert module.PAGE.parent == path.with_suffix("") and module.PAGE.name == "RESULTS.md"
+    assert module.text().strip() in module.PAGE.read_text(encoding="utf-8"), f"`python experiments/{path.name}`"
+    assert len(module.PAGE.read_text().partition("<!-- generated: end -->")[2].split()) > 50, "what does it mean?"
+
+
+def test_a_calculation_is_no_study():
+    assert "ling_cost" in {path.stem for path in CALCULATIONS}
+    with pytest.raises(UserError, match="defines no STUDY"):
+        load_study(ROOT / "experiments/ling_cost.py")
+    with pytest.raises(UserError, match="no such study"):
+        load_study("ling_cost")
 
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: path.name)

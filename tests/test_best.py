@@ -15,6 +15,8 @@ from frugalmoe.train.best import Best
 from frugalmoe.train.loop import train
 from frugalmoe.train.weights import load_model, run_and_step
 
+pytestmark = pytest.mark.whole
+
 METRIC = "eval/bits_per_byte/text"
 STEPS = 6
 # So large a rate that the loss goes down and then up.

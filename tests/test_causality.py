@@ -32,6 +32,8 @@ from frugalmoe.schema import Config
 from frugalmoe.train.loop import train
 from frugalmoe.train.step import init
 
+pytestmark = pytest.mark.whole
+
 B, T = 4, 16
 EIGHT = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 FIELDS = {"model.init_std": 0.3, "model.num_layers": 3, "model.moe.num_shared_experts": 0}

@@ -18,6 +18,8 @@ from frugalmoe.train.checkpoint import RENAMED
 from frugalmoe.train.placing import put_batch
 from frugalmoe.train.step import State, abstract, init, make_train_step
 
+pytestmark = pytest.mark.whole
+
 # Between them they have every array that was renamed.
 OLD = {
     "recurrent": DEPTHS | {"model.num_layers": 3, "model.num_dense_layers": 1, "model.qkv_bias": True},

@@ -2,6 +2,7 @@
 
 import math
 import random
+from pathlib import Path
 
 import islands_paper
 import pytest
@@ -86,3 +87,12 @@ def test_the_price_of_a_day_by_hand():
 
 def test_the_page_says_what_the_formulas_say():
     assert islands_paper.text().strip() in islands_paper.PAGE.read_text(encoding="utf-8"), "`make paper` writes it"
+
+
+def test_losses_are_those_of_the_study():
+    text = (Path(__file__).parents[1] / "experiments/islands/RESULTS.md").read_text(encoding="utf-8")
+    for (count, steps), (nats, half) in islands.LOSSES.items():
+        assert f"| m{count}_h{steps} | 3 |" in text
+        assert f"m{count}_h{steps}: worse by {nats:.4f} ± {half:.4f} nats" in text
+    assert islands.loss(2, 50) == ((2, 50), 0.1920, 0.0361)
+    assert islands.loss(5, 500)[0] == (4, 200) and islands.loss(100, 1)[0] == (8, 10)

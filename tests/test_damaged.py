@@ -24,6 +24,8 @@ from frugalmoe.train.loop import train
 from frugalmoe.train.step import abstract
 from frugalmoe.train.weights import load_checkpoint
 
+pytestmark = pytest.mark.whole
+
 FIELDS = {
     "train.steps": 4,
     "checkpoint.every_steps": 2,

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from frugalmoe.data import tokenizer as tokenizer_module
 from frugalmoe.data.tokenizer import (
     END_OF_TEXT,
     LARGEST,
@@ -305,3 +306,25 @@ def test_unusable_files_are_named(tmp_path):
     of_model(models.WordLevel({"?": 0, "</s>": 2 * LARGEST}, "?")).save(str(path))
     with pytest.raises(UserError, match=rf"data\.tokenizer: has token ids up to .* below {LARGEST}"):
         load_json(path, "data.tokenizer")
+
+
+def test_one_vocabulary_is_read_once_in_a_process_wherever_it_lies(tmp_path):
+    """Source, prepared data and run each have a copy, with other files beside it, and may name another end of text."""
+    BPE.save_into(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["added_tokens"] += [{**content["added_tokens"][0], "id": BPE.size, "content": "<|stop|>"}]
+    text = json.dumps(content)
+    (other / "tokenizer.json").write_text(text)
+    (other / "tokenizer_config.json").write_text('{"eos_token": "<|stop|>"}')
+    before = tokenizer_module._read.cache_info()
+    stop = load_from(other)
+    end = JsonTokenizer(text, END_OF_TEXT, "in memory")
+    stop.save_into(tmp_path)
+    assert load_from(tmp_path).fingerprint == stop.fingerprint != end.fingerprint
+    after = tokenizer_module._read.cache_info()
+    assert (after.misses - before.misses, after.hits - before.hits) == (1, 2)
+    assert (stop.eos, end.eos) == (BPE.size, BPE.eos)
+    for tokenizer in (stop, end):
+        assert tokenizer.token_bytes[tokenizer.eos] == 0 and tokenizer.silent == (BPE.eos, BPE.size)

@@ -23,6 +23,8 @@ from frugalmoe.train.loop import train
 from frugalmoe.train.step import init
 from frugalmoe.train.weights import load_checkpoint, run_and_step
 
+pytestmark = pytest.mark.whole
+
 FIELDS = {"train.steps": 2, "checkpoint.every_steps": 1, "optim.warmup_steps": 1, "model.num_layers": 2}
 
 

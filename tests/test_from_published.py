@@ -23,7 +23,7 @@ from frugalmoe.files import read_json
 from frugalmoe.train import checkpoint, rundir
 from frugalmoe.train.weights import load_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.whole]  # transformers' own
 WEIGHTS = "model.safetensors"
 
 

@@ -19,6 +19,8 @@ from frugalmoe.train.objective import knobs
 from frugalmoe.train.placing import put_batch
 from frugalmoe.train.step import abstract, init, make_gradient, make_train_step, update_router_state
 
+pytestmark = pytest.mark.whole
+
 STATEFUL = {"model.moe.router": "sigmoid_bias", "optim.weight_decay": 0.1, "optim.learning_rate": 0.01}
 SOME = "router,head*,*/attention/*"
 

@@ -42,6 +42,8 @@ from frugalmoe.schema import MoE
 from frugalmoe.train.step import init
 from frugalmoe.train.weights import Weights
 
+pytestmark = pytest.mark.whole
+
 
 def causal(name: str) -> bool:
     strategy = strategies.get(name)

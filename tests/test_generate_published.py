@@ -17,7 +17,7 @@ from frugalmoe.generate import Sampled, Sampling
 from frugalmoe.generate.sampling import Chooser, kept
 from frugalmoe.train.weights import Weights
 
-pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.whole]  # transformers' own
 NEW, LENGTHS = 12, (5, 1, 11)
 FAMILIES = [
     "mixtral window, tied",

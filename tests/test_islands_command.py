@@ -17,6 +17,8 @@ from frugalmoe.islands import records, status
 from frugalmoe.islands.records import Presence
 from frugalmoe.islands.store import Store, open_store
 
+pytestmark = pytest.mark.whole
+
 COLORED = "\x1b[31mred\x1b[0m\n\u202e"  # what a terminal would obey
 
 

@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frugalmoe import found
+from frugalmoe.config import default, override, resolve
 from frugalmoe.errors import UserError
 from frugalmoe.islands import merges, outer
 from frugalmoe.islands.contract import Merge, Merged, Offered, Options
 from frugalmoe.islands.tensors import Tensor
+from frugalmoe.islands.training import advice, rules_of
 
 TENSORS = (
     Tensor("embed_VD", 40, "embedding", "embedding", (8, 5)),
@@ -208,6 +210,38 @@ def test_options_that_are_none_are_one_line(name, options, message):
     with pytest.raises(UserError) as error:
         merges.get(name).merge(offered(drawn(2)), options=options)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_options_are_set_as_all_fields_are():
+    """In a config file and on the command line; those of another rule go with it."""
+    file = default()
+    file.islands.merge = "edit"
+    file.islands.merge_options.step_ratio = 0.25
+    found = resolve(override(file, ["islands.merge_options.clip=3.0"]))
+    assert dict(rules_of(found).section.merge_options) == {"step_ratio": 0.25, "clip": 3.0}
+    assert not resolve(override(file, ["islands.merge=mean"])).islands.merge_options
+    for wrong, message in (
+        ("clip=0.0", r"islands\.merge_options\.clip=0\.0: must be positive"),
+        ("clp=1.0", "did you mean 'clip'"),
+        ("clip.more=1", "islands.merge_options.clip"),
+    ):
+        with pytest.raises(UserError, match=message):
+            rules_of(resolve(override(file, [f"islands.merge_options.{wrong}"])))
+
+
+def test_what_is_evaluated_between_rounds_is_not_kept():
+    """It is of one island, and a checkpoint in the midst of a round is none that an island can go on from."""
+    given = resolve(override(default(), ["checkpoint.keep_best=eval/loss/mean", "train.eval_every=5"]))
+    with pytest.raises(UserError, match=r"checkpoint\.keep_best='eval/loss/mean': must be empty: islands save"):
+        rules_of(given)
+
+
+def test_edit_advises_weights_by_steps_for_rounds_of_time():
+    fields = ["islands.merge=edit", "islands.round_seconds=60.0"]
+    (said,) = advice(resolve(override(default(), fields)))
+    assert said.startswith("islands.merge_options.step_ratio=0.0 with islands.round_seconds=60.0: ") and "0.5" in said
+    for more in (["islands.merge_options.step_ratio=0.5"], ["islands.round_seconds=0.0"], ["islands.merge=mean"]):
+        assert not advice(resolve(override(default(), [*fields, *more])))
 
 
 def test_a_rule_that_is_none_is_told(tmp_path, monkeypatch):

@@ -3,40 +3,53 @@
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from islands_processes import (
     COMPLETE,
+    KILLED,
+    OF_RUNS,
     PATIENCE,
     REFUSED,
+    SMALL,
+    STOPPED,
     Disturber,
     Place,
+    Process,
     Reader,
     Spoil,
     at_speed,
     check,
+    check_kills,
     product,
-    replay,
+    product_rules,
     until,
     vectors,
 )
 from runs import write_text
+from s3_server import s3_server
 from test_islands_rounds import SIZES, check_accounts, make_rules
 
 import frugalmoe
 from frugalmoe.islands import blobs, outer, records, streams
 from frugalmoe.islands.store import open_store
 
+pytestmark = pytest.mark.whole
+
 PATIENT = {"lapse_seconds": 600.0}  # nobody is given up
+TWO = OF_RUNS | {"train.steps": 60, "islands.round_steps": 6, "islands.bits": 8, "islands.wait_for": 2}
 
 
 @pytest.fixture
@@ -55,10 +68,6 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("islands") / "text")
 
 
-def operations(said: str) -> int:
-    return int(said.split("operations")[-1])
-
-
 # ---------------------------------------------------------------- a kill between any two operations on files
 
 
@@ -66,23 +75,16 @@ def operations(said: str) -> int:
 def test_a_kill_between_any_two_operations_changes_nothing(room, slow_disk, fields):
     """All of a run of two rounds, from the agreement to the last sign of life; the same command then goes on."""
     fields = {"steps": 6, "snapshot_rounds": 2} | PATIENT | fields
-    clean = Place(str(room / "clean"), room / "clean-runs", "a", fields)
-    process = clean.start(vectors, 0.0, 0.0, slow_disk, 0)
-    assert process.wait() == COMPLETE
-    count, expected = operations(process.said()), (clean.workdir / "outer").read_bytes()
-    assert count > 30
-    places = [Place(str(room / f"d{k}"), room / f"r{k}", "a", fields) for k in range(1, count + 1)]
-    for begin in range(0, count, 4):
-        chosen = list(enumerate(places, 1))[begin : begin + 4]
-        killed = [place.start(vectors, 0.0, 0.0, slow_disk, k) for k, place in chosen]
-        assert [process.wait() for process in killed] == [-9] * len(chosen)
-        again = [place.start(vectors, 0.0, 0.0, slow_disk, 0) for _, place in chosen]
-        assert [process.wait() for process in again] == [COMPLETE] * len(chosen), again[0].said()
-    hashes = [row["outer_sha256"] for row in clean.rows()]
-    for k, place in enumerate(places, 1):
-        found = replay(open_store(place.islands), make_rules(**fields))
-        assert [commit.outer for commit in found[1:]] == hashes, f"killed before operation {k}"
-        assert (place.workdir / "outer").read_bytes() == expected, f"killed before operation {k}"
+    start = lambda place, k: place.start(vectors, 0.0, 0.0, slow_disk, k)
+    check_kills(room, start, fields, make_rules(**fields), lambda count: range(1, count + 1))
+
+
+@pytest.mark.slow
+def test_a_kill_of_a_run_between_operations_changes_nothing(room, text):
+    """The same of `frugalmoe train --islands`, at three of the operations; the long form tries all."""
+    start = lambda place, k: place.start(product, text, None, k)
+    points = lambda count: [count // 3, count // 2, count - 8]
+    check_kills(room, start, KILLED, product_rules(text, KILLED), points, at_once=3)
 
 
 # ---------------------------------------------------------------- random faults
@@ -105,6 +107,16 @@ def test_islands_that_are_killed_and_go_on_end_as_if_nothing_had_been(room):
     clean, disturbed = (check(run, make_rules(**fields)) for run in runs)
     assert [commit.outer for commit in clean] == [commit.outer for commit in disturbed]
     assert [commit.members for commit in clean] == [commit.members for commit in disturbed]
+
+
+@pytest.mark.slow
+def test_runs_that_are_killed_and_go_on_end_as_if_nothing_had_been(room, text):
+    """The same of `frugalmoe train --islands`, with all that a checkpoint holds; the long form has 50 faults."""
+    runs = [Disturber(room / str(faults), 1, TWO, product, text) for faults in (0, 2)]
+    results = [run.run(islands=2, faults=faults, kinds=("kill",)) for run, faults in zip(runs, (0, 2))]
+    assert [len(result.complete) for result in results] == [2, 2] and len(results[1].faults) == 2
+    clean, disturbed = (check(run, product_rules(text, TWO)) for run in runs)
+    assert [commit.outer for commit in clean] == [commit.outer for commit in disturbed]
 
 
 # ---------------------------------------------------------------- unlike speeds
@@ -142,7 +154,6 @@ PLAIN = {  # what is a mean over rows, and no state beside the parameters
     "optim.weight_decay": 0.0,
     "optim.clip_norm": 0.0,
 }
-SMALL = {"model.num_layers": 2, "model.vocab_size": 320, "train.batch_size": 2, "train.eval_rows": 8}
 
 
 def all_complete(places: list[Place], *starts) -> None:
@@ -311,6 +322,116 @@ def test_contributions_that_are_none_are_left_out_and_the_others_go_on(room):
     assert [c.island for c in commit.merged] == ["a"] and set(commit.left_out) == set(names)
     assert "no sha256 of a blob" in commit.left_out["leaves"] and "(7,)" in commit.left_out["shapes"]
     assert all("\n" not in why for why in commit.left_out.values()), commit.left_out
+
+
+# ---------------------------------------------------------------- a store that cannot be reached for a while
+
+
+def events(place: Place) -> list[str]:
+    return [row["kind"] for row in place.rows("events.jsonl")]
+
+
+def while_it_trains(place: Place, process: Process, away: Callable[[], None], back: Callable[[], None]) -> None:
+    """Takes the store away in the midst of a run, until the island has said so, and waits for the end."""
+    until(lambda: len(place.rows()) > 2)
+    away()
+    until(lambda: "store" in events(place))
+    known = len(place.rows())
+    assert process.alive and events(place).count("store") == 1
+    back()
+    assert process.wait() == COMPLETE, process.said()
+    assert len(place.rows()) == 40 > known
+    found = check_accounts(Reader(open_store(place.islands), make_rules(**place.fields)))
+    assert found[-1].round == 40
+
+
+AWAY = {"steps": 160} | PATIENT
+
+
+def test_a_full_disk_is_told_and_waited_for(room):
+    """A file system of 4 MiB where this process may mount one; else a folder that cannot be written."""
+    islands, filler = room / "islands", room / "islands" / "filler"
+    islands.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(islands)]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    place = Place(str(islands), room / "runs", "a", AWAY)
+
+    def fill() -> None:
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(1 << 12)):
+                pass
+
+    try:
+        process = place.start(vectors, 0.01)
+        if mounted:
+            while_it_trains(place, process, fill, filler.unlink)
+        else:
+            while_it_trains(place, process, *blocked(islands))
+        (said,) = [row["what"] for row in place.rows("events.jsonl") if row["kind"] == "store"]
+        assert said.startswith(str(islands)) and ("No space left" in said or not mounted) and "\n" not in said
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(islands)], check=True)
+
+
+def blocked(islands: Path) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What makes a folder one that cannot be written, by root neither, and what makes it one that can."""
+    writing = islands / ".writing"
+
+    def block() -> None:
+        writing.rename(islands / ".aside")
+        writing.write_text("")
+
+    def free() -> None:
+        writing.unlink()
+        (islands / ".aside").rename(writing)
+
+    return block, free
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_waited_for(room):
+    place = Place(str(room / "islands"), room / "runs", "a", AWAY)
+    process = place.start(vectors, 0.01)
+    until(lambda: len(place.rows()) > 1)
+    while_it_trains(place, process, *blocked(room / "islands"))
+
+
+def test_an_island_is_stopped_while_its_store_is_away(room):
+    """It has saved what it found: the same command hands that in."""
+    place = Place(str(room / "islands"), room / "runs", "a", AWAY)
+    process = place.start(vectors, 0.01)
+    until(lambda: len(place.rows()) > 2)
+    block, free = blocked(room / "islands")
+    block()
+    until(lambda: "store" in events(place))
+    process.signal(signal.SIGTERM)
+    assert process.wait() == STOPPED, process.said()
+    said, again = process.said(), place.start(vectors)
+    assert again.wait() == REFUSED
+    assert re.fullmatch(rf"error: {place.islands}: cannot be created: .*\n", again.said().removeprefix(said))
+    free()
+    assert place.start(vectors).wait() == COMPLETE
+    assert check_accounts(Reader(open_store(place.islands), make_rules(**place.fields)))[-1].round == 40
+
+
+def test_a_bucket_that_goes_and_comes_back_is_told_and_waited_for(room, monkeypatch):
+    """The server is gone, then it does not know who asks; at the start either is one line."""
+    with s3_server() as server:
+        for name in ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        place = Place(f"{server.url}/run", room / "runs", "a", AWAY)
+        start = lambda place: place.start(vectors, 0.01, 0.0, False, -1, 0.5, **server.environment)
+        while_it_trains(place, start(place), lambda: server.tell("stop"), lambda: server.tell("start"))
+        other = dataclasses.replace(place, islands=f"{server.url}/other", name="b")
+        process = start(other)
+        while_it_trains(other, process, lambda: server.tell("lock"), lambda: server.tell("unlock"))
+        server.tell("lock")
+        said, refused = process.said(), start(other)
+        assert refused.wait() == REFUSED
+        line = rf"error: {other.islands}: cannot be listed: .*(Access|Denied|Forbidden).*\n"
+        assert re.fullmatch(line, refused.said().removeprefix(said)), refused.said()
 
 
 # ---------------------------------------------------------------- a bad island

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from party import TOKENS_PER_ROW, Party
 
 from frugalmoe.errors import UserError
 from frugalmoe.islands import merges, records, streams, tensors
-from frugalmoe.islands.island import Island, Rules
+from frugalmoe.islands.directory import Rules
+from frugalmoe.islands.island import Island, Work
 from frugalmoe.islands.store import open_store
 from frugalmoe.islands.tensors import Tensor
 from frugalmoe.islands.virtual import Member, VirtualLocal, turn
@@ -122,7 +124,7 @@ def check_accounts(member: Member) -> list[records.Commit]:
                 assert counters[int(stream)] == first < end
                 assert int(stream) in before.members[c.island] or c.round < commit.round
                 counters[int(stream)], count = end, count + end - first
-            assert c.tokens == count * 10 and (c.island, c.round) not in seen
+            assert c.tokens == count * member.rules.tokens_per_row and (c.island, c.round) not in seen
             seen.add((c.island, c.round))
             tokens += c.tokens
         assert (list(commit.rows), commit.tokens) == (counters, tokens)
@@ -163,6 +165,67 @@ def test_with_rounds_of_equal_time_no_island_waits() -> None:
         assert [c.steps for c in commits(member)[1].merged][int(member.name[1])] == steps
         assert sum(r["seconds/trained"] for r in member.rows) / member.now > 0.95
     check_accounts(members[0])
+
+
+def test_rounds_of_time_go_on_while_one_island_hands_in_slowly() -> None:
+    """Each of three operations on files takes the slow one a second, 8 times as long as the fast one: with an overlap
+    nobody waits for it, however many rounds there are, and all end their rounds together.
+    """
+
+    def shares(overlap: int) -> list[float]:
+        fields = {"round_steps": 1000, "steps": 20_000, "round_seconds": 16.0, "overlap_steps": overlap, "wait_for": 2}
+        members = make_members(make_rules(**fields), [0.25, 2.0])
+        for member, seconds in zip(members, (0.125, 1.0)):
+            member.start(0.25)
+            member.rounds.island.store = Slow(member, seconds)
+        turn(members)
+        check_accounts(members[0])
+        assert [row["islands"] for row in members[0].rows] == [2] * 20
+        return [sum(row["seconds/trained"] for row in member.rows) / member.now for member in members]
+
+    waiting, ahead = shares(0), shares(1)
+    assert waiting[0] < 0.80 and ahead[0] > 0.95, (waiting, ahead)
+    assert ahead[1] > waiting[1] - 0.02  # the slow one has as much to write and to read as before
+
+
+class Slow:
+    """A store in which what is written for a round takes an island a while."""
+
+    def __init__(self, member: Member, seconds: float) -> None:
+        self._member, self._seconds, self._store = member, seconds, member.store
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._store, name)
+
+    def write(self, key: str, data: bytes) -> None:
+        self._member.now += self._seconds * key.startswith("blobs/")
+        self._store.write(key, data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        self._member.now += self._seconds * 2 * ("/from/" in key)
+        return self._store.create(key, data)
+
+
+def test_one_island_writes_the_whole_outer_state() -> None:
+    """While it does, the others make no record; one of them does when that island shows no more signs of life."""
+    for gone in (False, True):
+        party = Party(
+            f"memory://law-{next(NUMBER)}", "ab", Islands(streams=8, lapse_seconds=3.0, wait_for=2, snapshot_rounds=1)
+        )
+        for island in party.islands.values():
+            numbers = list(island.held.commit.members[island.name])
+            island.contribute(party.values(1), party.routers(), {}, Work(numbers, TOKENS_PER_ROW * 4, 2, 1.0))
+        a, b = party.islands.values()
+        party.announce("waiting")
+        before = party.store.list("blobs/")
+        assert a._makes(1) and a._makes(1) and not b._makes(1)
+        for _ in range(3):
+            assert b.poll(1) is None and party.store.list("blobs/") == before
+            party.time += 1
+            party.announce("waiting", *("b" if gone else "ab"))
+        assert (commit := b.poll(1) if gone else a.poll(1)) is not None
+        assert commit.by == ("b" if gone else "a") and [c.island for c in commit.merged] == ["a", "b"]
+        assert b.take(commit).commit == a.take(commit).commit == commit
 
 
 WAYS = [

@@ -8,6 +8,7 @@ import pytest
 from runs import command, config_file, rows, run, write_text
 from test_processes import free_port
 
+from frugalmoe.ablate.results import final_metrics, known_metrics
 from frugalmoe.islands.tensors import flatten
 from frugalmoe.train.weights import load_model
 
@@ -73,8 +74,13 @@ def test_virtual_islands_are_those_of_real_processes(place, two) -> None:
     flags = ["--config.islands.virtual=2", "--config.train.batch_size=8"]
     done = run("train", f"--config={config}", f"--workdir={root / 'virtual'}", *flags)
     assert done.returncode == 0, done.stderr
-    found = json.loads((root / "virtual" / "summary.json").read_text())["islands"]
-    assert found["outer_sha256"] == rows(two[0], "rounds.jsonl")[-1]["outer_sha256"]
+    summary = json.loads((root / "virtual" / "summary.json").read_text())
+    found, real = summary["islands"], rows(two[0], "rounds.jsonl")[-1]
+    assert (found["outer_sha256"], found["tokens"]) == (real["outer_sha256"], real["tokens_of_all"])
+    study = {"forward_flops": {"a": {"routed experts": 1.0}}, "experts_per_token": {"a": 2}, "tokens_per_step": 1}
+    values = final_metrics(summary, rows(root / "virtual", "metrics.jsonl"), study, "a")
+    assert values["islands/tokens"] == found["tokens"] and values.keys() <= set(known_metrics(summary["domains"]))
+    assert values["islands/tokens_per_second"] == found["tokens"] / found["seconds"]
 
 
 def test_an_island_of_two_processes_is_one_island(place, two) -> None:

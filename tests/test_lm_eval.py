@@ -29,6 +29,8 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from frugalmoe.evaluate.harness import Harnessed  # noqa: E402
 
+pytestmark = pytest.mark.whole
+
 END = "<|endoftext|>"
 LENGTH = 48  # the most tokens of a text
 TEXT = "The moon calls the river, and x0 = f(7, y=12) holds the crown. Ein Schloß? "

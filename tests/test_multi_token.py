@@ -25,6 +25,8 @@ from frugalmoe.train.placing import put_batch
 from frugalmoe.train.step import init, make_eval_step, make_gradient
 from frugalmoe.train.weights import Weights
 
+pytestmark = pytest.mark.whole
+
 BFLOAT16 = {"model.compute_dtype": "bfloat16"}
 MODULES = {"model.multi_token_prediction.depth": 2}
 

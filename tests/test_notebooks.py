@@ -36,6 +36,7 @@ def jupytext(*args: object, **environment: str) -> None:
 def test_it_runs(notebook, run_dir, tmp_path):
     done = tmp_path / "done.ipynb"
     small = {"FRUGALMOE_RUN": run_dir, "FRUGALMOE_TOKENS": "500", "FRUGALMOE_WORKDIR": str(tmp_path / "study")}
+    small |= {"FRUGALMOE_CONFIGS": "quickstart,study"}
     small |= {"FRUGALMOE_TEXT": f"{run_dir}/../one", "FRUGALMOE_STEPS": "24"}
     small |= {"FRUGALMOE_PUBLISHED": f"{run_dir}/../published", "FRUGALMOE_LINKED": str(tmp_path / "linked")}
     jupytext("--to=notebook", "--execute", f"--run-path={FOLDER}", f"--output={done}", notebook, **small)

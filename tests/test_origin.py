@@ -20,6 +20,8 @@ from frugalmoe.train.origin import SHOWN, Origin
 from frugalmoe.train.step import init
 from frugalmoe.train.weights import load_checkpoint
 
+pytestmark = pytest.mark.whole
+
 FIELDS = {
     "train.steps": 2,
     "train.batch_size": 4,

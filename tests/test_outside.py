@@ -20,6 +20,8 @@ from frugalmoe.schema import Data, FrozenDict, Source
 from frugalmoe.train import rundir
 from frugalmoe.train.loop import train
 
+pytestmark = pytest.mark.whole
+
 ROUTER = '''"""topk_softmax by another name."""
 import dataclasses
 from frugalmoe.routing.strategies import topk_softmax

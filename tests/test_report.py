@@ -23,6 +23,9 @@ from frugalmoe.cost import forward_flops
 from frugalmoe.data.tokenizer import ByteTokenizer
 from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
+from frugalmoe.train import goodput
+
+pytestmark = pytest.mark.whole
 
 VOID = {"meta", "img", "br", "source"}
 
@@ -404,3 +407,13 @@ def test_nothing_leaves_a_picture_of_islands(tmp_path, islands, width):
     run = load_run(write_rounds(write_planted_run(tmp_path / "run"), names, rounds=200))
     for figure in (plots.rounds(run, width), plots.island_loads(run.island_loads, width)):
         check_inside(figure, width)
+
+
+@pytest.mark.parametrize("width", [plots.WIDE, plots.NARROW])
+@pytest.mark.parametrize("starts", [1, 40])
+def test_nothing_leaves_a_picture_of_the_wall_time(tmp_path, starts, width):
+    seconds = dict.fromkeys(goodput.KINDS, 1e6)
+    found = goodput.Goodput(seconds, [seconds] * starts, [3.0] * starts)
+    run = dataclasses.replace(load_run(write_planted_run(tmp_path / "run")), goodput=found)
+    check_inside(plots.goodput(run, width), width)
+    assert findings.goodput(run).startswith(f"7.1% of 14,000,000 s of wall time in {starts} start")

@@ -13,6 +13,8 @@ from frugalmoe.laws.cases import make_case, route
 from frugalmoe.routing.contract import Inputs, arrays
 from frugalmoe.schema import FrozenDict
 
+pytestmark = pytest.mark.whole
+
 
 def steered(name: str, k: int, logits: list[list[float]], **options):
     """The routing of one sequence with these logits over two experts and what follows; x are the logits."""

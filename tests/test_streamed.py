@@ -16,6 +16,8 @@ from runs import write_text
 from frugalmoe.cli import main
 from frugalmoe.convert import from_hf
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

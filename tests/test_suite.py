@@ -27,6 +27,8 @@ from frugalmoe.routing import strategies
 from frugalmoe.train.loop import train
 from frugalmoe.train.weights import load_checkpoint
 
+pytestmark = pytest.mark.whole
+
 ITEMS = 40
 FIELDS = {"train.steps": 1, "optim.warmup_steps": 0, "model.num_layers": 2, "train.batch_size": 4}
 

@@ -16,6 +16,8 @@ from frugalmoe.errors import UserError
 from frugalmoe.train.loop import train
 from frugalmoe.train.weights import load_checkpoint
 
+pytestmark = pytest.mark.whole
+
 DENSE = {
     "model.num_layers": 3,
     "model.num_dense_layers": 3,

@@ -16,6 +16,8 @@ from frugalmoe.evaluate import evaluate
 from frugalmoe.files import read_json
 from frugalmoe.train.loop import train
 
+pytestmark = pytest.mark.whole
+
 FIELDS = {"train.steps": 2, "train.eval_every": 1, "optim.warmup_steps": 1, "model.num_layers": 2}
 TEXTS = {"prose": "The sea finds the crown. " * 9, "code": "y = g(1)\n" * 5}
 

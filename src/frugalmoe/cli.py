@@ -5,10 +5,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from frugalmoe import __version__, commands, completion
 from frugalmoe.errors import EXIT_INTERRUPTED, EXIT_READER_GONE, EXIT_USER_ERROR, UserError, one_line
 from frugalmoe.interrupts import at_once, may_speak, silence
+
+_FIRST_LINE = time.perf_counter()
+_LONGEST_START = 10.0  # seconds that Python takes for its own start
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,9 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done, 2 user error, 75 stopped by a signal after saving or before there was anything to save, 130 interrupted,
     141 the reader of the output has gone.
     """
+    began = time.perf_counter() - (_age() if argv is None else 0.0)
     try:
         try:
-            return _run(list(sys.argv[1:] if argv is None else argv))
+            return _run(list(sys.argv[1:] if argv is None else argv), began)
         finally:
             sys.stdout.flush()  # here, where it can be caught that nobody reads
     except BrokenPipeError:
@@ -32,7 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _run(argv: list[str]) -> int:
+def _age() -> float:
+    """Seconds since this process began; since its first line of ours where the system does not say, or where it was
+    another program for long before it became this one.
+    """
+    ours = time.perf_counter() - _FIRST_LINE
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return ours
+    return age if ours < age < ours + _LONGEST_START else ours
+
+
+def _run(argv: list[str], began: float) -> int:
     parser = _parser()
     if completion.REQUESTED in os.environ:
         completion.complete(parser)
@@ -40,7 +58,7 @@ def _run(argv: list[str]) -> int:
     args, unknown = parser.parse_known_args(flags)
     if unknown:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    args.overrides, args.argv = overrides, argv
+    args.overrides, args.argv, args.began = overrides, argv, began
     try:
         if overrides and not hasattr(args, "config"):
             raise UserError(f"--config.{overrides[0]}: frugalmoe {args.command} takes no config")

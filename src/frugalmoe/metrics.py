@@ -14,6 +14,7 @@ VALIDATION = "the validation set of one's own (data.validation.path) at the end"
 TRAINING = "training batches, mean over the last tenth of the steps"
 CLOCK = "the clock of the machine, with whatever else ran on it"
 SHAPES = "the shapes of the model"
+VIRTUAL = "the rounds of virtual islands (islands.virtual), whose clock is made up"
 SUITE = "the suite that is ours, at the end"
 
 LESS, MORE, NEITHER = "less", "more", ""
@@ -68,6 +69,10 @@ ROWS = (
     Metric("depth/predictor_accuracy", "accuracy of the depth predictor", "", MORE, HELD_OUT),
     Metric("speed/tokens_per_second", "training speed", "tokens per second", MORE, CLOCK),
     Metric("speed/step_seconds", "step time", "seconds", LESS, CLOCK),
+    Metric("islands/seconds", "time of virtual islands", "virtual seconds", LESS, VIRTUAL),
+    Metric("islands/tokens", "tokens that rounds merged", "", NEITHER, VIRTUAL),
+    Metric("islands/tokens_per_second", "speed of virtual islands", "tokens per virtual second", MORE, VIRTUAL),
+    Metric("islands/share_trained", "share of their time in which islands train", "", MORE, VIRTUAL),
     Metric("cost/active_flops", "active FLOPs per token", "forward pass", LESS, SHAPES),
     Metric("parameters/total", "parameters", "", NEITHER, SHAPES),
     Metric("parameters/active", "active parameters", "", NEITHER, SHAPES),

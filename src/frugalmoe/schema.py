@@ -278,7 +278,9 @@ class Islands:
     momentum: float = 0.9  # of the outer step
     bits: int = 32  # of a number in a contribution: 32 (float32) | 16 (bfloat16) | 8 | 4 | 2 (integers)
     fragments: int = 1  # parts of the parameters; each round merges one of them, in turn
-    overlap_steps: int = 0  # updates that an island makes before it takes what a round gave; 0: it waits for it
+    # Updates that an island makes before it takes what a round gave; 0: it waits for it. With round_seconds they are
+    # the least: it goes on until the round is decided.
+    overlap_steps: int = 0
     overlap_mixing: float = 0.0  # share of an island's own parameters in what it then goes on with
     streams: int = 64  # parts of the data; each is read by one island at a time
     wait_for: int = 1  # islands that must be there before the first round

@@ -19,6 +19,7 @@ class Folder(NamedTuple):
     kind: str  # what one of them is
     name: str
     suffix: str  # that a file's name may be given without; empty: none may be left out
+    defines: str = ""  # at the top level of each; a Python file beside them that does not is something else
 
     @property
     def path(self) -> Path:
@@ -28,7 +29,12 @@ class Folder(NamedTuple):
 
     def names(self) -> list[str]:
         """Returns what `find` finds without a path: names of the files, without the suffix."""
-        return sorted(p.name.removesuffix(self.suffix) for p in self.path.glob(f"*{self.suffix}") if p.is_file())
+        files = (p for p in self.path.glob(f"*{self.suffix}") if p.is_file() and self._is_one(p))
+        return sorted(p.name.removesuffix(self.suffix) for p in files)
+
+    def _is_one(self, path: Path) -> bool:
+        """Whether a file defines what the folder's files are for; the file is read and not run."""
+        return not self.defines or f"\n{self.defines} = " in path.read_text(encoding="utf-8", errors="replace")
 
     def choices(self) -> list[str]:
         """Returns what may be asked for by name: `names`, and NAME:SIZE of a config file that has several sizes."""
@@ -56,7 +62,7 @@ class Folder(NamedTuple):
             except OSError as e:  # a name that is too long
                 raise UserError(f"{what}: {e.strerror}") from e
         known = self.choices()
-        if "/" in text and (files := sorted(Path(self.name).glob(f"*{self.suffix}"))):
+        if "/" in text and (files := sorted(filter(self._is_one, Path(self.name).glob(f"*{self.suffix}")))):
             sized = [choice for choice in known if ":" in choice]
             single = [str(file) for file in files if not any(c.startswith(f"{file.stem}:") for c in sized)]
             known = single + [f"{self.name}/{choice}" for choice in sized]
@@ -71,5 +77,5 @@ class Folder(NamedTuple):
 
 
 CONFIGS = Folder("config", "configs", ".py")
-STUDIES = Folder("study", "experiments", ".py")
+STUDIES = Folder("study", "experiments", ".py", "STUDY")
 TEMPLATES = Folder("template", "launch", "")

@@ -18,6 +18,7 @@ from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.fields import to_dict
 from frugalmoe.files import check_name, read_json, write_json
 from frugalmoe.model.transformer import count_parameters
+from frugalmoe.train.optim import decaying_updates
 from frugalmoe.train.origin import Origin
 from frugalmoe.train.weights import run_and_step
 
@@ -162,6 +163,7 @@ def describe(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
         "seeds": sorted({pair.seed for pair in plan.pairs} | set(study.seeds)),
         "steps": train.steps,
         "tokens_per_step": train.batch_size * data.sequence_length,
+        "constant_rate": not any(decaying_updates(arm.config) for arm in plan.arms.values()),
         "forward_flops": plan.flops,
         "experts_per_token": {n: arm.config.model.moe.num_experts_per_token for n, arm in plan.arms.items()},
         "parameters": plan.parameters,

@@ -4,16 +4,18 @@
 |---|---|
 | RESULTS.md | the index: one row for each published study |
 | NAME/RESULTS.md, *.png | question, expectation, tables and pictures; what is written by hand stays |
-| NAME/study.json, results.parquet | what they are made from |
+| NAME/study.json, results.parquet, fit.json | what they are made from; the fit where there is one |
 """
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from frugalmoe.ablate import scaling
 from frugalmoe.ablate.comparison import Comparison, load_comparison
+from frugalmoe.ablate.grid import Grid
 from frugalmoe.ablate.plan import read_study
-from frugalmoe.ablate.report import Grid, markdown, pictures, pipes, state_line, summary_line, verdict_lines
+from frugalmoe.ablate.report import markdown, pictures, pipes, state_line, summary_line, verdict_lines
 from frugalmoe.errors import UserError
 from frugalmoe.files import write_atomically, write_generated, write_json
 
@@ -38,6 +40,8 @@ def publish_study(workdir: str | Path, root: str | Path) -> Path:
             raise UserError(f"--publish={root}: cannot be written ({e.strerror})") from e
         write_atomically(folder / "results.parquet", (c.workdir / "results.parquet").read_bytes())
         write_json(folder / "study.json", {**c.study, "workdir": str(workdir)})
+        if (c.workdir / scaling.FILE).is_file():
+            write_atomically(folder / scaling.FILE, (c.workdir / scaling.FILE).read_bytes())
         c = load_comparison(folder)
     drawn = pictures(c)
     for name, data in drawn.items():

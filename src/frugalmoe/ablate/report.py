@@ -2,14 +2,15 @@
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from frugalmoe.ablate import plots, statistics
+from frugalmoe.ablate import plots, scaling, statistics
 from frugalmoe.ablate.comparison import Comparison, load_comparison
+from frugalmoe.ablate.grid import Grid
 from frugalmoe.analysis.pages.page import Html, document, folded, join, picture, png, table, tag
 from frugalmoe.analysis.pages.plots import NARROW, WIDE
 from frugalmoe.analysis.wording import count, number, spread
@@ -17,16 +18,6 @@ from frugalmoe.files import write_atomically
 from frugalmoe.metrics import titled
 
 COSTS = ("cost/active_flops", "parameters/total")  # not the time, which on a shared machine is no measure of cost
-
-
-class Grid(NamedTuple):
-    """A table that is written as HTML and as markdown."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-    text_columns: int = 1
 
 
 def write_study_report(workdir: str | Path) -> Path:
@@ -100,7 +91,7 @@ def _confidences(c: Comparison) -> str:
 
 
 def grids(c: Comparison) -> list[Grid]:
-    found = [_result_grid(c), _metric_grid(c), _target_grid(c), _domain_grid(c), _cross_grid(c)]
+    found = [_result_grid(c), *scaling.grids(c), _metric_grid(c), _target_grid(c), _domain_grid(c), _cross_grid(c)]
     return [grid for grid in found if grid is not None]
 
 

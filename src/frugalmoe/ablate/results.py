@@ -69,6 +69,9 @@ def final_metrics(
         layers = list(summary.get(section, {}).get("layers", {}).values())
         for name in dict.fromkeys(name for layer in layers for name in layer):
             values[f"{kind}/{name}"] = float(np.mean([_number(layer[name]) for layer in layers if name in layer]))
+    if islands := summary.get("islands"):
+        values |= {f"islands/{name}": float(np.mean(islands[name])) for name in ("seconds", "tokens", "share_trained")}
+        values["islands/tokens_per_second"] = islands["tokens"] / islands["seconds"]
     values["cost/active_flops"] = active_flops(study, arm, values.get("router/active_per_token"))
     values |= {f"parameters/{k}": float(summary["parameters"][k]) for k in ("total", "active")}
     if speed := summary["speed"]["tokens_per_second"]:

@@ -62,6 +62,8 @@ def check(plan: Plan, workdir: Path, fresh: bool = False) -> list[str]:
     for name in dict.fromkeys(pair.arm for pair in plan.pairs):
         config = plan.arms[name].config
         trackers.check(config)
+        if config.islands.virtual:
+            virtual.check(config)
         notes += preflight.check_size(settle(config, plan.vocabulary, None), workdir)
     check_claim(workdir, plan)
     for pair in plan.pairs:

@@ -13,6 +13,7 @@
 | who moves the router, which experts learn? | `gradients` of `load_gradients` |
 | what is a rule that looks ahead worth? | `leak`, by `train_causal_gap` |
 | whom does a capacity drop? | `drops` of `load_drops` |
+| what does money train? | `bought`, with a fit of `read_fit` |
 
 The measures lie in `measures`: pure functions on arrays, each with its formula and what chance alone gives. There
 `uncertainty` has the bootstrap over documents or seeds, `information` entropies and mutual information. `stored` reads
@@ -45,6 +46,9 @@ from frugalmoe.analysis.pages.table import summary_table
 from frugalmoe.analysis.stored.probe import Probe
 from frugalmoe.analysis.stored.runs import Loads, Run, Series, load_run
 from frugalmoe.analysis.stored.trace import Trace, load_trace
+from frugalmoe.cost.budget import bought, load_planned
+from frugalmoe.cost.device_catalogue import read as read_catalogue
+from frugalmoe.cost.laws import read_fit
 
 __all__ = [
     "Demote",
@@ -62,6 +66,7 @@ __all__ = [
     "Swap",
     "SwapGain",
     "Trace",
+    "bought",
     "coactivation",
     "drops",
     "dynamics",
@@ -75,10 +80,13 @@ __all__ = [
     "load_drops",
     "load_experts",
     "load_gradients",
+    "load_planned",
     "load_run",
     "load_trace",
     "open_published",
     "plots",
+    "read_catalogue",
+    "read_fit",
     "scores",
     "similarity",
     "specialisation",

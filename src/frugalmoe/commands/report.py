@@ -7,7 +7,8 @@ SUMMARY = "Write PATH/report/index.html: what a run or a study shows, with pictu
 EXAMPLES = """\
   frugalmoe report runs/quickstart
   frugalmoe report runs/balance
-  frugalmoe report runs/balance --publish=experiments"""
+  frugalmoe report runs/balance --publish=experiments
+  frugalmoe report runs/isoflop --fit"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -16,11 +17,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--publish", metavar="DIR", help="write a study's results, pictures and RESULTS.md into DIR/NAME and its index"
     )
+    parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="fit the law of size and tokens to a study's trained arms, and foretell its other arms: PATH/fit.json",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the page and prints its path."""
-    if args.publish or (Path(args.path) / "study.json").is_file():
+    if args.fit:
+        from frugalmoe import ablate
+
+        print(f"fit: {ablate.fit_study(args.path)}")
+    if args.publish or args.fit or (Path(args.path) / "study.json").is_file():
         from frugalmoe import ablate
 
         print(ablate.publish_study(args.path, args.publish) if args.publish else ablate.write_study_report(args.path))

@@ -39,6 +39,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", type=int, metavar="STEPS", help="trace so many steps into the run directory's profile/, for XProf"
     )
+    parser.add_argument(
+        "--timings", action="store_true", help="print at the end where the time of this start went, and of the run"
+    )
     for add in (_add_supervision, _add_origin, _add_islands, _add_processes):
         add(parser)
 
@@ -138,10 +141,12 @@ def run(args: argparse.Namespace) -> int:
     from frugalmoe.fields import to_dict
     from frugalmoe.generate import sample_text
     from frugalmoe.train import distributed, preflight, rundir, supervise, watch
+    from frugalmoe.train.ledger import Ledger
     from frugalmoe.train.loop import train
     from frugalmoe.train.profile import profiled
     from frugalmoe.train.progress import Progress
 
+    times = Ledger(supervise.beginning(args.began))
     if args.profile is not None and args.profile < 1:
         raise UserError(f"--profile={args.profile}: must be at least 1")
     distributed.start(args.coordinator, args.num_processes, args.process_id, args.connect_timeout)
@@ -155,25 +160,51 @@ def run(args: argparse.Namespace) -> int:
     was_complete = rundir.is_complete(workdir) and not args.fresh
     progress = supervise.telling(profiled(args.profile, workdir / "profile") if args.profile else Progress)
     with watch.watching(config.train.stuck_seconds, workdir):
-        summary = train(config, workdir, **how, sample=sample_text, progress=progress)
+        summary = train(config, workdir, **how, sample=sample_text, progress=progress, times=times)
     if summary["status"] == "stopped":
         watch.leave_within(10, EXIT_PREEMPTED)
     if not distributed.is_main():
         return EXIT_PREEMPTED if summary["status"] == "stopped" else 0
     if summary["status"] == "stopped":
+        _print_timings(args, times)
         print(f"stopped at step {summary['step']} of {summary['steps']} after saving; the same command continues it")
         return EXIT_PREEMPTED
     if was_complete and args.resume != "force":
         print(f"{workdir}: this run is complete ({summary['step']} steps); --fresh starts it over")
-    from frugalmoe.analysis import load_run, summary_table, write_report
-
     console = Console()
-    console.print(summary_table(load_run(workdir)))
+    with times.phase("report"):
+        from frugalmoe.analysis import load_run, summary_table, write_report
+
+        console.print(summary_table(load_run(workdir)))
+        page = write_report(workdir)
     if sample := summary.get("sample"):  # `train` of the library draws none
         empty = "no sample: the model ended the document at once"
         console.print(f"sample: {sample['prompt']}{sample['text']}" if sample["text"] else sample.get("why", empty))
-    console.print(f"report: {write_report(workdir)}", soft_wrap=True)
+    console.print(f"report: {page}", soft_wrap=True)
+    if not was_complete or args.resume == "force":
+        times.amend(workdir, summary["step"])
+        _print_timings(args, times)
     return 0
+
+
+def _print_timings(args: argparse.Namespace, times) -> None:
+    """Prints the tables that --timings asks for."""
+    if not args.timings:
+        return
+    from rich.table import Table
+
+    from frugalmoe.console import Console
+    from frugalmoe.train import goodput
+
+    of_start, of_run = times.account_of_start(), times.account()
+    tables = [("this start", of_start)] + [("all starts", of_run)] * (len(of_run.by_start) > 1)
+    for title, found in tables:
+        table = Table(title=f"wall time of {title}: {found.useful:.1%} in training steps", title_justify="left")
+        for name, justify in (("kind", "left"), ("what it is", "left"), ("seconds", "right"), ("share", "right")):
+            table.add_column(name, justify=justify)
+        for row in goodput.table(found):
+            table.add_row(*row)
+        Console().print(table)
 
 
 def _limits(args: argparse.Namespace):
@@ -196,7 +227,8 @@ def _supervise(args: argparse.Namespace, workdir: Path, limits) -> int:
     from frugalmoe.train import supervise
 
     run = [sys.executable, "-m", "frugalmoe.cli", *_without(args.argv, "--supervise")]
-    return supervise.supervise(run, [*_without(run, "--fresh", "--resume"), "--resume=auto"], workdir, limits)
+    again = [*_without(run, "--fresh", "--resume"), "--resume=auto"]
+    return supervise.supervise(run, again, workdir, limits, args.began)
 
 
 def _without(argv: list[str], *flags: str) -> list[str]:

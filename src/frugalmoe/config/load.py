@@ -50,6 +50,7 @@ def _open(config: ConfigDict) -> ConfigDict:
     config.model.moe.losses.unlock()
     config.data.sources.unlock()
     config.optim.rates.unlock()
+    config.islands.merge_options.unlock()
     return config
 
 
@@ -216,7 +217,8 @@ def override(config: ConfigDict, overrides: Mapping[str, Any] | Sequence[str]) -
     none.
 
     Naming another `model.moe.router` drops the file's `model.moe.options`, which belong to its router. Naming another
-    `model.attention` drops the options of the file's kinds that are not among its own.
+    `model.attention` drops the options of the file's kinds that are not among its own, and another `islands.merge` the
+    file's `islands.merge_options`.
     """
     if not isinstance(overrides, Mapping):
         overrides = dict(_parse_assignment(o) for o in overrides)
@@ -224,6 +226,8 @@ def override(config: ConfigDict, overrides: Mapping[str, Any] | Sequence[str]) -
     router = config.model.moe.router
     if overrides.get("model.moe.router", router) != router:
         config.model.moe.options = ConfigDict()  # another strategy has other options
+    if overrides.get("islands.merge", config.islands.merge) != config.islands.merge:
+        config.islands.merge_options = ConfigDict()
     attention = overrides.get("model.attention", config.model.attention)
     if attention != config.model.attention and isinstance(attention, str):
         kept = {pattern.short(name) for name in pattern.attention_names(attention)}
@@ -283,9 +287,8 @@ _NAMED_BY_USER = (["model", "moe", "losses"], ["data", "sources"], ["optim", "ra
 
 def _is_open(path: list[str]) -> bool:
     """Whether the user names the keys of a mapping, which may also be set whole; `resolve` checks what it holds."""
-    return (
-        path[:3] == ["model", "moe", "options"] or path[:2] == ["model", "attention_options"] or path in _NAMED_BY_USER
-    )
+    of_files = (["model", "moe", "options"], ["model", "attention_options"], ["islands", "merge_options"])
+    return any(path[: len(section)] == section for section in of_files) or path in _NAMED_BY_USER
 
 
 def _unknown(dotted: str, node: ConfigDict) -> None:

@@ -31,6 +31,7 @@ RECORD, FOLDER = "source.json", "source"  # in the run's directory
 _STAMPS = "stamps"  # in source.json of a linked run: of the files that it was linked to
 _ASSEMBLY = "assembly"  # arrays on disk, until the checkpoint is written
 _LENGTH, _MODULES = "max_position_embeddings", "num_nextn_predict_layers"
+_QUANTIZATION = "quantization_config"
 _TIMES = 4  # of the numbers in the files: what a config says beyond that is no slip
 
 
@@ -262,3 +263,24 @@ def accompany(run: Path, found: Found, read: Mapping[str, Any], **more: Any) -> 
         **more,
     }
     write_json(run / RECORD, manifest)
+
+
+def config_alone(path: Path, family: str = "") -> Config:
+    """Returns the config of a published model from its config.json alone, with no weights and no tokenizer beside it.
+
+    It is for counting, not for converting: weights may be quantized, and modules of multi-token prediction are taken to
+    be there as config.json says. `path`: the file, or the directory that it is in.
+    """
+    path = path / published.CONFIG if path.is_dir() else path
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must be an object, as config.json of a published model")
+    values = {name: value for name, value in values.items() if name != _QUANTIZATION}
+    kind = _family(values, family, str(path))
+    fields = settings.to_ours(kind, values, str(path))
+    modules = values.get(_MODULES)
+    has_modules = any("{mtp}" in row.theirs for row in kind.rows)
+    fields["model.multi_token_prediction.depth"] = modules if has_modules and type(modules) is int else 0
+    fields["model.compute_dtype"] = "bfloat16"
+    fields["name"] = pattern.short(kind.name)
+    return _checked(kind, fields, (), str(path))

@@ -140,3 +140,28 @@ def storage_per_day(moved: Traffic, rounds: float, kept: float, prices: Prices) 
     written = islands * math.ceil(moved.sent / LARGEST_OBJECT)
     requests = written * prices.written + (islands - 1) * written * prices.read
     return kept * DAY * prices.stored, rounds * (islands * moved.received * prices.received + requests)
+
+
+# Loss.
+
+# What training apart cost: nats per token more than together, with the half width of its interval, by (islands, steps
+# of a round). experiments/islands/RESULTS.md: 391 k parameters, the first 400 steps, three seeds; large models that are
+# trained longer lose less (DiLoCo, 2311.08105, has nothing to tell at 8 workers and 500 steps).
+LOSSES = {
+    (2, 10): (0.1572, 0.0317),
+    (2, 50): (0.1920, 0.0361),
+    (2, 200): (0.2332, 0.0406),
+    (4, 10): (0.3532, 0.0697),
+    (4, 50): (0.4292, 0.0747),
+    (4, 200): (0.5383, 0.1152),
+    (8, 10): (0.5981, 0.0595),
+    (8, 50): (0.7043, 0.1491),
+    (8, 200): (0.9080, 0.1929),
+}
+
+
+def loss(islands: int, round_steps: int) -> tuple[tuple[int, int], float, float]:
+    """Returns the measured arm that is nearest, (islands, steps of a round), and what it lost: nats, half width."""
+    far = lambda arm: (abs(math.log(arm[0] / islands)), abs(math.log(arm[1] / round_steps)))
+    arm = min(LOSSES, key=far)
+    return arm, *LOSSES[arm]

@@ -9,9 +9,9 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tokenizers
@@ -121,36 +121,26 @@ class JsonTokenizer:
 
     def __init__(self, content: str, eos_token: str | None, where: str, directory: Path | None = None) -> None:
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library raises a bare Exception
-            raise UserError(f"{where}: not a tokenizer.json ({str(error).partition(chr(10))[0]})") from error
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self._tokenizer.encode_special_tokens = True
-        self._content = json.loads(content)
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.size = max(vocabulary.values(), default=-1) + 1
-        if not 0 < self.size <= LARGEST:
-            raise UserError(f"{where}: has token ids up to {self.size - 1}; they must be below {LARGEST}")
+            read = _read(content)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
+        self._text, self._content, self._tokenizer, self.size = content, read.content, read.tokenizer, read.size
         if eos_token is None:
-            added = self._tokenizer.get_added_tokens_decoder().values()
-            specials = [token.content for token in added if token.special]
-            eos_token = end_of_text.find(directory, vocabulary, specials, where)
-        if eos_token not in vocabulary:
+            eos_token = end_of_text.find(directory, read.vocabulary, read.specials.values(), where)
+        if eos_token not in read.vocabulary:
             raise UserError(f"{where}: end-of-text token {eos_token!r} is not in its vocabulary")
         self._where, self._eos_token = where, eos_token
-        self.eos = vocabulary[eos_token]
+        self.eos = read.vocabulary[eos_token]
         self.chat = directory and chat.find(directory)
         self.ends = (self.eos,)
         if directory:
-            self.ends += tuple(i for i in end_of_text.ids_of_generation(directory, vocabulary) if i != self.eos)
-        specials = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
-        self.silent = tuple(sorted(specials | {self.eos} | (set(range(self.size)) - set(vocabulary.values()))))
-        self._pieces = _pieces(self._content, self._tokenizer, self.size)
-        self._pieces[self.eos] = b""
+            self.ends += tuple(i for i in end_of_text.ids_of_generation(directory, read.vocabulary) if i != self.eos)
+        self.silent = tuple(sorted({*read.specials, self.eos, *read.gaps}))
+        self._pieces = [*read.pieces[: self.eos], b"", *read.pieces[self.eos + 1 :]]
         self.token_bytes = np.array([len(piece) for piece in self._pieces], np.int32)
-        canonical = json.dumps([self._content, eos_token], sort_keys=True, ensure_ascii=False)
-        self.fingerprint = "json-" + hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        canonical = read.canonical.copy()
+        canonical.update(f", {json.dumps(eos_token, ensure_ascii=False)}]".encode())
+        self.fingerprint = "json-" + canonical.hexdigest()[:16]
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -201,8 +191,7 @@ class JsonTokenizer:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def save_into(self, directory: str | Path) -> None:
-        content = json.dumps(self._content, ensure_ascii=False).encode()
-        write_atomically(Path(directory) / "tokenizer.json", content)
+        write_atomically(Path(directory) / "tokenizer.json", self._text.encode())
         config = {"kind": "json", "eos_token": self._eos_token, "fingerprint": self.fingerprint}
         if self.chat:
             write_atomically(Path(directory) / chat.FILE, self.chat.source.encode())
@@ -210,6 +199,44 @@ class JsonTokenizer:
         if len(self.ends) > 1:
             write_json(Path(directory) / end_of_text.GENERATION, {"eos_token_id": list(self.ends)})
         write_json(Path(directory) / chat.CONFIG, config)
+
+
+class _Read(NamedTuple):
+    """What the text of a tokenizer.json says by itself."""
+
+    tokenizer: tokenizers.Tokenizer  # not changed by those who share it
+    content: dict
+    vocabulary: dict[str, int]
+    size: int
+    specials: dict[int, str]
+    gaps: list[int]  # ids that are no token
+    pieces: list[bytes]
+    canonical: Any  # SHA-256 of "[" and the content with sorted keys
+
+
+@functools.lru_cache(maxsize=2)
+def _read(text: str) -> _Read:
+    """Reads a tokenizer.json. Of a large vocabulary that takes seconds, and it is read from its own folder, from that
+    of prepared data and from that of a run: one text is read once. Raises ValueError with what is wrong.
+    """
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises a bare Exception
+        raise ValueError(f"not a tokenizer.json ({str(error).partition(chr(10))[0]})") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+    content, of_model = json.loads(text), tokenizer.get_vocab(with_added_tokens=False)
+    added = tokenizer.get_added_tokens_decoder()
+    vocabulary = of_model | {token.content: i for i, token in added.items()}
+    size = max(vocabulary.values(), default=-1) + 1
+    if not 0 < size <= LARGEST:
+        raise ValueError(f"has token ids up to {size - 1}; they must be below {LARGEST}")
+    specials = {i: token.content for i, token in added.items() if token.special}
+    gaps = sorted(set(range(size)) - set(vocabulary.values()))
+    pieces = _pieces(content, of_model, added, size)
+    canonical = hashlib.sha256(f"[{json.dumps(content, sort_keys=True, ensure_ascii=False)}".encode())
+    return _Read(tokenizer, content, vocabulary, size, specials, gaps, pieces, canonical)
 
 
 def load_from(directory: str | Path) -> Tokenizer:
@@ -291,7 +318,9 @@ def train_bpe(texts: Iterable[str], size: int) -> JsonTokenizer:
     return JsonTokenizer(tokenizer.to_str(), END_OF_TEXT, "trained BPE")
 
 
-def _pieces(content: dict, tokenizer: tokenizers.Tokenizer, size: int) -> list[bytes]:
+def _pieces(
+    content: dict, of_model: Mapping[str, int], added: Mapping[int, tokenizers.AddedToken], size: int
+) -> list[bytes]:
     """Returns the UTF-8 bytes of each token by itself, as its vocabulary writes it. Some tokenizers put out others, so
     `JsonTokenizer.document` compares them with the text.
     """
@@ -299,15 +328,14 @@ def _pieces(content: dict, tokenizer: tokenizers.Tokenizer, size: int) -> list[b
     byte_level = '"type": "ByteLevel"' in json.dumps([content.get("decoder"), content.get("pre_tokenizer")])
     # In a byte-level vocabulary one character stands for one byte; SentencePiece writes a space as U+2581.
     table = vocabularies.byte_alphabet() if byte_level else {"▁": b" "}
-    for token, i in tokenizer.get_vocab(with_added_tokens=False).items():
+    for token, i in of_model.items():
         if not byte_level and vocabularies.is_byte(token):
             pieces[i] = bytes([int(token[3:5], 16)])
         elif model.get("type") == "WordPiece":
             pieces[i] = token.removeprefix(model.get("continuing_subword_prefix") or "##").encode()
         else:
             pieces[i] = b"".join([table.get(character) or character.encode() for character in token])
-    of_model = tokenizer.get_vocab(with_added_tokens=False)
-    for i, token in tokenizer.get_added_tokens_decoder().items():
+    for i, token in added.items():
         if token.special:
             pieces[i] = b""
         elif token.content not in of_model:

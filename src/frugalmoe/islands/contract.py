@@ -16,6 +16,7 @@ import numpy as np
 from frugalmoe import fields
 from frugalmoe.errors import UserError
 from frugalmoe.islands.tensors import Tensor
+from frugalmoe.schema import Islands
 
 OPTIONS = "islands.merge_options"  # for messages
 
@@ -58,6 +59,8 @@ class Merge:
     rule: Rule  # (offered, history, options) -> merged; it may leave coefficients in float64
     options: type = Options  # frozen dataclass of defaults
     check: Callable[[Any], str | None] = lambda options: None  # what is wrong with options, as "field=value: rule"
+    # What to tell who starts an island with (options, the section of the config); empty: nothing.
+    advice: Callable[[Any, Islands], str] = lambda options, section: ""
     scales: bool = True  # deltas that are c times as large are merged into c times as much
     name: str = ""  # the file's
 

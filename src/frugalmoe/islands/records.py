@@ -3,6 +3,7 @@
     agreement.json                       what all islands share; created once
     islands/NAME.json                    what an island says of itself; rewritten as its sign of life
     rounds/000007/from/NAME.json         a contribution: created once by its island, after its blob
+    rounds/000007/maker.json             who writes the record and the whole outer state of some rounds: created once
     rounds/000007/commit.json            what the round gave: created once, by whichever island is first
     blobs/SHA256                         arrays, named by content
 
@@ -76,6 +77,14 @@ class Contribution:
 
 
 @Record
+class Maker:
+    """Who makes the record of a round that names the whole outer state, so that one island writes that, and not all."""
+
+    island: str
+    run: str
+
+
+@Record
 class Commit:
     """What a round gave, and how the next one begins."""
 
@@ -98,6 +107,10 @@ class Commit:
 
 def path_of_commit(round: int) -> str:
     return f"rounds/{round:06d}/commit.json"
+
+
+def path_of_maker(round: int) -> str:
+    return f"rounds/{round:06d}/maker.json"
 
 
 def path_of_contribution(round: int, island: str) -> str:

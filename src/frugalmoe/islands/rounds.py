@@ -4,6 +4,7 @@
 clock turns forward. What it trains is behind `Local`; what it remembers over a restart is behind `Memory`.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +13,8 @@ import numpy as np
 
 from frugalmoe.errors import UserError
 from frugalmoe.islands import packing, streams
-from frugalmoe.islands.island import Island, Mismatch, Work
+from frugalmoe.islands.directory import Mismatch
+from frugalmoe.islands.island import Island, Work
 from frugalmoe.islands.records import Commit, Contribution, Damaged
 from frugalmoe.islands.store import StoreError
 from frugalmoe.schema import FrozenDict
@@ -86,7 +88,7 @@ class Timing:
     """Where the time of a round went, in seconds, and what travelled."""
 
     trained: float = 0.0
-    waited: float = 0.0
+    waited: float = 0.0  # in which it wrote, read and looked too
     bytes_written: int = 0
     bytes_read: int = 0
 
@@ -120,7 +122,7 @@ class Rounds:
         self.leased: tuple[int, ...] = ()
         self.counters: tuple[int, ...] = ()
         self.plan: list[int] = []  # rows of the round that is trained
-        self.timing = Timing()
+        self.timing = self._handed_in = Timing()  # of the round that is trained, and of the one before
         self._began = self._last_beat = self.touched = island.clock()  # touched: something moved
         self._broken = 0  # times in a row that something was not finite
 
@@ -128,6 +130,14 @@ class Rounds:
 
     def go(self) -> Iterator[float]:
         """Goes through all rounds; ends after the last one, or when a stop was requested (`stopped`)."""
+        try:
+            yield from self._all()
+        except StoreError:
+            if not self.local.stop_requested():
+                raise
+            self.stopped = True  # what was found is saved, and handed in when the island goes on
+
+    def _all(self) -> Iterator[float]:
         yield from self._join()
         while not self.stopped and self.round <= self.rules.rounds:
             yield from self._round()
@@ -153,7 +163,7 @@ class Rounds:
             self._begin(self.round)
         if self.pending is not None:
             if self.section.overlap_steps:
-                yield from self._train(self.round, self.section.overlap_steps)
+                yield from self._ahead()
             if self.pending is not None and not self.stopped:
                 yield from self._result()
             if self.round <= self.rules.rounds and not (self.plan or self.stopped):
@@ -164,6 +174,40 @@ class Rounds:
             yield from self._hand_in(round)
         if self.stopped:
             yield from self._safely(lambda: self._show("left"))
+
+    def _ahead(self) -> Iterator[float]:
+        """Trains while the last round is decided. In rounds of time nobody waits: once the steps of the overlap are
+        made, more of them follow until the record is there, and the time of the round counts from then on, so that
+        islands end their rounds at about one time however far ahead one of them was.
+        """
+        yield from self._train(self.round, self.section.overlap_steps)
+        if self.section.round_seconds and self.pending is not None and not self.stopped:
+            yield from self._train(self.round, self.section.round_steps - 1, self._decided())
+
+    def _decided(self) -> Callable[[], bool]:
+        """What looks from time to time whether there is the record of the round whose contribution is pending."""
+        looked = self.clock()
+
+        def decided() -> bool:
+            nonlocal looked
+            if self.clock() - looked < self.pause:
+                return False
+            with self._waiting(self._handed_in), contextlib.suppress(StoreError):  # `_result` tells of that
+                if self.island.poll(self.pending.round) is not None:
+                    return True
+            looked = self.clock()
+            return False
+
+        return decided
+
+    @contextlib.contextmanager
+    def _waiting(self, timing: Timing) -> Iterator[None]:
+        """Counts the seconds and bytes of what is done meanwhile."""
+        began, written, read = self.clock(), self.island.bytes_written, self.island.bytes_read
+        yield
+        timing.waited += self.clock() - began
+        timing.bytes_written += self.island.bytes_written - written
+        timing.bytes_read += self.island.bytes_read - read
 
     def _begin(self, round: int) -> None:
         first = self.begin_of(round)
@@ -176,13 +220,15 @@ class Rounds:
     def _end_of(self, round: int, steps: int | None = None) -> int:
         return min(self.begin_of(round) + (steps or self.section.round_steps), self.rules.steps)
 
-    def _train(self, round: int, steps: int) -> Iterator[float]:
-        """Trains up to so many steps of a round, or until its time is over."""
+    def _train(self, round: int, steps: int, until: Callable[[], bool] | None = None) -> Iterator[float]:
+        """Trains up to so many steps of a round, or until its time is over; given `until`, only until that holds."""
         limit, began, first = self.section.round_seconds, self.clock(), self.local.step
+        waited = self._handed_in.waited
+        over = lambda: self.clock() - self._began >= limit and self.local.step > self.begin_of(round)
 
         def enough() -> bool:
             self.touched = self.clock()
-            return bool(limit) and self.clock() - self._began >= limit and self.local.step > self.begin_of(round)
+            return until() if until else bool(limit) and over()
 
         self.status = "training"
         try:
@@ -193,7 +239,7 @@ class Rounds:
             yield from self._recover(str(error))
             return
         self.stopped = self.stopped or self.local.stop_requested()
-        spent = self.clock() - began
+        spent = self.clock() - began - (self._handed_in.waited - waited)
         self.timing.trained += spent
         if spent > 0 and self.local.step > first:
             tokens = (self.local.step - first) * self.local.rows_per_step * self.local.tokens_per_row
@@ -221,42 +267,40 @@ class Rounds:
         loads = tuple(map(tuple, self.local.loads()))
         found = Found(round, self.local.step, numbers, self.timing.trained, self.stopped, loads)
         try:
-            self.memory.write(found)
-            self.local.save()
+            with self._waiting(self.timing):
+                self.memory.write(found)
+                self.local.save()
             yield from self._contribute(found)
         except (self.local.not_finite, packing.NotFinite) as error:
             yield from self._recover(str(error))
 
     def _contribute(self, found: Found) -> Iterator[float]:
         steps, count = found.step - self.begin_of(found.round), len(found.numbers)
-        local, routers, before = self.local.tensors(), self.local.routers(), self.memory.residual(found.round)
-        tokens, written = count * self.local.tokens_per_row, self.island.bytes_written
-        work = Work(found.numbers, tokens, steps, found.seconds, found.leaving, found.loads)
-        hand_in = lambda: self.island.contribute(local, routers, before, work)
-        self.pending, residual = yield from self._safely(hand_in)
+        work = Work(found.numbers, count * self.local.tokens_per_row, steps, found.seconds, found.leaving, found.loads)
+        self._handed_in = self.timing
+        with self._waiting(self._handed_in):
+            local, routers, before = self.local.tensors(), self.local.routers(), self.memory.residual(found.round)
+            hand_in = lambda: self.island.contribute(local, routers, before, work)
+            self.pending, residual = yield from self._safely(hand_in)
+            self.memory.keep_residual(found.round, residual)
         self._broken = 0
-        self.memory.keep_residual(found.round, residual)
-        self.timing.bytes_written += self.island.bytes_written - written
         self.counters = streams.after(self.counters, streams.used(found.numbers, self.section.streams))
         self.plan = []
 
     def _result(self) -> Iterator[float]:
         """Waits for what the round of the pending contribution gives, and takes it."""
-        began, self.status = self.clock(), "waiting"
-        written, read = self.island.bytes_written, self.island.bytes_read
-        while (commit := (yield from self._safely(lambda: self.island.poll(self.pending.round)))) is None:
-            if self.local.stop_requested():
-                self.stopped = True
-                yield from self._safely(lambda: self._show("left"))
-                return
-            yield from self._beat()
-            yield self.pause
-        ahead = bool(self.plan)  # steps of the next round were made meanwhile
-        mine = self._mine(commit)
-        regular = yield from self._take(commit)
-        self.timing.waited += self.clock() - began
-        self.timing.bytes_written += self.island.bytes_written - written
-        self.timing.bytes_read += self.island.bytes_read - read
+        self.status = "waiting"
+        with self._waiting(self._handed_in):
+            while (commit := (yield from self._safely(lambda: self.island.poll(self.pending.round)))) is None:
+                if self.local.stop_requested():
+                    self.stopped = True
+                    yield from self._safely(lambda: self._show("left"))
+                    return
+                yield from self._beat()
+                yield self.pause
+            ahead = bool(self.plan)  # steps of the next round were made meanwhile
+            mine = self._mine(commit)
+            regular = yield from self._take(commit)
         self._log(commit, mine)
         self.pending = None
         if not mine:
@@ -270,7 +314,7 @@ class Rounds:
             self._restart(late=late)
         else:
             self._mix(commit.round)
-            self.leased = lease
+            self.leased, self._began = lease, self.clock()
             if not ahead:
                 self.counters, self.plan = commit.rows, []
 
@@ -441,9 +485,9 @@ class Rounds:
                 "steps": own.steps,
                 "tokens_of_all": commit.tokens,
                 "outer_sha256": commit.outer,
-                **{f"seconds/{name}": getattr(self.timing, name) for name in ("trained", "waited")},
-                "bytes/written": self.timing.bytes_written,
-                "bytes/read": self.timing.bytes_read,
+                **{f"seconds/{name}": getattr(self._handed_in, name) for name in ("trained", "waited")},
+                "bytes/written": self._handed_in.bytes_written,
+                "bytes/read": self._handed_in.bytes_read,
                 "loads": [(c.island, c.loads) for c in commit.merged if c.loads],
             }
         )

@@ -18,7 +18,8 @@ from frugalmoe.data import Dataset
 from frugalmoe.errors import UserError
 from frugalmoe.files import check_name, read_json, write_atomically, write_json
 from frugalmoe.islands import agreements, blobs, merges, processes, routers, tensors
-from frugalmoe.islands.island import Island, Rules
+from frugalmoe.islands.directory import Rules
+from frugalmoe.islands.island import Island
 from frugalmoe.islands.records import Damaged
 from frugalmoe.islands.rounds import Found, Local, Rounds
 from frugalmoe.islands.store import Store, StoreError, open_store
@@ -40,6 +41,9 @@ def rules_of(config: Config) -> Rules:
     section, described = config.islands, tensors.describe(config.model)
     merge = merges.get(section.merge)
     merge.options_of(section.merge_options)
+    if metric := config.checkpoint.keep_best:
+        rule = "must be empty: islands save what they hold at the end of rounds only, which no evaluation is of"
+        raise UserError(f"checkpoint.keep_best={metric!r}: {rule}")
     if section.late == "weigh" and section.fragments > 1:
         rule = "needs islands.fragments=1: a late contribution is of another fragment than the round"
         raise UserError(f"islands.late={section.late!r}: {rule}")
@@ -52,6 +56,13 @@ def rules_of(config: Config) -> Rules:
         merge=merge,
         merge_routers=routers.merger(config.model.moe),
     )
+
+
+def advice(config: Config) -> list[str]:
+    """What the merge rule says of the section that it is used with."""
+    merge, section = merges.get(config.islands.merge), config.islands
+    said = merge.advice(merge.options_of(section.merge_options), section)
+    return [said] if said else []
 
 
 def check(config: Config, url: str, name: str) -> Store:
@@ -79,9 +90,11 @@ def drive(
     """
     (run,) = runs
     began, config = time.perf_counter(), run.config
-    with ExitStack() as held:
+    with run.ledger.phase("exchange"), ExitStack() as held:
         shown = held.enter_context(progress(config, run.start))
         run.show(shown)
+        for line in advice(config):
+            run.say(line)
         # An island saves at the end of a round, whose place in the directory it knows when it goes on.
         steps = Steps([run], lambda: held.enter_context(distributed.stop_requests()), shown, saves=False)
         local, timed = RunLocal(run, steps), bool(config.islands.round_seconds)
@@ -95,6 +108,7 @@ def drive(
             stopped = _lead(steps, local, store, name, shown=shown, idle=lambda: None)
         if stopped:  # what can go on is saved: the state at the end of a round
             run.manager.wait_until_finished()
+            run.ledger.write(run.step, ended="stopped")
             return [{"status": "stopped", "step": run.step, "steps": config.train.steps}]
         steps.program.check_compiled_once()
         run.manager.wait_until_finished()

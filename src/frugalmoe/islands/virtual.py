@@ -17,10 +17,11 @@ import numpy as np
 
 from frugalmoe.errors import UserError
 from frugalmoe.islands import agreements
-from frugalmoe.islands.island import Island, Rules
+from frugalmoe.islands.directory import Rules
+from frugalmoe.islands.island import Island
 from frugalmoe.islands.rounds import Found, Local, Rounds
 from frugalmoe.islands.store import Store, open_store
-from frugalmoe.islands.training import OfState, rules_of
+from frugalmoe.islands.training import OfState, advice, rules_of
 from frugalmoe.schema import Config
 from frugalmoe.train import distributed
 from frugalmoe.train.loop import Run
@@ -194,6 +195,8 @@ def drive(runs: Sequence[Run], progress: Callable[[Config, int], Any], sample: A
         shown = held.enter_context(progress(config, 0))
         run.show(shown)
         stop = held.enter_context(distributed.stop_requests())
+        for note in advice(config):
+            shown.say(note)
 
         def show(step: int, report: Any) -> None:
             spent = (time.perf_counter() - began) / max(step, 1)
@@ -206,11 +209,13 @@ def drive(runs: Sequence[Run], progress: Callable[[Config, int], Any], sample: A
         Island(store, "first", "first", rules, lambda: 0.0).agree(agreement)
         for member in members:
             member.start(pause=min(seconds) / 4)
-        turn(members, lambda: stop(run.step))
+        with run.ledger.phase("step"):
+            turn(members, lambda: stop(run.step))
         described = _described(members)
         for key in store.list(""):
             store.delete(key)
         if any(member.alive for member in members):
+            run.ledger.write(0, ended="stopped")
             return [{"status": "stopped", "step": 0, "steps": config.train.steps}]
         run.state, run.step = locals[0].state, locals[0].step
         shown.say("evaluating on held-out documents")
@@ -229,6 +234,7 @@ def _described(members: Sequence[Member]) -> dict[str, Any]:
     return {
         "count": len(members),
         "outer_sha256": members[0].rows[-1]["outer_sha256"] if members[0].rows else "",
+        "tokens": members[0].rows[-1]["tokens_of_all"] if members[0].rows else 0,
         "seconds": max(member.now for member in members),
         "share_trained": [t / member.now if member.now else 0.0 for t, member in zip(trained, members)],
         "left_out": sum(not row["merged"] for member in members for row in member.rows),

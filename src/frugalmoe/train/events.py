@@ -3,7 +3,9 @@
 import contextlib
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 FILE = "events.jsonl"
 
@@ -31,18 +33,21 @@ class Events:
 
 
 def append(path: Path, step: int, kind: str, what: str, seconds: float) -> bool:
-    """Appends a row to a file of events; where its last line was torn, as by a kill, that line goes first.
+    """Appends a row to a file of events; returns whether it could be written."""
+    return append_row(path, {"step": step, "kind": kind, "what": what, "seconds": round(seconds, 3)})
 
-    Returns whether it could be written.
+
+def append_row(path: Path, row: Mapping[str, Any]) -> bool:
+    """Appends a row to a file of JSON lines; where its last line was torn, as by a kill, that line goes first. Returns
+    whether it could be written.
     """
-    row = json.dumps({"step": step, "kind": kind, "what": what, "seconds": round(seconds, 3)})
     with contextlib.suppress(OSError), path.open("ab+") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - 2**16))
         tail = file.read()
         if tail and not tail.endswith(b"\n"):
             file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
-        file.write(row.encode() + b"\n")
+        file.write(json.dumps(row).encode() + b"\n")
         file.flush()
         return True
     return False

@@ -26,10 +26,11 @@ from frugalmoe.model.causality import causality
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
-from frugalmoe.train import best, checkpoint, distributed, rundir, saved, watch
+from frugalmoe.train import best, checkpoint, distributed, ledger, rundir, saved, watch
 from frugalmoe.train import origin as origins
 from frugalmoe.train.evaluate import Scores, evaluate, write_probe
 from frugalmoe.train.events import Events
+from frugalmoe.train.ledger import Ledger
 from frugalmoe.train.objective import StepReport, knobs
 from frugalmoe.train.origin import Origin
 from frugalmoe.train.placing import own_rows
@@ -59,6 +60,7 @@ def train(
     progress: Callable[[Config, int], Any] = Progress,
     drive: Callable[..., list[dict[str, Any]]] | None = None,
     suits: Callable[[Config, Dataset], None] | None = None,
+    times: Ledger | None = None,
 ) -> dict[str, Any]:
     """Trains, or continues, the run in `workdir` and returns its summary. `status` is complete or stopped.
 
@@ -67,6 +69,7 @@ def train(
     one begins with; it is read once, and not when this run is continued. sample: draws the passage of text in a
     complete run's summary, as `generate.sample_text` does; None: the summary has none. drive: trains the opened run in
     the place of `train_runs`, as islands do; suits: raises `UserError` where settled config and data do not suit it.
+    times: the ledger of this start, where it began before this call.
     Raises UserError for input that cannot be run; nothing is written or
     deleted then. With several processes (`distributed.start`) each calls it with equal arguments.
     """
@@ -79,7 +82,7 @@ def train(
             check_directory(config, workdir, resume=resume, fresh=fresh, origin=origin)
     if distributed.exchange(rundir.is_complete(workdir))[0] and resume != "force" and not fresh:
         return read_json(workdir / "summary.json")
-    how = {"force": resume == "force", "fresh": fresh, "origin": origin, "suits": suits}
+    how = {"force": resume == "force", "fresh": fresh, "origin": origin, "suits": suits, "times": times}
     with jax.set_mesh(sharding.make_mesh(layout)), opened(config, workdir, **how) as run:
         return (drive or train_runs)([run], progress, sample)[0]
 
@@ -94,6 +97,7 @@ def opened(
     origin: Origin | None = None,
     done: Callable[[], bool] = lambda: False,
     suits: Callable[[Config, Dataset], None] | None = None,
+    times: Ledger | None = None,
 ) -> Iterator["Run"]:
     """Opens the run of a directory, new or continued and locked, on the mesh in context; `fresh` replaces the one
     there, and a new one begins with the weights of `origin`.
@@ -101,8 +105,10 @@ def opened(
     Raises `rundir.Busy` if another process has it, or had it until it was `done`.
     """
     main, mesh = distributed.is_main(), jax.sharding.get_mesh()
+    times = times or Ledger()
     with distributed.together():
-        data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed, progress=main)
+        with times.phase("data"):
+            data = open_data(config.data, batch_size=config.train.batch_size, seed=config.train.seed, progress=main)
         settled = settle(config, data.tokenizer.size, mesh.size)
         parts = {"eval": data, "validation": data.validation}
         best.check_metric(settled, {part: of_part.domains for part, of_part in parts.items() if of_part})
@@ -111,6 +117,7 @@ def opened(
     distributed.check_same({"fingerprint of the data": data.fingerprint})
     other: list[str] = []  # what to tell of data that are others than before
     with ExitStack() as held:
+        held.enter_context(times)
         with distributed.together():
             if main:
                 held.enter_context(rundir.locked(workdir))
@@ -133,7 +140,7 @@ def opened(
             if main and fresh:
                 rundir.start_over(workdir)
         with distributed.all_or_none(shared=NotFinite):
-            run = held.enter_context(closing(Run(settled, workdir, data, mesh, begun and begun.state)))
+            run = held.enter_context(closing(Run(settled, workdir, data, mesh, begun and begun.state, times)))
             with distributed.together():
                 if main:
                     _describe(run, config, begun and begun.record)
@@ -214,12 +221,16 @@ class Steps:
 
     def until(self, end: int, enough: Callable[[], bool] = lambda: False) -> None:
         """Trains until step `end`, until there is `enough`, or until a stop is requested; hands runs their states."""
+        with ledger.phase(self.runs, "step"):
+            self._until(end, enough)
+
+    def _until(self, end: int, enough: Callable[[], bool]) -> None:
         config = self.runs[0].config
         while self.step < end and not self.stop_requested() and not enough():
             watch.doing(watch.BATCH, self.step + 1)
             try:
                 with distributed.while_waiting(self._stop):
-                    batch = self.program.next_batch()
+                    batch = self._next_batch()
             except distributed.StopNow:
                 self.stopped = True
                 break
@@ -237,6 +248,13 @@ class Steps:
         watch.doing(None)
         self.program.settle(self.step)
 
+    def _next_batch(self) -> Batch:
+        with ledger.phase(self.runs, "data"):
+            batch = self.program.next_batch()
+            if self._pending is not None and not self._pending[1].tokens.is_ready():
+                ledger.hidden(self.runs)
+            return batch
+
     def take(self, states: Sequence[State], step: int) -> None:
         """Goes on with other states of the runs, at another step."""
         for run, state in zip(self.runs, states, strict=True):
@@ -244,9 +262,11 @@ class Steps:
         self.step = step
         self.program.read_states()
 
-    def paused(self) -> Any:
-        """A context whose time does not count as a step's."""
-        return self._clock.paused()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context in which the runs wait for others: its time does not count as a step's."""
+        with self._clock.paused(), ledger.phase(self.runs, "idle"):
+            yield
 
     def _log_pending(self) -> None:
         """Reads the report of the step before, which waits for it."""
@@ -263,6 +283,7 @@ class Steps:
         self.shown.update(logged, loss, tokens, seconds)
         for run, own in zip(self.runs, reports):
             run.log(logged, own, seconds / len(self.runs))
+            run.ledger.stepped(logged)
 
     def _pause(self, eval_every: int, save_every: int) -> None:
         """Evaluates and saves where it is time to; 0: never."""
@@ -274,17 +295,26 @@ class Steps:
             self.program.settle(self.step)
             for run in self.runs:
                 if evaluate:
-                    run.evaluate()
+                    with ledger.phase(self.runs, "evaluation"):
+                        run.evaluate()
                 if save:
-                    run.save()
+                    with ledger.phase(self.runs, "checkpoint"):
+                        run.save()
 
 
 class Run:
-    """What the loop holds on to: compiled steps and logs. All that a run *is* lives in `State` and on disk."""
+    """What the loop holds on to: compiled steps, logs and times. All that a run *is* lives in `State` and on disk."""
 
     def __init__(
-        self, config: Config, workdir: Path, data: Dataset, mesh: jax.sharding.Mesh, begun: State | None = None
+        self,
+        config: Config,
+        workdir: Path,
+        data: Dataset,
+        mesh: jax.sharding.Mesh,
+        begun: State | None = None,
+        times: Ledger | None = None,
     ):
+        self.ledger = times or Ledger()
         self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
         model = config.model
         self.layers, self.routed_blocks = pattern.moe_layers(model), pattern.wrapped_layers(model)
@@ -310,6 +340,7 @@ class Run:
         self.tokens_per_second: list[float] = []
         # Slots of tokens that named each expert, in all steps of this start.
         self.counts_LE = np.zeros((len(self.trained_layers), model.moe.num_experts), np.int64)
+        self.ledger.attach(workdir, self.start, quiet=not main)
 
     @property
     def manager(self) -> Any:
@@ -378,20 +409,26 @@ class Run:
         run also writes, with `more` in it.
         """
         trace: list = []
-        scores = None if stopped else self._finish(trace)
+        with self.ledger.phase("evaluation"):
+            scores = None if stopped else self._finish(trace)
         self.save(last=True)
         if trace:
             write_probe(self.workdir / "probe.npz", trace, self.layers, self.config.model.moe.num_experts)
         summary = {"status": "stopped" if stopped else "complete", "step": self.step, "steps": self.config.train.steps}
+        with self.ledger.phase("report"):
+            if scores:
+                summary |= (
+                    self._summary(*scores, seconds) | dict(more) | ({"sample": self._sample(sample)} if sample else {})
+                )
+            self.ledger.write(self.step, ended=summary["status"])
         if scores:
-            summary |= (
-                self._summary(*scores, seconds) | dict(more) | ({"sample": self._sample(sample)} if sample else {})
-            )
+            summary |= {"goodput": self.ledger.account().summary()}
             if distributed.is_main():
                 write_json(self.workdir / "summary.json", summary)
         return summary
 
     def close(self) -> None:
+        self.ledger.died(self.step)
         for part in (self.metrics_log, self.load_log, self.trackers, self.saves):
             part.close()
 
@@ -400,6 +437,7 @@ class Run:
         if self.data.validation:
             measured |= self._log_scores("validation", self._scored(self.eval_step, self.data.validation))
         self._keep_best(measured)
+        self.ledger.write(self.step)
 
     def _scored(self, eval_step: Callable, data: Dataset, trace: list | None = None) -> Scores:
         moves = lambda *rows: watch.doing(watch.EVALUATION, self.step)
@@ -417,8 +455,10 @@ class Run:
         if not checkpoint.is_finite(self.state):
             raise NotFinite(self._broken(f"the state after step {self.step}"))
         try:
-            return self.saves.last(self.step, self.state) if last else self.saves.save(self.step, self.state, must)
+            with self.ledger.phase("checkpoint"):
+                return self.saves.last(self.step, self.state) if last else self.saves.save(self.step, self.state, must)
         finally:
+            self.ledger.write(self.step)
             watch.doing(None)
 
     def seek(self, position: int) -> None:

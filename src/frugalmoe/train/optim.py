@@ -26,7 +26,7 @@ def schedule(config: Config) -> optax.Schedule:
         parts.append(optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)))
         boundaries.append(warmup)
     parts.append(optax.constant_schedule(peak))
-    if decay := _decaying_updates(config):
+    if decay := decaying_updates(config):
         if o.schedule == "cosine":
             shape = optax.cosine_decay_schedule(peak, decay, o.final_fraction)
         else:
@@ -36,7 +36,7 @@ def schedule(config: Config) -> optax.Schedule:
     return optax.join_schedules(parts, boundaries)
 
 
-def _decaying_updates(config: Config) -> int:
+def decaying_updates(config: Config) -> int:
     """Returns how many updates at the end are below the peak rate."""
     o, steps = config.optim, config.train.steps
     after = steps - o.warmup_steps

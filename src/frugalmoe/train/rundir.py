@@ -31,14 +31,14 @@ from frugalmoe.train.saved import DAMAGED, FOLDER, UNFINISHED, is_step
 # What a run may write before config.json, which marks a directory as a run; then all that it writes.
 _BEGINNING = ("checkpoints", "metrics.jsonl", "expert_load.jsonl", "tensorboard", "tokenizer", "environment.json",
               "data.json", "history.jsonl", "trackers.json", "wandb", "outside", "outside.json", "events.jsonl",
-              "rounds.jsonl", "island.json", "island", "quarantine.jsonl")  # fmt: skip
+              "rounds.jsonl", "island.json", "island", "goodput.jsonl", "quarantine.jsonl")  # fmt: skip
 _OWN = ("config.json", "environment.json", "data.json", "history.jsonl", "metrics.jsonl", "expert_load.jsonl",
         "summary.json", "probe.npz", "cross.json", "suite.json", ".*.json.*.tmp", ".*.jsonl.*.tmp",
         "tensorboard/events.out.tfevents.*", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
         "tokenizer/chat_template.jinja", "tokenizer/generation_config.json",
         "report/index.html", "report/*.png", "trace/step_*.npz", "trackers.json", "wandb", "profile",
         "outside.json", "outside/*/*.py", "source.json", "source/*", "events.jsonl", "rounds.jsonl", "island.json",
-        "island/residual_*", "stuck-*.txt", "quarantine.jsonl")  # fmt: skip
+        "island/residual_*", "goodput.jsonl", "stuck-*.txt", "quarantine.jsonl")  # fmt: skip
 _FOLDERS = ("checkpoints", "tensorboard", "tokenizer", "report", "trace", "outside/*", "outside", "source", "island")
 
 

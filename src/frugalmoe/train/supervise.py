@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from frugalmoe.errors import EXIT_PREEMPTED, EXIT_STUCK, EXIT_USER_ERROR, UserEr
 from frugalmoe.train import events
 
 PIPE = "FRUGALMOE_SUPERVISED"  # in the environment of the run: the number of the pipe's end
+BEGAN = "FRUGALMOE_BEGAN"  # likewise, of the first start: the supervisor's beginning, by the monotonic clock
 LONGEST_PAUSE = 60.0  # seconds before a start; 1, 2, 4, ... up to this
 _LOOK = 0.2  # seconds between two looks at the run
 
@@ -46,18 +47,22 @@ class _Ended(NamedTuple):
     seconds: float
 
 
-def supervise(command: Sequence[str], again: Sequence[str], workdir: Path, limits: Limits) -> int:
+def supervise(
+    command: Sequence[str], again: Sequence[str], workdir: Path, limits: Limits, began: float | None = None
+) -> int:
     """Runs a command, and then `again` as often as it takes until it ends for good; returns the last exit code.
 
     For good is an end with 0, with 2 (bad input: the same command would fail again) and with 75 (it was asked to stop
     and saved). After any other end it is started again, with pauses that grow, until `limits.restarts` starts in a row
-    have come no further. Each start is told on stderr and in the run's `events.jsonl`.
+    have come no further. Each start is told on stderr and in the run's `events.jsonl`. began: a reading of
+    `time.perf_counter` at which the supervisor began; its start is a part of the run's first.
     """
     check(limits)
     best, starts = -1, 0
+    since = {} if began is None else {BEGAN: repr(began)}
     with _requests() as asked:
         while True:
-            ended = _watched(command, limits, asked)
+            ended, since = _watched(command, limits, asked, since), {}
             if ended.code in (0, EXIT_USER_ERROR, EXIT_PREEMPTED):
                 return ended.code
             if asked and ended.code > 0:
@@ -80,12 +85,13 @@ def supervise(command: Sequence[str], again: Sequence[str], workdir: Path, limit
             command = again
 
 
-def _watched(command: Sequence[str], limits: Limits, asked: list[int]) -> _Ended:
+def _watched(command: Sequence[str], limits: Limits, asked: list[int], variables: Mapping[str, str]) -> _Ended:
     """Runs the command once; kills it where it is stuck, and hands on a request to stop."""
+    variables = os.environ | variables
     reader, writer = os.pipe()
     began = moved = time.monotonic()
     # A session of its own: Ctrl-C of the terminal comes through the supervisor, once.
-    process = subprocess.Popen(command, env=os.environ | {PIPE: str(writer)}, pass_fds=[writer], start_new_session=True)
+    process = subprocess.Popen(command, env=variables | {PIPE: str(writer)}, pass_fds=[writer], start_new_session=True)
     os.close(writer)
     os.set_blocking(reader, False)
     stuck, told, heard = False, 0.0, _Heard(reader)
@@ -163,6 +169,13 @@ def _record(workdir: Path, what: str, seconds: float) -> None:
     folder = workdir / "checkpoints"
     saved = [int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal()] if folder.is_dir() else []
     events.append(workdir / events.FILE, max(saved, default=0), "restart", what, seconds)
+
+
+def beginning(began: float) -> float:
+    """The beginning of the supervisor whose first start this program is; else that of this program, `began`."""
+    with contextlib.suppress(ValueError):
+        return min(began, float(os.environ.pop(BEGAN, began)))
+    return began
 
 
 def telling(progress: Callable[..., Any]) -> Callable[..., Any]:

@@ -58,6 +58,23 @@ def speed(run: Run) -> str:
     )
 
 
+def goodput(run: Run) -> str:
+    """Says how much of the wall time were useful steps, what took the most beside them, and what faults cost."""
+    found = run.goodput
+    others = sorted((kind for kind in found.seconds if kind != "step"), key=lambda kind: -found.seconds[kind])
+    share = lambda kind: percent(found.seconds[kind] / found.wall)
+    said = (
+        f"{percent(found.useful)} of {number(found.wall, 3)} s of wall time in {len(found.by_start)} "
+        f"{'start' if len(found.by_start) == 1 else 'starts'} were training steps that the run still has"
+    )
+    said += f"; beside them {listed([f'{kind} took {share(kind)}' for kind in others[:3]])}." if others else "."
+    if found.recoveries:
+        deaths = "one death" if len(found.recoveries) == 1 else f"each of {len(found.recoveries)} deaths"
+        median = number(float(np.median(found.recoveries)), 3)
+        said += f" From {deaths} to the first step after it: {median} s (median)."
+    return said
+
+
 def optimization(run: Run) -> str:
     parts = []
     norm = run.metrics.get("optim/gradient_norm")

@@ -22,6 +22,7 @@ from frugalmoe.analysis.stored.trace import load_trace, trace_files
 from frugalmoe.analysis.wording import number, p_value, percent
 from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.files import remove_leftovers, write_atomically
+from frugalmoe.train import goodput
 
 TYPICAL_EXPERTS = 6  # how many experts the table of typical tokens shows
 
@@ -72,6 +73,7 @@ def _sections(run: Run) -> list[Section]:
         _section(run, OPTIMIZATION),
         _section(run, AUXILIARY),
         _section(run, SPEED),
+        _goodput_section(run),
         Section("Sample", [_sample(run)]),
         Section("Reproduce", [_reproduce(run)]),
     ]
@@ -115,6 +117,11 @@ HOW_ISLAND_LOADS = (
     "differ are experts that specialise in what an island sees, or drift apart between two rounds."
 )
 HOW_SPEED = "Tokens of all devices per second of training; evaluation and checkpoints are left out."
+HOW_GOODPUT = (
+    "Each second of the run, from its first start to its last row, is of one kind. Above: steps that the run still has "
+    "and the work around them; what was done after a checkpoint that the run went back to is lost, and the time from a "
+    "death to the end of the first step after it is restart."
+)
 HOW_DOMAINS = (
     "The share of a domain's held-out tokens that goes to each expert (domain specialisation of OLMoE, "
     "arXiv 2409.02060), over the share that chance would give, K / E. White: as chance. "
@@ -163,6 +170,9 @@ OPTIMIZATION = Chart(
 AUXILIARY = Chart(
     "Auxiliary losses", "auxiliary", plots.auxiliary_losses, findings.auxiliary_losses, HOW_AUXILIARY, "none"
 )
+GOODPUT = Chart(
+    "Wall time", "goodput", plots.goodput, findings.goodput, HOW_GOODPUT, "no record of its wall time (goodput.jsonl)"
+)
 SPEED = Chart("Speed", "speed", plots.speed, findings.speed, HOW_SPEED, "no timed steps")
 
 
@@ -172,6 +182,17 @@ def _section(run: Run, chart: Chart) -> Section:
     return Section(
         chart.title, [_how(chart.how), Picture(chart.name, partial(chart.draw, run)), _shows(chart.find(run))]
     )
+
+
+def _goodput_section(run: Run) -> Section:
+    section = _section(run, GOODPUT)
+    if run.goodput is None:
+        return section
+    return section._replace(parts=[*section.parts, _seconds_table(run.goodput)])
+
+
+def _seconds_table(found: goodput.Goodput) -> Html:
+    return table(["kind", "what it is", "seconds", "share"], goodput.table(found), text_columns=2)
 
 
 def _how(sentence: str) -> Html:

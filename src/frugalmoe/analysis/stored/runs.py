@@ -15,6 +15,8 @@ from frugalmoe.analysis.stored.probe import Probe, load_probe
 from frugalmoe.analysis.stored.rounds import IslandLoads, Rounds, read_island_loads, read_rounds
 from frugalmoe.data.tokenizer import Tokenizer, load_from
 from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.train import goodput
+from frugalmoe.train.goodput import Goodput
 
 
 class Series(NamedTuple):
@@ -51,6 +53,7 @@ class Run:
     history: Sequence[Mapping[str, Any]] = ()
     rounds: Rounds | None = None  # of a run that is one of several islands
     island_loads: IslandLoads | None = None
+    goodput: Goodput | None = None  # where the wall time went; None for a run without goodput.jsonl
 
     @property
     def name(self) -> str:
@@ -97,6 +100,7 @@ def load_run(path: str | Path) -> Run:
         history=tuple(row for _, row in _rows_if_there(path / "history.jsonl")),
         rounds=read_rounds(_rows_if_there(path / "rounds.jsonl")),
         island_loads=read_island_loads(_rows_if_there(path / "island_load.jsonl")),
+        goodput=goodput.account(rows) if (rows := goodput.read(path / goodput.FILE)) else None,
     )
 
 

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from frugalmoe.islands.contract import Merge, Merged, Offered, Options, norms, weights
+from frugalmoe.schema import Islands
 
 FEW = 20  # norms, below which a moving mean and variance say little
 RECENT = 30  # values of z that are kept
@@ -66,6 +67,13 @@ def _check(o: Edit) -> str | None:
         if not getattr(o, name) > 0:
             return f"{name}={getattr(o, name)!r}: must be positive"
     return None
+
+
+def _advice(o: Edit, section: Islands) -> str:
+    if not section.round_seconds or o.step_ratio:
+        return ""
+    rule = "islands of more steps have longer contributions, which weigh less; 0.5 weighs by steps too, as A-EDiT does"
+    return f"islands.merge_options.step_ratio={o.step_ratio} with islands.round_seconds={section.round_seconds}: {rule}"
 
 
 def merge(offered: Offered, history: Mapping[str, Any], options: Edit) -> Merged:
@@ -222,5 +230,6 @@ MERGE = Merge(
     rule=merge,
     options=Edit,
     check=_check,
+    advice=_advice,
     scales=False,
 )

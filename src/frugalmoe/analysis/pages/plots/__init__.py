@@ -1,5 +1,6 @@
 """Pictures of a run. Each function returns a matplotlib Figure, or None where the run lacks what it shows."""
 
+from frugalmoe.analysis.pages.plots.budgets import loss_for_money, tokens_for_money
 from frugalmoe.analysis.pages.plots.change import effects, saturation
 from frugalmoe.analysis.pages.plots.experts import (
     co_activation,
@@ -26,6 +27,7 @@ from frugalmoe.analysis.pages.plots.training import (
     auxiliary_losses,
     balance,
     expert_load,
+    goodput,
     loss_curves,
     noise_floor,
     optimization,
@@ -49,10 +51,12 @@ __all__ = [
     "effects",
     "emphasis",
     "expert_load",
+    "goodput",
     "island_loads",
     "legend",
     "lines",
     "loss_curves",
+    "loss_for_money",
     "noise_floor",
     "optimization",
     "rounds",
@@ -60,5 +64,6 @@ __all__ = [
     "short",
     "speed",
     "styled",
+    "tokens_for_money",
     "vocabulary_specialisation",
 ]

@@ -31,6 +31,20 @@ from frugalmoe.analysis.pages.plots.style import (
 from frugalmoe.analysis.stored.runs import Loads, Run, Series
 
 MAX_BINS = 160  # columns of a heatmap over steps
+MOST_STARTS = 8  # of a run in a picture
+
+# What the wall time is coloured by: useful, the work around it, and what faults took. Kinds that are not here are grey.
+_COLORS = {
+    "step": OKABE_ITO[2],
+    "tracing": OKABE_ITO[5],
+    "compiling": OKABE_ITO[0],
+    "data": OKABE_ITO[4],
+    "evaluation": OKABE_ITO[3],
+    "lost": OKABE_ITO[1],
+    "restart": OKABE_ITO[6],
+}
+_GREYS = {"imports": "#555555", "setup": "#777777", "checkpoint": "#949494", "exchange": "#aaaaaa", "report": "#bbbbbb",
+          "idle": "#d0d0d0", "stopped": "#e8e8e8"}  # fmt: skip
 
 
 @styled
@@ -144,6 +158,34 @@ def rounds(run: Run, width: float = WIDE) -> Figure | None:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         lines(axes, "round", y_label)
     legend(figure, (times, traffic))
+    return figure
+
+
+@styled
+def goodput(run: Run, width: float = WIDE) -> Figure | None:
+    """Bars of the wall time by kind: of all starts together and, of a run with several, of each with the time before
+    it; of many those that took longest.
+    """
+    if run.goodput is None or not run.goodput.wall:
+        return None
+    bars = {"all starts": run.goodput.seconds}
+    starts = dict(enumerate(run.goodput.by_start, 1)) if len(run.goodput.by_start) > 1 else {}
+    longest = sorted(starts, key=lambda n: -sum(starts[n].values()))[:MOST_STARTS]
+    bars |= {f"start {n}": starts[n] for n in sorted(longest)}
+    figure = Figure(figsize=(width, 1.0 + 0.32 * len(bars)))
+    axes = figure.subplots()
+    base = np.zeros(len(bars))
+    for kind, color in (_COLORS | _GREYS).items():
+        seconds = np.array([bar.get(kind, 0.0) for bar in bars.values()])
+        if seconds.any():
+            label = f"{kind} {100 * run.goodput.seconds.get(kind, 0.0) / run.goodput.wall:.1f}%"
+            axes.barh(list(bars), seconds, left=base, color=color, label=label, height=0.7)
+        base = base + seconds
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds of wall time")
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
+    legend(figure, axes)
     return figure
 
 

@@ -1,0 +1,573 @@
+"""The model of a training step: parameters, memory, traffic and time, in closed form, each with its derivation.
+
+Nothing is compiled and nothing is fitted to a row: shapes of the config, a `Device`, a `Layout` and the few constants
+of `Assumptions` give everything. FLOPs of a token are `cost.flops.forward_flops`. Bytes and seconds, of one device,
+unless a name says otherwise.
+
+Letters, as in the code of the network: N tokens of a micro-batch on one device, D model, F hidden width, E experts,
+K choices, V vocabulary, H query heads, h heads of keys and values, d channels of a head, L layers, R rows (a token for
+one expert), M devices of the expert axis, P parameters; b bytes of a number in the compute dtype.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from frugalmoe.cost.flops import TRAIN_FACTOR, forward_flops
+from frugalmoe.model import multi_token, pattern
+from frugalmoe.model.attention import kinds
+from frugalmoe.model.moe import OF_EXPERTS
+from frugalmoe.model.transformer import structure
+from frugalmoe.schema import Config, Model, Optim
+from frugalmoe.train import optim
+
+FLOAT32 = 4
+
+
+class Device(NamedTuple):
+    """What the model asks of an accelerator; `cost.catalogue` reads it from the device catalogue."""
+
+    name: str
+    platform: str  # gpu | tpu | cpu
+    peak: Mapping[str, float]  # FLOP/s of dense products by precision: bf16, fp8, fp32
+    memory: float  # bytes that a program may take
+    bandwidth: float  # of its memory, bytes per second
+    link: float  # to the devices of its node, bytes per second in one direction
+    network: float  # to other nodes, likewise
+    node: int  # devices that links join
+    matmul: float = 0.0  # share of the peak that a large product reaches, where it was measured; 0: as assumed
+
+
+class Layout(NamedTuple):
+    """How a step is spread: sizes of the mesh axes of `schema.Mesh`, and what a device computes at one time.
+
+    `pipeline`, `virtual`, `node_limit` and `gathered_once` describe other codebases' runs; ours have none of them.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+    context: int = 1
+    pipeline: int = 1
+    sequences: int = 1  # of a micro-batch, for each device of the axes that split batches
+    micro_batches: int = 1  # of a step
+    remat: str = "full"  # none | dots | full
+    virtual: int = 1  # pieces of the network that a device of a pipeline has (interleaved schedule)
+    node_limit: int = 0  # a token travels to at most so many nodes, once to each (DeepEP); 0: a row for each choice
+    gathered_once: bool = False  # a step, not a micro-batch: only the optimizer's state is spread (ZeRO-1)
+
+    @property
+    def shards(self) -> int:
+        """Devices that split a batch."""
+        return self.data * self.fsdp * self.expert
+
+    @property
+    def devices(self) -> int:
+        return self.shards * self.tensor * self.context * self.pipeline
+
+    @property
+    def stored(self) -> int:
+        """Devices over which each parameter is spread."""
+        return self.fsdp * self.expert * self.tensor * self.context * self.pipeline
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of a step."""
+        return self.sequences * self.micro_batches * self.shards
+
+
+class Assumptions(NamedTuple):
+    """Constants of the time model that no shape gives. `docs/planner.md` has the origin and the effect of each."""
+
+    matmul: float = 0.75  # share of the peak that a large product reaches
+    fp8: float = 0.5  # likewise in fp8, with scales of tiles and sums that are moved to float32
+    tile: float = 128.0  # inputs and outputs of a product that are lost to the ends of a kernel's loops
+    launch: float = 4e-4  # seconds of a layer's passes in which a GPU waits for its next kernel
+    memory: float = 0.8  # share of the memory's bandwidth that reading and writing in order reaches
+    attention: float = 0.5  # share of the peak of fused products of attention
+    links: float = 0.8  # share of links and network that a collective reaches
+    imbalance: float = 1.3  # rows of the busiest device over the mean
+    hidden: float = 0.0  # share of the exchange of tokens that goes on beside computing
+    # What is left on GPUs and NPUs of the sum of the parts, beside launches: waits, kernels that are not tuned, jitter.
+    # The median over the published MoE runs of docs/planner.md; TPUs, whose programs are one kernel after the other in
+    # one stream, have nothing to tell.
+    software: float = 0.85
+
+
+ASSUMED = Assumptions()
+
+# Parameters.
+
+
+class Parameters(NamedTuple):
+    """Counts, from shapes alone."""
+
+    total: int
+    experts: int  # of all routed experts
+    embedding: int
+    head: int  # 0 where it is the embedding
+    layer: int  # of the largest layer
+    layer_experts: int  # of them routed experts
+
+
+@functools.lru_cache(64)
+def parameters(model: Model) -> Parameters:
+    """Returns the counts of a settled model. `total` and `embedding` are those of `count_parameters`.
+
+    The largest layer is what a device gathers whole: attention, norms, router and feed-forward of one block.
+    """
+    _, params, _ = structure(model)
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    experts = layer = layer_experts = 0
+    for name in ("dense_blocks", "moe_blocks"):
+        if name not in params:
+            continue
+        feed_forward = name.removesuffix("_blocks")
+        count = sum(kind.feed_forward == feed_forward for kind in pattern.layers(model))
+        blocks = params[name]
+        routed = size([leaf for key, leaf in blocks["moe"].items() if key in OF_EXPERTS]) if "moe" in blocks else 0
+        experts += routed
+        if size(blocks) // count > layer:
+            layer, layer_experts = size(blocks) // count, routed // count
+    if "multi_token" in params and "moe" in (block := params["multi_token"]["block"]):
+        experts += size([leaf for key, leaf in block["moe"].items() if key in OF_EXPERTS])
+    embedding = params["embed_VD"].size
+    return Parameters(size(params), experts, embedding, 0 if model.tie_embeddings else embedding, layer, layer_experts)
+
+
+@functools.lru_cache(64)
+def flops_of_token(model: Model, sequence_length: int) -> Mapping[str, float]:
+    """Returns `forward_flops`, once for each model: the search for a layout asks often."""
+    return forward_flops(model, sequence_length)
+
+
+@functools.lru_cache(64)
+def _state(model: Model, optimizer: Optim) -> optim.Bytes:
+    of_any_length = dataclasses.replace(optimizer, schedule="constant")
+    return optim.bytes_of(Config(model=model, optim=of_any_length))
+
+
+def train_flops(model: Model, sequence_length: int, remat: str = "none") -> float:
+    """Returns FLOPs of a token's training step: forward, twice that backward, and with remat=full once more forward.
+
+    Head and loss are computed three times in any case (`model.cross_entropy`), the products of attention are part of
+    a kernel that computes its scores anew in its backward pass, which is not counted.
+    """
+    parts = flops_of_token(model, sequence_length)
+    again = sum(value for name, value in parts.items() if name != "head") if remat == "full" else 0
+    return TRAIN_FACTOR * sum(parts.values()) + again
+
+
+# Memory.
+
+
+class Memory(NamedTuple):
+    """Bytes of one device, by part."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float  # what layers keep for the backward pass
+    vocabulary: float  # embedding and head as they are used, their gradients, a chunk of logits
+    layer: float  # one layer at work: its weights and their gradients, rows of tokens, what it computes anew
+    copies: float  # of parameters in the compute dtype that the compiler keeps
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def bytes_of_number(model: Model) -> int:
+    return jnp.dtype(model.compute_dtype).itemsize
+
+
+def memory(config: Config, layout: Layout, platform: str) -> Memory:
+    """Returns what a step needs of one device.
+
+    State: parameters are float32, and so are their gradients, each spread over the devices of `Layout.stored`; an
+    optimizer's state is spread likewise (AdamW has two numbers for each parameter, Muon one for each of a matrix).
+
+    Activations: `kept_of_layer` for each token and layer; with a pipeline its first device keeps as many micro-batches
+    as it has stages, each of 1 / pipeline of the layers: as much as one device would of one micro-batch.
+
+    Vocabulary: where parameters are spread, a device gathers the D V numbers of embedding and head before their use and
+    forms gradients as large, in the compute dtype, and that of the head in float32 while it is summed over chunks of
+    tokens: 4 b + 4 bytes for each of D V. Of a chunk the logits, their exponentials and their gradients, float32.
+
+    A layer at work: weights whole along `fsdp` and their gradients, in the compute dtype; the rows that experts
+    compute (`rows`), and what one layer would keep without remat.
+
+    XLA for GPUs has all of these at one time, and so has XLA for CPUs, with four copies more of gate and up of a dense
+    feed-forward, for their gradients and for what products take turned around. For TPUs it orders a program so that it
+    fits: vocabulary and layers are not at work together, nor are embedding and head, which leaves 3 b + 4 bytes. It
+    keeps there a copy of the experts that a device holds, in the compute dtype (docs/pods.md).
+    """
+    model, count, b = config.model, parameters(config.model), bytes_of_number(config.model)
+    state = _state(model, config.optim)
+    tokens = layout.sequences * config.data.sequence_length / layout.context
+    of_layers = sum(kept_of_layer(model, kind, layout, config.data.sequence_length) for kind in _blocks(model))
+    everything = [
+        kept_of_layer(model, kind, layout._replace(remat="none"), config.data.sequence_length)
+        for kind in set(_blocks(model))
+    ]
+    vocabulary = _vocabulary(config, layout, platform, tokens)
+    whole = (count.layer - count.layer_experts) / layout.tensor + count.layer_experts / layout.expert / layout.tensor
+    gathered = layout.fsdp * layout.expert * layout.context > 1
+    weights = 2 * b * whole if gathered or b < FLOAT32 else 0.0
+    layer = weights + tokens * max(everything) + rows(config, layout, platform, tokens)
+    if platform == "cpu":
+        layer += tokens * 4 * b * max(2 * _hidden(model, kind) for kind in _blocks(model)) / layout.tensor
+    copies = b * count.experts / layout.stored if platform == "tpu" and b < FLOAT32 else 0.0
+    if platform == "tpu":
+        vocabulary, layer = (vocabulary, 0.0) if vocabulary > layer else (0.0, layer)
+    return Memory(
+        state.parameters / layout.stored,
+        state.gradients / layout.stored,
+        state.optimizer / layout.stored,
+        tokens * of_layers,
+        vocabulary,
+        layer,
+        copies,
+    )
+
+
+def _blocks(model: Model) -> list[pattern.BlockKind]:
+    """Every block, those of multi-token prediction too."""
+    return [*pattern.layers(model), *[multi_token.kind(model)] * model.multi_token_prediction.depth]
+
+
+def kept_of_layer(model: Model, kind: pattern.BlockKind, layout: Layout, length: int) -> float:
+    """Returns the bytes that a layer keeps of each of a device's tokens until its backward pass.
+
+    full: the layer's input, b D, and the routing plan, an expert and a weight for each choice, 8 K.
+    dots: also the results of products without a batch axis: queries, keys, values, what attention adds, gate and up
+    of dense and shared feed-forwards and what they add, and the router's logits in float32.
+    none: all that derivatives ask for. Of the width D: two norms keep the float32 input, the normalized and the scaled
+    one, and the sum between them, 7 float32 arrays in all, and attention's and the experts' input in the compute
+    dtype. Queries before and after rotation and the output of attention, H d each; keys and values; the log-sum-exp
+    of each head; scores and probabilities of the router; of each choice places in three orders; gate and up. The
+    products of routed experts are computed anew (executors `blocks`) or counted in `rows`.
+    """
+    b, plan = bytes_of_number(model), 8 * model.moe.num_experts_per_token * (kind.feed_forward == "moe")
+    if layout.remat == "full":
+        return b * model.dim + plan
+    queries, keys = (width / layout.tensor for width in _widths(model, kind.attention))
+    hidden = 2 * _hidden(model, kind) / layout.tensor
+    scores = FLOAT32 * model.moe.num_experts * (kind.feed_forward == "moe")
+    if layout.remat == "dots":
+        adds = model.dim * (1 + (hidden > 0))
+        return b * (model.dim + queries + keys + hidden + adds) + scores + plan
+    own = 7 * FLOAT32 * model.dim + 2 * b * model.dim + b * (3 * queries + keys + 1.5 * hidden)
+    return own + FLOAT32 * model.num_heads / layout.tensor + 2 * scores + 3 * plan
+
+
+def _widths(model: Model, name: str) -> tuple[float, float]:
+    """Channels of all queries, and of all keys and values, of a token.
+
+    Latent attention has heads of their own keys and values, whose widths its products tell: 2 H (qk + v) FLOPs a key.
+    """
+    heads = model.num_heads * model.head_dim
+    if pattern.short(name) == "latent":
+        options = kinds.options_of(model, name)
+        return model.num_heads * (model.head_dim + options.rotary_dim), model.num_heads * (
+            model.head_dim + options.rotary_dim + options.value_dim
+        )
+    return heads, 2 * model.num_kv_heads * model.head_dim
+
+
+def _hidden(model: Model, kind: pattern.BlockKind) -> float:
+    """Width of what every token passes: the dense feed-forward, or the shared experts."""
+    return model.dense_dim if kind.feed_forward == "dense" else model.moe.num_shared_experts * model.moe.expert_dim
+
+
+def _vocabulary(config: Config, layout: Layout, platform: str, tokens: float) -> float:
+    model, b = config.model, bytes_of_number(config.model)
+    count = parameters(model)
+    gathered = layout.fsdp * layout.expert * layout.context > 1
+    matrices = count.embedding / layout.tensor
+    whole = 3 if platform == "tpu" else 3 + bool(count.head)
+    of_matrices = matrices * (FLOAT32 + b * whole if gathered or b < FLOAT32 else FLOAT32)
+    chunk = min(config.train.loss_chunk, tokens)
+    return of_matrices + 3 * FLOAT32 * chunk * model.vocab_size / layout.tensor
+
+
+def rows(config: Config, layout: Layout, platform: str, tokens: float) -> float:
+    """Returns the bytes of rows that a MoE layer has at one time.
+
+    On accelerators the kernels take R = K N rows (with an expert axis as many as `exchange_room` says, or all that
+    may come: M times as many): their inputs and outputs of width D in the compute dtype, outputs and their gradient in
+    float32, gate and up and their gradient in float32, and what goes into `down`. On CPUs a block of rows at a time is
+    computed, and only sums over tokens exist: input and output and their gradients, float32.
+    """
+    model, b = config.model, bytes_of_number(config.model)
+    moe = model.moe
+    if not pattern.has_experts(model):
+        return 0.0
+    if platform == "cpu":
+        return 4 * FLOAT32 * model.dim * tokens
+    room = moe.exchange_room or min(layout.expert, moe.num_experts / moe.num_experts_per_token)
+    count = moe.num_experts_per_token * tokens * (max(room, 1.0) if layout.expert > 1 else 1.0)
+    hidden = moe.expert_dim / layout.tensor
+    return count * (2 * b * model.dim + 2 * FLOAT32 * model.dim + 2 * FLOAT32 * 2 * hidden + 2 * b * hidden)
+
+
+# Traffic.
+
+
+class Traffic(NamedTuple):
+    """Bytes that a device sends in a step."""
+
+    experts: float  # rows to their experts and back
+    experts_far: float  # of them to other nodes
+    parameters: float  # gathered, and gradients that are scattered
+    gradients: float  # summed over groups of devices that each have all parameters (`data`)
+    tensor: float  # sums over devices that share heads and hidden widths
+    context: float  # whole sequences for attention
+
+
+def traffic(config: Config, layout: Layout, node: int) -> Traffic:
+    """Returns what a step sends.
+
+    Experts: in a direction a device sends K N (M - 1) / M rows of D (experts/exchange.py), or, gathered, (M - 1) N:
+    the fewer of the two. There and back, in the forward pass and in the backward pass, are 4 directions; with
+    remat=full the way there is gone once more, 5. Rows to other nodes are those beyond the node's devices; with a limit
+    of nodes a token goes once to each of at most so many other nodes.
+
+    Parameters: a micro-batch gathers what a device uses whole, in the compute dtype, forward and again backward, and
+    scatters gradients of the same size: 3 P b (n - 1) / n, where experts are spread over n = fsdp, the rest over
+    n = fsdp * expert * context. `data` adds an all-reduce of what a device stores, once a step. Where only the
+    optimizer's state is spread, parameters are gathered and gradients scattered once a step: 2 P b (n - 1) / n.
+
+    Tensor: attention and feed-forward add up N D over t devices, forward and backward: 4 all-reduces of a layer, each
+    2 (t - 1) / t. Context: queries, keys, values and outputs change places, (c - 1) / c of them, forward and backward.
+    """
+    model, count, b = config.model, parameters(config.model), bytes_of_number(config.model)
+    tokens = layout.sequences * config.data.sequence_length / layout.context
+    moe_layers = sum(kind.feed_forward == "moe" for kind in _blocks(model)) / layout.pipeline
+    layers = len(_blocks(model)) / layout.pipeline
+    directions = 5 if layout.remat == "full" else 4
+    near, far = _rows_sent(model, layout, node)
+    of_rows = directions * moe_layers * tokens * model.dim * b * layout.micro_batches
+    used = (count.total - count.experts) / layout.tensor / layout.pipeline
+    of_experts = count.experts / layout.expert / layout.tensor / layout.pipeline
+    spread = layout.fsdp * layout.expert * layout.context
+    gathered = used * (spread - 1) / spread + of_experts * (layout.fsdp - 1) / layout.fsdp
+    summed = 2 * (layout.data - 1) / layout.data * FLOAT32 * count.total / layout.stored
+    t, c = layout.tensor, layout.context
+    queries, keys = _widths(model, pattern.layers(model)[0].attention)
+    return Traffic(
+        of_rows * (near + far),
+        of_rows * far,
+        (2 if layout.gathered_once else 3 * layout.micro_batches) * b * gathered,
+        summed,
+        8 * (t - 1) / t * layers * tokens * model.dim * b * layout.micro_batches,
+        2 * (c - 1) / c * layers * tokens * (2 * queries + keys) / t * b * layout.micro_batches,
+    )
+
+
+def _rows_sent(model: Model, layout: Layout, node: int) -> tuple[float, float]:
+    """Rows of D that a device sends for each of its tokens in one direction: inside its node, and to others."""
+    devices, choices = layout.expert, model.moe.num_experts_per_token
+    if devices == 1 or not pattern.has_experts(model):
+        return 0.0, 0.0
+    inside = max(1, min(devices, node // (layout.tensor * layout.context)))
+    if layout.node_limit:
+        nodes = devices / inside
+        reached = min(layout.node_limit, nodes * (1 - (1 - 1 / nodes) ** choices))
+        return choices * (inside - 1) / inside, reached * (nodes - 1) / nodes
+    per_device = min(choices / devices, 1.0)
+    return per_device * (inside - 1), per_device * (devices - inside)
+
+
+# Time.
+
+
+class Times(NamedTuple):
+    """Seconds of a step, by what a device waits for."""
+
+    compute: float  # products
+    memory: float  # what only reads and writes, the optimizer too
+    exchange: float  # traffic that is not hidden
+    bubble: float  # a pipeline's ends
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def product_seconds(
+    device: Device, flops: float, moved: float, precision: str, assumed: Assumptions, narrow: float = math.inf
+) -> float:
+    """Returns the time of a product of `flops` that moves so many bytes of factors and result.
+
+    Additive roofline: computing and moving overlap in a perfect kernel, and a large product then takes the longer of
+    the two. Real ones come near the sum (waves that do not fill the device, factors read more than once), which is
+    also smooth in the shapes: narrow experts, whose products move much for what they compute, lose gradually. A kernel
+    fills and empties its pipeline along the axis that it contracts and in its last tile of outputs: where the narrower
+    of a product's two widths is `narrow`, narrow / (narrow + tile) of the peak is left.
+    """
+    share = (device.matmul or assumed.matmul) * (1 / (1 + assumed.tile / narrow))
+    if precision == "fp8":
+        share *= assumed.fp8 / assumed.matmul
+    return flops / (device.peak[precision] * share) + moved / (device.bandwidth * assumed.memory)
+
+
+def forward_seconds(
+    config: Config, layout: Layout, device: Device, precision: str = "bf16", assumed: Assumptions = ASSUMED
+) -> dict[str, tuple[float, float]]:
+    """Returns (products, reading and writing) of one micro-batch's forward pass on one device, by part.
+
+    Of a product of N rows, I inputs and J outputs: 2 N I J FLOPs, and (N I + I J + N J) b bytes. Routed experts:
+    K N rows are spread over E / M experts of a device, each with its own matrices. Attention's products run at
+    `Assumptions.attention` of the peak and move queries, keys, values and output once. fp8 is for the projections and
+    experts, as DeepSeek-V3 has it (2412.19437 section 3.3): their inputs are written once more in one byte.
+
+    What only reads and writes, in numbers of a token and layer: two norms 4 D, two additions 6 D, rotation (and norm)
+    of queries and keys 2 (4), gate and up to hidden 3 F for each feed-forward that it passes, rows to their order and
+    back (3 K + 1) D, scores of the router 6 E in float32; of the loss 6 V in float32.
+    """
+    model, b, length = config.model, bytes_of_number(config.model), config.data.sequence_length
+    tokens = layout.sequences * length / layout.context
+    flops = flops_of_token(model, length)
+    layers, moe = len(pattern.layers(model)), model.moe
+    moe_layers = len(pattern.moe_layers(model))
+    low = precision if precision in device.peak else "bf16"
+    high = "bf16" if "bf16" in device.peak else next(iter(device.peak))
+    share = 1 / layout.tensor / layout.pipeline
+    stream = device.bandwidth * assumed.memory
+    wide = 3 if low == "fp8" else 0  # an input is read in 2 bytes and written in 1
+    queries, keys = _widths(model, pattern.layers(model)[0].attention)
+
+    def product(name: str, moved: float, precision: str = low, narrow: float = math.inf) -> float:
+        """`moved`: bytes of a whole micro-batch in all layers, before `tensor` and `pipeline` share them."""
+        return product_seconds(device, flops[name] * tokens * share, moved * share, precision, assumed, narrow)
+
+    of_attention = (
+        layers
+        * b
+        * (tokens * (2 * model.dim + 2 * queries + keys) + flops["attention projections"] / max(layers, 1) / 2)
+    )
+    found = {
+        "attention projections": (
+            product("attention projections", of_attention),
+            layers * tokens * ((2 + 2 * (model.qk_norm != "none")) * (queries + keys / 2) * b * share) / stream
+            + layers * tokens * wide * (model.dim + queries) * share / stream,
+        ),
+        "attention products": (
+            flops["attention products"] * tokens * share / (device.peak[high] * assumed.attention),
+            layers * tokens * (2 * queries + keys) * b * share / stream,
+        ),
+        "norms and residual": (0.0, layers * tokens * 10 * model.dim * b / layout.pipeline / stream),
+        "head": (
+            product_seconds(
+                device,
+                flops["head"] * tokens * share,
+                b * (tokens * model.dim + model.dim * model.vocab_size + tokens * model.vocab_size) * share,
+                high,
+                assumed,
+            ),
+            6 * FLOAT32 * tokens * model.vocab_size * share / stream,
+        ),
+    }
+    dense = layers - moe_layers
+    for name, hidden, count in (
+        ("dense feed-forward", model.dense_dim, dense),
+        ("shared experts", moe.num_shared_experts * moe.expert_dim, moe_layers),
+    ):
+        if hidden and count:
+            moved = count * b * (tokens * (2 * model.dim + 3 * hidden) + 3 * model.dim * hidden)
+            more = count * tokens * (3 * hidden * b + wide * (model.dim + hidden)) * share / stream
+            found[name] = (product(name, moved, narrow=min(hidden / layout.tensor, model.dim)), more)
+    if moe_layers:
+        count = moe.num_experts_per_token * tokens * assumed.imbalance
+        held = min(moe.num_experts / layout.expert, moe.num_experts_per_token * tokens * layout.expert)
+        moved = moe_layers * b * (count * (2 * model.dim + 3 * moe.expert_dim) + held * 3 * model.dim * moe.expert_dim)
+        work = product_seconds(
+            device,
+            flops["routed experts"] * tokens * assumed.imbalance * share,
+            moved * share,
+            low,
+            assumed,
+            min(moe.expert_dim / layout.tensor, model.dim),
+        )
+        order = (3 * moe.num_experts_per_token + 1) * model.dim * b * tokens / layout.pipeline
+        gates = count * (3 * moe.expert_dim * b + wide * (model.dim + moe.expert_dim)) * share
+        scores = 6 * FLOAT32 * moe.num_experts * tokens / layout.pipeline
+        found["routed experts"] = (work, moe_layers * (order + gates) / stream)
+        found["router"] = (product("router", moe_layers * 4 * tokens * model.dim, high), moe_layers * scores / stream)
+    return found
+
+
+def step_seconds(
+    config: Config, layout: Layout, device: Device, precision: str = "bf16", assumed: Assumptions = ASSUMED
+) -> Times:
+    """Returns the time of one step.
+
+    A micro-batch is one forward pass, a backward pass of twice its products and its reading and writing, and with
+    remat=full the forward pass of all layers again. Modules of multi-token prediction are blocks and heads more, at the
+    cost of the network's mean block. The exchange of tokens is not hidden but for `Assumptions.hidden`; parameters are
+    gathered while the layer before computes, and what takes longer than computing is waited for. A pipeline of p stages
+    with m micro-batches is idle for (p - 1) / v of m + (p - 1) / v (interleaved in v pieces). The optimizer reads
+    parameter, gradient and two moments and writes three of them: 28 bytes of each parameter that a device stores.
+    """
+    parts = forward_seconds(config, layout, device, precision, assumed)
+    model, depth = config.model, config.model.multi_token_prediction.depth
+    times = lambda name: TRAIN_FACTOR + (layout.remat == "full" and name != "head")
+    more = lambda name: 1 + (depth if name == "head" else depth / model.num_layers)
+    compute = sum(times(name) * more(name) * part[0] for name, part in parts.items()) * layout.micro_batches
+    reading = sum(times(name) * more(name) * part[1] for name, part in parts.items()) * layout.micro_batches
+    stored = parameters(model).total / layout.stored
+    reading += 7 * FLOAT32 * stored / (device.bandwidth * assumed.memory)
+    if device.platform in ("gpu", "npu"):
+        reading += assumed.launch * (model.num_layers + depth) / layout.pipeline * layout.micro_batches
+    if device.platform in ("gpu", "npu"):
+        compute, reading = compute / assumed.software, reading / assumed.software
+    exchange = exchange_seconds(config, layout, device, compute + reading, assumed)
+    busy = compute + reading + exchange
+    ends = (layout.pipeline - 1) / layout.virtual
+    return Times(compute, reading, exchange, busy * ends / layout.micro_batches)
+
+
+def exchange_seconds(
+    config: Config, layout: Layout, device: Device, computing: float, assumed: Assumptions = ASSUMED
+) -> float:
+    """Returns how long a step waits for other devices, which compute for `computing` seconds.
+
+    Rows inside a node and to other nodes go over different wires at one time. Collectives of an axis run at the speed
+    of links where all devices that it joins are of one node, else of the network. Axes that are innermost in the mesh
+    are nearest: context, tensor, expert, fsdp, data.
+    """
+    sent = traffic(config, layout, device.node)
+    link, network = device.link * assumed.links, device.network * assumed.links
+    speed = lambda span: link if span <= device.node else network
+    rows = max((sent.experts - sent.experts_far) / link, sent.experts_far / network) * assumed.imbalance
+    rows *= 1 - assumed.hidden
+    inner = layout.tensor * layout.context
+    near = sent.tensor / speed(inner) + sent.context / speed(layout.context)
+    gathers = sent.parameters / speed(inner * layout.expert * layout.fsdp)
+    gathers += sent.gradients / speed(inner * layout.expert * layout.fsdp * layout.data)
+    if layout.pipeline > 1:
+        tokens = layout.sequences * config.data.sequence_length / layout.context * layout.micro_batches
+        near += 2 * layout.virtual * tokens * config.model.dim * bytes_of_number(config.model) / network
+    return rows + near + max(0.0, gathers - computing)
+
+
+def utilization(config: Config, layout: Layout, device: Device, seconds: float) -> float:
+    """Returns the model FLOPs of a step over what the devices could do in it at their bf16 peak; remat is not counted.
+
+    The convention of DeepSeek-V3, Megatron-Core and PaLM but for the causal count of attention (docs/planner.md).
+    """
+    tokens = layout.batch_size * config.data.sequence_length
+    peak = device.peak.get("bf16") or next(iter(device.peak.values()))
+    return tokens * train_flops(config.model, config.data.sequence_length) / (seconds * layout.devices * peak)
+
+
+def tokens_per_second(config: Config, layout: Layout, seconds: float) -> float:
+    """Returns those of all devices."""
+    return layout.batch_size * config.data.sequence_length / seconds

@@ -1,0 +1,255 @@
+"""The planner against published runs: what `make paper` writes into docs/planner.md, from tests/published_runs.toml."""
+
+import dataclasses
+import functools
+import statistics
+import sys
+import textwrap
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import conftest  # noqa: F401  its environment of JAX, for the command too
+
+from frugalmoe.config import default, load, override, resolve
+from frugalmoe.convert import families, settings
+from frugalmoe.cost import TRAIN_FACTOR, device_catalogue, failures, formulas, forward_flops, planning
+from frugalmoe.cost.laws import published
+from frugalmoe.files import write_generated
+from frugalmoe.schema import Config
+
+PAGE = Path(__file__).parents[1] / "docs/planner.md"
+DATA = tomllib.loads((Path(__file__).with_suffix(".toml")).read_text(encoding="utf-8"))
+PLAIN = {"rms_norm_eps": 1e-5, "hidden_act": "silu"}  # keys of a config.json that no shape follows from
+FLOPS_BAR = 0.005
+RUNS_BAR, STEPS_BAR = (0.12, 0.25), (0.07, 0.14)  # mean and worst
+CATALOGUE = device_catalogue.read()
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows))
+
+
+def _wrapped(paragraph: str) -> str:
+    plain = paragraph.startswith(("|", "#", "- "))
+    return paragraph if plain else textwrap.fill(paragraph, 118, break_on_hyphens=False, break_long_words=False)
+
+
+@functools.cache
+def config_of(name: str) -> Config:
+    """Returns the config of a published model: one of ours, or what `convert` makes of the keys of its config.json."""
+    keys = dict(DATA["models"][name])
+    if "ours" in keys:
+        return load(keys["ours"])
+    theirs = PLAIN | {key: value for key, value in keys.items() if key not in ("total", "active")}
+    return resolve(override(default(), settings.to_ours(families.get(keys["model_type"]), theirs, name)))
+
+
+# FLOPs.
+
+
+def counted(row: Mapping[str, Any]) -> float:
+    """Returns the formula's training FLOPs of a token in GFLOP, attention counted as the published figure counts it."""
+    model = config_of(row["model"]).model
+    parts = forward_flops(model, row["sequence"])
+    if row["count"] == "all keys":
+        modules = parts.get("multi-token prediction", 0.0)
+        return TRAIN_FACTOR * (published.nonembedding_flops(model, row["sequence"]) + parts["head"] + modules) / 1e9
+    return TRAIN_FACTOR * sum(parts.values()) / 1e9
+
+
+def flops_errors() -> dict[tuple[str, str], float]:
+    """Returns the relative error of each row whose way of counting is known."""
+    rows = [row for row in DATA["flops"] if "outside" not in row]
+    return {(row["model"], row["run"]): counted(row) / row["published"] - 1 for row in rows}
+
+
+def _flops() -> str:
+    rows = []
+    for row in DATA["flops"]:
+        ours, source = counted(row), DATA["sources"][row["source"]]
+        rows.append((
+            f"{row['model']}, {row['run']}", str(row["sequence"]), row["count"], f"{ours:,.2f}",
+            f"{row['published']:,.2f}", f"{ours / row['published'] - 1:+.2%}", f"{source['text']} ({source['date']})",
+            row.get("outside", ""),
+        ))  # fmt: skip
+    errors = [abs(error) for error in flops_errors().values()]
+    outside = len(rows) - len(errors)
+    columns = ("run", "sequence", "attention", "formula, GFLOP", "published", "error", "source", "why outside")
+    return f"""\
+### FLOPs of a token
+
+Training FLOPs per token by `cost/flops.py`, against what is published: TFLOP/s, or utilization times the peak, over
+tokens per second of the same row. Nothing is fitted. Published figures count attention in two ways, over the keys that
+a causal model sees or over all; each source is counted as it does. Where it gives no length of sequences, 4,096 or
+8,192 is taken, whichever its figure shows. Mean error of the {len(errors)} rows whose way of
+counting is known {statistics.mean(errors):.2%}, worst {max(errors):.2%}; bar {FLOPS_BAR:.1%}. {outside} rows stand
+outside of the mean: they differ from other figures of the same source, or do not say how they count.
+
+{table(columns, rows)}"""
+
+
+# Hours of runs and speeds of steps.
+
+
+def _config(row: Mapping[str, Any]) -> Config:
+    """Returns the run's config: bfloat16, its batch and length."""
+    config = config_of(row["model"])
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, compute_dtype="bfloat16"),
+        train=dataclasses.replace(config.train, batch_size=row["batch"]),
+        data=dataclasses.replace(config.data, sequence_length=row["sequence"]),
+    )
+
+
+def speed(row: Mapping[str, Any]) -> tuple[float, str]:
+    """Returns predicted tokens per second of a device while steps are made, and whose layout that is.
+
+    The layout is the published one; where none is, what the planner chooses for the devices. What a report says of its
+    own step stands in for a constant: exchange that is hidden, experts that are balanced by force.
+    """
+    config, device = _config(row), CATALOGUE.get(row["device"]).device()
+    assumed = formulas.ASSUMED._replace(**row.get("assumed", {}))
+    assumed = assumed._replace(imbalance=1.0) if row.get("balanced") else assumed
+    if "layout" in row:
+        layout = formulas.Layout(**row["layout"])
+        if (layout.devices, layout.batch_size) != (row["devices"], row["batch"]):
+            raise ValueError(
+                f"{row['model']}: {layout} is not of {row['devices']} devices and {row['batch']} sequences"
+            )
+        seconds = formulas.step_seconds(config, layout, device, row["precision"], assumed).total
+        return formulas.tokens_per_second(config, layout, seconds) / row["devices"], "published"
+    found = planning.fit(planning.Ask(config, 1e12, row["precision"], assumed=assumed), device, row["devices"])
+    return found.speed / row["devices"], "the planner's"
+
+
+def hours(row: Mapping[str, Any]) -> float:
+    """Returns predicted device-hours of a run: with failures, unless its figure is of steps alone."""
+    goodput = 1.0
+    if not row.get("steps_only"):
+        entry = CATALOGUE.get(row["device"])
+        total, node = formulas.parameters(config_of(row["model"]).model).total, entry.device().node
+        goodput = failures.uptime(total, row["devices"], node, entry.value("mtbf_hours")).goodput
+    return row["tokens"] / speed(row)[0] / goodput / 3600
+
+
+@functools.cache
+def run_errors(kind: str) -> dict[str, float]:
+    """Returns the relative error of the device-hours of each run: of models with experts, or dense ones."""
+    return {row["model"]: hours(row) / row["hours"] - 1 for row in DATA["runs"] if row["kind"] == kind}
+
+
+def constant_errors(kind: str) -> dict[str, float]:
+    """Returns the errors of one constant utilization, 6 N tokens over the peak: the median of the other runs."""
+    rows = [row for row in DATA["runs"] if row["kind"] == kind]
+    reached = {}
+    for row in rows:
+        peak = CATALOGUE.get(row["device"]).device().peak["bf16"]
+        flops = 6e9 * DATA["models"][row["model"]]["active"] * row["tokens"]
+        reached[row["model"]] = flops / (row["hours"] * 3600 * peak)
+    others = lambda name: statistics.median(value for other, value in reached.items() if other != name)
+    return {name: value / others(name) - 1 for name, value in reached.items()}
+
+
+@functools.cache
+def step_errors() -> dict[tuple[str, str, str], tuple[float, float | None]]:
+    """Returns, by device, model and source, the relative error of the speed as it comes, and after one calibration.
+
+    The first row of a device is its calibration: a factor on the speeds of all its rows, and has no error after it.
+    """
+    found, factors = {}, {}
+    for row in DATA["steps"]:
+        ratio = speed(row)[0] / row["speed"]
+        after = ratio / factors[row["device"]] - 1 if row["device"] in factors else None
+        factors.setdefault(row["device"], ratio)
+        found[row["device"], row["model"], row["source"]] = ratio - 1, after
+    return found
+
+
+def _judged(errors: Iterable[float], bar: tuple[float, float]) -> str:
+    """Returns mean and worst with whether they keep their bars."""
+    sizes = [abs(error) for error in errors]
+    found = statistics.mean(sizes), max(sizes)
+    word = lambda value, most: "kept" if value <= most else "missed"
+    return (
+        f"mean {found[0]:.1%} (bar {bar[0]:.0%}: {word(found[0], bar[0])}), "
+        f"worst {found[1]:.1%} (bar {bar[1]:.0%}: {word(found[1], bar[1])})"
+    )
+
+
+def _runs() -> str:
+    rows = []
+    for row in DATA["runs"]:
+        source = DATA["sources"][row["source"]]
+        rows.append((
+            row["model"], row["kind"], f"{row['devices']:,} {row['device']}", row["precision"], speed(row)[1],
+            f"{hours(row):,.0f}", f"{row['hours']:,.0f}", f"{run_errors(row['kind'])[row['model']]:+.1%}",
+            f"{source['text']} ({source['date']})", row.get("note", ""),
+        ))  # fmt: skip
+    constant = [abs(error) for error in constant_errors("experts").values()]
+    columns = ("run", "kind", "devices", "precision", "layout", "hours", "published", "error", "source", "note")
+    dense = _judged(run_errors("dense").values(), RUNS_BAR)
+    return f"""\
+### Device-hours of training runs
+
+Predicted without any figure of the row but its shape: model, devices, batch, length, precision, and the layout where it
+is published. The constants are one set for all rows (`Assumptions` in `cost/formulas.py`); `software` among them was
+chosen with these runs in sight. Failures take their share by the devices' time between failures, but where a figure is
+of steps alone.
+
+**Models with experts:** {_judged(run_errors("experts").values(), RUNS_BAR)}. **Dense ones:** {dense}. One constant
+utilization, the median of the other runs, has a mean of {statistics.mean(constant):.1%} and a worst of
+{max(constant):.1%} for models with experts.
+
+{table(columns, rows)}
+
+Not among the rows: JetMoE, whose attention has experts, which no config of ours says; DBRX and INTELLECT-1, of which an
+upper bound is published; GLM-4.5, Grok and Kimi K2, of which nothing is. What misses by much has no published layout:
+hours on a model card are of everything that was needed, and the planner shares heads only where nothing fits without,
+which makes of 2,048 A100 with a sequence each a machine that waits for its parameters."""
+
+
+def _steps() -> str:
+    rows = []
+    for row in DATA["steps"]:
+        before, after = step_errors()[row["device"], row["model"], row["source"]]
+        source = DATA["sources"][row["source"]]
+        rows.append((
+            row["model"], f"{row['devices']} {row['device']}", row["precision"], speed(row)[1], f"{speed(row)[0]:,.0f}",
+            f"{row['speed']:,}", f"{before:+.1%}", "calibrates" if after is None else f"{after:+.1%}",
+            f"{source['text']} ({source['date']})",
+        ))  # fmt: skip
+    judged = []
+    for device in dict.fromkeys(row["device"] for row in DATA["steps"]):
+        errors = [after for (of, _, _), (_, after) in step_errors().items() if of == device and after is not None]
+        judged.append(f"- {device}, {len(errors)} row{'s' * (len(errors) > 1)}: {_judged(errors, STEPS_BAR)}")
+    columns = ("model", "devices", "precision", "layout", "tokens/s", "published", "error", "calibrated", "source")
+    return f"""\
+### Benchmarks of steps
+
+Tokens per second of a device while steps are made. One row of a device, the first, a dense model, calibrates it: a
+factor on all of its speeds. Benchmarks of models with experts are balanced by force there, and so they are here.
+
+{chr(10).join(judged)}
+
+{table(columns, rows)}
+
+Software is the larger part of what misses: the same 16 H100 do 1.7 times as many tokens of qwen3-30b in the release of
+April 2026 as in that of November 2025, so that what a dense model calibrates says little of experts of another date.
+The 405B model's context is spread over two nodes there, an exchange that the formulas take to be waited for. The
+planner's own layouts have no pipelines: what it says of deepseek-v3 on 1,024 H100 is what this project would do."""
+
+
+def text() -> str:
+    return "\n\n".join(map(_wrapped, "\n\n".join([_flops(), _runs(), _steps()]).split("\n\n")))
+
+
+def main() -> int:
+    write_generated(PAGE, text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

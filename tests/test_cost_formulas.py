@@ -1,0 +1,188 @@
+"""The model of a step: its counts against the network's own, its bytes and FLOPs against what XLA says of programs."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax import ShapeDtypeStruct
+
+from frugalmoe import sharding
+from frugalmoe.aot.program import compile_step
+from frugalmoe.config import default, load, override, resolve, settle
+from frugalmoe.cost import device_catalogue, failures, formulas
+from frugalmoe.cost.formulas import ASSUMED, Layout
+from frugalmoe.data.batches import Batch
+from frugalmoe.fields import to_dict
+from frugalmoe.model.transformer import count_parameters
+from frugalmoe.train.program import compiled_train_step
+from frugalmoe.train.step import abstract
+
+PODS = (Path(__file__).parents[1] / "docs/pods.md").read_text(encoding="utf-8")
+LARGE = ["ling_1.py:lite", "ling_1.py:plus", "ling_2.py:flash", "deepseek_v3.py", "gpt_oss.py", "moonlight.py"]
+H800 = device_catalogue.read().get("h800").device()
+
+
+def config(**fields):
+    """One device. Each token goes to all experts, so that what `executor=dense` does is what the formula counts."""
+    base = {
+        "model.vocab_size": 2048,
+        "model.dim": 256,
+        "model.num_layers": 1,
+        "model.num_heads": 4,
+        "model.num_kv_heads": 2,
+        "model.head_dim": 64,
+        "model.moe.num_experts": 4,
+        "model.moe.num_experts_per_token": 4,
+        "model.moe.expert_dim": 512,
+        "data.sequence_length": 64,
+        "train.batch_size": 4,
+        "mesh.data": 1,
+    }
+    return resolve(override(default(), base | {name.replace("__", "."): value for name, value in fields.items()}))
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_parameters_are_those_of_the_network(name):
+    model = load(f"configs/{name}").model
+    ours, theirs = formulas.parameters(model), count_parameters(model)
+    assert (ours.total, ours.embedding, ours.head) == (theirs["total"], theirs["embedding"], theirs["head"])
+    moe = model.moe
+    of_one = 3 * model.dim * moe.expert_dim + moe.expert_bias * (2 * moe.expert_dim + model.dim)
+    layers = model.num_layers - model.num_dense_layers + model.multi_token_prediction.depth
+    assert ours.experts == layers * moe.num_experts * of_one
+    assert ours.layer_experts == moe.num_experts * of_one < ours.layer
+
+
+def flops_of_program(c) -> float:
+    """What XLA counts in a compiled step: a loop's body once, so that each loop of the program must run once."""
+    mesh = sharding.make_mesh(to_dict(c.mesh), jax.devices()[:1])
+    shape = (1, c.train.batch_size, c.data.sequence_length)
+    batch = Batch(*(ShapeDtypeStruct(shape, bool if f == "loss_mask_BT" else np.int32) for f in Batch._fields))
+    with jax.set_mesh(mesh):
+        return compiled_train_step(c).lower(abstract(c), batch).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, {"model__num_dense_layers": 1, "model__dense_dim": 1024}], ids=["moe", "dense"])
+def test_flops_are_those_of_the_compiled_step(fields):
+    """Within 5%. One layer, one chunk of queries and of the loss: no loop runs twice. Of 64 tokens the program has all
+    64 x 64 scores, and not the half that a causal count has.
+    """
+    c = settle(config(model__moe__executor="dense", **fields), None, 1)
+    tokens = c.train.batch_size * c.data.sequence_length
+    counted = tokens * formulas.train_flops(c.model, c.data.sequence_length)
+    assert counted == pytest.approx(flops_of_program(c), rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_memory_is_that_of_the_compiled_step(remat):
+    """Within 15% of XLA's peak on a CPU, arguments included, whatever a layer keeps."""
+    fields = {
+        "model__vocab_size": 8192,
+        "model__dim": 512,
+        "model__num_layers": 4,
+        "model__num_heads": 8,
+        "model__num_kv_heads": 4,
+        "model__moe__num_experts": 16,
+        "data__sequence_length": 1024,
+        "train__batch_size": 8,
+    }
+    c = config(model__remat=remat, **fields)
+    ours = formulas.memory(c, Layout(sequences=8, remat=remat), "cpu")
+    assert ours.total == pytest.approx(compile_step(c).needed, rel=0.15)
+
+
+def compiled_for_pods():
+    """Rows of docs/pods.md, which TPU and GPU compilers wrote: programs that fit, and those that a GPU would refuse."""
+    name = ""
+    for line in PODS.splitlines():
+        if found := re.match(r"### .*`configs/(\S+?)`", line):
+            name = found[1]
+        row = re.match(r"\| (\w+):\S+ \| (.*?) \| (\d+) x \d+ \| (yes|no) \| ([\d.]+) /", line)
+        if row and (row[4] == "yes" or row[1] == "h100"):
+            axes = {axis: int(size) for axis, size in (part.split() for part in row[2].split(" x "))}
+            yield pytest.param(name, row[1], axes, float(row[5]), id=f"{name}-{line.split('|')[1].strip()}-{row[2]}")
+
+
+@pytest.mark.parametrize("name, kind, axes, needed", list(compiled_for_pods()))
+def test_memory_is_what_compilers_of_accelerators_say(name, kind, axes, needed):
+    """Within 15% in each of the 21 programs of the Ling models, on 4 to 256 devices of four kinds."""
+    c = load(f"configs/{name}", ["model.moe.exchange_room=2"])
+    ours = formulas.memory(c, Layout(**axes), "gpu" if kind == "h100" else "tpu")
+    assert ours.total / 2**30 == pytest.approx(needed, rel=0.15)
+
+
+def test_there_are_rows_of_pods():
+    assert len(list(compiled_for_pods())) == 21
+
+
+def test_what_a_layer_keeps_by_hand():
+    """2 bytes of D = 4096, and 8 of each of 8 choices; queries 4096, keys and values 1024, added 4096, 256 logits."""
+    model = load("configs/ling_2.py:flash").model
+    moe = formulas.pattern.layers(model)[-1]
+    keeps = lambda remat: formulas.kept_of_layer(model, moe, Layout(remat=remat), 4096)
+    assert keeps("full") == 2 * 4096 + 64
+    # The shared expert of 1024 has gate and up, and adds 4096 once more.
+    assert keeps("dots") == 2 * (4096 + 4096 + 1024 + 2048 + 2 * 4096) + 4 * 256 + 64
+    assert keeps("none") > keeps("dots") > keeps("full")
+
+
+def test_traffic_by_hand():
+    """4 devices of an expert axis, K = 8: the tokens' rows to each of 3 others, 5 times, 19 layers, 2 bytes."""
+    c = load("configs/ling_2.py:mini")
+    sent = formulas.traffic(c, Layout(expert=4), node=8)
+    assert sent.experts == 5 * 19 * 4096 * 2048 * 2 * 3 and sent.experts_far == 0
+    # All but routed experts is spread over the 4 and gathered whole: 3 times, 2 bytes, 3/4 of it.
+    count = formulas.parameters(c.model)
+    assert sent.parameters == 3 * 2 * (count.total - count.experts) * 3 / 4
+    assert (sent.tensor, sent.context) == (0, 0)
+    # 16 devices, 8 of a node: a row for each of 8 choices, one of 16 each: 7 stay in the node, 8 leave it.
+    far = formulas.traffic(c, Layout(expert=16), node=8)
+    assert far.experts_far / far.experts == pytest.approx(8 / 15)
+    assert far.experts == 5 * 19 * 4096 * 2048 * 2 * 8 / 16 * 15
+    fsdp = formulas.traffic(c, Layout(fsdp=4, micro_batches=3), node=8)
+    assert fsdp.parameters == 3 * 3 * 2 * count.total * 3 / 4 and fsdp.experts == 0
+
+
+def test_a_perfect_device_takes_the_time_of_its_flops():
+    """With a memory and links of no cost, all products at the peak and equal experts, a step is FLOPs over peak."""
+    c = load("configs/ling_2.py:mini")
+    perfect = H800._replace(bandwidth=1e30, link=1e30, network=1e30)
+    ideal = ASSUMED._replace(matmul=1, attention=1, imbalance=1, tile=0, launch=0, software=1)
+    times = formulas.step_seconds(c, Layout(remat="none"), perfect, "bf16", ideal)
+    assert times.compute == pytest.approx(4096 * formulas.train_flops(c.model, 4096) / 989e12, rel=1e-6)
+    assert times.total == pytest.approx(times.compute, rel=1e-6)
+    assert formulas.utilization(c, Layout(remat="none"), perfect, times.total) == pytest.approx(1, rel=1e-6)
+    halves = formulas.step_seconds(c, Layout(remat="none", pipeline=2, micro_batches=4), perfect, "bf16", ideal)
+    assert halves.bubble == pytest.approx(halves.compute / 4)  # (p - 1) / m
+
+
+def test_time_goes_the_way_that_it_must():
+    c = load("configs/ling_2.py:mini")
+    seconds = lambda device=H800, assumed=ASSUMED, **axes: (
+        formulas.step_seconds(c, Layout(**{"expert": 16} | axes), device, "bf16", assumed).total
+    )
+    assert seconds(H800._replace(bandwidth=1e12)) > seconds() > seconds(H800._replace(network=1e12))
+    assert seconds(assumed=ASSUMED._replace(imbalance=2)) > seconds()
+    assert seconds(remat="full") > seconds(remat="none")
+    assert seconds(micro_batches=2) > 1.5 * seconds()
+    narrow = dataclasses.replace(c, model=dataclasses.replace(c.model, compute_dtype="float32"))
+    assert formulas.memory(narrow, Layout(), "gpu").activations == pytest.approx(
+        2 * formulas.memory(c, Layout(), "gpu").activations, rel=0.02
+    )
+
+
+def test_failures_by_hand():
+    """16,384 cards of 50,700 hours: one fails every 3.09 hours, and Llama 3's run had one every 3.1."""
+    up = failures.uptime(405 * 10**9, 16_384, 8, 50_700)
+    assert up.between / 3600 == pytest.approx(3.09, abs=0.01)
+    assert up.saving == pytest.approx(12 * 405e9 / (2048 * 3e9))
+    assert up.interval == pytest.approx((2 * up.saving * up.between) ** 0.5)
+    assert 0.90 < up.goodput < 0.92  # "more than 90%"
+    taken = failures.uptime(405 * 10**9, 16_384, 8, 50_700, preemptions_per_hour=1e-4)
+    assert taken.between == pytest.approx(3600 / (16_384 * (1 / 50_700 + 1e-4)))
+    assert taken.goodput < up.goodput
