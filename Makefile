@@ -10,7 +10,7 @@ NEWEST_PYTHON = $(shell for python in python3.12 python3.13 $(HOME)/.pyenv/versi
 TORCHLESS = $(patsubst %,--ignore %,$(shell grep -lE "^(import|from) (torch|transformers|published|parity)" tests/test_*.py))
 NO_NEWEST_PYTHON = test-newest: no Python 3.12 or 3.13 runs on this machine, so nothing was tested on the newest JAX
 
-.PHONY: run laws test test-fast test-newest run-newest lint parity paper faults bench clean
+.PHONY: run laws test test-fast test-newest run-newest lint fuzz parity paper faults bench clean
 
 run: .venv/run.stamp
 	$(BIN)/frugalmoe train --config=$(CONFIG) $(if $(FRESH),--fresh) $(ARGS)
@@ -35,6 +35,9 @@ run-newest: .venv-newest/stamp
 lint: .venv/dev.stamp
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	$(BIN)/frugalmoe routers --format=markdown > docs/routers.md
+
+fuzz: .venv/dev.stamp
+	$(BIN)/python tests/faults/fuzz.py $(ARGS)
 
 parity: .venv/dev.stamp
 	$(BIN)/python tests/parity.py

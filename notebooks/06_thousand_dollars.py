@@ -17,7 +17,7 @@
 # `bought` plans each config on each kind of device: the fewest devices that hold the model and spend the money within
 # 30 days, and how many tokens they see, failures and all. Prices, peaks and bandwidths are those of the device
 # catalogue, each with its source and date; `read_catalogue(FILE)` puts yours over them. How far the planner's hours are
-# from published runs is in [docs/planner.md](../docs/planner.md): 16% on average, 28% at worst, for models with experts.
+# from those of published runs is in [docs/planner.md](../docs/planner.md).
 
 # %%
 # %matplotlib inline
@@ -58,9 +58,11 @@ plots.tokens_for_money(rows)
 # ## To which loss?
 #
 # By a fit of one's own study, here the smallest one that there is: `experiments/isoflop.py`, four sizes on a laptop.
-# Bars are its 90% bands. Its losses are those of its text under its tokenizer, of a thousand words, and it extrapolates
-# without shame: the lines below say how far. What a band cannot hold is that a law has another shape out there. A study
-# of your own, nearer to what you will train, is what to put here (`frugalmoe report STUDY --fit`).
+# Bars are its 90% bands. Its losses are those of its text under its tokenizer, of a thousand words.
+#
+# It is shown for what it is: all bands overlap, for the fit has seen nothing within a hundred thousand times of these
+# runs, as the lines below say; it cannot choose between the models. With `frugalmoe report STUDY --fit` a study of your
+# own, within ten times of what you will train, takes its place (`FRUGALMOE_FIT`).
 
 # %%
 plots.loss_for_money(rows)
@@ -72,13 +74,10 @@ plots.loss_for_money(rows)
 }
 
 # %% [markdown]
-# ## The best for the money
+# ## On what, then?
 #
-# Of each device the config with the lowest expected loss, and its price of a token.
+# Of each config the device that sees the most tokens, and what a billion of them costs there.
 
 # %%
-best = {row.device: row for row in sorted(rows, key=lambda row: -row.loss.loss)}
-{
-    device: (row.config, f"{row.loss.loss:.2f}", f"{1e9 * money / row.tokens:,.2f} a billion tokens")
-    for device, row in best.items()
-}
+most = {row.config: row for row in sorted(rows, key=lambda row: row.tokens)}
+{name: (f"{row.count} {row.device}", f"{1e9 * money / row.tokens:,.2f} dollars") for name, row in most.items()}

@@ -1,6 +1,7 @@
 """`frugalmoe islands DIR`, on directories that the protocol has made without training."""
 
 import dataclasses
+import functools
 import json
 import re
 import signal
@@ -13,7 +14,9 @@ from party import SECTION, Party
 from runs import command
 
 from frugalmoe.cli import main
-from frugalmoe.islands import records, status
+from frugalmoe.config import default, resolve
+from frugalmoe.errors import UserError
+from frugalmoe.islands import agreements, records, status, training
 from frugalmoe.islands.records import Presence
 from frugalmoe.islands.store import Store, open_store
 
@@ -195,3 +198,49 @@ def test_who_shows_no_life_is_silent(party, monkeypatch):
     now[0] += SECTION.lapse_seconds
     party.announce("training", "a")
     assert by_name(lives.marked(status.look(party.store))) == {"a": "training", "b": "lapsed", "c": "silent"}
+
+
+# What is refused before there is a run.
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("format", 2),
+        ("model.dim", 48),
+        ("model.moe.router", "hash"),
+        ("data", "other"),
+        ("tokenizer", "other"),
+        ("seed", 7),
+        ("steps", 3),
+        ("islands.bits", 4),
+        ("islands.merge_options.staleness", 2.0),
+    ],
+)
+def test_a_directory_of_something_else_is_refused_by_the_field(field, value):
+    ours = agreements.of(resolve(default()), "data", "tokenizer")
+    there = json.loads(records.to_bytes(ours))
+    *parents, leaf = field.split(".")
+    functools.reduce(lambda section, name: section[name], parents, there)[leaf] = value
+    store = open_store(f"memory://{field}")
+    store.write(records.AGREEMENT, json.dumps(there).encode())
+    with pytest.raises(
+        UserError, match=rf"^--islands=memory://\S+: {re.escape(field)} is {value!r} there and .* here; "
+    ):
+        agreements.check(store, ours)
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[1]", b'{"format": 1}', b"\xff\x00", b'{"format": 1, "new": 2}'])
+def test_a_directory_of_another_version_is_refused(data):
+    store = open_store(f"memory://version-{len(data)}")
+    store.write(records.AGREEMENT, data)
+    with pytest.raises(UserError, match="no directory of islands, or of another version") as error:
+        agreements.check(store, agreements.of(resolve(default()), "data", "tokenizer"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["", "..", "../b", "a/b", "/a", "a b", "a\nb", "a\0", "-a", "é" * 200, "a" * 300])
+def test_a_name_that_would_leave_the_directory_is_refused(name, tmp_path):
+    with pytest.raises(UserError, match=r"^--island=") as error:
+        training.check(resolve(default()), str(tmp_path / "islands"), name)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())

@@ -39,8 +39,8 @@ def test_device_hours_of_models_with_experts():
     """Not the bars, 12% and 25%, which docs/planner.md says are missed; but well below one constant utilization."""
     errors = [abs(error) for error in published_runs.run_errors("experts").values()]
     constant = [abs(error) for error in published_runs.constant_errors("experts").values()]
-    assert len(errors) >= 7 and sum(errors) / len(errors) < 0.2 and max(errors) < 0.35
-    assert sum(errors) < 0.8 * sum(constant) and max(errors) < max(constant)
+    assert len(errors) >= 7 and sum(errors) / len(errors) < 0.13 and max(errors) < 0.28
+    assert sum(errors) < 0.6 * sum(constant) and max(errors) < max(constant)
 
 
 def test_a_device_is_calibrated_by_one_row_and_none_is_fitted():
@@ -50,7 +50,7 @@ def test_a_device_is_calibrated_by_one_row_and_none_is_fitted():
     assert [device for device, _, _ in calibrating] == list(dict.fromkeys(row["device"] for row in DATA["steps"]))
     assert len(errors) == len(DATA["steps"]) and all(model.startswith("llama") for _, model, _ in calibrating)
     tpus = [abs(after) for (device, _, _), (_, after) in errors.items() if device in ("v5p", "v6e") and after]
-    assert max(tpus) < 0.25 and sum(tpus) / len(tpus) < 0.1
+    assert max(tpus) < 0.25 and sum(tpus) / len(tpus) < 0.14
 
 
 def test_the_page_says_what_the_formulas_say():

@@ -155,6 +155,23 @@ def test_every_start_is_shown_where_there_were_several(tmp_path):
     assert "frugalmoe train '<b>' aaa" in text and "optim.learning_rate: 0.003 → 0.001 400" in text
 
 
+def test_events_are_shown_where_there_are_any(tmp_path):
+    """Escaped; of very many the last ones."""
+    run = write_planted_run(tmp_path / "run")
+    for name in ("probe.npz", "expert_load.jsonl", "summary.json"):
+        (run / name).unlink()
+    (run / "metrics.jsonl").write_text("")
+    assert "What happened beside" not in read(write_report(run))[1]
+    rows = [{"step": i, "kind": "skipped", "what": f"batch {i} <b>", "seconds": 0.5} for i in range(300)]
+    (run / "events.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {"step": 300, "kind": "rate_lowered"}])
+    )
+    _, text = read(write_report(run))
+    assert "skipped 300, rate lowered 1." in text and "the last 200 of 301 events" in text
+    assert "batch 299 <b> 299 0.5" in text and "batch 101 <b>" in text and "batch 100 <b>" not in text
+    assert "rate_lowered – 300 –" in text
+
+
 def test_noise_is_not_reported_as_specialisation(tmp_path, monkeypatch):
     import test_analysis_runs as planting
 

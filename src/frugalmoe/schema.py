@@ -257,6 +257,28 @@ class Checkpoint:
 
 
 @Frozen
+class Guard:
+    """What is done about a batch whose loss or gradient is not finite, or far above what it was: see train/guard.py."""
+
+    # skip (leaves the update out, tries the batch again later, lowers the rate, goes back to a checkpoint) | stop (ends
+    # the run where a value is not finite; spikes are not looked at)
+    policy: str = "skip"
+    loss_deviations: float = 10.0  # a loss so many standard deviations above its mean is a spike; 0: not looked at
+    gradient_deviations: float = 10.0  # likewise of the logarithm of the gradient norm
+    watchful: float = 0.5  # for lowered_steps updates after a skip, so many times these deviations suffice
+    window: int = 100  # updates that deviations are of, the newest weighing most; means are of a tenth of them
+    after: int = 50  # updates before anything counts as a spike
+    retry_after: int = 20  # batches without a skip before what was skipped comes again, for the last time
+    patience: int = 50  # skips, less the updates between them, before the rate is lowered
+    lower: float = 0.1  # factor on the learning rate in a lowered phase, in which only what is not finite is skipped
+    lowered_steps: int = 20  # length of a lowered phase; trouble in as many steps after it makes the run go back
+    last_patience: int = 5  # skips after a lowered phase, or batches in a row that are not finite, that make it go back
+    rollbacks: int = 2  # times that a run goes back to the newest checkpoint before the trouble
+    # Batches between that checkpoint and the end of the trouble: skip (they are left out) | again (at the lowered rate)
+    rollback_batches: str = "skip"
+
+
+@Frozen
 class Islands:
     """Runs that train one model apart and meet in a directory, `frugalmoe train --islands=DIR`: see docs/islands.md.
 
@@ -311,5 +333,6 @@ class Config:
     optim: Optim = Optim()
     train: Train = Train()
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
     mesh: Mesh = Mesh()
     islands: Islands = Islands()

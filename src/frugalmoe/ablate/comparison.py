@@ -109,7 +109,7 @@ class Comparison:
                 continue
             share = statistics.reaches(*self.curves(arm)[seed], target) / self.study["steps"]
             found["steps"].append(share)
-            found["flops"].append(share * ours.get(seed, np.nan) / theirs.get(seed, np.nan))
+            found["flops"].append(share * ours.get(seed, np.nan) / (theirs.get(seed) or np.nan))
         return {k: np.array(v) for k, v in found.items()} if found["steps"] else None
 
     def training_flops(self, arm: str) -> float:

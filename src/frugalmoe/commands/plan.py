@@ -53,7 +53,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deadline", metavar="DAYS", help="the run must have ended after so many days")
     parser.add_argument("--budget", metavar="MONEY", help="and must not cost more, in --currency")
     parser.add_argument("--currency", help="of prices and budget (default: USD)", default="USD")
-    parser.add_argument("--prices", metavar="NAME:PRICE,...", help="of a device for an hour, in --currency")
+    parser.add_argument(
+        "--prices", metavar="NAME:PRICE,...", help="of a device for an hour, in --currency; 0: it is yours"
+    )
     parser.add_argument(
         "--spot", metavar="RATE", help="take spot prices; a device is taken away so many times in an hour, as 0.01"
     )
@@ -253,7 +255,7 @@ def _prices(args: argparse.Namespace, catalogue) -> dict[str, float]:
     for part in (args.prices or "").split(",") if args.prices is not None else []:
         name, _, price = part.strip().partition(":")
         catalogue.get(name)
-        found[name] = _number(f"--prices={name}", price, 1000)
+        found[name] = 0.0 if price == "0" else _number(f"--prices={name}", price, 1000)
     return found
 
 

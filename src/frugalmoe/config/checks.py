@@ -26,6 +26,7 @@ def check(config: Config) -> None:
         *of_experts,
         _optim,
         _train,
+        _guard,
         _islands,
     ):  # what a module may look at depends on the row
         rules(config)
@@ -50,6 +51,7 @@ def _each(prefix: str, section: object, names: str, ok: Callable[[float], bool],
 ROUNDED_TO = 64  # a vocabulary that follows the tokenizer is rounded up to a multiple of this
 
 MOST_LAYERS = 10_000
+MOST_WAITING = 60  # batches between two tries of one; `train.guard.ROOM` must hold those that wait meanwhile
 ISLAND_BITS = (32, 16, 8, 4, 2)  # of a number that an island sends
 KINDS = ("text", "chat")  # of the records of a source
 _MARKS = re.compile(r"[./~]")  # of what is meant as a path
@@ -323,6 +325,22 @@ def _train(config: Config) -> None:
     tokens = t.batch_size * config.data.sequence_length
     rule = f"times data.sequence_length={config.data.sequence_length} must be below {2**31} tokens"
     _require(tokens < 2**31, "train.batch_size", t.batch_size, rule)
+
+
+def _guard(config: Config) -> None:
+    g, path = config.guard, "guard"
+    _one_of(f"{path}.policy", g.policy, ("skip", "stop"))
+    _one_of(f"{path}.rollback_batches", g.rollback_batches, ("skip", "again"))
+    _each(path, g, "loss_deviations gradient_deviations rollbacks", lambda v: v >= 0, "must not be negative")
+    _each(
+        path,
+        g,
+        "window after patience last_patience lowered_steps",
+        lambda v: 0 < v < 2**20,
+        "must be from 1 to 1048575",
+    )
+    _each(path, g, "retry_after", lambda v: 0 < v <= MOST_WAITING, f"must be from 1 to {MOST_WAITING}")
+    _each(path, g, "lower watchful", lambda v: 0 < v <= 1, "must be above 0 and at most 1")
 
 
 def _islands(config: Config) -> None:

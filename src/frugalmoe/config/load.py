@@ -19,6 +19,7 @@ from frugalmoe.fields import build, check_integer, to_dict
 from frugalmoe.files import read_json
 from frugalmoe.found import one_line_errors, run_file
 from frugalmoe.model import pattern
+from frugalmoe.shapes import NAMES, misshapen
 from frugalmoe.shipped import CONFIGS, Folder
 
 RECORD = "config.json"  # of a run's directory: the config that it was trained with
@@ -39,7 +40,10 @@ def default() -> ConfigDict:
 
 def opened(fields: Mapping[str, Any]) -> ConfigDict:
     """A locked ConfigDict of a whole config's fields, to be edited."""
-    return _open(ConfigDict(fields))
+    try:
+        return _open(ConfigDict(fields))
+    except (AttributeError, TypeError, ValueError) as e:  # a name that ConfigDict has for itself
+        raise UserError(f"a config with a name that no field can have ({e})") from e
 
 
 def _open(config: ConfigDict) -> ConfigDict:
@@ -93,7 +97,10 @@ def _read_record(path: Path) -> tuple[dict[str, Any], list[str]]:
         opened = saved.pop(OPEN, [])
         if not (isinstance(opened, list) and set(opened) <= _MAY_BE_OPEN):
             raise LookupError(f"{OPEN}={opened!r}")
-        return completed({**saved, **older, "model": _renamed(saved["model"]), "train": train}), opened
+        found = completed({**saved, **older, "model": _renamed(saved["model"]), "train": train})
+        if wrong := next(misshapen(found, _SHAPE), None):
+            raise TypeError(f"{wrong} is none of its kind")
+        return found, opened
     except (ArithmeticError, AttributeError, LookupError, TypeError) as e:
         raise UserError(f"{path}: a damaged config ({type(e).__name__}: {e})") from e
 
@@ -114,6 +121,12 @@ def runnable(path: Path) -> dict[str, Any]:
 
 
 _SECTIONS = ("model", "data", "optim", "train", "checkpoint", "mesh")
+_SHAPE = {  # what is a section in every config, whatever its fields hold
+    "model": {"moe": {"options": {}, "losses": {}}, "attention_options": {NAMES: {}}},
+    "data": {"sources": {NAMES: {}}},
+    "optim": {"rates": {}},
+    "checkpoint": {"keep_best": str},
+}
 
 
 def _is_record(saved: Any) -> bool:
@@ -267,8 +280,11 @@ def _set(config: ConfigDict, dotted: str, value: Any) -> None:
     if type(value) is int and value.bit_length() > 128:  # ConfigDict makes a float of it, which may not hold it
         check_integer(dotted, value)
     _check_replacement(dotted, node.get(leaf), value, open_keys or _is_open([*parents, leaf]))
-    with node.ignore_type():
-        node[leaf] = value
+    try:
+        with node.ignore_type():
+            node[leaf] = value
+    except AttributeError as e:  # a name that ConfigDict has for itself
+        raise UserError(f"{dotted}: no name for a field ({e})") from e
 
 
 def _check_replacement(dotted: str, old: Any, value: Any, is_open: bool) -> None:

@@ -3,6 +3,7 @@
 `cost/devices.toml` is ours and tells the form; `read` puts a user's file over it, cell by cell.
 """
 
+import json
 import math
 import tomllib
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 from frugalmoe.cost.formulas import Device
 from frugalmoe.errors import UserError, did_you_mean
+from frugalmoe.files import write_atomically
 
 SHIPPED = Path(__file__).with_name("devices.toml")
 USERS = Path("~/.config/frugalmoe/devices.toml")  # `frugalmoe calibrate` writes there unless it is told another place
@@ -28,7 +30,9 @@ CELLS = {
     "spot_per_hour": (1, 1e-4, 1e3),
     "power_w": (1, 1, 1e5),
     "mtbf_hours": (1, 1, 1e8),
-    "matmul": (1, 0.001, 1.5),
+    "matmul": (1, 0.001, 100),
+    "grouped": (1, 0.001, 100),
+    "attention": (1, 0.001, 100),
 }
 _TEXTS = ("title", "platform", "currency", "like")
 # What stands in for a cell that neither the device nor the one that it is like has. Each widens the range of a plan.
@@ -86,7 +90,7 @@ class Entry(NamedTuple):
             link=self.value("link_gb_s"),
             network=self.value("network_gb_s"),
             node=int(self.value("node")),
-            matmul=self.value("matmul") or 0.0,
+            **{share: self.value(share) or 0.0 for share in ("matmul", "grouped", "attention")},
         )
 
 
@@ -118,6 +122,35 @@ def read(*files: Path) -> Catalogue:
     currencies = {name: cell.value for name, cell in merged["currencies"].items()}
     entries = {name: _entry(name, merged["devices"], currencies) for name in merged["devices"]}
     return Catalogue(entries, currencies)
+
+
+def add(file: Path, source: Mapping[str, str], name: str, row: Mapping[str, Any]) -> None:
+    """Writes a device into a user's file, beside those that are there; one of the same name is replaced.
+
+    source: of its cells, text and date. row: texts, and the number of each cell. Comments in the file are lost.
+    """
+    found = _checked(_load(file), file) if file.is_file() else {}
+    found.setdefault("sources", {})[name] = dict(source)
+    found.setdefault("devices", {})[name] = {
+        key: value if isinstance(value, str) else [float(f"{value:.6g}"), name] for key, value in row.items()
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, _dumped(found).encode())
+    read(file)
+
+
+def _dumped(found: Mapping[str, Any]) -> str:
+    """A catalogue as TOML; texts, numbers, dates and lists of them are written alike in JSON."""
+    quoted = lambda value: json.dumps(value, ensure_ascii=False)
+    inline = lambda table: "{ " + ", ".join(f"{quoted(k)} = {quoted(v)}" for k, v in table.items()) + " }"
+    lines = []
+    for section in ("currencies", "sources"):
+        if table := found.get(section):
+            show = inline if section == "sources" else quoted
+            lines += [f"[{section}]", *(f"{quoted(name)} = {show(value)}" for name, value in table.items()), ""]
+    for name, row in found["devices"].items():
+        lines += [f"[devices.{quoted(name)}]", *(f"{key} = {quoted(value)}" for key, value in row.items()), ""]
+    return "\n".join(lines)
 
 
 def _load(file: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ K choices, V vocabulary, H query heads, h heads of keys and values, d channels o
 one expert), M devices of the expert axis, P parameters; b bytes of a number in the compute dtype.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -40,7 +41,15 @@ class Device(NamedTuple):
     link: float  # to the devices of its node, bytes per second in one direction
     network: float  # to other nodes, likewise
     node: int  # devices that links join
-    matmul: float = 0.0  # share of the peak that a large product reaches, where it was measured; 0: as assumed
+    # Shares of the peak where they were measured, 0 where not: of products, of those of experts, of attention.
+    matmul: float = 0.0
+    grouped: float = 0.0
+    attention: float = 0.0
+
+    @property
+    def nominal(self) -> float:
+        """The peak that utilization is told by: of bf16, or of what there is."""
+        return self.peak.get("bf16") or next(iter(self.peak.values()))
 
 
 class Layout(NamedTuple):
@@ -92,7 +101,9 @@ class Assumptions(NamedTuple):
     memory: float = 0.8  # share of the memory's bandwidth that reading and writing in order reaches
     attention: float = 0.5  # share of the peak of fused products of attention
     links: float = 0.8  # share of links and network that a collective reaches
-    imbalance: float = 1.3  # rows of the busiest device over the mean
+    # Rows of the busiest device over the mean, where experts are spread over devices. Five published pairs of one run
+    # with forced and with its own balance differ by 4 to 24%, 15% in the mean; experts are about 0.7 of such a step.
+    imbalance: float = 1.2
     hidden: float = 0.0  # share of the exchange of tokens that goes on beside computing
     # What is left on GPUs and NPUs of the sum of the parts, beside launches: waits, kernels that are not tuned, jitter.
     # The median over the published MoE runs of docs/planner.md; TPUs, whose programs are one kernel after the other in
@@ -192,6 +203,7 @@ def memory(config: Config, layout: Layout, platform: str) -> Memory:
 
     State: parameters are float32, and so are their gradients, each spread over the devices of `Layout.stored`; an
     optimizer's state is spread likewise (AdamW has two numbers for each parameter, Muon one for each of a matrix).
+    Where only that is spread, it has the float32 parameters too, and a device holds what it uses in the compute dtype.
 
     Activations: `kept_of_layer` for each token and layer; with a pipeline its first device keeps as many micro-batches
     as it has stages, each of 1 / pipeline of the layers: as much as one device would of one micro-batch.
@@ -211,25 +223,26 @@ def memory(config: Config, layout: Layout, platform: str) -> Memory:
     model, count, b = config.model, parameters(config.model), bytes_of_number(config.model)
     state = _state(model, config.optim)
     tokens = layout.sequences * config.data.sequence_length / layout.context
-    of_layers = sum(kept_of_layer(model, kind, layout, config.data.sequence_length) for kind in _blocks(model))
-    everything = [
-        kept_of_layer(model, kind, layout._replace(remat="none"), config.data.sequence_length)
-        for kind in set(_blocks(model))
-    ]
+    kept = lambda kind, layout: kept_of_layer(model, kind, layout, config.data.sequence_length)
+    of_layers = sum(times * kept(kind, layout) for kind, times in _kinds(model).items())
+    everything = [kept(kind, layout._replace(remat="none")) for kind in _kinds(model)]
     vocabulary = _vocabulary(config, layout, platform, tokens)
     whole = (count.layer - count.layer_experts) / layout.tensor + count.layer_experts / layout.expert / layout.tensor
     gathered = layout.fsdp * layout.expert * layout.context > 1
     weights = 2 * b * whole if gathered or b < FLOAT32 else 0.0
     layer = weights + tokens * max(everything) + rows(config, layout, platform, tokens)
     if platform == "cpu":
-        layer += tokens * 4 * b * max(2 * _hidden(model, kind) for kind in _blocks(model)) / layout.tensor
+        layer += tokens * 4 * b * max(2 * _hidden(model, kind) for kind in _kinds(model)) / layout.tensor
     copies = b * count.experts / layout.stored if platform == "tpu" and b < FLOAT32 else 0.0
     if platform == "tpu":
         vocabulary, layer = (vocabulary, 0.0) if vocabulary > layer else (0.0, layer)
+    if layout.gathered_once:
+        held = (count.total - count.experts + count.experts / layout.expert) / layout.tensor / layout.pipeline
+        of_state = (b * held, FLOAT32 * held, (state.parameters + state.optimizer) / layout.stored)
+    else:
+        of_state = tuple(size / layout.stored for size in state)
     return Memory(
-        state.parameters / layout.stored,
-        state.gradients / layout.stored,
-        state.optimizer / layout.stored,
+        *of_state,
         tokens * of_layers,
         vocabulary,
         layer,
@@ -237,9 +250,11 @@ def memory(config: Config, layout: Layout, platform: str) -> Memory:
     )
 
 
-def _blocks(model: Model) -> list[pattern.BlockKind]:
-    """Every block, those of multi-token prediction too."""
-    return [*pattern.layers(model), *[multi_token.kind(model)] * model.multi_token_prediction.depth]
+@functools.lru_cache(64)
+def _kinds(model: Model) -> Mapping[pattern.BlockKind, int]:
+    """How many blocks there are of each kind, those of multi-token prediction too."""
+    modules = [multi_token.kind(model)] * model.multi_token_prediction.depth
+    return collections.Counter([*pattern.layers(model), *modules])
 
 
 def kept_of_layer(model: Model, kind: pattern.BlockKind, layout: Layout, length: int) -> float:
@@ -349,8 +364,8 @@ def traffic(config: Config, layout: Layout, node: int) -> Traffic:
     """
     model, count, b = config.model, parameters(config.model), bytes_of_number(config.model)
     tokens = layout.sequences * config.data.sequence_length / layout.context
-    moe_layers = sum(kind.feed_forward == "moe" for kind in _blocks(model)) / layout.pipeline
-    layers = len(_blocks(model)) / layout.pipeline
+    moe_layers = sum(times for kind, times in _kinds(model).items() if kind.feed_forward == "moe") / layout.pipeline
+    layers = sum(_kinds(model).values()) / layout.pipeline
     directions = 5 if layout.remat == "full" else 4
     near, far = _rows_sent(model, layout, node)
     of_rows = directions * moe_layers * tokens * model.dim * b * layout.micro_batches
@@ -424,9 +439,10 @@ def forward_seconds(
     """Returns (products, reading and writing) of one micro-batch's forward pass on one device, by part.
 
     Of a product of N rows, I inputs and J outputs: 2 N I J FLOPs, and (N I + I J + N J) b bytes. Routed experts:
-    K N rows are spread over E / M experts of a device, each with its own matrices. Attention's products run at
-    `Assumptions.attention` of the peak and move queries, keys, values and output once. fp8 is for the projections and
-    experts, as DeepSeek-V3 has it (2412.19437 section 3.3): their inputs are written once more in one byte.
+    K N rows are spread over E / M experts of a device, each with its own matrices; the busiest device is waited for.
+    Attention's products run at `Assumptions.attention` of the peak and move queries, keys, values and output once.
+    fp8 is for the projections and experts, as DeepSeek-V3 has it (2412.19437 section 3.3): their inputs are written
+    once more in one byte.
 
     What only reads and writes, in numbers of a token and layer: two norms 4 D, two additions 6 D, rotation (and norm)
     of queries and keys 2 (4), gate and up to hidden 3 F for each feed-forward that it passes, rows to their order and
@@ -437,8 +453,8 @@ def forward_seconds(
     flops = flops_of_token(model, length)
     layers, moe = len(pattern.layers(model)), model.moe
     moe_layers = len(pattern.moe_layers(model))
-    low = precision if precision in device.peak else "bf16"
     high = "bf16" if "bf16" in device.peak else next(iter(device.peak))
+    low = precision if precision in device.peak else high
     share = 1 / layout.tensor / layout.pipeline
     stream = device.bandwidth * assumed.memory
     wide = 3 if low == "fp8" else 0  # an input is read in 2 bytes and written in 1
@@ -460,7 +476,10 @@ def forward_seconds(
             + layers * tokens * wide * (model.dim + queries) * share / stream,
         ),
         "attention products": (
-            flops["attention products"] * tokens * share / (device.peak[high] * assumed.attention),
+            flops["attention products"]
+            * tokens
+            * share
+            / (device.peak[high] * (device.attention or assumed.attention)),
             layers * tokens * (2 * queries + keys) * b * share / stream,
         ),
         "norms and residual": (0.0, layers * tokens * 10 * model.dim * b / layout.pipeline / stream),
@@ -485,12 +504,13 @@ def forward_seconds(
             more = count * tokens * (3 * hidden * b + wide * (model.dim + hidden)) * share / stream
             found[name] = (product(name, moved, narrow=min(hidden / layout.tensor, model.dim)), more)
     if moe_layers:
-        count = moe.num_experts_per_token * tokens * assumed.imbalance
+        uneven = assumed.imbalance if layout.expert > 1 else 1.0
+        count = moe.num_experts_per_token * tokens * uneven
         held = min(moe.num_experts / layout.expert, moe.num_experts_per_token * tokens * layout.expert)
         moved = moe_layers * b * (count * (2 * model.dim + 3 * moe.expert_dim) + held * 3 * model.dim * moe.expert_dim)
         work = product_seconds(
-            device,
-            flops["routed experts"] * tokens * assumed.imbalance * share,
+            device._replace(matmul=device.grouped or device.matmul),
+            flops["routed experts"] * tokens * uneven * share,
             moved * share,
             low,
             assumed,
@@ -564,8 +584,8 @@ def utilization(config: Config, layout: Layout, device: Device, seconds: float) 
     The convention of DeepSeek-V3, Megatron-Core and PaLM but for the causal count of attention (docs/planner.md).
     """
     tokens = layout.batch_size * config.data.sequence_length
-    peak = device.peak.get("bf16") or next(iter(device.peak.values()))
-    return tokens * train_flops(config.model, config.data.sequence_length) / (seconds * layout.devices * peak)
+    flops = tokens * train_flops(config.model, config.data.sequence_length)
+    return flops / (seconds * layout.devices * device.nominal)
 
 
 def tokens_per_second(config: Config, layout: Layout, seconds: float) -> float:

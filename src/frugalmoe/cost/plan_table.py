@@ -39,8 +39,8 @@ def _plan(ask: Ask, p: Plan, why: str | None) -> dict[str, Any]:
     both = lambda value: None if value is None else [value * p.low, value * p.high]
     speed = ask.tokens / p.hours / HOUR
     main = max(p.parts, key=lambda part: part.speed)
-    total = sum(part.count * part.device.peak["bf16"] for part in p.parts)
-    used = sum(part.fit.mfu * part.count * part.device.peak["bf16"] for part in p.parts)
+    total = sum(part.count * part.device.nominal for part in p.parts)
+    used = sum(part.fit.mfu * part.count * part.device.nominal for part in p.parts)
     return {
         "devices": {part.offer.entry.name: part.count for part in p.parts},
         "device_hours": p.device_hours,

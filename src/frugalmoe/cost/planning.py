@@ -20,6 +20,7 @@ from frugalmoe.errors import UserError
 from frugalmoe.schema import Config, Mesh
 
 DAYS = 90.0  # of a run without deadline on devices without a number: as many are taken as end it in that time
+WAITS = 0.3  # share of a step from which on it is worth a try to share heads among devices
 LARGEST = 2**17  # devices that a search goes up to
 STORE = 1.25e9  # bytes per second between an island and the store where islands meet: a line of 10 Gb/s
 # The factors by which time may be less or more, and what of the model they stand for: docs/planner.md.
@@ -112,6 +113,8 @@ class Found(NamedTuple):
 
 # Layouts.
 
+Layouts = Callable[[Config, int, int], Iterator[Layout]]  # (config, devices, devices of a node)
+
 
 def layouts(config: Config, devices: int, node: int) -> Iterator[Layout]:
     """Yields layouts of so many devices that the config may be trained with: those of `schema.Mesh`, all policies.
@@ -121,8 +124,8 @@ def layouts(config: Config, devices: int, node: int) -> Iterator[Layout]:
     """
     model, batch = config.model, config.train.batch_size
     powers = lambda most: [1 << i for i in range(most.bit_length()) if 1 << i <= most]
-    for expert in powers(math.gcd(devices, model.moe.num_experts) if model.moe.num_experts else 1):
-        for tensor in powers(min(node, 8)):
+    for tensor in powers(min(node, 8)):
+        for expert in powers(math.gcd(devices, model.moe.num_experts) if model.moe.num_experts else 1):
             if devices % (expert * tensor):
                 continue
             rest = devices // (expert * tensor)
@@ -152,12 +155,41 @@ def _valid(model, mesh: Mesh, shards: int, length: int) -> bool:
     return True
 
 
-def fit(ask: Ask, device: Device, devices: int) -> Fit | None:
-    """Returns the fastest layout of so many devices that fits; None where none does."""
+def with_pipelines(config: Config, devices: int, node: int) -> Iterator[Layout]:
+    """Yields layouts of codebases that have pipelines, as Megatron-Core's, to compare their runs with: not ours.
+
+    The optimizer's state alone is spread over the devices that split a batch; a pipeline has up to 16 stages, each in
+    up to 8 pieces; a token's rows go once to each node.
+    """
+    model, batch = config.model, config.train.batch_size
+    few = lambda most: [1 << i for i in range(4) if 1 << i <= most]
+    for pipeline, tensor in itertools.product((1, 2, 4, 8, 16), few(min(8, node, model.num_kv_heads))):
+        rest, left = divmod(devices, pipeline * tensor)
+        if left or pipeline > model.num_layers or rest > batch:
+            continue
+        most = math.gcd(rest, model.moe.num_experts) if formulas.pattern.has_experts(model) else 1
+        for expert in (1 << i for i in range(most.bit_length()) if most % (1 << i) == 0):
+            for virtual, sequences, remat in itertools.product(
+                few(model.num_layers // pipeline), (1, 2, 4), ("none", "full")
+            ):
+                micro = round(batch / (sequences * rest))
+                if micro >= pipeline and (virtual == 1 or pipeline > 1):
+                    sizes = {"fsdp": rest // expert, "expert": expert, "tensor": tensor, "pipeline": pipeline}
+                    yield Layout(
+                        **sizes, sequences=sequences, micro_batches=micro, remat=remat, virtual=virtual,
+                        node_limit=devices, gathered_once=True,
+                    )  # fmt: skip
+
+
+def fit(ask: Ask, device: Device, devices: int, layouts: Layouts = layouts, waits: float = WAITS) -> Fit | None:
+    """Returns the fastest layout of so many devices that fits; None where none does.
+
+    More devices share heads only where nothing fits without, or where a share `waits` of a step goes into exchange.
+    """
     best: Fit | None = None
     for layout in layouts(ask.config, devices, device.node):
-        if best and layout.tensor > 1 and best.layout.tensor < layout.tensor and best.layout.tensor == 1:
-            continue  # heads are shared only where nothing fits without
+        if best and layout.tensor > best.layout.tensor and best.times.exchange < waits * best.times.total:
+            continue
         needed = formulas.memory(ask.config, layout, device.platform)
         if needed.total > device.memory:
             continue

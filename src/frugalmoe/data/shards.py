@@ -15,14 +15,14 @@ import io
 import os
 import re
 import struct
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from frugalmoe import npz
 from frugalmoe.data.cache import digest
 from frugalmoe.data.chat import Rendered
 from frugalmoe.data.end_of_text import read_object
@@ -30,6 +30,7 @@ from frugalmoe.data.quarantine import Quarantine
 from frugalmoe.data.tokenizer import Tokenizer, load_from
 from frugalmoe.errors import UserError
 from frugalmoe.files import write_atomically, write_json
+from frugalmoe.shapes import NAMES, misshapen
 
 FORMAT = 2
 PIECE_TOKENS = 2048  # documents are stored in pieces, so that a row of a long one does not read all of it
@@ -46,16 +47,16 @@ COLUMNS = {
     "check": np.uint64,  # hash of the stored record
 }
 _NUMBERS = {"documents": int, "tokens": int, "bytes": int}
-_MANIFEST = {  # what must be in one, and of what type; "*" stands for every key
+_MANIFEST = {  # what must be in one
     "key": str,
     "data": str,
     "tokenizer": {"spec": str, "fingerprint": str},
     "validation_fraction": float,
     "sources": [{"name": str, "weight": float}],
     "domains": [str],
-    "counts": {"*": {"train": _NUMBERS, "validation": _NUMBERS}},
+    "counts": {NAMES: {"train": _NUMBERS, "validation": _NUMBERS}},
     "notes": [str],
-    "shards": {"*": {"bytes": int, "index": str}},
+    "shards": {NAMES: {"bytes": int, "index": str}},
 }
 HEADER = struct.Struct("<IIHH")  # domain, offset of the first token in the document, bytes of the id, odd sizes
 GIVEN = 1 << 31  # added to the size of a token that is not to be predicted
@@ -176,9 +177,9 @@ def read_index(path: Path, sha256: str = "") -> dict[str, np.ndarray]:
         content = path.read_bytes()
         if sha256 and hashlib.sha256(content).hexdigest() != sha256:
             raise ValueError("its hash is not the manifest's")
-        with np.load(io.BytesIO(content)) as index:
-            return {name: index[name] for name in COLUMNS}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        index = npz.read_from(io.BytesIO(content), len(content))
+        return {name: index[name] for name in COLUMNS}
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: damaged ({error}); {AGAIN}") from error
 
 
@@ -210,8 +211,10 @@ def read_manifest(directory: Path, with_shards: bool = True) -> dict[str, Any]:
         raise UserError(f"{path}: prepared in {found}, need {FORMAT}; {AGAIN}")
     if digest({name: value for name, value in manifest.items() if name != "digest"}) != manifest.get("digest"):
         raise UserError(f"{path}: changed after it was written; {AGAIN}")
-    if wrong := next(_misshapen(manifest, _MANIFEST), None):
+    if wrong := next(misshapen(manifest, _MANIFEST), None):
         raise UserError(f"{path}: damaged at {wrong}; {AGAIN}")
+    if not manifest["shards"]:
+        raise UserError(f"{path}: damaged: names no shard; {AGAIN}")
     for name, shard in manifest["shards"].items():
         if not re.fullmatch(r"shard-\d{5,}", name):
             raise UserError(f"{path}: {name!r} is no name of a shard, as in shard-00000; {AGAIN}")
@@ -222,21 +225,6 @@ def read_manifest(directory: Path, with_shards: bool = True) -> dict[str, Any]:
                 state = f"has {file.stat().st_size} bytes, not {size}" if file.is_file() else "is missing"
                 raise UserError(f"{file}: {state}; {AGAIN}")
     return manifest
-
-
-def _misshapen(value: Any, wanted: Any, at: str = "") -> Iterator[str]:
-    """Yields the places where a value from JSON lacks the keys or types that it must have."""
-    if isinstance(wanted, type):
-        if type(value) is not wanted:
-            yield at
-    elif type(value) is not type(wanted):
-        yield at
-    elif isinstance(wanted, list):
-        for number, item in enumerate(value):
-            yield from _misshapen(item, wanted[0], f"{at}[{number}]")
-    else:
-        for name in value if "*" in wanted else wanted:
-            yield from _misshapen(value.get(name), wanted.get(name, wanted.get("*")), f"{at}.{name}".lstrip("."))
 
 
 def _reader(path: Path) -> ArrayRecordReader:

@@ -9,7 +9,8 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -146,7 +147,8 @@ class JsonTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        with self._of_library("a text cannot be encoded"):
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def document(self, text: str) -> Encoded:
@@ -155,7 +157,8 @@ class JsonTokenizer:
         If the tokens' own bytes join to the text, these are counted. Otherwise a token stands for the text from the end
         of the token before it to its own end, and end-of-text for what no token stands for.
         """
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        with self._of_library("a text cannot be encoded"):
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
         tokens = np.array([*encoding.ids, self.eos], np.int32)
         if self.eos in encoding.ids:
             rule = "it must be no piece that a text can hold; name another"
@@ -171,7 +174,8 @@ class JsonTokenizer:
         return Encoded(tokens, sizes, self.decode(encoding.ids) == text)
 
     def encode_chat(self, rendered: Rendered) -> Chat:
-        encoding = self._with_specials.encode(rendered.text, add_special_tokens=False)
+        with self._of_library("a conversation cannot be encoded"):
+            encoding = self._with_specials.encode(rendered.text, add_special_tokens=False)
         answers = np.zeros(len(encoding.ids), bool)
         first_last = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         for begin, end in rendered.answers:
@@ -188,7 +192,16 @@ class JsonTokenizer:
         return copy
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        with self._of_library("tokens cannot be decoded"):
+            return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    @contextmanager
+    def _of_library(self, what: str) -> Iterator[None]:
+        """One line for what only a text shows to be wrong with a vocabulary."""
+        try:
+            yield
+        except Exception as error:  # the library raises a bare Exception
+            raise UserError(f"{self._where}: {what} ({str(error).partition(chr(10))[0]})") from error
 
     def save_into(self, directory: str | Path) -> None:
         write_atomically(Path(directory) / "tokenizer.json", self._text.encode())

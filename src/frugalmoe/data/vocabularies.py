@@ -175,7 +175,10 @@ def _of_ranks(ranks: Mapping[bytes, int], pattern: str, specials: Mapping[str, i
 
 
 def _gpt2(vocabulary: Mapping[str, int], file: Path, where: str) -> dict[str, Any]:
-    lines = file.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: cannot read {str(file)!r} ({error})") from error
     pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     if missing := [character for character in byte_alphabet() if character not in vocabulary]:
         raise UserError(

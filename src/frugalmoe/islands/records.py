@@ -17,7 +17,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from frugalmoe.errors import UserError
+from frugalmoe.errors import UserError, printable
 from frugalmoe.files import check_name
 from frugalmoe.schema import FrozenDict
 
@@ -29,6 +29,9 @@ Record = dataclasses.dataclass(frozen=True, kw_only=True)
 
 class Damaged(ValueError):
     """A file of the directory that is none of ours: the message is one line."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message)[:1000])
 
 
 @Record

@@ -95,6 +95,7 @@ def drive(
         run.show(shown)
         for line in advice(config):
             run.say(line)
+        run.stop_where_not_finite()  # an island then takes the outer state
         # An island saves at the end of a round, whose place in the directory it knows when it goes on.
         steps = Steps([run], lambda: held.enter_context(distributed.stop_requests()), shown, saves=False)
         local, timed = RunLocal(run, steps), bool(config.islands.round_seconds)

@@ -191,6 +191,7 @@ def drive(runs: Sequence[Run], progress: Callable[[Config, int], Any], sample: A
     began, config = time.perf_counter(), run.config
     store = open_store(f"memory://virtual-{secrets.token_hex(8)}")
     rules, seconds = _all_at_once(rules_of(config)), speeds(config)
+    run.stop_where_not_finite()  # an island then takes the outer state
     with ExitStack() as held:
         shown = held.enter_context(progress(config, 0))
         run.show(shown)

@@ -16,7 +16,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from frugalmoe.errors import UserError
 from frugalmoe.schema import Checkpoint
-from frugalmoe.train import checksums, distributed, saved
+from frugalmoe.train import checksums, distributed, guard, saved
+from frugalmoe.train.guard import Guard
 from frugalmoe.train.saved import Damaged, Skipped
 from frugalmoe.train.saved import saved_steps as saved_steps
 from frugalmoe.train.step import State, finite
@@ -178,8 +179,9 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: State, items: t
     wanted = {k: v for k, v in _nonempty(abstract).items() if k in items}
     today = _renamed_in(manager, step, _last_names(wanted))
     _check_same_model(manager, step, wanted, today)
-    if "step" in wanted and "position" not in manager.item_metadata(step)["step"]:  # of before there were two clocks
-        del wanted["step"]["position"]
+    if "step" in wanted:  # of before there were two clocks, or a guard
+        there = manager.item_metadata(step)["step"]
+        wanted["step"] = {name: value for name, value in wanted["step"].items() if name in there}
     as_saved = _renamed(wanted, {new: old for old, new in today.items()})
     restored = manager.restore(
         step, args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in as_saved.items()})
@@ -189,6 +191,9 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: State, items: t
     clocks = values.pop("step", {})
     if clocks and "position" not in clocks:
         clocks["position"] = jnp.copy(clocks["step"])  # an array of its own: the step donates both
+    if clocks and abstract.guard:
+        found = clocks.get("guard")
+        clocks["guard"] = Guard(**found) if found else jax.jit(lambda: _typed(guard.fresh(), abstract.guard))()
     return abstract._replace(**values, **clocks)
 
 
@@ -208,13 +213,13 @@ def restore_whole(manager: ocp.CheckpointManager, step: int, abstract: State, it
 
 
 def restore_newest(
-    manager: ocp.CheckpointManager, abstract: State, items: tuple[str, ...] = _ITEMS
+    manager: ocp.CheckpointManager, abstract: State, items: tuple[str, ...] = _ITEMS, until: int | None = None
 ) -> tuple[State | None, int | None, list[Skipped]]:
     """Returns (the newest saved state that is whole and finite, its step, what was passed over); None, None where there
-    is none.
+    is none. until: the last step that is looked at.
     """
     workdir, skipped = Path(manager.directory).parent, []
-    there = lambda: _agreed(lambda: saved.entries(workdir))
+    there = lambda: [step for step in _agreed(lambda: saved.entries(workdir)) if until is None or step <= until]
     while left := [step for step in there() if step not in {each.step for each in skipped}]:
         try:
             return restore_whole(manager, left[-1], abstract, items), left[-1], skipped
@@ -293,18 +298,32 @@ def not_finite(workdir: Path, step: int) -> str:
     time is in memory; no config is needed.
     """
     try:
-        with reading(workdir, step), open_manager(workdir, Checkpoint()) as manager:
-            for item, tree in manager.item_metadata(step).items():
-                target = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree, is_leaf=_is_array)
-                with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                    args = ocp.args.PyTreeRestore(restore_args=target)
-                    arrays = reader.restore(saved.place(workdir.absolute(), step) / item, args=args)
-                for names, leaf in _named(arrays, {}):
-                    if not np.all(np.isfinite(np.asarray(leaf))):
-                        return f"{item}/{_joined(names)}: not finite"
+        for name, array in _values(workdir, step):
+            if not np.all(np.isfinite(array)):
+                return f"{name}: not finite"
     except Damaged as damaged:
         return damaged.why
     return ""
+
+
+def values_digest(workdir: Path, step: int) -> str:
+    """Returns the SHA-256 of names, types, shapes and bits of a checkpoint's arrays, however its files hold them."""
+    total = hashlib.sha256()
+    for name, array in sorted(_values(workdir, step), key=lambda named: named[0]):
+        total.update(f"{name} {array.dtype} {array.shape}\n".encode() + np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()
+
+
+def _values(workdir: Path, step: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (item/path, array) of a checkpoint, an item at a time. Raises `Damaged` for one that cannot be read."""
+    with reading(workdir, step), open_manager(workdir, Checkpoint()) as manager:
+        for item, tree in manager.item_metadata(step).items():
+            target = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree, is_leaf=_is_array)
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                args = ocp.args.PyTreeRestore(restore_args=target)
+                arrays = reader.restore(saved.place(workdir.absolute(), step) / item, args=args)
+            for names, leaf in _named(arrays, {}):
+                yield f"{item}/{_joined(names)}", np.asarray(leaf)
 
 
 def _typed(values: Any, like: Any) -> Any:
@@ -315,8 +334,11 @@ def _typed(values: Any, like: Any) -> Any:
 
 
 def _nonempty(state: State) -> dict:
-    """The items to save; Orbax wants trees, not a bare scalar, and no empty ones. Both clocks are one item."""
-    items = state._asdict() | {"step": {"step": state.step, "position": state.position}}
+    """The items to save; Orbax wants trees, not a bare scalar, and no empty ones. Both clocks are one item, with what
+    the guard remembers.
+    """
+    remembered = {"guard": state.guard._asdict()} if state.guard else {}
+    items = state._asdict() | {"step": {"step": state.step, "position": state.position} | remembered}
     return {k: items[k] for k in _ITEMS if jax.tree.leaves(items[k])}
 
 
@@ -360,16 +382,19 @@ def _check_same_model(manager: ocp.CheckpointManager, step: int, wanted: dict, t
         ours = _shapes(wanted[item], {})
         theirs = _shapes(saved[item], today) if saved.get(item) is not None else {}
         for name in sorted(ours.keys() | theirs.keys()):
-            if ours.get(name) != theirs.get(name):
+            (shape, dtype), (own_shape, own_dtype) = (found.get(name, ("none", None)) for found in (theirs, ours))
+            what, there, here = ("dtype", dtype, own_dtype) if shape == own_shape else ("shape", shape, own_shape)
+            if there != here:  # Orbax would make one dtype another in silence
                 raise UserError(
-                    f"{manager.directory}/{step}: checkpoint of {another[item]}: {item}{name} has shape "
-                    f"{theirs.get(name, 'none')} there and {ours.get(name, 'none')} in this config"
+                    f"{manager.directory}/{step}: checkpoint of {another[item]}: {item}{name} has {what} "
+                    f"{there} there and {here} in this config"
                 )
 
 
-def _shapes(tree: object, today: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """In the names of today."""
-    return {"".join(f"[{name!r}]" for name in names): tuple(leaf.shape) for names, leaf in _named(tree, today)}
+def _shapes(tree: object, today: Mapping[str, str]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shapes and dtypes, in the names of today."""
+    found = ((names, (tuple(leaf.shape), str(np.dtype(leaf.dtype)))) for names, leaf in _named(tree, today))
+    return {"".join(f"[{name!r}]" for name in names): known for names, known in found}
 
 
 def _named(tree: object, today: Mapping[str, str]) -> Iterator[tuple[list, Any]]:

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from frugalmoe.errors import UserError
+
 NAME = "checksums.json"
 _THREADS = min(8, os.cpu_count() or 1)  # hashing lets other threads run
 
@@ -24,7 +26,7 @@ class Fault(NamedTuple):
     what: str  # missing | cut off | changed | cannot be read (...)
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.what}"
+        return str(UserError(f"{self.file}: {self.what}"))  # names may be anybody's
 
 
 def write(step: Path) -> None:
@@ -85,6 +87,8 @@ def _read(path: Path) -> Mapping[str, tuple[int, str]]:
         files = {name: (size, digest) for name, (size, digest) in json.loads(content)["files"].items()}
     except (AttributeError, KeyError, TypeError, RecursionError) as e:
         raise ValueError("another form") from e
+    if not all(type(size) is int and type(digest) is str for size, digest in files.values()):
+        raise ValueError("another form")
     if _content(files) != content or not all(map(_is_inside, files)):
         raise ValueError("another content")
     return files

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,10 +26,11 @@ from frugalmoe.model.causality import causality
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing import strategies
-from frugalmoe.train import best, checkpoint, distributed, ledger, rundir, saved, watch
+from frugalmoe.train import best, checkpoint, distributed, ledger, rundir, saved, troubles, watch
 from frugalmoe.train import origin as origins
 from frugalmoe.train.evaluate import Scores, evaluate, write_probe
 from frugalmoe.train.events import Events
+from frugalmoe.train.guard import NotFinite
 from frugalmoe.train.ledger import Ledger
 from frugalmoe.train.objective import StepReport, knobs
 from frugalmoe.train.origin import Origin
@@ -40,13 +41,10 @@ from frugalmoe.train.progress import Progress
 from frugalmoe.train.saving import Saves
 from frugalmoe.train.step import State, abstract, init
 from frugalmoe.train.trackers import Trackers
+from frugalmoe.train.troubles import Queue, Tried
 from frugalmoe.train.weights import Weights
 
 Sampler = Callable[[Config, Weights, Tokenizer], dict[str, str]]
-
-
-class NotFinite(UserError):
-    """A loss, a gradient or the state after a step is not finite; nothing of it is saved."""
 
 
 def train(
@@ -170,6 +168,8 @@ def _describe(run: "Run", config: Config, origin: Mapping[str, Any] | None) -> N
     (workdir / "tokenizer").mkdir(exist_ok=True)
     data.tokenizer.save_into(workdir / "tokenizer")
     rundir.describe_data(workdir, data)
+    if run.start:
+        run.notes += rundir.other_environment(workdir, run.config)
     rundir.describe(workdir, config, run.config, run.start, origin)  # last: it marks the directory as a run
 
 
@@ -201,8 +201,9 @@ def _loop(runs: Sequence["Run"], stop_requests: Callable[[], Callable[[int], boo
 class Steps:
     """Trains runs, which stand at one step, up to some step, and then up to another.
 
-    stop_requests: gives `stop(step)`, once the first step is under way, which compiles. Until then there is nothing to
-    save, and a signal ends the process. saves: whether checkpoint.every_steps says when states are saved.
+    stop_requests: gives `stop(steps that were begun)`, once the first step is under way, which compiles. Until then
+    there is nothing to save, and a signal ends the process. saves: whether checkpoint.every_steps says when states are
+    saved.
     """
 
     def __init__(
@@ -210,13 +211,14 @@ class Steps:
     ):
         self.runs, self.shown, self.step, self._saves = runs, shown, runs[0].step, saves
         self.program, self.stopped = Program(runs), False
+        self.launched = 0  # steps that were begun, those of skipped updates too
         self._stop_requests, self._stop = stop_requests, None
-        self._pending: tuple[int, StepReport] | None = None
+        self._pending: _Pending | None = None
         self._clock = _Clock()
 
     def stop_requested(self) -> bool:
         """Whether a signal asks to stop after the steps that were made."""
-        self.stopped = self.stopped or bool(self._stop and self._stop(self.step))
+        self.stopped = self.stopped or bool(self._stop and self._stop(self.launched))
         return self.stopped
 
     def until(self, end: int, enough: Callable[[], bool] = lambda: False) -> None:
@@ -226,22 +228,27 @@ class Steps:
 
     def _until(self, end: int, enough: Callable[[], bool]) -> None:
         config = self.runs[0].config
-        while self.step < end and not self.stop_requested() and not enough():
+        while not self._is_at(end) and not self.stop_requested() and not enough():
             watch.doing(watch.BATCH, self.step + 1)
+            before = self.runs[0].queue.tried
             try:
                 with distributed.while_waiting(self._stop):
                     batch = self._next_batch()
             except distributed.StopNow:
+                self.runs[0].queue.put_back(before)
                 self.stopped = True
                 break
+            tried = self.runs[0].queue.tried
             # Another process may still compile when this one waits for the first step.
             watch.doing(watch.COMPILE if self._clock.last is None else watch.STEP, self.step + 1)
             with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=self.step):
-                report = self.program.step(batch)
+                report = self.program.step(batch, tried.again)
+            self.launched += 1
             self._stop = self._stop or self._stop_requests()
-            self._log_pending()
+            if self._log_pending():  # the run went back, and this step was made from what it left
+                continue
             self.step += 1
-            self._pending = (self.step, report)
+            self._pending = _Pending(self.step, tried, report)
             if self.step < config.train.steps:
                 self._pause(config.train.eval_every, config.checkpoint.every_steps if self._saves else 0)
         self._log_pending()
@@ -251,9 +258,15 @@ class Steps:
     def _next_batch(self) -> Batch:
         with ledger.phase(self.runs, "data"):
             batch = self.program.next_batch()
-            if self._pending is not None and not self._pending[1].tokens.is_ready():
+            if self._pending is not None and not self._pending.report.tokens.is_ready():
                 ledger.hidden(self.runs)
             return batch
+
+    def _is_at(self, end: int) -> bool:
+        """Whether step `end` is reached: the last update may have been skipped."""
+        if self.step >= end:
+            self._log_pending()
+        return self.step >= end
 
     def take(self, states: Sequence[State], step: int) -> None:
         """Goes on with other states of the runs, at another step."""
@@ -268,15 +281,16 @@ class Steps:
         with self._clock.paused(), ledger.phase(self.runs, "idle"):
             yield
 
-    def _log_pending(self) -> None:
-        """Reads the report of the step before, which waits for it."""
+    def _log_pending(self) -> bool:
+        """Reads the report of the step before, which waits for it; returns whether the run went back for it."""
         if self._pending is None:
-            return
-        logged, report = self._pending
-        self._pending = None
+            return False
+        (logged, tried, report), self._pending = self._pending, None
         reports = self.program.of_each_run(jax.device_get(report))
         seconds = self._clock.tick()
         watch.stepped(seconds)
+        if any(own.verdict.skipped for own in reports):
+            return self._skipped(logged, tried, reports)
         for run, own in zip(self.runs, reports):
             run.check(logged, own)
         loss, tokens = float(reports[0].metrics["loss/ce"]), sum(float(own.tokens) for own in reports)
@@ -284,13 +298,46 @@ class Steps:
         for run, own in zip(self.runs, reports):
             run.log(logged, own, seconds / len(self.runs))
             run.ledger.stepped(logged)
+        if tried.again:
+            self.runs[0].tell("retried", f"the batch at position {tried.position} was taken", logged)
+        return False
+
+    def _skipped(self, logged: int, tried: Tried, reports: Sequence[StepReport]) -> bool:
+        """Keeps a batch whose update was skipped; returns whether the run went back."""
+        run, report = self.runs[0], reports[0]
+        if len(self.runs) > 1:
+            names = [run.config.name for run, own in zip(self.runs, reports) if own.verdict.skipped]
+            rule = "runs that are trained as one program cannot wait for one another, so each is to be trained alone"
+            raise NotFinite(f"{', '.join(names)}: the update after step {logged - 1} is to be skipped; {rule}")
+        self.step = logged - 1
+        run.step = logged - 1
+        troubles.skip(run, tried, report)
+        if not report.verdict.roll_back:
+            return False
+        watch.doing(None)
+        with self._clock.paused():
+            state = troubles.roll_back(run, report, self._let_go)
+            if state is not None:
+                run.go_on_after(state)
+                self.take([state], int(state.step))
+        return state is not None
+
+    def _let_go(self) -> None:
+        """Gives the memory of the states free, for others that are read."""
+        self.program.state = None
+        for run in self.runs:
+            run.state = None
 
     def _pause(self, eval_every: int, save_every: int) -> None:
         """Evaluates and saves where it is time to; 0: never."""
-        evaluate, save = (bool(every) and self.step % every == 0 for every in (eval_every, save_every))
-        if not (evaluate or save):
+        due = lambda: [bool(every) and self.step % every == 0 for every in (eval_every, save_every)]
+        if not any(due()):
             return
+        at = self.step
         self._log_pending()  # waits for the step, so that its time does not count as the pause's
+        if self.step != at:  # its update was skipped
+            return
+        evaluate, save = due()
         with self._clock.paused():
             self.program.settle(self.step)
             for run in self.runs:
@@ -300,6 +347,14 @@ class Steps:
                 if save:
                     with ledger.phase(self.runs, "checkpoint"):
                         run.save()
+
+
+class _Pending(NamedTuple):
+    """A step whose report was not read yet."""
+
+    step: int  # after it, unless its update is skipped
+    tried: Tried
+    report: StepReport
 
 
 class Run:
@@ -326,21 +381,18 @@ class Run:
         self.state = self._restored() or begun or init(config)
         self.saves = Saves(workdir, config.checkpoint, self.kept, self.tell)
         self.start = self.step = int(self.state.step)
-        self.best = self._best_before()
-        self.kept |= {self.best.step} if self.best else set()
+        self.best = self._best_before(self.start)
         self.knobs = jax.tree.map(lambda number: sharding.put(mesh, number, ""), knobs(config))
-        main = distributed.is_main()
-        log = lambda name: rundir.Log(workdir / name if main else Path(os.devnull), self.start)
-        self.metrics_log, self.load_log = log("metrics.jsonl"), log("expert_load.jsonl")
+        self._logs: tuple[Any, ...] = ()
         self.saves.logs = lambda: (self.metrics_log, self.load_log)
-        self.trackers = Trackers(config, workdir, self.start, quiet=not main)
+        self._open_logs(self.start)
         self.eval_step = compiled_eval_step(config)
         data.quarantine.begin(workdir / quarantine.FILE)
-        self.batches = data.train_batches(int(self.state.position), own_rows(mesh, config))
+        self._read_from(self.state)
         self.tokens_per_second: list[float] = []
         # Slots of tokens that named each expert, in all steps of this start.
         self.counts_LE = np.zeros((len(self.trained_layers), model.moe.num_experts), np.int64)
-        self.ledger.attach(workdir, self.start, quiet=not main)
+        self.ledger.attach(workdir, self.start, quiet=not distributed.is_main())
 
     @property
     def manager(self) -> Any:
@@ -351,6 +403,8 @@ class Run:
         """Returns the newest saved state that is whole and finite; the checkpoints that are not are moved aside."""
         with checkpoint.open_manager(self.workdir, self.config.checkpoint) as reader:
             state, step, skipped = checkpoint.restore_newest(reader, abstract(self.config))
+            if state is not None:
+                state, step, skipped = troubles.finished(self, reader, state, skipped)
         if skipped and state is None:
             rule = "so there is nothing to continue; --fresh starts over"
             raise NotFinite(f"{saved.damaged(self.workdir, *skipped)}, {rule}")
@@ -360,11 +414,21 @@ class Run:
                     self.tell("checkpoint", line, step or 0)
         return state
 
-    def _best_before(self) -> best.Best | None:
-        """The best checkpoint of the starts before this one."""
+    def _open_logs(self, step: int) -> None:
+        """Opens the logs to go on after a step, and closes those that are open."""
+        main = distributed.is_main()
+        for log in self._logs:
+            log.close()
+        log = lambda name: rundir.Log(self.workdir / name if main else Path(os.devnull), step)
+        self.metrics_log, self.load_log = log("metrics.jsonl"), log("expert_load.jsonl")
+        self.trackers = Trackers(self.config, self.workdir, step, quiet=not main)
+        self._logs = (self.metrics_log, self.load_log, self.trackers)
+
+    def _best_before(self, step: int) -> best.Best | None:
+        """The best checkpoint up to a step."""
         if not self.config.checkpoint.keep_best:
             return None
-        steps = {step for step in self.manager.all_steps() if step <= self.start}
+        steps = {each for each in self.manager.all_steps() if each <= step}
         return best.find(self.workdir, self.config.checkpoint.keep_best, steps)
 
     def _keep_best(self, scores: Mapping[str, float]) -> None:
@@ -374,8 +438,6 @@ class Run:
             return
         if self.save() and self.saves.settled(self.step):
             self.best = best.Best(self.step, scores[metric])
-            self.kept.clear()
-            self.kept.add(self.step)
 
     def show(self, shown: Any) -> None:
         """Says on `shown` what there is to say, now and from here on."""
@@ -398,9 +460,12 @@ class Run:
             raise NotFinite(self._broken(f"{', '.join(broken)} at step {step}"))
 
     def _broken(self, what: str) -> str:
+        return f"{what}: not finite; {self.what_to_do()}"
+
+    def what_to_do(self) -> str:
         saved = self.manager.latest_step()
         last = "nothing is saved yet" if saved is None else f"the last checkpoint is {saved}"
-        return f"{what}: not finite; {last}; lower optim.learning_rate={self.config.optim.learning_rate}"
+        return f"{last}; lower optim.learning_rate={self.config.optim.learning_rate}"
 
     def finish(
         self, stopped: bool, seconds: float, sample: Sampler | None, more: Mapping[str, Any] = {}
@@ -408,6 +473,9 @@ class Run:
         """Saves the state; unless stopped, evaluates, and samples if asked to. Returns the summary, which a complete
         run also writes, with `more` in it.
         """
+        if self.queue.waiting and not stopped:
+            waiting = ", ".join(map(str, self.queue.waiting))
+            self.tell("left", f"the batches at positions {waiting} did not come again")
         trace: list = []
         with self.ledger.phase("evaluation"):
             scores = None if stopped else self._finish(trace)
@@ -429,7 +497,7 @@ class Run:
 
     def close(self) -> None:
         self.ledger.died(self.step)
-        for part in (self.metrics_log, self.load_log, self.trackers, self.saves):
+        for part in (*self._logs, self.saves):
             part.close()
 
     def evaluate(self) -> None:
@@ -454,9 +522,13 @@ class Run:
         watch.doing(watch.SAVE, self.step)
         if not checkpoint.is_finite(self.state):
             raise NotFinite(self._broken(f"the state after step {self.step}"))
+        self.kept.clear()
+        self.kept |= {self.best.step} if self.best else set()
+        self.kept |= troubles.before_trouble(self.state, self.manager.all_steps())
+        state = self.queue.written_into(self.state, self.mesh)
         try:
             with self.ledger.phase("checkpoint"):
-                return self.saves.last(self.step, self.state) if last else self.saves.save(self.step, self.state, must)
+                return self.saves.last(self.step, state) if last else self.saves.save(self.step, state, must)
         finally:
             self.ledger.write(self.step)
             watch.doing(None)
@@ -469,12 +541,37 @@ class Run:
         """
         check_integer("position", position, least=0)
         self.state = self.state._replace(position=sharding.put(self.mesh, np.int32(position), ""))
-        self.batches = self.data.train_batches(position, own_rows(self.mesh, self.config))
+        self._read_from(self.state)
+
+    def _read_from(self, state: State) -> None:
+        """Goes on with the batch at a state's position, and with those that wait in it."""
+        self.queue = Queue(state, self.config.guard.retry_after)
+        self.batches = self.data.train_batches(self.queue.position, own_rows(self.mesh, self.config))
 
     def next_batch(self) -> Batch:
-        """Returns the next batch on the host: A micro-batches [A, B / A, T], of which this process has its own rows."""
+        """Returns the next batch on the host: A micro-batches [A, B / A, T], of which this process has its own rows.
+
+        One that was skipped comes again after `guard.retry_after` others.
+        """
+        tried = self.queue.next()
+        batch = self.data.batch(tried.position, own_rows(self.mesh, self.config)) if tried.again else next(self.batches)
         a = self.config.train.accumulate_steps
-        return Batch(*(x.reshape(a, x.shape[0] // a, *x.shape[1:]) for x in next(self.batches)))
+        return Batch(*(x.reshape(a, x.shape[0] // a, *x.shape[1:]) for x in batch))
+
+    def stop_where_not_finite(self) -> None:
+        """Makes a value that is not finite raise `NotFinite`: nothing is skipped, as where others decide what then is
+        to be done.
+        """
+        none = sharding.put(self.mesh, np.bool_(False), "")
+        self.knobs = self.knobs._replace(limits=self.knobs.limits._replace(skips=none))
+
+    def go_on_after(self, state: State) -> None:
+        """Goes on, in the logs and in the data, from a state that the run went back to."""
+        step = int(state.step)
+        self._open_logs(step)
+        self.best = self._best_before(step)
+        self._read_from(state)
+        self.ledger.write(step, back_to=step)
 
     def log(self, step: int, report: StepReport, seconds: float) -> None:
         """Logs the host's copy of a step's report; `seconds` is 0 for a step without a time."""

@@ -27,7 +27,8 @@ from frugalmoe.model.transformer import Output, Transformer, structure
 from frugalmoe.routing import losses as aux_losses
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing.contract import Loss
-from frugalmoe.schema import Config, FrozenDict
+from frugalmoe.schema import Config, FrozenDict, Guard
+from frugalmoe.train import guard
 
 
 class Knobs(NamedTuple):
@@ -37,11 +38,14 @@ class Knobs(NamedTuple):
 
     seed: Array  # uint32 []
     losses: Mapping[str, Array]  # float32 []: coefficient of each auxiliary loss
+    limits: guard.Limits
+    taken: Array  # int32 []: batches that the step takes from the data: 0 for one that comes again
 
 
 def knobs(config: Config) -> Knobs:
     """Returns the config's own knobs, on the host."""
-    return Knobs(np.uint32(config.train.seed), {k: np.float32(v) for k, v in config.model.moe.losses.items()})
+    losses = {name: np.float32(value) for name, value in config.model.moe.losses.items()}
+    return Knobs(np.uint32(config.train.seed), losses, guard.limits(config.guard), np.int32(1))
 
 
 def without_knobs(config: Config) -> Config:
@@ -52,7 +56,7 @@ def without_knobs(config: Config) -> Config:
     named = FrozenDict.fromkeys(config.model.moe.losses.keys() - aux_losses.REPORTED, 0.0)
     moe = dataclasses.replace(config.model.moe, losses=named)
     model, train = dataclasses.replace(config.model, moe=moe), dataclasses.replace(config.train, seed=0)
-    return dataclasses.replace(config, name="", model=model, train=train)
+    return dataclasses.replace(config, name="", model=model, train=train, guard=Guard())
 
 
 class OfStep(NamedTuple):
@@ -190,6 +194,7 @@ class StepReport(NamedTuple):
     tokens: Array  # int32 [], without padding
     position: Array  # int32 [], see `step.State`
     finite: dict[str, Array]  # bool []: whether what no metric shows is finite
+    verdict: guard.Verdict  # on the batch
 
 
 def make_objective(config: Config) -> Callable[..., tuple[Array, Sums]]:

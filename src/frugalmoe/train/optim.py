@@ -46,12 +46,13 @@ def decaying_updates(config: Config) -> int:
     return min(wanted, max(steps - 1, 1))
 
 
-def optimizer(config: Config) -> optax.GradientTransformation:
+def optimizer(config: Config, factor: jax.Array | None = None) -> optax.GradientTransformation:
     """Returns the optimizer of the trained parameters: the one that the config names, after clipping by the global norm
-    of their gradients, with the rates of each role.
+    of their gradients, with the rates of each role. factor: on the learning rate of this update.
     """
-    o, declared = config.optim, declarations(config.model)
-    tx = OPTIMIZERS[o.name](o, schedule(config), declared)
+    o, declared, rate = config.optim, declarations(config.model), schedule(config)
+    # Of an update a factor would be rounded on its own, and 1.0 change bits: XLA adds what the rate multiplies at once.
+    tx = OPTIMIZERS[o.name](o, rate if factor is None else lambda count: factor * rate(count), declared)
     tx = optax.chain(optax.clip_by_global_norm(o.clip_norm), tx) if o.clip_norm else tx
     return with_rates(tx, o.rates, declared)
 

@@ -15,7 +15,6 @@ from frugalmoe.config import RECORD, Config, settle
 from frugalmoe.data.look import Look, look
 from frugalmoe.data.tokenizer import parse
 from frugalmoe.errors import UserError
-from frugalmoe.files import read_json
 from frugalmoe.train import best, checkpoint, distributed, rundir, trackers
 from frugalmoe.train.optim import bytes_of
 from frugalmoe.train.origin import Origin, check_there, differences, to_read
@@ -161,10 +160,9 @@ def _existing_parent(workdir: Path) -> Path:
 
 
 def _check_same_data(workdir: Path, found: Look) -> None:
-    path = workdir / "data.json"
-    if found.fingerprint is None or not path.is_file():
+    if found.fingerprint is None or not (workdir / "data.json").is_file():
         return
-    before = read_json(path)["fingerprint"]
+    before = rundir.read_data(workdir)["fingerprint"]
     if before != found.fingerprint:
         rule = f"the run's data changed (fingerprint {before} there, {found.fingerprint} now)"
         raise UserError(f"--workdir={workdir}: {rule}")

@@ -73,6 +73,7 @@ class Program:
             names = {name for run in runs for name in run.knobs.losses}
             filled = [run.knobs._replace(losses={n: run.knobs.losses.get(n, 0.0) for n in names}) for run in runs]
             self.knobs = jax.tree.map(_stack, *filled)
+        self.knobs_again = self.knobs._replace(taken=jnp.zeros_like(self.knobs.taken))
         self.read_states()
 
     def read_states(self) -> None:
@@ -87,8 +88,9 @@ class Program:
             return put_rows(run.mesh, Batch(*map(np.stack, zip(*batches))), ".ABT", run.config)
         return put_rows(run.mesh, batches[0], "ABT", run.config)
 
-    def step(self, batch: Batch) -> StepReport:
-        self.state, report = self.train_step(self.state, batch, self.knobs)
+    def step(self, batch: Batch, again: bool = False) -> StepReport:
+        """Makes a step; `again`: the batch has been taken before."""
+        self.state, report = self.train_step(self.state, batch, self.knobs_again if again else self.knobs)
         return report
 
     def of_each_run(self, values: Any) -> list[Any]:

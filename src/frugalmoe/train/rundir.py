@@ -23,22 +23,24 @@ from frugalmoe.config import RECORD, Config, completed, outside, record, recorde
 from frugalmoe.config.settle import left_open, open_again
 from frugalmoe.data import Dataset
 from frugalmoe.data.tokenizer import load_from
-from frugalmoe.errors import UserError, of_disk
+from frugalmoe.errors import UserError, of_disk, printable
 from frugalmoe.fields import to_dict
 from frugalmoe.files import is_temporary, read_json, remove_leftovers, to_json, write_atomically, write_json
+from frugalmoe.shapes import misshapen
 from frugalmoe.train.saved import DAMAGED, FOLDER, UNFINISHED, is_step
 
 # What a run may write before config.json, which marks a directory as a run; then all that it writes.
 _BEGINNING = ("checkpoints", "metrics.jsonl", "expert_load.jsonl", "tensorboard", "tokenizer", "environment.json",
               "data.json", "history.jsonl", "trackers.json", "wandb", "outside", "outside.json", "events.jsonl",
-              "rounds.jsonl", "island.json", "island", "goodput.jsonl", "quarantine.jsonl")  # fmt: skip
+              "rounds.jsonl", "rollbacks.jsonl", "island.json", "island", "goodput.jsonl",
+              "quarantine.jsonl")  # fmt: skip
 _OWN = ("config.json", "environment.json", "data.json", "history.jsonl", "metrics.jsonl", "expert_load.jsonl",
         "summary.json", "probe.npz", "cross.json", "suite.json", ".*.json.*.tmp", ".*.jsonl.*.tmp",
         "tensorboard/events.out.tfevents.*", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
         "tokenizer/chat_template.jinja", "tokenizer/generation_config.json",
         "report/index.html", "report/*.png", "trace/step_*.npz", "trackers.json", "wandb", "profile",
-        "outside.json", "outside/*/*.py", "source.json", "source/*", "events.jsonl", "rounds.jsonl", "island.json",
-        "island/residual_*", "goodput.jsonl", "stuck-*.txt", "quarantine.jsonl")  # fmt: skip
+        "outside.json", "outside/*/*.py", "source.json", "source/*", "events.jsonl", "rounds.jsonl", "rollbacks.jsonl",
+        "island.json", "island/residual_*", "goodput.jsonl", "stuck-*.txt", "quarantine.jsonl")  # fmt: skip
 _FOLDERS = ("checkpoints", "tensorboard", "tokenizer", "report", "trace", "outside/*", "outside", "source", "island")
 
 
@@ -167,7 +169,30 @@ def changes(ours: Any, theirs: Any, path: str = "") -> dict[str, tuple[Any, Any]
     return {} if ours == theirs else {path: (ours, theirs)}
 
 
-_OF_A_START = ("command", "versions", "git_commit", "platform", "devices", "processes")
+_OF_A_START = ("command", "versions", "git_commit", "platform", "devices", "processes", "xla_flags", "jax_options")
+# What may change the bits of the same steps: of a start, with the layout of its devices.
+_OF_THE_BITS = ("python", "machine", "versions", "platform", "devices", "processes", "xla_flags", "jax_options", "mesh")
+_JAX_OPTIONS = (
+    "jax_default_matmul_precision", "jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable",
+    "jax_numpy_dtype_promotion", "jax_disable_jit", "jax_debug_nans",
+)  # fmt: skip
+
+
+def other_environment(workdir: Path, settled: Config) -> list[str]:
+    """Returns a line on what has changed since the last start of a run that may change the bits of its steps; to be
+    called before `describe`, which writes over it. What that start did not record is not compared.
+    """
+    if not (workdir / "environment.json").is_file():
+        return []
+    before, now = read_json(workdir / "environment.json"), environment() | {"mesh": to_dict(settled.mesh)}
+    if not isinstance(before, Mapping):
+        return []
+    known = {**before, "mesh": record(workdir / RECORD)["mesh"]} if (workdir / RECORD).is_file() else before
+    compared = [name for name in _OF_THE_BITS if name in known]
+    found = differences({n: known[n] for n in compared}, {n: now[n] for n in compared}, "before", "now")
+    shown = "; ".join(line[:120] for line in found[:6]) + (f"; and {len(found) - 6} more" if len(found) > 6 else "")
+    rule = "steps from here on may differ in their last bits from those of a run that was not interrupted"
+    return [printable(f"{workdir}: goes on in another environment ({shown}); {rule}")] if found else []
 
 
 def describe(
@@ -249,7 +274,7 @@ def _described(data: Dataset) -> dict[str, Any]:
 def check_data(workdir: Path, data: Dataset, force: bool) -> list[str]:
     """Refuses to continue a run with other data, and names what differs; with `force` returns what to tell of it."""
     path = workdir / "data.json"
-    there, here = (read_json(path), _described(data)) if path.is_file() else ({}, {})
+    there, here = (read_data(workdir), _described(data)) if path.is_file() else ({}, {})
     pairs = [("data", there, here)]
     if "validation" in there and "validation" in here:
         pairs.append(("validation set", there["validation"], here["validation"]))
@@ -267,6 +292,17 @@ def check_data(workdir: Path, data: Dataset, force: bool) -> list[str]:
             raise UserError(f"{line}; put it back, or --resume=force to go on with it as it is now")
         told = [line]
     return told
+
+
+_DATA = {"fingerprint": str, "validation?": {"fingerprint": str}}
+
+
+def read_data(workdir: Path) -> dict[str, Any]:
+    """Returns the content of data.json. Raises `UserError` for what is none."""
+    found = read_json(workdir / "data.json")
+    if wrong := next(misshapen(found, _DATA), None) if isinstance(found, dict) else "all":
+        raise UserError(f"{workdir / 'data.json'}: damaged: {wrong} is not as a run writes it")
+    return found
 
 
 def _changed_files(workdir: Path, config: Config) -> dict[str, tuple[str, str]]:
@@ -329,6 +365,7 @@ def environment() -> dict[str, Any]:
         "devices": [d.device_kind for d in devices],
         "processes": jax.process_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "jax_options": {name: str(getattr(jax.config, name)) for name in _JAX_OPTIONS if hasattr(jax.config, name)},
     }
 
 

@@ -22,7 +22,8 @@ from frugalmoe.model.transformer import Transformer, declarations, split, struct
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import TokenPlan
 from frugalmoe.schema import Config
-from frugalmoe.train import objective, optim
+from frugalmoe.train import guard, objective, optim
+from frugalmoe.train.guard import Guard
 from frugalmoe.train.objective import Knobs, OfStep, StepReport, Sums, knobs, without_knobs
 
 EVAL_SEED = 0  # the same for every run, so that runs compare and share a compiled program
@@ -32,7 +33,8 @@ class State(NamedTuple):
     """Everything that a run carries from step to step, with two clocks.
 
     `step` counts updates: schedules, noise and logs go by it. `position` counts batches taken from the data, and the
-    next batch is that of its number. They are equal until a batch is skipped or comes again: see `loop.Run.seek`.
+    next batch is that of its number. They are equal until a batch is skipped or comes again: see `loop.Run.seek` and
+    `train.guard`.
     """
 
     step: Array  # int32 []
@@ -40,6 +42,7 @@ class State(NamedTuple):
     params: dict  # float32
     router_state: dict  # float32
     opt_state: optax.OptState
+    guard: Guard | tuple[()] = ()  # empty: of what is not trained
 
 
 def init(config: Config) -> State:
@@ -68,34 +71,40 @@ def abstract(config: Config) -> State:
 def _fresh(config: Config, seed: int | Array) -> State:
     _, params, router_state = split(Transformer(config.model, jax.random.key(seed)))
     trained, _ = optim.split(params, config)
-    return State(jnp.int32(0), jnp.int32(0), params, router_state, optim.optimizer(config).init(trained))
+    opt_state = optim.optimizer(config).init(trained)
+    return State(jnp.int32(0), jnp.int32(0), params, router_state, opt_state, guard.fresh())
 
 
 def make_train_step(config: Config) -> Callable[..., tuple[State, StepReport]]:
-    """Returns the step for batches [A, B, T]: it adds up the gradients of A micro-batches and makes one update.
+    """Returns the step for batches [A, B, T]: it adds up the gradients of A micro-batches and makes one update, unless
+    `guard.judge` says that it is to be skipped.
 
     The step's third argument replaces the config's own `Knobs`.
     """
     own = knobs(config)
     gradient = make_gradient(config)
-    tx = optim.optimizer(config)
     rate = optim.schedule(config)
 
     def train_step(state: State, batch: Batch, knobs: Knobs = own) -> tuple[State, StepReport]:
         grads, sums, of_step = gradient(state.params, state.router_state, batch, state.step, knobs)
+        norm = optax.tree.norm(grads)
+        verdict, remembered = guard.judge(state.guard, knobs.limits, state.step, sums.total, norm, knobs.taken > 0)
+        kept = lambda after, before: guard.chosen(verdict.skipped, after, before)
         trained, frozen = optim.split(state.params, config)
-        updates, opt_state = tx.update(grads, state.opt_state, trained)
+        updates, opt_state = optim.optimizer(config, verdict.rate).update(grads, state.opt_state, trained)
+        router_state = update_router_state(state.router_state, sums.stats, config)
         new_state = State(
-            step=state.step + 1,
-            position=state.position + 1,
-            params=optim.joined(optax.apply_updates(trained, updates), frozen),
-            router_state=update_router_state(state.router_state, sums.stats, config),
-            opt_state=opt_state,
+            step=state.step + jnp.where(verdict.skipped, 0, 1),
+            position=state.position + knobs.taken,
+            params=optim.joined(kept(optax.apply_updates(trained, updates), trained), frozen),
+            router_state=kept(router_state, state.router_state),
+            opt_state=kept(opt_state, state.opt_state),
+            guard=remembered,
         )
         metrics = objective.metrics(sums, of_step, config)
-        metrics["optim/gradient_norm"] = optax.tree.norm(grads)
+        metrics["optim/gradient_norm"] = norm
         metrics["optim/parameter_norm"] = optax.tree.norm(new_state.params)
-        metrics["optim/learning_rate"] = rate(state.step)
+        metrics["optim/learning_rate"] = verdict.rate * rate(state.step)
         report = StepReport(
             metrics=metrics,
             depths=objective.depth_metrics(sums),
@@ -104,6 +113,7 @@ def make_train_step(config: Config) -> Callable[..., tuple[State, StepReport]]:
             position=new_state.position,
             # The optimizer's state is finite where the norms are, so that it is checked before a save, not every step.
             finite={"router_state": finite(new_state.router_state)},
+            verdict=verdict,
         )
         return new_state, report
 

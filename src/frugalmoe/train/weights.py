@@ -12,7 +12,6 @@ from frugalmoe.data import Dataset, open_data
 from frugalmoe.data.tokenizer import Tokenizer, load_from
 from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
-from frugalmoe.files import read_json
 from frugalmoe.model.transformer import count_parameters
 from frugalmoe.schema import Mesh, Source
 from frugalmoe.train import best, checkpoint, memory, rundir, saved
@@ -123,7 +122,7 @@ def open_run_data(run: Path, config: Config) -> Dataset:
     data = open_data(data, batch_size=config.train.batch_size, seed=config.train.seed)
     if not (run / "data.json").is_file():
         rundir.describe_data(run, data)
-    there = read_json(run / "data.json")["fingerprint"]
+    there = rundir.read_data(run)["fingerprint"]
     if there != data.fingerprint:
         raise UserError(f"{run}: the run's data changed (fingerprint {there} there, {data.fingerprint} now)")
     return data

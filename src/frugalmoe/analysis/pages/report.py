@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from frugalmoe.data.tokenizer import Tokenizer
 from frugalmoe.files import remove_leftovers, write_atomically
 from frugalmoe.train import goodput
 
+EVENTS_SHOWN = 200  # of the last ones, in the table
 TYPICAL_EXPERTS = 6  # how many experts the table of typical tokens shows
 
 
@@ -74,6 +76,7 @@ def _sections(run: Run) -> list[Section]:
         _section(run, AUXILIARY),
         _section(run, SPEED),
         _goodput_section(run),
+        *_events(run),
         Section("Sample", [_sample(run)]),
         Section("Reproduce", [_reproduce(run)]),
     ]
@@ -115,6 +118,10 @@ HOW_ISLAND_LOADS = (
     "One row per island: the share of its token slots that each expert gets, over the uniform share, in what was "
     "merged in the later half of the rounds. White: uniform; orange: more; purple: less. Columns in which islands "
     "differ are experts that specialise in what an island sees, or drift apart between two rounds."
+)
+HOW_EVENTS = (
+    "What happened beside the training itself: batches that were skipped, and came again or were dropped; phases of a "
+    "lowered learning rate; returns to a checkpoint; new starts. Seconds are those since the start that the row is of."
 )
 HOW_SPEED = "Tokens of all devices per second of training; evaluation and checkpoints are left out."
 HOW_GOODPUT = (
@@ -406,6 +413,19 @@ def _sample(run: Run) -> Html:
     if not sample["text"]:
         return tag("p", f"No text: {sample.get('why', 'the model ended the document at once')}.", "note")
     return tag("pre", join([tag("strong", sample["prompt"]), sample["text"]], ""))
+
+
+def _events(run: Run) -> list[Section]:
+    """A table of the last events of a run, where there are any, below how many there are of each kind."""
+    if not run.events:
+        return []
+    shown = lambda row, name: "–" if row.get(name) is None else str(row[name])
+    kinds = Counter(shown(row, "kind").replace("_", " ") for row in run.events)
+    found = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common())
+    rows = [[*(shown(row, name) for name in ("kind", "what", "step", "seconds"))] for row in run.events]
+    last = table(["event", "what", "step", "seconds"], rows[-EVENTS_SHOWN:], text_columns=2)
+    title = f"{len(rows)} events" if len(rows) <= EVENTS_SHOWN else f"the last {EVENTS_SHOWN} of {len(rows):,} events"
+    return [Section("Events", [_how(HOW_EVENTS), _shows(f"{found}."), folded(title, last)])]
 
 
 def _starts(run: Run) -> list[Html]:

@@ -16,7 +16,7 @@ def headline_rows(run: Run) -> list[tuple[str, str]]:
     parameters, speed = run.summary.get("parameters", {}), run.summary.get("speed", {})
     router, moe = run.summary.get("router", {}), run.config.get("model", {}).get("moe", {})
     rows = []
-    if "step" in run.summary:
+    if {"step", "steps", "status"} <= run.summary.keys():
         steps = f"{run.summary['step']:,} of {run.summary['steps']:,} ({run.summary['status']})"
         rows.append(("optimizer steps", steps))
     if "name" in router:

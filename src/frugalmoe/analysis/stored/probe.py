@@ -4,13 +4,13 @@ Letters: L MoE layers, N tokens, E experts, K experts per token.
 """
 
 import contextlib
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from frugalmoe import npz
 from frugalmoe.errors import UserError
 
 
@@ -36,8 +36,8 @@ def load_probe(path: Path) -> Probe:
 
 def read_columns(path: Path, kind: str) -> dict[str, np.ndarray]:
     """Every array of an .npz file; the file's damage is one line."""
-    with damage(path, kind), path.open("rb") as raw, np.load(raw) as file:
-        return {name: file[name] for name in file.files}
+    with damage(path, kind):
+        return npz.read(path)
 
 
 @contextlib.contextmanager
@@ -47,7 +47,7 @@ def damage(path: Path, kind: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (KeyError, ValueError, IndexError, OSError, EOFError, zipfile.BadZipFile) as e:
+    except (ArithmeticError, LookupError, MemoryError, OSError, TypeError, ValueError) as e:
         raise UserError(f"{path}: not a readable {kind} ({type(e).__name__}: {' '.join(str(e).split())})") from e
 
 

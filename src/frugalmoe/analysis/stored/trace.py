@@ -121,7 +121,7 @@ def load_trace(run: str | Path) -> Trace:
     for path in files:
         columns = read_columns(path, "trace")
         check_file(path, columns, expected)
-        if tables and any(not np.array_equal(columns.get(n), tables[0][n]) for n in SAME):
+        if tables and any(not np.array_equal(columns.get(n), tables[0].get(n)) for n in SAME):
             raise UserError(f"{path}: holds other tokens than {files[0].name}; delete {path.parent} and trace again")
         tables.append(columns)
     with damage(run / FOLDER, "trace"):

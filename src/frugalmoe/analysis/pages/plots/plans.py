@@ -21,7 +21,7 @@ def cost_against_time(found: Found, currency: str, width: float = WIDE) -> Figur
     """Draws every plan with a price: a colour and a line for each kind of device or mix, over numbers of devices;
     the chosen plan with its range; the front of those that none beats in both.
     """
-    plans = [p for p in found.plans if p.price is not None]
+    plans = [p for p in found.plans if p.price]
     kinds: dict[str, list[Plan]] = {}
     for p in sorted(plans, key=lambda p: p.hours):
         kinds.setdefault(" + ".join(part.offer.entry.name for part in p.parts), []).append(p)
@@ -35,7 +35,7 @@ def cost_against_time(found: Found, currency: str, width: float = WIDE) -> Figur
     front = pareto(plans)
     style = {"color": INK, "linewidth": 3, "alpha": 0.25, "zorder": 1, "label": "none is faster and cheaper"}
     axes.plot([p.hours / 24 for p in front], [p.price for p in front], **style)
-    if (best := found.best).price is not None:
+    if (best := found.best).price:
         axes.errorbar(
             best.hours / 24, best.price, yerr=[[best.price * (1 - best.low)], [best.price * (best.high - 1)]],
             fmt="s", color=INK, markersize=7, capsize=4, fillstyle="none", label=f"chosen: {best.name}, with its range",

@@ -1,0 +1,78 @@
+"""The short form of `fuzz`: some cases of each parser, and the guard itself, which must see what it is there for."""
+
+import os
+import pickle
+import subprocess
+import time
+from pathlib import Path
+
+import fuzz
+import numpy as np
+import pytest
+from fuzz import PARSERS, Bench, Finding, Parser, case, prepared, trials
+
+CASES = 25  # of each parser, times its share
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("fuzz")
+    prepared(root)
+    return root
+
+
+@pytest.mark.parametrize("parser", PARSERS, ids=lambda parser: parser.name)
+def test_what_is_read_is_accepted_or_refused_in_one_line(parser, place, tmp_path):
+    said = trials(Bench(parser, tmp_path), CASES * parser.share)
+    assert len(said) >= CASES * parser.share // 2  # hypothesis leaves out what it has had
+    assert any(said) or parser.name == "checksums of a checkpoint"  # whose faults are returned
+
+
+def _write_outside(folder: Path, changed: list) -> None:
+    (folder.parent / "beside").write_text("x")
+
+
+def _load_pickle(folder: Path, changed: list) -> None:
+    pickle.loads(b"cbuiltins\nlist\n.")
+
+
+@pytest.mark.parametrize(
+    ("read", "said"),
+    [
+        (_write_outside, "writes .*beside"),
+        (_load_pickle, "pickle.find_class"),
+        (lambda folder, changed: (folder / "own").write_text("x"), "writes .*own"),
+        (lambda folder, changed: subprocess.run(["true"]), "subprocess.Popen"),
+        (lambda folder, changed: os.rename(folder / "a", folder.parent / "b"), "writes"),
+        (lambda folder, changed: {}["x"], "KeyError"),
+        (lambda folder, changed: np.ones(1 << 24), "takes 0.1 GB"),
+        (lambda folder, changed: _loop(), "takes more than 0.2 s"),
+        (lambda folder, changed: time.sleep(5), "takes more than 0.2 s"),
+    ],
+)
+def test_the_guard_sees(read, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz, "SECONDS", 0.2)
+    monkeypatch.setattr(fuzz, "WAIT", 0.5)
+    monkeypatch.setattr(fuzz, "MEMORY", 1 << 26)
+    (tmp_path / "case").mkdir()
+    (tmp_path / "case/a").write_text("")
+    with pytest.raises(Finding, match=said):
+        case(Parser("own", lambda folder: {}, read), tmp_path / "case")
+
+
+def _loop() -> None:
+    while True:
+        pass
+
+
+def test_an_error_that_is_no_line_is_a_finding(tmp_path):
+    class Of(ValueError):
+        pass
+
+    def read(folder: Path, changed: list) -> None:
+        raise Of("a\nb")
+
+    with pytest.raises(Finding, match="several lines"):
+        case(Parser("own", lambda folder: {}, read, (Of,)), tmp_path)
