@@ -32,12 +32,13 @@ class Forks:
     def __init__(self) -> None:
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._server = subprocess.Popen([sys.executable, Path(__file__).with_name("forks.py")], **pipes)
-        self.pid, self.code = 0, None
+        self.pid, self.code, self._reading = 0, None, threading.Thread()
 
     def start(self, *argv: object, said: Path) -> None:
         print(json.dumps([list(map(str, argv)), str(said)]), file=self._server.stdin, flush=True)
         self.pid, self.code = json.loads(self._server.stdout.readline()), None
-        threading.Thread(target=self._wait, args=(self.pid,), daemon=True).start()
+        self._reading = threading.Thread(target=self._wait, args=(self.pid,), daemon=True)
+        self._reading.start()
 
     def _wait(self, pid: int) -> None:
         if line := self._server.stdout.readline():
@@ -63,6 +64,9 @@ class Forks:
     def close(self) -> None:
         self._server.stdin.close()
         self._server.wait(30)
+        if self.pid:
+            self._reading.join()
+        self._server.stdout.close()
 
 
 @pytest.fixture(scope="module")
