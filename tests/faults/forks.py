@@ -5,6 +5,7 @@ On stdin it reads lines of JSON: [argv, file for what the command says]; it answ
 with a line [number, how it ended] once it has, as of `os.waitstatus_to_exitcode`.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -25,7 +26,14 @@ import frugalmoe.train.profile  # noqa: F401
 from frugalmoe.cli import main
 
 
+def end_with_parent() -> None:
+    """Has the kernel kill this process when the one that made it ends, as a test that was itself killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def run(argv: list[str], said: str) -> None:
+    end_with_parent()
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -59,4 +67,5 @@ def serve() -> None:
 
 if __name__ == "__main__":
     assert threading.active_count() == 1, threading.enumerate()
+    end_with_parent()
     serve()
