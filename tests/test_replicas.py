@@ -18,7 +18,7 @@ from runs import config_file, rows, without_times, write_text
 from test_processes import by_flags, free_port
 
 from frugalmoe import cli, sharding
-from frugalmoe.errors import EXIT_HARDWARE
+from frugalmoe.errors import EXIT_HARDWARE, HardwareError
 from frugalmoe.train import replicas, saved, step, supervise
 from frugalmoe.train.program import Program
 from frugalmoe.train.replicas import Group
@@ -81,17 +81,32 @@ def test_who_differs_is_named():
     assert replicas.odd_ones(np.array([[1], [2]]), layout(1, 2), [spread]) == {}
 
 
+def test_the_device_whose_second_try_differs_is_named():
+    devices = np.array([SimpleNamespace(process_index=i // 4, id=i) for i in range(8)])
+    mesh, loss = SimpleNamespace(devices=devices, size=8), np.float32(2.5)
+    first, same = np.zeros((8, 2), np.uint32), {"loss": (loss, loss)}
+    other = {"loss": (loss, np.nextafter(loss, np.float32(3)))}
+    replicas.compare_tries(3, same, first, first.copy(), mesh)
+    again = first.copy()
+    again[6, 1] = 1
+    with pytest.raises(HardwareError, match=r"^step 3, made twice, .*the states after it\): process 1 device 6;"):
+        replicas.compare_tries(3, same, first, again, mesh)
+    for sums in (first, first + 1):
+        with pytest.raises(HardwareError, match=r"loss 2.5 and 2.5000002\d*\): on all devices"):
+            replicas.compare_tries(3, other, first, sums, mesh)
+
+
 # ---------------------------------------------------------------- runs with a fault
 
 
 def spoiled(state, place: int):
-    """The state, of which one device of the mesh holds a parameter with another bit."""
+    """The state, of which one device of the mesh, or each (-1), holds a parameter with another bit."""
     leaves, tree = jax.tree.flatten(state.params)
     number = next(i for i, leaf in enumerate(leaves) if leaf.sharding.is_fully_replicated)
     leaf, parts = leaves[number], []
     for shard in leaf.addressable_shards:
         host = np.array(shard.data)
-        if shard.device == leaf.sharding.mesh.devices.flat[place]:
+        if place < 0 or shard.device == leaf.sharding.mesh.devices.flat[place]:
             host.view(np.uint32).reshape(-1)[0] ^= 1 << 20
         parts.append(jax.device_put(host, shard.device))
     leaves[number] = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
@@ -210,14 +225,14 @@ def test_a_gradient_that_one_replica_scales_is_found(root):
 
 
 @pytest.mark.slow
-def test_a_step_that_does_not_repeat_names_the_device(root):
-    """What was wrong before gradients were added up is in all alike, and that much is said."""
-    for kind, where in (("after", "process 0 device 6;"), ("before", "on all devices")):
-        more = ["--config.guard.replay_every=5", "--config.guard.replicas_every=0"]
-        ended = done([*by(kind, 6), *train_in(root, kind, *more)])
-        assert ended.returncode == EXIT_HARDWARE, ended.stderr
-        assert saved.saved_steps(root / kind) == [4]
-        assert where in ended.stderr.splitlines()[-1]
+def test_a_step_that_does_not_repeat_is_found_where_all_replicas_are_alike(root):
+    """As after an error before gradients were added up: the first try began with another number on all devices."""
+    more = ["--config.guard.replay_every=5", "--config.guard.replicas_every=0"]
+    ended = done([*by("before", -1), *train_in(root, "replayed", *more)])
+    assert ended.returncode == EXIT_HARDWARE, ended.stderr
+    assert saved.saved_steps(root / "replayed") == [4]
+    said = ended.stderr.splitlines()[-1]
+    assert "step 5, made twice, gave other results (loss/total" in said and "on all devices" in said
 
 
 @pytest.mark.slow

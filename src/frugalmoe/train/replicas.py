@@ -150,6 +150,21 @@ def _compare(values: np.ndarray, mesh: Mesh, found: Sequence[Group], step: int) 
 _WHAT_TO_DO = "nothing of it is saved; the same command goes on from the last checkpoint"
 
 
+def compare_tries(
+    step: int, numbers: Mapping[str, tuple[np.ndarray, np.ndarray]], first: np.ndarray, again: np.ndarray, mesh: Mesh
+) -> None:
+    """Raises `HardwareError` unless two tries of a step gave the same numbers, and the same sums, to the bit."""
+    differing = [f"{name} {a} and {b}" for name, (a, b) in numbers.items() if a.tobytes() != b.tobytes()]
+    places = np.flatnonzero((first != again).any(axis=1)).tolist()
+    if not (differing or places):
+        return
+    everywhere = "on all devices, so before gradients were added up: which of them, cannot be told"
+    all_alike = len(places) in (0, mesh.size) and mesh.size > 1
+    where = everywhere if all_alike else _named(places or [0], mesh)
+    what = ", ".join(differing) or "the states after it"
+    raise HardwareError(f"step {step}, made twice, gave other results ({what}): {where}; {_WHAT_TO_DO}")
+
+
 class _Look(NamedTuple):
     """What a device is computing, to be read one step late."""
 
@@ -199,16 +214,5 @@ class Watch:
             values = np.asarray(look.sums)
             _compare(values, self._mesh, self._groups, look.step)
             if look.again is not None:
-                self._compare_tries(look, values, np.asarray(look.again))
-
-    def _compare_tries(self, look: _Look, values: np.ndarray, again: np.ndarray) -> None:
-        pairs = {name: jax.device_get(pair) for name, pair in look.numbers.items()}
-        differing = [f"{name} {a} and {b}" for name, (a, b) in pairs.items() if a.tobytes() != b.tobytes()]
-        places = np.flatnonzero((values != again).any(axis=1)).tolist()
-        if not (differing or places):
-            return
-        everywhere = "on all devices, so before gradients were added up: which of them, cannot be told"
-        all_alike = len(places) in (0, self._mesh.size) and self._mesh.size > 1
-        where = everywhere if all_alike else _named(places or [0], self._mesh)
-        what = ", ".join(differing) or "the states after it"
-        raise HardwareError(f"step {look.step}, made twice, gave other results ({what}): {where}; {_WHAT_TO_DO}")
+                numbers = jax.device_get(look.numbers)
+                compare_tries(look.step, numbers, values, np.asarray(look.again), self._mesh)
