@@ -81,6 +81,8 @@ def test_an_arm_is_foretold_and_the_report_says_how_far_off_that_was(foretold, t
     page = report.markdown(load_comparison(foretold), ())
     error = said["w16"]["loss"] - truth
     assert f"| {said['w16']['loss']:.4f} |" in page and f"{error:+.4f} (" in page
+    profiles = page.split("## Loss at equal compute")[1].split("##")[0]
+    assert "| C | w1 | w2 | w4 | lowest |" in profiles and "w16" not in profiles
     published = publish_study(foretold, tmp_path).read_text()
     assert "## Law of size and tokens" in published and (tmp_path / "grid/fit.json").is_file()
     assert publish_study(tmp_path / "grid", tmp_path).read_text() == published  # from what is published alone

@@ -16,7 +16,7 @@ from frugalmoe.ablate.grid import Grid
 from frugalmoe.analysis.wording import count, number
 from frugalmoe.cost import TRAIN_FACTOR
 from frugalmoe.cost.laws import Fit, Point, fit_loss, how_far, loss_at, read_fit, size_of, write_fit
-from frugalmoe.cost.laws.fitted import Trial, best_size
+from frugalmoe.cost.laws.fitted import Trial, best_size, profile
 from frugalmoe.errors import UserError
 from frugalmoe.files import read_json
 
@@ -101,7 +101,8 @@ def grids(c: Comparison) -> list[Grid]:
     if not path.is_file():
         return []
     fit, beside = read_fit(path), read_json(path)
-    return [_law(fit), *([_foretold(c, fit, beside)] if beside.get("foretold") else []), *_best(fit)]
+    foretold = [_foretold(c, fit, beside)] if beside.get("foretold") else []
+    return [_law(fit), *foretold, *_profiles(c, fit), *_best(fit)]
 
 
 def _law(fit: Fit) -> Grid:
@@ -135,6 +136,24 @@ def _foretold(c: Comparison, fit: Fit, beside: dict[str, Any]) -> Grid:
     header = ["arm", "it", "foretold", "90%", "measured, mean over seeds", "error", "in the band"]
     note = f"Foretold at {beside.get('made', '?')} (UTC), before any step of these arms was trained."
     return Grid("Foretold before it was trained", header, rows, note, text_columns=2)
+
+
+def _profiles(c: Comparison, fit: Fit) -> list[Grid]:
+    """Loss at equal compute, measured: the arms that were trained when the fit was made, where two of them reach it."""
+    of_arms = {arm: points(c, [arm]) for arm in c.arms if arm in fit.arms}
+    least, most = (TRAIN_FACTOR * fit.ranges["size"][end] * fit.ranges["tokens"][end] for end in (0, 1))
+    rows = []
+    for compute in np.geomspace(least, most, 8)[1:-1]:
+        found = {arm: profile(of_arm, compute) for arm, of_arm in of_arms.items()}
+        if sum(map(bool, found.values())) < 2:
+            continue
+        losses = {arm: float(np.mean([t.loss for t in of_arm])) for arm, of_arm in found.items() if of_arm}
+        cells = [f"{losses[arm]:.4f}" if arm in losses else "–" for arm in of_arms]
+        rows.append([count(compute), *cells, min(losses, key=losses.get)])
+    note = (
+        "Means over seeds, linear in log tokens between evaluations; –: beyond the tokens that the fit takes of an arm."
+    )
+    return [Grid("Loss at equal compute", ["C", *of_arms, "lowest"], rows, note)] if rows else []
 
 
 def _best(fit: Fit) -> list[Grid]:
