@@ -211,6 +211,8 @@ def test_what_people_read_and_the_picture(tmp_path, capsys):
         (("--catalogue=none.toml",), "No such file"),
         (("--hf=config.json",), "--config or --hf: give one of them"),
         (("--picture=cost.gif", "--devices=h800:8"), "must end in .png"),
+        (("--picture=none/cost.png", "--devices=h800:8"), "cannot be written there"),
+        (("--spot=2", "--devices=v5p:8"), "up to 1"),
     ],
 )
 def test_bad_input_is_one_line(flags, says, capsys):

@@ -50,7 +50,7 @@ def test_a_device_is_calibrated_by_one_row_and_none_is_fitted():
     assert [device for device, _, _ in calibrating] == list(dict.fromkeys(row["device"] for row in DATA["steps"]))
     assert len(errors) == len(DATA["steps"]) and all(model.startswith("llama") for _, model, _ in calibrating)
     tpus = [abs(after) for (device, _, _), (_, after) in errors.items() if device in ("v5p", "v6e") and after]
-    assert max(tpus) < 0.25 and sum(tpus) / len(tpus) < 0.14
+    assert max(tpus) < 0.25 and sum(tpus) / len(tpus) < 0.15
 
 
 def test_the_page_says_what_the_formulas_say():

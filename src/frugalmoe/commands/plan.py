@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     from frugalmoe.cost import planning
     from frugalmoe.cost.plan_table import row, tables
 
+    if args.picture:
+        _check_picture(Path(args.picture))
     ask, offers, notes = asked(args)
     expected = _expected(args, ask)
     found = planning.search(ask, offers)
@@ -114,7 +116,7 @@ def asked(args: argparse.Namespace):
         currency=currency,
         deadline=None if deadline is None else deadline * 24,
         budget=_number("--budget", args.budget, LARGEST_MONEY),
-        preemptions=_number("--spot", args.spot, 60) or 0.0,
+        preemptions=_number("--spot", args.spot, 1) or 0.0,
     )
     return ask, *_offers(args, ask, catalogue)
 
@@ -259,11 +261,16 @@ def _prices(args: argparse.Namespace, catalogue) -> dict[str, float]:
     return found
 
 
-def _draw(path: Path, ask, found) -> None:
-    from frugalmoe.analysis.pages.plots.plans import cost_against_time
+def _check_picture(path: Path) -> None:
+    """Before anything is searched."""
     from frugalmoe.files import check_writable
 
     if path.suffix != ".png":
         raise UserError(f"--picture={path}: must end in .png")
-    check_writable(path, "--picture")
+    check_writable(path, f"--picture={path}")
+
+
+def _draw(path: Path, ask, found) -> None:
+    from frugalmoe.analysis.pages.plots.plans import cost_against_time
+
     cost_against_time(found, ask.currency).savefig(path)
