@@ -19,6 +19,7 @@ from frugalmoe.errors import UserError, did_you_mean
 from frugalmoe.fields import to_dict
 from frugalmoe.files import check_name, read_json, write_json
 from frugalmoe.model.transformer import count_parameters
+from frugalmoe.shapes import is_integer, is_number
 from frugalmoe.train.origin import Origin
 from frugalmoe.train.weights import run_and_step
 
@@ -199,7 +200,7 @@ def read_study(workdir: Path) -> dict[str, Any]:
 
 
 def _positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    return is_number(value) and 0 < value < float("inf")
 
 
 def _positive_or_zero(value: object) -> bool:
@@ -212,7 +213,7 @@ def _list_of(kind: type, value: object) -> bool:
 
 _text = ("text", lambda value: isinstance(value, str))
 _mapping = ("a mapping", lambda value: isinstance(value, dict))
-_count = ("a positive integer", lambda value: type(value) is int and _positive(value))
+_count = ("a positive integer", lambda value: is_integer(value) and _positive(value))
 # What the report reads of study.json: the rule, and whether a value keeps it.
 _DESCRIBED = {
     **dict.fromkeys(("name", "question", "expectation", "baseline"), _text),

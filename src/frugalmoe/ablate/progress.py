@@ -8,6 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from frugalmoe.ablate.plan import Pair, Plan
 from frugalmoe.console import Console
+from frugalmoe.shapes import is_integer
 
 _SECONDS_BETWEEN_LOOKS, _SECONDS_BETWEEN_LINES = 0.5, 30.0
 
@@ -87,9 +88,10 @@ def last_logged(path: Path) -> int:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 2**16))
             lines = file.read().split(b"\n")[:-1]
-        return json.loads(lines[-1])["step"] if lines else 0
-    except (OSError, ValueError):
+        step = json.loads(lines[-1])["step"] if lines else 0
+    except (LookupError, OSError, RecursionError, TypeError, ValueError):
         return 0
+    return step if is_integer(step) else 0
 
 
 class OfRun:

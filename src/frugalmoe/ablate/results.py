@@ -19,13 +19,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from frugalmoe import metrics
 from frugalmoe.errors import UserError
 from frugalmoe.evaluate import suite
+from frugalmoe.fields import check_integer
 from frugalmoe.files import locked, read_json, write_atomically
 from frugalmoe.routing.strategies import loss_names
+from frugalmoe.shapes import is_integer
 
 SCHEMA = pa.schema(
     [
@@ -75,7 +78,7 @@ def final_metrics(
     values["cost/active_flops"] = active_flops(study, arm, values.get("router/active_per_token"))
     values |= {f"parameters/{k}": float(summary["parameters"][k]) for k in ("total", "active")}
     if speed := summary["speed"]["tokens_per_second"]:
-        values["speed/tokens_per_second"] = speed
+        values["speed/tokens_per_second"] = speed = _number(speed)
         values["speed/step_seconds"] = study["tokens_per_step"] / speed
     return values
 
@@ -90,7 +93,7 @@ def active_flops(study: Mapping[str, Any], arm: str, active_per_token: float | N
     parts = dict(study["forward_flops"][arm])
     if active_per_token is not None and np.isfinite(active_per_token):
         parts["routed experts"] *= active_per_token / study["experts_per_token"][arm]
-    return sum(parts.values())
+    return float(sum(parts.values()))
 
 
 def gather(workdir: Path, study: Mapping[str, Any]) -> pa.Table:
@@ -114,8 +117,8 @@ def _rows(workdir: Path, study: Mapping[str, Any]) -> Iterator[tuple]:
         for seed, directory in sorted((int(seed), d) for seed, d in found if seed.isdecimal()):
             try:
                 yield from _rows_of_run(directory, study, arm, seed)
-            except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
-                if isinstance(e, UserError):
+            except (ArithmeticError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
+                if isinstance(e, UserError) and not str(e).startswith("step="):
                     raise
                 rule = "its summary and logs are not those of a run"
                 raise UserError(f"{directory}: {rule} ({type(e).__name__}: {' '.join(str(e).split())[:80]})") from e
@@ -129,6 +132,10 @@ def _rows_of_run(directory: Path, study: Mapping[str, Any], arm: str, seed: int)
     if summary.get("status") != "complete":
         return
     logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    for row in (summary, *logged):
+        if not is_integer(row["step"]):
+            raise TypeError(f"step={row['step']!r:.40}: no step")
+        check_integer("step", row["step"])
     for row in logged:
         yield from ((arm, seed, name, row["step"], False, _number(v)) for name, v in row.items() if name != "step")
     results = final_metrics(summary, logged, study, arm)
@@ -145,6 +152,7 @@ def check(workdir: Path, name: str) -> None:
         _read(workdir / "results.parquet", name)
 
 
+_LARGEST = 1e100  # squares of it are still numbers
 _REBUILD = "move it away and run `frugalmoe ablate` again: it is rebuilt from the run directories"
 
 
@@ -168,6 +176,9 @@ def _read(path: Path, name: str) -> pa.Table:
     if table.schema.remove_metadata() != SCHEMA:
         columns, expected = ", ".join(table.schema.names), ", ".join(SCHEMA.names)
         raise UserError(f"{path}: has columns {columns}, not {expected} of their types; {_REBUILD}")
+    largest = pc.max(pc.abs(pc.drop_null(pc.if_else(pc.is_finite(table["value"]), table["value"], None)))).as_py()
+    if largest is not None and largest > _LARGEST:
+        raise UserError(f"{path}: holds the value {largest:g}, with which nothing can be compared; {_REBUILD}")
     if empty := [column for column in SCHEMA.names if table[column].null_count]:
         raise UserError(f"{path}: has no value in places of {', '.join(empty)}; {_REBUILD}")
     return table

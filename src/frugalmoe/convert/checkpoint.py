@@ -9,6 +9,7 @@ from typing import Any
 from frugalmoe.convert import safetensors
 from frugalmoe.errors import UserError
 from frugalmoe.files import read_json
+from frugalmoe.shapes import is_integer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _WEIGHT_MAP = "weight_map"
@@ -62,12 +63,25 @@ def look(directory: Path) -> Published:
     config = read_json(directory / CONFIG)
     if not isinstance(config, Mapping):
         raise UserError(f"{directory / CONFIG}: must hold a JSON object, holds {type(config).__name__}")
+    if (large := _too_large(config)) is not None:
+        raise UserError(f"{directory / CONFIG}: holds an integer of {large.bit_length()} bits, which no field can have")
     tensors = _tensors(directory)
     used = {info.path.name for info in tensors.values()}
     there = sorted(path for path in directory.iterdir() if path.is_file())
     carried = tuple(path for path in there if path.name in CARRIED)
     known = used | set(CARRIED) | {INDEX}
     return Published(directory, config, tensors, carried, tuple(path.name for path in there if path.name not in known))
+
+
+def _too_large(value: Any) -> int | None:
+    """An integer in a value from JSON that is no number of a machine, None where there is none."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if type(value) is int and not is_integer(value):
+            return value
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return None
 
 
 def _tensors(directory: Path) -> dict[str, safetensors.Info]:
