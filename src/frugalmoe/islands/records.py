@@ -20,6 +20,7 @@ from typing import Any
 from frugalmoe.errors import UserError, printable
 from frugalmoe.files import check_name
 from frugalmoe.schema import FrozenDict
+from frugalmoe.shapes import is_number
 
 FORMAT = 1  # of the files; islands of another one are refused
 AGREEMENT = "agreement.json"
@@ -183,7 +184,7 @@ def _made(kind: Any, value: Any, path: str) -> Any:
             raise wrong
         kinds = [inside[0]] * len(value) if inside[-1] is Ellipsis else inside
         return tuple(_made(each, inner, f"{path}[{i}]") for i, (each, inner) in enumerate(zip(kinds, value)))
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and is_number(value):
         value = float(value)
     if type(value) is not kind or (kind is int and not 0 <= value < 2**63) or value != value:
         raise wrong
