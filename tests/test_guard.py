@@ -24,7 +24,8 @@ from frugalmoe.errors import UserError
 from frugalmoe.islands import virtual
 from frugalmoe.schema import Guard as Section
 from frugalmoe.train import checkpoint, guard, rollbacks, troubles
-from frugalmoe.train.loop import NotFinite, opened, train, train_runs
+from frugalmoe.train.guard import NotFinite
+from frugalmoe.train.loop import opened, train, train_runs
 from frugalmoe.train.objective import knobs
 from frugalmoe.train.placing import put_batch
 from frugalmoe.train.program import Program, compiled_train_step

@@ -25,7 +25,8 @@ from frugalmoe.fields import to_dict
 from frugalmoe.files import read_json, to_json
 from frugalmoe.train import checkpoint, rundir
 from frugalmoe.train.evaluate import evaluate
-from frugalmoe.train.loop import NotFinite, opened, train
+from frugalmoe.train.guard import NotFinite
+from frugalmoe.train.loop import opened, train
 from frugalmoe.train.program import compiled_eval_step
 from frugalmoe.train.step import abstract, init, make_train_step
 

@@ -8,8 +8,8 @@ from frugalmoe.ablate.plan import Pair, Plan
 from frugalmoe.config import settle
 from frugalmoe.files import write_json
 from frugalmoe.train.evaluate import evaluate
-from frugalmoe.train.loop import Run
 from frugalmoe.train.program import compiled_eval_step
+from frugalmoe.train.run import Run
 from frugalmoe.train.step import abstract
 
 

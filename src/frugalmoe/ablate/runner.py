@@ -29,7 +29,8 @@ from frugalmoe.files import read_json, write_json
 from frugalmoe.islands import virtual
 from frugalmoe.train import preflight, rundir, trackers
 from frugalmoe.train.checkpoint import saved_steps
-from frugalmoe.train.loop import NotFinite, opened, train_runs
+from frugalmoe.train.guard import NotFinite
+from frugalmoe.train.loop import opened, train_runs
 
 
 class Outcome(NamedTuple):

@@ -11,7 +11,7 @@ from frugalmoe.errors import UserError
 from frugalmoe.evaluate import scoring, suite
 from frugalmoe.evaluate.grading import ITEMS, grade, made
 from frugalmoe.files import read_json, write_json
-from frugalmoe.train.loop import Run
+from frugalmoe.train.run import Run
 
 FILE = "suite.json"  # in the run's directory
 

@@ -25,8 +25,10 @@ from frugalmoe.islands.rounds import Found, Local, Rounds
 from frugalmoe.islands.store import Store, StoreError, open_store
 from frugalmoe.schema import Config
 from frugalmoe.train import distributed, rundir
-from frugalmoe.train.loop import NotFinite, Run, Steps
+from frugalmoe.train.guard import NotFinite
+from frugalmoe.train.loop import Steps
 from frugalmoe.train.placing import own_rows
+from frugalmoe.train.run import Run
 from frugalmoe.train.step import State, init
 
 RECORD = "island.json"  # in the run directory

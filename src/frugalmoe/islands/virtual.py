@@ -24,9 +24,9 @@ from frugalmoe.islands.store import Store, open_store
 from frugalmoe.islands.training import OfState, advice, rules_of
 from frugalmoe.schema import Config
 from frugalmoe.train import distributed
-from frugalmoe.train.loop import Run
 from frugalmoe.train.placing import put_rows
 from frugalmoe.train.program import compiled_train_step
+from frugalmoe.train.run import Run
 from frugalmoe.train.step import State, init
 
 

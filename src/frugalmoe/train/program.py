@@ -59,7 +59,7 @@ def _stack(*leaves: Any) -> Any:
 
 
 class Program:
-    """Steps `loop.Run`s that differ in `Knobs` alone. Several are one vmapped program: their states, batches and knobs
+    """Steps `run.Run`s that differ in `Knobs` alone. Several are one vmapped program: their states, batches and knobs
     are stacked along a new first axis. Raises `ValueError` for runs that differ in more, as in their optimizers.
     """
 

@@ -293,20 +293,20 @@ def check_data(workdir: Path, data: Dataset, force: bool) -> list[str]:
     pairs = [("data", there, here)]
     if "validation" in there and "validation" in here:
         pairs.append(("validation set", there["validation"], here["validation"]))
-    told = []
+    lines = []
     for what, old, new in pairs:
         if old.get("fingerprint") == new.get("fingerprint"):
             continue
         names = ("domains", "train_tokens", "validation_tokens", "tokens")
         counted = [{name: found[name] for name in names if name in found} for found in (old, new)]
-        told += differences(*counted, "there", "now")
+        told = [printable(field[:200]) for field in differences(*counted, "there", "now")]
         told = told[:5] or ["as many tokens in the same domains, but other texts, tokenizer or weights"]
-        prints = f"fingerprint {old.get('fingerprint')} there, {new.get('fingerprint')} now"
+        prints = f"fingerprint {printable(old['fingerprint'][:80])} there, {new['fingerprint']} now"
         line = f"--workdir={workdir}: the run's {what} changed ({'; '.join(told)}; {prints})"
         if not force:
             raise UserError(f"{line}; put it back, or --resume=force to go on with it as it is now")
-        told = [line]
-    return told
+        lines.append(line)
+    return lines
 
 
 _DATA = {"fingerprint": str, "validation?": {"fingerprint": str}}

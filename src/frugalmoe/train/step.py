@@ -33,7 +33,7 @@ class State(NamedTuple):
     """Everything that a run carries from step to step, with two clocks.
 
     `step` counts updates: schedules, noise and logs go by it. `position` counts batches taken from the data, and the
-    next batch is that of its number. They are equal until a batch is skipped or comes again: see `loop.Run.seek` and
+    next batch is that of its number. They are equal until a batch is skipped or comes again: see `run.Run.seek` and
     `train.guard`.
     """
 

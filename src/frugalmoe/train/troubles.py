@@ -1,6 +1,6 @@
 """The host's part of `train.guard`: which batch is the next, what is kept, and the way back to a checkpoint.
 
-`Run` is `loop.Run`, which makes the steps.
+`Run` is `run.Run`, which makes the steps.
 """
 
 from collections.abc import Callable, Iterable
