@@ -119,7 +119,7 @@ def _tekken(content: Mapping[str, Any], where: str) -> dict[str, Any]:
         tokens = [base64.b64decode(entry["token_bytes"]) for entry in content["vocab"][: size - specials]]
         named = {token["token_str"]: int(token["rank"]) for token in content.get("special_tokens") or ()}
         pattern = str(config["pattern"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f"{where}: not a tekken.json ({type(error).__name__}: {error})") from error
     named = named or {"<unk>": 0, "<s>": 1, "</s>": 2}  # what files without a list mean
     taken = set(named.values())
