@@ -61,9 +61,9 @@ plots.tokens_for_money(rows)
 # Bars are its 90% bands. Its losses are those of its text under its tokenizer, of a thousand words.
 #
 # It is shown for what it is: all bands overlap, for the fit has seen nothing within a hundred thousand times of these
-# runs, as the lines below say; it cannot choose between the models. Of a run 2.6 times as large as those that it was made
-# from it foretold 3.1% too high a loss, outside of its band. With `frugalmoe report STUDY --fit` a study of your own,
-# within ten times of what you will train, takes its place (`FRUGALMOE_FIT`).
+# runs, as the lines below say; it cannot choose between the models. Of a run 2.6 times as large as those that it was
+# made from it foretold 3.1% too high a loss, outside of its band. With `frugalmoe report STUDY --fit` a study of your
+# own, within ten times of what you will train, takes its place (`FRUGALMOE_FIT`).
 
 # %%
 plots.loss_for_money(rows)

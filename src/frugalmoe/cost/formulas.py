@@ -102,7 +102,8 @@ class Assumptions(NamedTuple):
     attention: float = 0.5  # share of the peak of fused products of attention
     links: float = 0.8  # share of links and network that a collective reaches
     # Rows of the busiest device over the mean, where experts are spread over devices. Five published pairs of one run
-    # with forced and with its own balance differ by 4 to 24%, 15% in the mean; experts are about 0.7 of such a step.
+    # with forced and with its own balance differ by 4 to 24%, 15% in the mean; experts are about 0.7 of such a step,
+    # which is a guess.
     imbalance: float = 1.2
     hidden: float = 0.0  # share of the exchange of tokens that goes on beside computing
     # What is left on GPUs and NPUs of the sum of the parts, beside launches: waits, kernels that are not tuned, jitter.
