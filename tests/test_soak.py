@@ -1,7 +1,10 @@
 """`frugalmoe soak`: the plan is that of its seed, faults are real, and a run whose end differs is found."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -69,6 +72,27 @@ def test_a_run_that_cannot_go_on_is_given_up(tmp_path):
         fake(tmp_path, "print('oh no'); sys.exit(1)", steps=2).run()
     with pytest.raises(UserError, match="ended with 2"):
         fake(tmp_path, "sys.exit(2)", steps=2).run()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_too_and_what_it_started(tmp_path, number, code):
+    child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)']).pid"
+    run = f"import subprocess, sys, time; from pathlib import Path; p = {child}"
+    run += "; Path(sys.argv[1]).write_text(str(p)); time.sleep(100)"
+    pid = tmp_path / "pid"
+    program = (
+        "import sys; from pathlib import Path; from frugalmoe.train.soak import Soak\n"
+        f"Soak([sys.executable, '-c', {run!r}, {str(pid)!r}], Path({str(tmp_path / 'run')!r}), print, 9, True).run()"
+    )
+    soaking = subprocess.Popen([sys.executable, "-c", program])
+    while not (pid.is_file() and pid.read_text()):
+        time.sleep(0.05)
+    soaking.send_signal(number)
+    assert soaking.wait(timeout=30) == code
+    end = time.monotonic() + 10
+    while (alive := Path(f"/proc/{pid.read_text()}/stat")).exists() and alive.read_text().split()[2] != "Z":
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(

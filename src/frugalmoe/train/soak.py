@@ -8,13 +8,14 @@ import os
 import random
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from frugalmoe.errors import EXIT_PREEMPTED, EXIT_STUCK, UserError
+from frugalmoe.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_STUCK, UserError
 from frugalmoe.train import goodput, saved
 
 KINDS = {  # of faults
@@ -94,11 +95,13 @@ class Soak:
         self._output = workdir.with_name(f"{workdir.name}.log")
 
     def run(self, faults: Sequence[Fault] = ()) -> Ended:
-        """Raises `UserError` where the run ends by itself again and again, or as after bad input."""
+        """Raises `UserError` where the run ends by itself again and again, or as after bad input. A signal that ends
+        this program ends the run with it.
+        """
         began, waiting = time.monotonic(), list(faults)
         done: list[tuple[Fault, int, float, str]] = []
         ready: float | None = None  # since the step that the next fault waits for was seen
-        try:
+        with self._ending():
             self._start()
             while (code := self._process.poll()) is None or not self._is_over(code):
                 if code is not None:
@@ -113,13 +116,32 @@ class Soak:
                         done.append((fault, reached, at, what))
                         self._tell(f"fault {len(done)} of {len(faults)} at step {reached}: {what}")
                 time.sleep(_LOOK)
-        finally:
-            if self._process is not None and self._process.poll() is None:
-                self._process.kill()
-                self._process.wait()
         rows = goodput.read(self._workdir / goodput.FILE)
         injected = [Injected(f.kind, step, at, what, _recovery(rows, f.kind, at)) for f, step, at, what in done]
         return Ended(time.monotonic() - began, injected, self._starts)
+
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Whatever ends the block, no process of the run outlives it."""
+
+        def leave(number: int, frame: object) -> None:
+            raise SystemExit(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED)
+
+        main = threading.current_thread() is threading.main_thread()  # which alone hears signals
+        numbers = (signal.SIGTERM, signal.SIGINT) if main else ()
+        previous = {number: signal.signal(number, leave) for number in numbers}
+        try:
+            yield
+        finally:
+            if self._process is not None and self._process.poll() is None:
+                children = _children(self._process.pid)
+                self._process.kill()
+                self._process.wait()
+                for child in children:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(child, signal.SIGKILL)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def reached(self) -> int:
         """The last step that the run has told of, in any start."""
