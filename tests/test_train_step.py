@@ -75,10 +75,13 @@ def trained(overrides, steps: int = 2):
 
 
 def largest_difference(a, b) -> float:
-    """Largest absolute difference of any leaf, as a share of that leaf's largest value."""
+    """Largest absolute difference of any leaf, as a share of that leaf's largest value; equal infinities have none."""
     a, b = (jax.tree.map(lambda x: np.asarray(x, np.float64), tree) for tree in (a, b))  # booleans have no difference
-    relative = jax.tree.map(lambda x, y: np.abs(x - y).max() / max(np.abs(x).max(), 1e-6), a, b)
-    return float(max(jax.tree.leaves(relative)))
+
+    def relative(x, y) -> float:
+        return 0.0 if np.array_equal(x, y) else np.abs(x - y).max() / max(np.abs(x).max(), 1e-6)
+
+    return float(max(jax.tree.leaves(jax.tree.map(relative, a, b))))
 
 
 def router(name: str) -> dict:
