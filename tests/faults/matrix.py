@@ -51,7 +51,7 @@ FAULTS = {
     "F19": ("other number of devices or processes", {"test_processes.py": "any_number"}),
     "F20": ("other versions, flags or dtypes at resume", {"faults/test_fuzz_resume.py": ""}),
     "F21": ("two runs in one directory, stale locks", {KILL: "lock or two_runs"}),
-    "F22": ("malicious files", {"faults/test_fuzz.py": "", "faults/test_fuzz_borders.py": "", "test_outside.py": ""}),
+    "F22": ("malicious files", {f"faults/test_fuzz{name}.py": "" for name in ("", "_borders", "_malicious")}),
     "F23": ("broken config values", {"faults/test_fuzz.py": "", "test_configs.py": ""}),
     "F24": ("retention under faults", {KILL: "instant"}),
     "F25": ("islands that leave, stall or send garbage", {"test_islands_processes.py": ""}),
