@@ -47,6 +47,19 @@ def test_the_formulas_give_measured_times_back(small):
     assert TRAIN_FACTOR * products == pytest.approx(5e-3)
 
 
+def test_a_link_that_is_not_there_is_none_of_the_cells(small, tmp_path):
+    """One accelerator has nobody to talk to; a plan then takes what the catalogue assumes, and says so."""
+    cells = calibration.cells(small, SECONDS, None)
+    assert not {"link_gb_s", "network_gb_s"} & cells.keys()
+    assert cells == {name: value for name, value in calibration.cells(small, SECONDS, 1e9).items() if name in cells}
+    file, source = tmp_path / "own.toml", {"text": "a test", "date": "2026-11-30"}
+    shares = dict.fromkeys(("matmul", "grouped", "attention"), 0.5)
+    device_catalogue.add(file, source, "here", {"title": "one", "platform": "gpu", **cells, **shares})
+    entry = device_catalogue.read(file).get("here")
+    assert entry.value("link_gb_s") == device_catalogue.ASSUMED["link_gb_s"][0] * 1e9
+    assert not entry.cells["link_gb_s"].own and entry.cells["bandwidth_gb_s"].own
+
+
 def test_what_is_measured_is_what_a_step_does(small):
     """Values and gradients of the right shapes, forward and backward, and every operator is called equally often."""
     with jax.set_mesh(sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])):

@@ -57,7 +57,7 @@ def calibrate(config: Config, told: Callable[[str], None] = lambda line: None) -
     the head as a product.
     """
     link = collective()
-    told(f"sum over devices: {link / 1e9:.3g} GB/s")
+    told(f"sum over devices: {link / 1e9:.3g} GB/s" if link else "one device: links are not measured")
     with jax.set_mesh(sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])):
         seconds = measure(operators(config))
     for name, value in seconds.items():
@@ -102,8 +102,8 @@ def measure(of: Mapping[str, Operator]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def cells(config: Config, seconds: Mapping[str, float], link: float) -> dict[str, float]:
-    """Returns the cells of the catalogue that give the measured times back."""
+def cells(config: Config, seconds: Mapping[str, float], link: float | None) -> dict[str, float]:
+    """Returns the cells of the catalogue that give the measured times back. Without a link it has no cell."""
     dtype = jnp.dtype(config.model.compute_dtype)
     peak = 2 * LARGE**3 / seconds["large product"]
     precision = {"bfloat16": "bf16", "float32": "fp32"}[dtype.name]
@@ -111,7 +111,7 @@ def cells(config: Config, seconds: Mapping[str, float], link: float) -> dict[str
     moved = 10 * TRAIN_FACTOR * math.prod(_shape(config)) * dtype.itemsize
     bandwidth = moved / seconds["norms and residual"] / ASSUMED.memory
     ones = dict.fromkeys(("matmul", "grouped", "attention"), 1.0)
-    device = Device("here", "cpu", {precision: peak}, of_device(), bandwidth, link, link, 1, **ones)
+    device = Device("here", "cpu", {precision: peak}, of_device(), bandwidth, link or 0.0, link or 0.0, 1, **ones)
     of_operator = {"matmul": "products", "attention": "attention", "grouped": "experts"}
     shares = {
         share: _share(config, device, share, seconds[name]) for share, name in of_operator.items() if name in seconds
@@ -120,8 +120,7 @@ def cells(config: Config, seconds: Mapping[str, float], link: float) -> dict[str
         f"{precision}_tflops": peak / 1e12,
         "memory_gb": of_device() / 1e9,
         "bandwidth_gb_s": bandwidth / 1e9,
-        "link_gb_s": link / 1e9,
-        "network_gb_s": link / 1e9,
+        **({"link_gb_s": link / 1e9, "network_gb_s": link / 1e9} if link else {}),
         "node": max(1, jax.device_count()),
         **shares,
     }
@@ -224,12 +223,15 @@ def _expected(config: Config, device: Device, field: str) -> float:
     return TRAIN_FACTOR * sum((parts[n][0] + both * parts[n][1]) / count for n, count in counts.items() if n in parts)
 
 
-def collective() -> float:
-    """Returns bytes per second that a device sends in a sum over all of them; of one CPU, over two virtual devices."""
+def collective() -> float | None:
+    """Returns bytes per second that a device sends in a sum over all of them; of one CPU, over two virtual devices.
+
+    None where there is one accelerator, which has nobody to talk to: the catalogue then says what it assumes.
+    """
     if jax.device_count() > 1:
         return all_reduce()
     if jax.default_backend() != "cpu":
-        return 32e9  # one accelerator has nobody to talk to: PCIe 4, as the catalogue assumes
+        return None
     flags = f"{os.environ.get('XLA_FLAGS', '')} {_VIRTUAL}=2".strip()
     code = "from frugalmoe.cost import calibration; print(calibration.all_reduce())"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
