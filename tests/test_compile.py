@@ -14,10 +14,10 @@ from runs import config_file, run, write_text
 from frugalmoe.aot import hlo, program, topologies
 from frugalmoe.aot import table as cost_table
 from frugalmoe.aot.search import layouts
-from frugalmoe.cli import EXIT_USER_ERROR, main
+from frugalmoe.cli import main
 from frugalmoe.config import load
 from frugalmoe.devices import GIB, GPUS, usable
-from frugalmoe.errors import UserError
+from frugalmoe.errors import EXIT_USER_ERROR, UserError
 from frugalmoe.model.transformer import count_parameters
 
 LAPTOP = "--config=configs/ling_2.py:mini:laptop"
