@@ -115,8 +115,8 @@ def noisy(positions, until=lambda: False):
     """The batches of these positions are of tokens that no text has."""
     original = Dataset.batch
 
-    def batch(self, position, rows=None):
-        found = original(self, position, rows)
+    def batch(self, position, rows=None, ramp=None):
+        found = original(self, position, rows, ramp)
         if position not in positions or until():
             return found
         drawn = np.random.default_rng(position).integers(200, 256, (2, *found.tokens_BT.shape)).astype(np.int32)

@@ -238,7 +238,8 @@ def test_a_step_with_a_gate_far_out_leaves_all_parameters_finite(name: str) -> N
             state, put_batch(mesh, Batch(*(x[None] for x in batch(0))), "ABT")
         )
     assert report.metrics["loss/logit_z"] > 0
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((state, report)))
+    without_limits = report._replace(verdict=None)  # which are infinite where there are none
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((state, without_limits)))
 
 
 @pytest.mark.slow

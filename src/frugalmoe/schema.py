@@ -221,7 +221,7 @@ class Optim:
     # Share of all updates after which the peak rate is lower, `drop_factor` of it (Ling, arXiv 2503.05139: half after
     # 0.6); 0: never. Not of cosine.
     drop_after: float = 0.0
-    drop_factor: float = 0.5
+    drop_factor: float = 0.5  # on the rate after drop_after
     weight_decay: float = 0.1  # decoupled; on matrices only, not on norms, biases, routers' vectors
     b1: float = 0.9  # AdamW: decay of the mean of gradients
     b2: float = 0.95  # AdamW: decay of the mean of their squares
@@ -239,7 +239,7 @@ class Train:
     # Sequences of the first batch, which grow to batch_size over ramp_batches batches by whole micro-batches of
     # batch_size / accumulate_steps (Ling, arXiv 2503.05139: 2,560 to 8,960); 0: batch_size from the start.
     ramp_from: int = 0
-    ramp_batches: int = 0
+    ramp_batches: int = 0  # over which batches grow
     seed: int = 0  # of parameters, order of the data and routers' noise
     log_every: int = 10  # steps from one row of metrics.jsonl to the next
     eval_every: int = 0  # 0: at the end only

@@ -32,11 +32,12 @@ def get(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def add_config_flag(parser: argparse.ArgumentParser, required: bool = True) -> None:
+def add_config_flag(parser: argparse.ArgumentParser, required: bool = True, default: str | None = None) -> None:
     """Adds --config=FILE[:ARG]; `frugalmoe.cli` takes --config.a.b=VALUE out of the command line before."""
     parser.add_argument(
         "--config",
-        required=required,
+        required=required and not default,
+        default=default,
         metavar="FILE[:ARG]",
         help="a Python file with get_config(ARG), or the name of one of ours, as quickstart:laptop or "
         "ling_2:flash; or the directory of a run or of a published model; set fields with "

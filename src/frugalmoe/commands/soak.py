@@ -20,8 +20,7 @@ EXIT_DIFFERS = 1
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `frugalmoe soak`."""
-    add_config_flag(parser, required=False)
-    parser.set_defaults(config="quickstart")
+    add_config_flag(parser, default="quickstart")
     parser.add_argument("--workdir", type=Path, help="directory for the runs, new or empty (default: runs/soak-NAME)")
     parser.add_argument("--faults", type=int, default=8, metavar="N", help="in a run, at random steps (default: 8)")
     parser.add_argument(
