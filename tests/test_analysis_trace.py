@@ -176,7 +176,9 @@ def test_bad_input_is_one_line(run_dir, tmp_path):
         write_trace(tmp_path)
     path = copy(run_dir, tmp_path)
     (path / "trace" / "step_00000008.npz").write_bytes((path / "trace" / "step_00000004.npz").read_bytes()[:999])
-    with pytest.raises(UserError, match=r"step_00000008.npz: not a readable trace \(ValueError: File is not a zip file"):
+    with pytest.raises(
+        UserError, match=r"step_00000008.npz: not a readable trace \(ValueError: File is not a zip file"
+    ):
         load_trace(path)
     shutil.rmtree(path / "trace")
     with pytest.raises(UserError, match="trace: no trace; make one with `frugalmoe trace"):

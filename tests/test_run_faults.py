@@ -28,6 +28,7 @@ from frugalmoe.train.evaluate import evaluate
 from frugalmoe.train.guard import NotFinite
 from frugalmoe.train.loop import opened, train
 from frugalmoe.train.program import compiled_eval_step
+from frugalmoe.train.progress import Progress
 from frugalmoe.train.step import abstract, init, make_train_step
 
 FIELDS = {
@@ -490,6 +491,18 @@ def test_a_signal_before_the_first_step_ends_the_process_at_once(start, tmp_path
     ended(process, code, "interrupted; there was nothing to save, and the same command goes on")
     assert time.monotonic() - began < 5
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_signals_are_asked_for_once(make, tmp_path):
+    """A handler of each step's own would keep the one before it, for as long as the run trains."""
+    handlers = []
+
+    class Looking(Progress):
+        def update(self, *numbers):
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    train(make(train__steps=4), tmp_path / "run", progress=Looking)
+    assert len(handlers) == 4 and len(set(handlers)) == 1 and handlers[0] is not signal.getsignal(signal.SIGTERM)
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def run_processes(argv: Sequence[str], jobs: int, workdir: Path, shown: StudyPro
     workers = [_start(argv, cores, log) for cores, log in zip(share_cores(jobs), logs)]
     with stop_signals() as stop:
         while any(worker.poll() is None for worker in workers):
-            if stop:
+            if stop():
                 for worker in workers:
                     worker.stdin.close()  # each saves and ends, as it does when this process dies
                 for worker in workers:
@@ -37,10 +37,10 @@ def run_processes(argv: Sequence[str], jobs: int, workdir: Path, shown: StudyPro
             time.sleep(_POLL_SECONDS)
     for worker, log in zip(workers, logs):
         worker.stdin.close()
-        if worker.returncode not in (0, 75) and not stop:
+        if worker.returncode not in (0, 75) and not stop():
             last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
             raise UserError(f"{log}: a worker ended with exit code {worker.returncode}: {last}")
-    return bool(stop)
+    return stop()
 
 
 def _start(argv: Sequence[str], cores: set[int], log: Path) -> subprocess.Popen:

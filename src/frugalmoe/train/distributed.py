@@ -205,13 +205,15 @@ class StopNow(Exception):
     """A signal came while there was nothing to do but wait."""
 
 
-class _Received(list):
+class Received:
     """The signals that came; called, whether any did. `waits` is set while the first one is to end what waits."""
 
-    waits = False
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self.waits = False
 
-    def __call__(self, step: int) -> bool:
-        return bool(self)
+    def __call__(self, step: int = 0) -> bool:
+        return bool(self.numbers)
 
 
 @contextmanager
@@ -219,7 +221,7 @@ def while_waiting(stop: Callable[[int], bool] | None) -> Iterator[None]:
     """Wraps a block that changes nothing: the first signal ends it with `StopNow`, so that a loader that sleeps keeps
     no process alone from stopping. stop: as `stop_requests` gave it; of several processes nothing is done.
     """
-    if not isinstance(stop, _Received):
+    if not isinstance(stop, Received):
         yield
         return
     stop.waits = True
@@ -230,14 +232,14 @@ def while_waiting(stop: Callable[[int], bool] | None) -> Iterator[None]:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[Received]:
     """Collects SIGTERM and SIGINT; a second one ends the process at once."""
-    received = _Received()
+    received = Received()
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def handle(number, frame):
-        if not received:
-            received.append(number)
+        if not received():
+            received.numbers.append(number)
             if received.waits:
                 raise StopNow
         elif not is_watched(previous[number]):  # a watch ends the process itself

@@ -205,7 +205,7 @@ class Steps:
 
     def stop_requested(self) -> bool:
         """Whether a signal asks to stop after the steps that were made."""
-        self.stopped = self.stopped or bool(self._stop and self._stop(self.launched))
+        self.stopped = self.stopped or (self._stop is not None and bool(self._stop(self.launched)))
         return self.stopped
 
     def until(self, end: int, enough: Callable[[], bool] = lambda: False) -> None:
@@ -232,7 +232,8 @@ class Steps:
             with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=self.step):
                 report = self.program.step(batch, tried.again)
             self.launched += 1
-            self._stop = self._stop or self._stop_requests()
+            if self._stop is None:
+                self._stop = self._stop_requests()
             self._replicas.read()
             if self._log_pending():  # the run went back, and this step was made from what it left
                 continue
