@@ -233,11 +233,11 @@ def test_two_processes_do_not_share_a_run_directory(place):
 MOUNT = "mount -t tmpfs -o {options} tmpfs {target} && cd {root} && {command}; code=$?; {then}; exit $code"
 
 
-def in_a_mount(place, options: str, then: str = "true") -> subprocess.CompletedProcess:
+def in_a_mount(place, options: str, *flags: str, then: str = "true") -> subprocess.CompletedProcess:
     """Trains into a file system of its own, in a mount namespace of its own."""
     target = place[0] / "mount"
     target.mkdir(exist_ok=True)
-    inner = " ".join(command("train", f"--config={place[1]}", f"--workdir={target}/run"))
+    inner = " ".join(command("train", f"--config={place[1]}", f"--workdir={target}/run", *flags))
     script = MOUNT.format(options=options, target=target, command=inner, root=place[0], then=then)
     return subprocess.run(
         ["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, env=os.environ | NORMAL, timeout=300
@@ -254,7 +254,8 @@ def test_a_full_disk_is_named(place, undisturbed):
 
 def test_a_disk_that_fills_up_is_named_and_the_last_checkpoint_kept(place, undisturbed):
     size = sum(p.stat().st_size for p in (undisturbed[0] / "checkpoints" / "16").rglob("*") if p.is_file())
-    out = in_a_mount(place, f"size={int(2.5 * size)}", then="ls mount/run/checkpoints >&2")
+    flags = ["--config.checkpoint.on_error=stop"]  # what else it does is in faults/test_fault_disk.py
+    out = in_a_mount(place, f"size={int(2.5 * size)}", *flags, then="ls mount/run/checkpoints >&2")
     assert out.returncode == 2, out.stderr
     message, *steps = out.stderr.strip().splitlines()
     assert "No space left on device" in message and steps, out.stderr
