@@ -267,6 +267,7 @@ def test_arms_are_compared_on_common_seeds_only():
     assert found["arm"].mean == -0.5 and found["arm"].half_width == 0
 
 
+@pytest.mark.whole
 def test_verdicts_hold_their_error_rate():
     """Arms that do not differ are called different in about 5% of studies in all, however many arms there are."""
     rng = np.random.default_rng(0)

@@ -31,6 +31,8 @@ from frugalmoe.train.placing import put_batch
 from frugalmoe.train.program import Program, compiled_train_step
 from frugalmoe.train.step import State, abstract, init
 
+pytestmark = pytest.mark.whole
+
 FIELDS = {
     "train.steps": 24,
     "train.trackers": "",

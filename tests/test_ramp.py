@@ -21,6 +21,8 @@ from frugalmoe.train import optim, saved
 from frugalmoe.train.loop import train
 from frugalmoe.train.weights import load_model
 
+pytestmark = pytest.mark.whole
+
 FIELDS = {
     "model.num_layers": 1, "model.num_dense_layers": 0, "train.steps": 6, "train.batch_size": 16,
     "train.accumulate_steps": 4, "checkpoint.every_steps": 1, "checkpoint.keep_last": 9, "optim.schedule": "constant",

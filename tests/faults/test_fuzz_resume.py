@@ -16,6 +16,8 @@ from frugalmoe.train import checkpoint
 from frugalmoe.train.loop import train
 from frugalmoe.train.step import abstract, init
 
+pytestmark = pytest.mark.whole
+
 FIELDS = {
     "train.steps": 2, "checkpoint.every_steps": 1, "optim.warmup_steps": 1, "optim.schedule": "constant",
     "model.num_layers": 1, "model.num_dense_layers": 0, "train.eval_rows": 4, "model.vocab_size": 320,
