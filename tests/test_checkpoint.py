@@ -13,7 +13,7 @@ from frugalmoe.errors import UserError
 from frugalmoe.optimizers import OPTIMIZERS
 from frugalmoe.routing.contract import declare, linear_init
 from frugalmoe.routing.strategies import topk_softmax
-from frugalmoe.train import checkpoint
+from frugalmoe.train import checkpoint, guard
 from frugalmoe.train.checkpoint import RENAMED
 from frugalmoe.train.placing import put_batch
 from frugalmoe.train.step import State, abstract, init, make_train_step
@@ -98,6 +98,18 @@ def test_an_array_of_ones_own_router_may_have_an_old_name(tmp_path):
         assert "proj_DH" in names_in(state.params) & RENAMED.keys()
         with saved(tmp_path, state) as manager:
             assert_same(checkpoint.restore(manager, 0, abstract(config)), state)
+
+
+def test_a_checkpoint_of_before_there_was_a_guard_begins_with_a_fresh_one(tmp_path):
+    """And the next step takes the program that a step of today's states has: types are written alike."""
+    config = config_of()
+    with jax.set_mesh(mesh_of()):
+        state = started(config)
+        with saved(tmp_path, state._replace(guard=())) as manager:
+            restored = checkpoint.restore(manager, 0, abstract(config))
+        assert_same(restored, state._replace(guard=guard.fresh()))
+        written = lambda tree: [leaf.sharding for leaf in jax.tree.leaves(tree)]
+        assert written(restored.guard) == written(state.guard)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
