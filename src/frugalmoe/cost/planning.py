@@ -483,7 +483,9 @@ def _why(ask: Ask, p: Plan, best: Plan) -> str:
         apart = f"; {p.transfer:.0%} of the time goes into meeting, and small models lost {p.loss[1]:.2f} nats so"
     if p is best:
         what = "cheapest" if p.price is not None else "fewest device-hours"
-        return f"{what} of those that meet the constraints ({slow}){apart}"
+        usual = f"all devices of a kind at once, or than {DAYS} days where their number is open"
+        rule = f"; without --deadline none is slower than {usual}" if ask.deadline is None else ""
+        return f"{what} of those that meet the constraints ({slow}){apart}{rule}"
     if ask.deadline is not None and p.hours > ask.deadline:
         return f"{p.hours / 24:.3g} days miss the deadline of {ask.deadline / 24:g} ({slow}){apart}"
     if p.price is None:
