@@ -111,7 +111,8 @@ def speed(row: Mapping[str, Any]) -> tuple[float, str]:
     its own step stands in for a constant: exchange that is hidden, experts that are balanced by force.
     """
     config, device = _config(row), CATALOGUE.get(row["device"]).device()
-    assumed = formulas.ASSUMED._replace(**row.get("assumed", {}))
+    stack = {key: value for key, value in DATA["stacks"].get(row.get("stack"), {}).items() if key != "why"}
+    assumed = formulas.ASSUMED._replace(**stack | row.get("assumed", {}))
     assumed = assumed._replace(imbalance=1.0) if row.get("balanced") else assumed
     if "layout" in row:
         layout = formulas.Layout(**row["layout"])

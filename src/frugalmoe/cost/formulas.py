@@ -55,7 +55,7 @@ class Device(NamedTuple):
 class Layout(NamedTuple):
     """How a step is spread: sizes of the mesh axes of `schema.Mesh`, and what a device computes at one time.
 
-    `pipeline`, `virtual`, `node_limit` and `gathered_once` describe other codebases' runs; ours have none of them.
+    What follows `remat` describes other codebases' runs, and so do `pipeline` and remat=hidden; ours have none of them.
     """
 
     data: int = 1
@@ -66,10 +66,19 @@ class Layout(NamedTuple):
     pipeline: int = 1
     sequences: int = 1  # of a micro-batch, for each device of the axes that split batches
     micro_batches: int = 1  # of a step
-    remat: str = "full"  # none | dots | full
+    remat: str = "full"  # none | dots | hidden (gate and up alone are computed anew) | full
     virtual: int = 1  # pieces of the network that a device of a pipeline has (interleaved schedule)
     node_limit: int = 0  # a token travels to at most so many nodes, once to each (DeepEP); 0: a row for each choice
     gathered_once: bool = False  # a step, not a micro-batch: only the optimizer's state is spread (ZeRO-1)
+    # Devices of `tensor` split tokens where they share neither heads nor hidden widths (sequence parallelism): norms,
+    # what a pipeline sends, and, folded into the expert axis, routed experts, which stay whole (2504.14960).
+    sequence_parallel: bool = False
+    # `context` passes keys and values on from device to device beside attention's products (ring attention), over
+    # devices that `tensor` leaves; ours lets queries, keys, values and outputs change places.
+    ring: bool = False
+    # Each operation between products is a kernel that reads and writes on its own (PyTorch that is not compiled).
+    eager: bool = False
+    even: bool = False  # as many layers in each stage of a pipeline, and the head beside those of the last one
 
     @property
     def shards(self) -> int:
@@ -86,6 +95,11 @@ class Layout(NamedTuple):
         return self.fsdp * self.expert * self.tensor * self.context * self.pipeline
 
     @property
+    def fold(self) -> int:
+        """Devices of `tensor` that are further devices of the expert axis."""
+        return self.tensor if self.sequence_parallel else 1
+
+    @property
     def batch_size(self) -> int:
         """Sequences of a step."""
         return self.sequences * self.micro_batches * self.shards
@@ -95,7 +109,12 @@ class Assumptions(NamedTuple):
     """Constants of the time model that no shape gives. `docs/planner.md` has the origin and the effect of each."""
 
     matmul: float = 0.75  # share of the peak that a large product reaches
-    fp8: float = 0.5  # likewise in fp8, with scales of tiles and sums that are moved to float32
+    # Likewise in fp8 with scales of tiles, whose sums are moved to float32 registers each 128 of the contracted axis.
+    # With one scale of a tensor a product has no such pauses, and reaches `matmul`.
+    fp8: float = 0.5
+    # Bytes that casting a factor to fp8 moves: 2 are read, and 1 is written in both orders, of which the backward
+    # pass contracts the other. With one scale of a tensor its largest number is looked for first: 2 more.
+    cast: float = 4.0
     tile: float = 128.0  # inputs and outputs of a product that are lost to the ends of a kernel's loops
     launch: float = 4e-4  # seconds of a layer's passes in which a GPU waits for its next kernel
     memory: float = 0.8  # share of the memory's bandwidth that reading and writing in order reaches
@@ -105,10 +124,10 @@ class Assumptions(NamedTuple):
     # with forced and with its own balance differ by 4 to 24%, 15% in the mean; experts are about 0.7 of such a step,
     # which is a guess.
     imbalance: float = 1.2
-    hidden: float = 0.0  # share of the exchange of tokens that goes on beside computing
+    hidden: float = 0.0  # share of the exchange of tokens that goes on beside computing, as far as that is longer
     # What is left on GPUs and NPUs of the sum of the parts, beside launches: waits, kernels that are not tuned, jitter.
-    # The median over the published MoE runs of docs/planner.md; TPUs, whose programs are one kernel after the other in
-    # one stream, have nothing to tell.
+    # It belongs to the software of a date; this is that of training runs of 2023 to 2025, near the median of those of
+    # docs/planner.md. TPUs, whose programs are one kernel after the other in one stream, have nothing to tell.
     software: float = 0.85
 
 
@@ -263,7 +282,7 @@ def kept_of_layer(model: Model, kind: pattern.BlockKind, layout: Layout, length:
 
     full: the layer's input, b D, and the routing plan, an expert and a weight for each choice, 8 K.
     dots: also the results of products without a batch axis: queries, keys, values, what attention adds, gate and up
-    of dense and shared feed-forwards and what they add, and the router's logits in float32.
+    of dense and shared feed-forwards and what they add, and the router's logits in float32. hidden: not gate and up.
     none: all that derivatives ask for. Of the width D: two norms keep the float32 input, the normalized and the scaled
     one, and the sum between them, 7 float32 arrays in all, and attention's and the experts' input in the compute
     dtype. Queries before and after rotation and the output of attention, H d each; keys and values; the log-sum-exp
@@ -276,9 +295,9 @@ def kept_of_layer(model: Model, kind: pattern.BlockKind, layout: Layout, length:
     queries, keys = (width / layout.tensor for width in _widths(model, kind.attention))
     hidden = 2 * _hidden(model, kind) / layout.tensor
     scores = FLOAT32 * model.moe.num_experts * (kind.feed_forward == "moe")
-    if layout.remat == "dots":
+    if layout.remat in ("dots", "hidden"):
         adds = model.dim * (1 + (hidden > 0))
-        return b * (model.dim + queries + keys + hidden + adds) + scores + plan
+        return b * (model.dim + queries + keys + hidden * (layout.remat == "dots") + adds) + scores + plan
     own = 7 * FLOAT32 * model.dim + 2 * b * model.dim + b * (3 * queries + keys + 1.5 * hidden)
     return own + FLOAT32 * model.num_heads / layout.tensor + 2 * scores + 3 * plan
 
@@ -342,6 +361,7 @@ class Traffic(NamedTuple):
     experts: float  # rows to their experts and back
     experts_far: float  # of them to other nodes
     parameters: float  # gathered, and gradients that are scattered
+    parameters_of_experts: float  # of them those of routed experts, which other devices share
     gradients: float  # summed over groups of devices that each have all parameters (`data`)
     tensor: float  # sums over devices that share heads and hidden widths
     context: float  # whole sequences for attention
@@ -361,7 +381,10 @@ def traffic(config: Config, layout: Layout, node: int) -> Traffic:
     optimizer's state is spread, parameters are gathered and gradients scattered once a step: 2 P b (n - 1) / n.
 
     Tensor: attention and feed-forward add up N D over t devices, forward and backward: 4 all-reduces of a layer, each
-    2 (t - 1) / t. Context: queries, keys, values and outputs change places, (c - 1) / c of them, forward and backward.
+    2 (t - 1) / t; as many bytes where each is a scatter and a gather. Folded into the expert axis, routed experts need
+    none: their layers have the 2 of attention. Context: queries, keys, values and outputs change places, (c - 1) / c of
+    them, forward and backward. As a ring a device passes keys and values on c - 1 times, and backward both once more
+    with their gradients: 3 (c - 1) of them.
     """
     model, count, b = config.model, parameters(config.model), bytes_of_number(config.model)
     tokens = layout.sequences * config.data.sequence_length / layout.context
@@ -369,30 +392,35 @@ def traffic(config: Config, layout: Layout, node: int) -> Traffic:
     layers = sum(_kinds(model).values()) / layout.pipeline
     directions = 5 if layout.remat == "full" else 4
     near, far = _rows_sent(model, layout, node)
-    of_rows = directions * moe_layers * tokens * model.dim * b * layout.micro_batches
+    of_rows = directions * moe_layers * tokens / layout.fold * model.dim * b * layout.micro_batches
     used = (count.total - count.experts) / layout.tensor / layout.pipeline
     of_experts = count.experts / layout.expert / layout.tensor / layout.pipeline
     spread = layout.fsdp * layout.expert * layout.context
-    gathered = used * (spread - 1) / spread + of_experts * (layout.fsdp - 1) / layout.fsdp
+    of_experts *= (layout.fsdp - 1) / layout.fsdp
+    gathered = used * (spread - 1) / spread + of_experts
+    often = (2 if layout.gathered_once else 3 * layout.micro_batches) * b
     summed = 2 * (layout.data - 1) / layout.data * FLOAT32 * count.total / layout.stored
     t, c = layout.tensor, layout.context
+    sums = 4 * layers - 2 * moe_layers * (layout.fold > 1) * (not model.moe.num_shared_experts)
     queries, keys = _widths(model, pattern.layers(model)[0].attention)
+    passed = 3 * (c - 1) * keys if layout.ring else 2 * (c - 1) / c * (2 * queries + keys)
     return Traffic(
         of_rows * (near + far),
         of_rows * far,
-        (2 if layout.gathered_once else 3 * layout.micro_batches) * b * gathered,
+        often * gathered,
+        often * of_experts,
         summed,
-        8 * (t - 1) / t * layers * tokens * model.dim * b * layout.micro_batches,
-        2 * (c - 1) / c * layers * tokens * (2 * queries + keys) / t * b * layout.micro_batches,
+        2 * (t - 1) / t * sums * tokens * model.dim * b * layout.micro_batches,
+        passed * layers * tokens / t * b * layout.micro_batches,
     )
 
 
 def _rows_sent(model: Model, layout: Layout, node: int) -> tuple[float, float]:
     """Rows of D that a device sends for each of its tokens in one direction: inside its node, and to others."""
-    devices, choices = layout.expert, model.moe.num_experts_per_token
+    devices, choices = layout.expert * layout.fold, model.moe.num_experts_per_token
     if devices == 1 or not pattern.has_experts(model):
         return 0.0, 0.0
-    inside = max(1, min(devices, node // (layout.tensor * layout.context)))
+    inside = max(1, min(devices, node * layout.fold // (layout.tensor * layout.context)))
     if layout.node_limit:
         nodes = devices / inside
         reached = min(layout.node_limit, nodes * (1 - (1 - 1 / nodes) ** choices))
@@ -434,95 +462,186 @@ def product_seconds(
     return flops / (device.peak[precision] * share) + moved / (device.bandwidth * assumed.memory)
 
 
+class _Pass(NamedTuple):
+    """One micro-batch's forward pass on one device: what its parts are counted from."""
+
+    model: Model
+    layout: Layout
+    device: Device
+    assumed: Assumptions
+    tokens: float
+    flops: Mapping[str, float]  # of a token, by part
+    high: str  # the precision of what stays out of fp8
+    low: str  # and of projections, feed-forwards and experts
+
+    @property
+    def number(self) -> int:
+        return bytes_of_number(self.model)
+
+    @property
+    def share(self) -> float:
+        return 1 / self.layout.tensor / self.layout.pipeline
+
+    @property
+    def cast(self) -> float:
+        """Bytes of a factor that is cast to fp8."""
+        return self.assumed.cast if self.low == "fp8" else 0.0
+
+    def product(
+        self, name: str, read: float, written: float, precision: str, narrow: float = math.inf, more: float = 1.0
+    ) -> float:
+        """The seconds of a part's products, with `more` times its FLOPs; `read` and `written`: numbers of a whole
+        micro-batch in all layers, before `tensor` and `pipeline` share them. Factors in fp8 are numbers of one byte.
+        """
+        moved = read * (1 if precision == "fp8" else self.number) + written * self.number
+        flops = self.flops[name] * self.tokens * more
+        return product_seconds(self.device, flops * self.share, moved * self.share, precision, self.assumed, narrow)
+
+    @property
+    def norm(self) -> int:
+        """Numbers that a norm reads and writes of each of its own: 2. Without fusion in float32, two numbers each: the
+        cast 3, squares 4, their mean 2, the product 4, the cast back 3, the scale 2.
+        """
+        return 18 if self.layout.eager else 2
+
+    @property
+    def rotation(self) -> int:
+        """Likewise 2; without fusion the cast 3, halves turned around 4, two products 6 each, the sum 6, the cast 3."""
+        return 28 if self.layout.eager else 2
+
+    @property
+    def gating(self) -> int:
+        """Likewise of gate and up to hidden, of each hidden number: 3; without fusion SiLU 2 and the product 3."""
+        return 5 if self.layout.eager else 3
+
+    def stream(self, moved: float) -> float:
+        """The seconds of reading and writing so many bytes on this device."""
+        return moved / (self.device.bandwidth * self.assumed.memory)
+
+
 def forward_seconds(
     config: Config, layout: Layout, device: Device, precision: str = "bf16", assumed: Assumptions = ASSUMED
 ) -> dict[str, tuple[float, float]]:
     """Returns (products, reading and writing) of one micro-batch's forward pass on one device, by part.
 
-    Of a product of N rows, I inputs and J outputs: 2 N I J FLOPs, and (N I + I J + N J) b bytes. Routed experts:
-    K N rows are spread over E / M experts of a device, each with its own matrices; the busiest device is waited for.
-    Attention's products run at `Assumptions.attention` of the peak and move queries, keys, values and output once.
-    fp8 is for the projections and experts, as DeepSeek-V3 has it (2412.19437 section 3.3): their inputs are written
-    once more in one byte.
+    Of a product of N rows, I inputs and J outputs: 2 N I J FLOPs, and N I + I J numbers that are read and N J that are
+    written. fp8 is for the projections, feed-forwards and experts, as DeepSeek-V3 has it (2412.19437 section 3.3):
+    their inputs are written once more in one byte, which products then read. In a dense model these are nearly all.
 
-    What only reads and writes, in numbers of a token and layer: two norms 4 D, two additions 6 D, rotation (and norm)
-    of queries and keys 2 (4), gate and up to hidden 3 F for each feed-forward that it passes, rows to their order and
-    back (3 K + 1) D, scores of the router 6 E in float32; of the loss 6 V in float32.
+    What only reads and writes, in numbers of a token and layer, beside what the parts say: two norms 4 D, two additions
+    6 D, once for each device that shares heads unless these split the tokens (`Layout.sequence_parallel`). Operations
+    that are not fused (`Layout.eager`) take more: `_Pass.norm`.
     """
-    model, b, length = config.model, bytes_of_number(config.model), config.data.sequence_length
-    tokens = layout.sequences * length / layout.context
-    flops = flops_of_token(model, length)
-    layers, moe = len(pattern.layers(model)), model.moe
-    moe_layers = len(pattern.moe_layers(model))
     high = "bf16" if "bf16" in device.peak else next(iter(device.peak))
     low = precision if precision in device.peak else high
-    share = 1 / layout.tensor / layout.pipeline
-    stream = device.bandwidth * assumed.memory
-    wide = 3 if low == "fp8" else 0  # an input is read in 2 bytes and written in 1
-    queries, keys = _widths(model, pattern.layers(model)[0].attention)
-
-    def product(name: str, moved: float, precision: str = low, narrow: float = math.inf) -> float:
-        """`moved`: bytes of a whole micro-batch in all layers, before `tensor` and `pipeline` share them."""
-        return product_seconds(device, flops[name] * tokens * share, moved * share, precision, assumed, narrow)
-
-    of_attention = (
-        layers
-        * b
-        * (tokens * (2 * model.dim + 2 * queries + keys) + flops["attention projections"] / max(layers, 1) / 2)
+    tokens = layout.sequences * config.data.sequence_length / layout.context
+    flops = flops_of_token(config.model, config.data.sequence_length)
+    p = _Pass(config.model, layout, device, assumed, tokens, flops, high, low)
+    numbers = (2 * p.norm + 6) * p.model.dim
+    around = len(pattern.layers(p.model)) * tokens * numbers * p.number / layout.pipeline / layout.fold
+    return (
+        _attention_seconds(p)
+        | {"norms and residual": (0.0, p.stream(around)), "head": _head_seconds(p)}
+        | _feed_forward_seconds(p)
+        | (_expert_seconds(p) if pattern.moe_layers(p.model) else {})
     )
-    found = {
+
+
+def _attention_seconds(p: _Pass) -> dict[str, tuple[float, float]]:
+    """Projections: rotation, and a norm where there is one, of queries and keys. Products of queries and keys run at `Assumptions.attention` of the peak and move queries, keys, values and output once.
+    """
+    model, tokens, layers = p.model, p.tokens, len(pattern.layers(p.model))
+    queries, keys = _widths(model, pattern.layers(model)[0].attention)
+    weights = p.flops["attention projections"] / 2
+    around = p.rotation + p.norm * (model.qk_norm != "none")
+    turned = around * (queries + keys / 2) * p.number + p.cast * (model.dim + queries)
+    rate = p.device.peak[p.high] * (p.device.attention or p.assumed.attention)
+    return {
         "attention projections": (
-            product("attention projections", of_attention),
-            layers * tokens * ((2 + 2 * (model.qk_norm != "none")) * (queries + keys / 2) * b * share) / stream
-            + layers * tokens * wide * (model.dim + queries) * share / stream,
+            p.product(
+                "attention projections",
+                layers * tokens * (model.dim + queries) + weights,
+                layers * tokens * (queries + keys + model.dim),
+                p.low,
+            ),
+            p.stream(layers * tokens * turned * p.share),
         ),
         "attention products": (
-            flops["attention products"]
-            * tokens
-            * share
-            / (device.peak[high] * (device.attention or assumed.attention)),
-            layers * tokens * (2 * queries + keys) * b * share / stream,
-        ),
-        "norms and residual": (0.0, layers * tokens * 10 * model.dim * b / layout.pipeline / stream),
-        "head": (
-            product_seconds(
-                device,
-                flops["head"] * tokens * share,
-                b * (tokens * model.dim + model.dim * model.vocab_size + tokens * model.vocab_size) * share,
-                high,
-                assumed,
-            ),
-            6 * FLOAT32 * tokens * model.vocab_size * share / stream,
+            p.flops["attention products"] * tokens * p.share / rate,
+            p.stream(layers * tokens * (2 * queries + keys) * p.number * p.share),
         ),
     }
-    dense = layers - moe_layers
+
+
+def _head_seconds(p: _Pass) -> tuple[float, float]:
+    """The loss reads and writes 6 V numbers of a token in float32."""
+    model, tokens = p.model, p.tokens
+    work = p.product("head", (tokens + model.vocab_size) * model.dim, tokens * model.vocab_size, p.high)
+    return work, p.stream(6 * FLOAT32 * tokens * model.vocab_size * p.share)
+
+
+def _feed_forward_seconds(p: _Pass) -> dict[str, tuple[float, float]]:
+    """Each feed-forward that every token passes reads gate and up and writes what is hidden (`_Pass.gating`)."""
+    model, tokens, moe, found = p.model, p.tokens, p.model.moe, {}
+    moe_layers = len(pattern.moe_layers(model))
     for name, hidden, count in (
-        ("dense feed-forward", model.dense_dim, dense),
+        ("dense feed-forward", model.dense_dim, len(pattern.layers(model)) - moe_layers),
         ("shared experts", moe.num_shared_experts * moe.expert_dim, moe_layers),
     ):
         if hidden and count:
-            moved = count * b * (tokens * (2 * model.dim + 3 * hidden) + 3 * model.dim * hidden)
-            more = count * tokens * (3 * hidden * b + wide * (model.dim + hidden)) * share / stream
-            found[name] = (product(name, moved, narrow=min(hidden / layout.tensor, model.dim)), more)
-    if moe_layers:
-        uneven = assumed.imbalance if layout.expert > 1 else 1.0
-        count = moe.num_experts_per_token * tokens * uneven
-        held = min(moe.num_experts / layout.expert, moe.num_experts_per_token * tokens * layout.expert)
-        moved = moe_layers * b * (count * (2 * model.dim + 3 * moe.expert_dim) + held * 3 * model.dim * moe.expert_dim)
-        work = product_seconds(
-            device._replace(matmul=device.grouped or device.matmul),
-            flops["routed experts"] * tokens * uneven * share,
-            moved * share,
-            low,
-            assumed,
-            min(moe.expert_dim / layout.tensor, model.dim),
-        )
-        order = (3 * moe.num_experts_per_token + 1) * model.dim * b * tokens / layout.pipeline
-        gates = count * (3 * moe.expert_dim * b + wide * (model.dim + moe.expert_dim)) * share
-        scores = 6 * FLOAT32 * moe.num_experts * tokens / layout.pipeline
-        found["routed experts"] = (work, moe_layers * (order + gates) / stream)
-        found["router"] = (product("router", moe_layers * 4 * tokens * model.dim, high), moe_layers * scores / stream)
+            read = count * (tokens * (model.dim + hidden) + 3 * model.dim * hidden)
+            written = count * tokens * (2 * hidden + model.dim)
+            narrow = min(hidden / p.layout.tensor, model.dim)
+            more = count * tokens * (p.gating * hidden * p.number + p.cast * (model.dim + hidden)) * p.share
+            found[name] = (p.product(name, read, written, p.low, narrow), p.stream(more))
     return found
+
+
+def _expert_seconds(p: _Pass) -> dict[str, tuple[float, float]]:
+    """Routed experts: K N rows are spread over the experts of a device, each with its own matrices; the busiest device
+    is waited for. With a capacity all have as many slots, filled or not, and all are computed.
+
+    Rows pass through memory, in numbers of D of a token. On one device they are gathered, weighted and added up:
+    3 K + 1. Spread over devices they are put in the order of devices (K + 1), sent and received (2 K), put in the order
+    of experts (2 K), and all of that once more on the way back: 10 K + 2. Where a token goes once to each node and is
+    copied there by what sends it, the orders of devices need no pass: 6 K + 2. Scores of the router are 6 E numbers in
+    float32.
+    """
+    model, tokens, moe, layout = p.model, p.tokens, p.model.moe, p.layout
+    layers, choices = len(pattern.moe_layers(model)), moe.num_experts_per_token
+    spread = layout.expert * layout.fold > 1
+    filled = moe.capacity_factor if moe.executor == "capacity" else p.assumed.imbalance if spread else 1.0
+    rows = choices * tokens * filled
+    held = min(moe.num_experts / layout.expert, choices * tokens * layout.expert)
+    work = p._replace(device=p.device._replace(matmul=p.device.grouped or p.device.matmul)).product(
+        "routed experts",
+        layers * (rows * (model.dim + moe.expert_dim) + held * 3 * model.dim * moe.expert_dim),
+        layers * rows * (2 * moe.expert_dim + model.dim),
+        p.low,
+        min(moe.expert_dim / layout.tensor * layout.fold, model.dim),
+        filled,
+    )
+    passes = (6 if layout.node_limit else 10) * choices + 2 if spread else 3 * choices + 1
+    order = passes * model.dim * p.number * tokens / layout.pipeline / layout.fold
+    gates = rows * (p.gating * moe.expert_dim * p.number + p.cast * (model.dim + moe.expert_dim)) * p.share
+    scores = 6 * FLOAT32 * moe.num_experts * tokens / layout.pipeline / layout.fold
+    router = p.product("router", 2 * layers * tokens * model.dim, 0.0, p.high)
+    return {
+        "routed experts": (work, p.stream(layers * (order + gates))),
+        "router": (router, p.stream(layers * scores)),
+    }
+
+
+FEED_FORWARDS = ("dense feed-forward", "shared experts", "routed experts")
+
+
+def _times(layout: Layout, name: str) -> float:
+    """How often a step does a forward pass's work: backward twice, and what remat computes anew.
+
+    Of a feed-forward without its hidden values gate and up are computed once more, 2 of its 3 products.
+    """
+    again = {"full": float(name != "head"), "hidden": 2 / 3 * (name in FEED_FORWARDS)}
+    return TRAIN_FACTOR + again.get(layout.remat, 0.0)
 
 
 def step_seconds(
@@ -530,53 +649,95 @@ def step_seconds(
 ) -> Times:
     """Returns the time of one step.
 
-    A micro-batch is one forward pass, a backward pass of twice its products and its reading and writing, and with
-    remat=full the forward pass of all layers again. Modules of multi-token prediction are blocks and heads more, at the
-    cost of the network's mean block. The exchange of tokens is not hidden but for `Assumptions.hidden`; parameters are
-    gathered while the layer before computes, and what takes longer than computing is waited for. A pipeline of p stages
-    with m micro-batches is idle for (p - 1) / v of m + (p - 1) / v (interleaved in v pieces). The optimizer reads
-    parameter, gradient and two moments and writes three of them: 28 bytes of each parameter that a device stores.
+    A micro-batch is one forward pass, a backward pass of twice its products and its reading and writing, and what is
+    computed anew: with remat=full the forward pass of all layers. Modules of multi-token prediction are blocks and
+    heads more, at the cost of the network's mean block. A pipeline of p stages with m micro-batches is idle for
+    (p - 1) / v of m + (p - 1) / v (interleaved in v pieces), and goes at the speed of its slowest stage
+    (`slowest_stage`). The optimizer reads parameter, gradient and two moments
+    and writes three of them: 28 bytes of each parameter that a device stores.
     """
     parts = forward_seconds(config, layout, device, precision, assumed)
     model, depth = config.model, config.model.multi_token_prediction.depth
-    times = lambda name: TRAIN_FACTOR + (layout.remat == "full" and name != "head")
     more = lambda name: 1 + (depth if name == "head" else depth / model.num_layers)
-    compute = sum(times(name) * more(name) * part[0] for name, part in parts.items()) * layout.micro_batches
-    reading = sum(times(name) * more(name) * part[1] for name, part in parts.items()) * layout.micro_batches
+    of_step = {name: _times(layout, name) * more(name) * layout.micro_batches for name in parts}
+    compute = sum(of_step[name] * part[0] for name, part in parts.items())
+    reading = sum(of_step[name] * part[1] for name, part in parts.items())
+    head = of_step["head"] * sum(parts["head"])
+    uneven = slowest_stage(layout, model.num_layers + depth, compute + reading - head, head)
     stored = parameters(model).total / layout.stored
     reading += 7 * FLOAT32 * stored / (device.bandwidth * assumed.memory)
+    attending = of_step["attention products"] * parts["attention products"][0]
     if device.platform in ("gpu", "npu"):
         reading += assumed.launch * (model.num_layers + depth) / layout.pipeline * layout.micro_batches
-    if device.platform in ("gpu", "npu"):
         compute, reading = compute / assumed.software, reading / assumed.software
-    exchange = exchange_seconds(config, layout, device, compute + reading, assumed)
+    exchange = exchange_seconds(config, layout, device, compute + reading, assumed, attending)
     busy = compute + reading + exchange
     ends = (layout.pipeline - 1) / layout.virtual
-    return Times(compute, reading, exchange, busy * ends / layout.micro_batches)
+    waiting = (uneven - 1) * (compute + reading)
+    return Times(compute, reading, exchange, (busy + waiting) * ends / layout.micro_batches + waiting)
+
+
+def slowest_stage(layout: Layout, layers: int, blocks: float, head: float) -> float:
+    """Returns the time of a pipeline's slowest stage over that of the mean one; `blocks`, `head`: seconds of a mean
+    stage. The p stages have whole layers, and the last one the head: with k layers there it takes k c + p head, the
+    others at least ceil((layers - k) / (p - 1)) c. k is the best one, or layers / p (`Layout.even`).
+    """
+    p = layout.pipeline
+    if p == 1:
+        return 1.0
+    of_layer = p * blocks / layers
+    last = [math.ceil(layers / p)] if layout.even else range(layers // p + 1)
+    slowest = min(max(k * of_layer + p * head, math.ceil((layers - k) / (p - 1)) * of_layer) for k in last)
+    return slowest / (blocks + head)
 
 
 def exchange_seconds(
-    config: Config, layout: Layout, device: Device, computing: float, assumed: Assumptions = ASSUMED
+    config: Config,
+    layout: Layout,
+    device: Device,
+    computing: float,
+    assumed: Assumptions = ASSUMED,
+    attending: float = 0.0,
 ) -> float:
-    """Returns how long a step waits for other devices, which compute for `computing` seconds.
+    """Returns how long a step waits for other devices, which compute for `computing` seconds, and of these for
+    `attending` the products of attention.
 
     Rows inside a node and to other nodes go over different wires at one time. Collectives of an axis run at the speed
-    of links where all devices that it joins are of one node, else of the network. Axes that are innermost in the mesh
-    are nearest: context, tensor, expert, fsdp, data.
+    of links where all devices that it joins are of one node. Else a ring enters and leaves each node once, and as many
+    rings as the axis has devices in a node share the data: what a device receives comes over links, and of it 1 / g
+    over its own line to other nodes, so that the speed is that of links or g times that of the network. Axes that are
+    innermost in the mesh are nearest: context, tensor, expert, fsdp, data; with a ring tensor is, and then context.
+
+    What goes on beside computing is waited for only beyond it: parameters, gathered while the layer before computes,
+    and the share `Assumptions.hidden` of the rows have `computing`, a ring has `attending`. Sums of `tensor` are
+    waited for. A pipeline sends its D numbers of a token once for each piece of the network, forward and backward; of
+    devices that split a token's sequence each its part.
     """
     sent = traffic(config, layout, device.node)
     link, network = device.link * assumed.links, device.network * assumed.links
-    speed = lambda span: link if span <= device.node else network
+
+    def speed(devices: int, apart: int) -> float:
+        """Of a collective over devices of which each is so many apart from the next."""
+        own = max(1, device.node // apart)  # of a node
+        return link if devices * apart <= device.node else min(link, own * network)
+
     rows = max((sent.experts - sent.experts_far) / link, sent.experts_far / network) * assumed.imbalance
-    rows *= 1 - assumed.hidden
     inner = layout.tensor * layout.context
-    near = sent.tensor / speed(inner) + sent.context / speed(layout.context)
-    gathers = sent.parameters / speed(inner * layout.expert * layout.fsdp)
-    gathers += sent.gradients / speed(inner * layout.expert * layout.fsdp * layout.data)
+    shared = sent.parameters - sent.parameters_of_experts
+    gathers = shared / speed(layout.context * layout.expert * layout.fsdp, layout.tensor)
+    gathers += sent.parameters_of_experts / speed(layout.fsdp, inner * layout.expert)
+    gathers += sent.gradients / speed(layout.data, inner * layout.expert * layout.fsdp)
+    if layout.ring:
+        passing = sent.context / (link if inner <= device.node else network)
+        near = sent.tensor / speed(layout.tensor, 1) + max(0.0, passing - attending)
+    else:
+        near = sent.tensor / speed(layout.tensor, layout.context) + sent.context / speed(layout.context, 1)
     if layout.pipeline > 1:
         tokens = layout.sequences * config.data.sequence_length / layout.context * layout.micro_batches
-        near += 2 * layout.virtual * tokens * config.model.dim * bytes_of_number(config.model) / network
-    return rows + near + max(0.0, gathers - computing)
+        sends = 2 * layout.virtual * tokens * config.model.dim * bytes_of_number(config.model)
+        near += sends / layout.fold / network
+    waited = (1 - assumed.hidden) * rows + max(0.0, assumed.hidden * rows - computing)
+    return waited + near + max(0.0, gathers - computing)
 
 
 def utilization(config: Config, layout: Layout, device: Device, seconds: float) -> float:

@@ -177,7 +177,7 @@ def with_pipelines(config: Config, devices: int, node: int) -> Iterator[Layout]:
                     sizes = {"fsdp": rest // expert, "expert": expert, "tensor": tensor, "pipeline": pipeline}
                     yield Layout(
                         **sizes, sequences=sequences, micro_batches=micro, remat=remat, virtual=virtual,
-                        node_limit=devices, gathered_once=True,
+                        node_limit=devices, gathered_once=True, sequence_parallel=True, ring=True,
                     )  # fmt: skip
 
 
