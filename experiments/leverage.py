@@ -13,7 +13,12 @@ from frugalmoe.ablate import Study
 
 def width(dim: int) -> dict:
     """The base at another width, as in experiments/isoflop.py."""
-    return {"model.dim": dim, "model.dense_dim": 2 * dim, "model.head_dim": dim // 4, "optim.learning_rate": 0.192 / dim}
+    return {
+        "model.dim": dim,
+        "model.dense_dim": 2 * dim,
+        "model.head_dim": dim // 4,
+        "optim.learning_rate": 0.192 / dim,
+    }
 
 
 def experts(dim: int, total: int, active: int) -> dict:

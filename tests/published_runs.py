@@ -96,9 +96,12 @@ outside of the mean: they differ from other figures of the same source, or do no
 def _config(row: Mapping[str, Any]) -> Config:
     """Returns the run's config: bfloat16, its batch and length."""
     config = config_of(row["model"])
+    moe = config.model.moe
+    if "capacity" in row:
+        moe = dataclasses.replace(moe, executor="capacity", capacity_factor=row["capacity"])
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, compute_dtype="bfloat16"),
+        model=dataclasses.replace(config.model, compute_dtype="bfloat16", moe=moe),
         train=dataclasses.replace(config.train, batch_size=row["batch"]),
         data=dataclasses.replace(config.data, sequence_length=row["sequence"]),
     )

@@ -78,6 +78,9 @@ class Layout(NamedTuple):
     ring: bool = False
     # Each operation between products is a kernel that reads and writes on its own (PyTorch that is not compiled).
     eager: bool = False
+    # Of a pipeline: 1f1b | zero-bubble (ZB-H1, 2401.10241) | dualpipe (2412.19437: a device has stages i and p - 1 - i,
+    # for half of the micro-batches each).
+    schedule: str = "1f1b"
     even: bool = False  # as many layers in each stage of a pipeline, and the head beside those of the last one
 
     @property
@@ -110,8 +113,9 @@ class Assumptions(NamedTuple):
 
     matmul: float = 0.75  # share of the peak that a large product reaches
     # Likewise in fp8 with scales of tiles, whose sums are moved to float32 registers each 128 of the contracted axis.
+    # Kernels published with DeepSeek-V3's reach 1,350 of 1,979 TFLOP/s at their best shapes (DeepGEMM, 2025-02), 0.68.
     # With one scale of a tensor a product has no such pauses, and reaches `matmul`.
-    fp8: float = 0.5
+    fp8: float = 0.6
     # Bytes that casting a factor to fp8 moves: 2 are read, and 1 is written in both orders, of which the backward
     # pass contracts the other. With one scale of a tensor its largest number is looked for first: 2 more.
     cast: float = 4.0
@@ -125,6 +129,7 @@ class Assumptions(NamedTuple):
     # which is a guess.
     imbalance: float = 1.2
     hidden: float = 0.0  # share of the exchange of tokens that goes on beside computing, as far as that is longer
+    sending: float = 20 / 132  # share of a GPU that such an exchange takes from it (DeepSeek-V3, section 3.2.2)
     # What is left on GPUs and NPUs of the sum of the parts, beside launches: waits, kernels that are not tuned, jitter.
     # It belongs to the software of a date; this is that of training runs of 2023 to 2025, near the median of those of
     # docs/planner.md. TPUs, whose programs are one kernel after the other in one stream, have nothing to tell.
@@ -257,8 +262,8 @@ def memory(config: Config, layout: Layout, platform: str) -> Memory:
     if platform == "tpu":
         vocabulary, layer = (vocabulary, 0.0) if vocabulary > layer else (0.0, layer)
     if layout.gathered_once:
-        held = (count.total - count.experts + count.experts / layout.expert) / layout.tensor / layout.pipeline
-        of_state = (b * held, FLOAT32 * held, (state.parameters + state.optimizer) / layout.stored)
+        used = held(model, layout)
+        of_state = (b * used, FLOAT32 * used, (state.parameters + state.optimizer) / layout.stored)
     else:
         of_state = tuple(size / layout.stored for size in state)
     return Memory(
@@ -268,6 +273,12 @@ def memory(config: Config, layout: Layout, platform: str) -> Memory:
         layer,
         copies,
     )
+
+
+def held(model: Model, layout: Layout) -> float:
+    """Returns the parameters that a device computes with: not spread over `fsdp`."""
+    count = parameters(model)
+    return (count.total - count.experts + count.experts / layout.expert) / layout.tensor / layout.pipeline
 
 
 @functools.lru_cache(64)
@@ -548,8 +559,7 @@ def forward_seconds(
 
 
 def _attention_seconds(p: _Pass) -> dict[str, tuple[float, float]]:
-    """Projections: rotation, and a norm where there is one, of queries and keys. Products of queries and keys run at `Assumptions.attention` of the peak and move queries, keys, values and output once.
-    """
+    """Projections: rotation, and a norm where there is one, of queries and keys. Products of queries and keys run at `Assumptions.attention` of the peak and move queries, keys, values and output once."""
     model, tokens, layers = p.model, p.tokens, len(pattern.layers(p.model))
     queries, keys = _widths(model, pattern.layers(model)[0].attention)
     weights = p.flops["attention projections"] / 2
@@ -602,7 +612,7 @@ def _expert_seconds(p: _Pass) -> dict[str, tuple[float, float]]:
     is waited for. With a capacity all have as many slots, filled or not, and all are computed.
 
     Rows pass through memory, in numbers of D of a token. On one device they are gathered, weighted and added up:
-    3 K + 1. Spread over devices they are put in the order of devices (K + 1), sent and received (2 K), put in the order
+    3 K + 1, and 2 K more where weighting and adding are kernels of their own (`Layout.eager`). Spread over devices they are put in the order of devices (K + 1), sent and received (2 K), put in the order
     of experts (2 K), and all of that once more on the way back: 10 K + 2. Where a token goes once to each node and is
     copied there by what sends it, the orders of devices need no pass: 6 K + 2. Scores of the router are 6 E numbers in
     float32.
@@ -612,16 +622,16 @@ def _expert_seconds(p: _Pass) -> dict[str, tuple[float, float]]:
     spread = layout.expert * layout.fold > 1
     filled = moe.capacity_factor if moe.executor == "capacity" else p.assumed.imbalance if spread else 1.0
     rows = choices * tokens * filled
-    held = min(moe.num_experts / layout.expert, choices * tokens * layout.expert)
+    used = min(moe.num_experts / layout.expert, choices * tokens * layout.expert)
     work = p._replace(device=p.device._replace(matmul=p.device.grouped or p.device.matmul)).product(
         "routed experts",
-        layers * (rows * (model.dim + moe.expert_dim) + held * 3 * model.dim * moe.expert_dim),
+        layers * (rows * (model.dim + moe.expert_dim) + used * 3 * model.dim * moe.expert_dim),
         layers * rows * (2 * moe.expert_dim + model.dim),
         p.low,
         min(moe.expert_dim / layout.tensor * layout.fold, model.dim),
         filled,
     )
-    passes = (6 if layout.node_limit else 10) * choices + 2 if spread else 3 * choices + 1
+    passes = (6 if layout.node_limit else 10) * choices + 2 if spread else (3 + 2 * layout.eager) * choices + 1
     order = passes * model.dim * p.number * tokens / layout.pipeline / layout.fold
     gates = rows * (p.gating * moe.expert_dim * p.number + p.cast * (model.dim + moe.expert_dim)) * p.share
     scores = 6 * FLOAT32 * moe.num_experts * tokens / layout.pipeline / layout.fold
@@ -652,9 +662,10 @@ def step_seconds(
     A micro-batch is one forward pass, a backward pass of twice its products and its reading and writing, and what is
     computed anew: with remat=full the forward pass of all layers. Modules of multi-token prediction are blocks and
     heads more, at the cost of the network's mean block. A pipeline of p stages with m micro-batches is idle for
-    (p - 1) / v of m + (p - 1) / v (interleaved in v pieces), and goes at the speed of its slowest stage
+    `idle_ends` of m + `idle_ends`, and goes at the speed of its slowest stage
     (`slowest_stage`). The optimizer reads parameter, gradient and two moments
-    and writes three of them: 28 bytes of each parameter that a device stores.
+    and writes three of them: 28 bytes of each parameter that a device stores. With several micro-batches each reads and
+    writes sums of gradients in float32, where a product of the backward pass writes the compute dtype otherwise.
     """
     parts = forward_seconds(config, layout, device, precision, assumed)
     model, depth = config.model, config.model.multi_token_prediction.depth
@@ -665,24 +676,42 @@ def step_seconds(
     head = of_step["head"] * sum(parts["head"])
     uneven = slowest_stage(layout, model.num_layers + depth, compute + reading - head, head)
     stored = parameters(model).total / layout.stored
-    reading += 7 * FLOAT32 * stored / (device.bandwidth * assumed.memory)
+    moved = 7 * FLOAT32 * stored
+    if layout.micro_batches > 1:
+        summed = held(model, layout) if layout.gathered_once else stored
+        moved += (2 * FLOAT32 - bytes_of_number(model)) * summed * layout.micro_batches
+    reading += moved / (device.bandwidth * assumed.memory)
     attending = of_step["attention products"] * parts["attention products"][0]
+    if layout.expert * layout.fold > 1:
+        compute, reading = (part / (1 - assumed.sending * assumed.hidden) for part in (compute, reading))
     if device.platform in ("gpu", "npu"):
         reading += assumed.launch * (model.num_layers + depth) / layout.pipeline * layout.micro_batches
         compute, reading = compute / assumed.software, reading / assumed.software
     exchange = exchange_seconds(config, layout, device, compute + reading, assumed, attending)
     busy = compute + reading + exchange
-    ends = (layout.pipeline - 1) / layout.virtual
+    ends = idle_ends(layout)
     waiting = (uneven - 1) * (compute + reading)
     return Times(compute, reading, exchange, (busy + waiting) * ends / layout.micro_batches + waiting)
+
+
+def idle_ends(layout: Layout) -> float:
+    """Returns for how many micro-batches a stage waits in a step, with backward passes of two forward passes F.
+
+    1F1B in v pieces (p - 1) / v. What is waited for is filled with weights' gradients, W = F, in the other schedules:
+    ZB-H1 (p - 1) (F + F - W) / 3 F, DualPipe (p / 2 - 1) (3 F + 2 F - 3 W) / 3 F (table 2 of 2412.19437).
+    """
+    p = layout.pipeline
+    of_schedule = {"1f1b": (p - 1) / layout.virtual, "zero-bubble": (p - 1) / 3, "dualpipe": 2 / 3 * (p / 2 - 1)}
+    return of_schedule[layout.schedule]
 
 
 def slowest_stage(layout: Layout, layers: int, blocks: float, head: float) -> float:
     """Returns the time of a pipeline's slowest stage over that of the mean one; `blocks`, `head`: seconds of a mean
     stage. The p stages have whole layers, and the last one the head: with k layers there it takes k c + p head, the
-    others at least ceil((layers - k) / (p - 1)) c. k is the best one, or layers / p (`Layout.even`).
+    others at least ceil((layers - k) / (p - 1)) c. k is the best one, or layers / p (`Layout.even`). Where a device has
+    two stages (dualpipe), their sum counts.
     """
-    p = layout.pipeline
+    p = layout.pipeline // 2 if layout.schedule == "dualpipe" else layout.pipeline
     if p == 1:
         return 1.0
     of_layer = p * blocks / layers
