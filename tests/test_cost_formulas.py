@@ -235,7 +235,7 @@ def test_devices_that_split_tokens_share_norms_sends_and_experts():
 
 
 def test_rows_pass_through_memory_as_often_as_they_are_moved():
-    """K = 8 of D = 2048 in 2 bytes, 19 layers: 25 times on one device, 82 over devices, 50 where copies are made late."""
+    """K = 8 of D = 2048 in 2 bytes, 19 layers: 25 times on one device, 82 over several, 50 where copies are late."""
     c = load("configs/ling_2.py:mini")
     reading = lambda **axes: formulas.forward_seconds(
         c, Layout(remat="none", **axes), H800, "bf16", ASSUMED._replace(imbalance=1)

@@ -559,7 +559,9 @@ def forward_seconds(
 
 
 def _attention_seconds(p: _Pass) -> dict[str, tuple[float, float]]:
-    """Projections: rotation, and a norm where there is one, of queries and keys. Products of queries and keys run at `Assumptions.attention` of the peak and move queries, keys, values and output once."""
+    """Projections: rotation, and a norm where there is one, of queries and keys. Products of queries and keys run at
+    `Assumptions.attention` of the peak and move queries, keys, values and output once.
+    """
     model, tokens, layers = p.model, p.tokens, len(pattern.layers(p.model))
     queries, keys = _widths(model, pattern.layers(model)[0].attention)
     weights = p.flops["attention projections"] / 2
@@ -611,11 +613,11 @@ def _expert_seconds(p: _Pass) -> dict[str, tuple[float, float]]:
     """Routed experts: K N rows are spread over the experts of a device, each with its own matrices; the busiest device
     is waited for. With a capacity all have as many slots, filled or not, and all are computed.
 
-    Rows pass through memory, in numbers of D of a token. On one device they are gathered, weighted and added up:
-    3 K + 1, and 2 K more where weighting and adding are kernels of their own (`Layout.eager`). Spread over devices they are put in the order of devices (K + 1), sent and received (2 K), put in the order
-    of experts (2 K), and all of that once more on the way back: 10 K + 2. Where a token goes once to each node and is
-    copied there by what sends it, the orders of devices need no pass: 6 K + 2. Scores of the router are 6 E numbers in
-    float32.
+    Rows pass through memory, in numbers of D of a token. On one device they are gathered, weighted and added up: 3 K
+    + 1, and 2 K more where weighting and adding are kernels of their own (`Layout.eager`). Spread over devices they
+    are put in the order of devices (K + 1), sent and received (2 K), put in the order of experts (2 K), and all of
+    that once more on the way back: 10 K + 2. Where a token goes once to each node and is copied there by what sends
+    it, the orders of devices need no pass: 6 K + 2. Scores of the router are 6 E numbers in float32.
     """
     model, tokens, moe, layout = p.model, p.tokens, p.model.moe, p.layout
     layers, choices = len(pattern.moe_layers(model)), moe.num_experts_per_token
@@ -662,10 +664,10 @@ def step_seconds(
     A micro-batch is one forward pass, a backward pass of twice its products and its reading and writing, and what is
     computed anew: with remat=full the forward pass of all layers. Modules of multi-token prediction are blocks and
     heads more, at the cost of the network's mean block. A pipeline of p stages with m micro-batches is idle for
-    `idle_ends` of m + `idle_ends`, and goes at the speed of its slowest stage
-    (`slowest_stage`). The optimizer reads parameter, gradient and two moments
-    and writes three of them: 28 bytes of each parameter that a device stores. With several micro-batches each reads and
-    writes sums of gradients in float32, where a product of the backward pass writes the compute dtype otherwise.
+    `idle_ends` of m + `idle_ends`, and goes at the speed of its slowest stage (`slowest_stage`). The optimizer reads
+    parameter, gradient and two moments and writes three of them: 28 bytes of each parameter that a device stores.
+    With several micro-batches each reads and writes sums of gradients in float32, where a product of the backward
+    pass writes the compute dtype otherwise.
     """
     parts = forward_seconds(config, layout, device, precision, assumed)
     model, depth = config.model, config.model.multi_token_prediction.depth
@@ -708,8 +710,8 @@ def idle_ends(layout: Layout) -> float:
 def slowest_stage(layout: Layout, layers: int, blocks: float, head: float) -> float:
     """Returns the time of a pipeline's slowest stage over that of the mean one; `blocks`, `head`: seconds of a mean
     stage. The p stages have whole layers, and the last one the head: with k layers there it takes k c + p head, the
-    others at least ceil((layers - k) / (p - 1)) c. k is the best one, or layers / p (`Layout.even`). Where a device has
-    two stages (dualpipe), their sum counts.
+    others at least ceil((layers - k) / (p - 1)) c. k is the best one, or layers / p (`Layout.even`). Where a device
+    has two stages (dualpipe), their sum counts.
     """
     p = layout.pipeline // 2 if layout.schedule == "dualpipe" else layout.pipeline
     if p == 1:
