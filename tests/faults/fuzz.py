@@ -173,7 +173,7 @@ def case(parser: Parser, folder: Path, changed: Sequence[str] = ()) -> str:
         raise Finding(_watched["seen"][0])
     if len(refused) >= LONGEST or not refused.isprintable():
         raise Finding(f"a message of {len(refused)} characters, or of several lines: {refused[:200]!r}")
-    # Pages of files, as of libraries, are taken away from a process where memory is short: that makes no room for a case.
+    # Where memory is short a process loses pages of files, as of libraries: that makes no room for a case.
     taken_away = max(0, files - _memory(b"RssFile"))
     if (taken := _memory(b"VmHWM") + taken_away - before) > MEMORY:
         raise Finding(f"takes {taken / 1e9:.1f} GB")

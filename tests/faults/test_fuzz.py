@@ -12,6 +12,7 @@ import fuzz
 import numpy as np
 import pytest
 from fuzz import PARSERS, Bench, Finding, Parser, case, prepared, trials
+from runs import figures
 
 CASES = 25  # of each parser, times its share
 
@@ -30,6 +31,8 @@ def test_what_is_read_is_accepted_or_refused_in_one_line(parser, place, tmp_path
     said = trials(Bench(parser, tmp_path), CASES * parser.share)
     assert len(said) >= CASES * parser.share // 2  # hypothesis leaves out what it has had
     assert any(said) or parser.name == "checksums of a checkpoint"  # whose faults are returned
+    if parser.name in ("overrides of a config", "a config file"):
+        figures("F23 fuzzed: overrides and files of configs", len(said), len(said))
 
 
 def _write_outside(folder: Path, changed: list) -> None:

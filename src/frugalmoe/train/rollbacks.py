@@ -49,8 +49,8 @@ class Rollback(NamedTuple):
 
 
 def read(workdir: Path) -> list[Rollback]:
-    """Returns the rollbacks of a run, the same in all processes. Raises `UserError` for a line that is none: the file is
-    written as a whole, so no kill left it, and where the run is to go on is not known.
+    """Returns the rollbacks of a run, the same in all processes. Raises `UserError` for a line that is none: no kill
+    left it, for the file is written as a whole, and where the run is to go on is not known.
     """
     with distributed.together():
         found = _read(workdir / FILE) if distributed.is_main() else []
