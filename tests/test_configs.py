@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from runs import figures
 
 from frugalmoe.config import Config, asked, default, load, override, record, recorded, resolve, settle
 from frugalmoe.config.checks import check_devices
@@ -168,6 +169,7 @@ def test_bad_values_name_field_value_and_rule(overrides, field, rule):
         resolve(override(default(), overrides.split(",")))
     message = str(error.value)
     assert field in message and rule in message and "\n" not in message
+    figures("F23 a bad value of a config is one line", 1, 1)
 
 
 # What no field of any type means: too large, too small, not finite, of another kind, or a flood.

@@ -252,6 +252,9 @@ def test_steps_without_checksums_are_read_and_it_is_said(run, read, capsys):
         path.write_bytes(content)
 
 
+STRAY = ("16.bak", "x", "-3", "08", "4.damaged", "７")  # names that mean no step
+
+
 def junk(folder) -> dict[int, str]:
     """Puts what is no checkpoint among checkpoints; the steps that it seems to be, and what it is."""
     (folder / "99").mkdir()
@@ -264,7 +267,7 @@ def junk(folder) -> dict[int, str]:
     (folder / "94" / "params" / "_METADATA").write_text('{"tree_metadata": {')
     shutil.copytree(folder / "4", folder / "93")
     shutil.rmtree(folder / "93" / "opt_state")
-    for name in ("16.bak", "x", "-3", "08", "4.damaged", "７"):
+    for name in STRAY:
         (folder / name).mkdir()
     return {
         99: "params, step: missing",
@@ -289,6 +292,7 @@ def test_junk_among_checkpoints_is_passed_over_with_a_line_each(run, read, capsy
     said = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[1] for line in said] == [f"{run}/checkpoints/{step}" for step in known]
     assert all(line.endswith("; step 4 is taken") for line in said)
+    figures("F8 junk among checkpoints", len(known) + len(STRAY), len(known) + len(STRAY), 0)
 
 
 # ---------------------------------------------------------------- who reads

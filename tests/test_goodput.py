@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import command, config_file, rows, tiny, write_text
+from runs import command, config_file, figures, rows, tiny, write_text
 
 from frugalmoe import sharding
 from frugalmoe.analysis import load_run, write_report
@@ -221,6 +221,7 @@ def test_the_account_is_what_really_happened(seed):
     assert found.seconds == pytest.approx({kind: value for kind, value in truth.items() if value}, rel=1e-5, abs=1e-4)
     assert found.recoveries == pytest.approx(history.recoveries, abs=1e-4)
     assert sum(map(sum, (start.values() for start in found.by_start))) == pytest.approx(wall, rel=1e-6)
+    figures("F26 deaths in a made-up history, accounted for", len(history.recoveries), len(found.recoveries))
 
 
 def test_a_run_that_goes_back_has_lost_what_it_did_since(clock, tmp_path):
@@ -394,6 +395,7 @@ def test_a_run_that_is_killed_and_stopped_accounts_for_all_of_it(calm):
     work = lambda row: sum(row.seconds.get(kind, 0.0) for kind in goodput.AGAIN)
     assert found["seconds"]["lost"] == pytest.approx(work(of_first[-1]) - work(before), abs=0.01)
     assert without(workdir) == without(calm[0].workdir)
+    figures("F26 a kill and a stop, by the clock of who started the run", 2, 2, seconds=[recovered])
 
 
 def without(workdir: Path) -> list[dict]:

@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from runs import rows, tiny, without_times, write_text
 from test_processes import free_port
@@ -280,6 +282,44 @@ def test_a_spike_that_ends_in_the_lowered_phase_asks_for_nothing_more():
     assert after.since[-1] == -1
 
 
+def adam_update(before, gradient):
+    params, moments = before
+    updates, moments = optax.adam(1e-2).update({"w": gradient, "b": gradient[0]}, moments, params)
+    return optax.apply_updates(params, updates), moments
+
+
+def test_what_is_skipped_stays_and_what_is_not_has_the_bits_of_the_update():
+    """Also an array that the update gives back as it was, one that it gives twice, and one that depends on neither."""
+    params = {"w": jnp.arange(12.0).reshape(3, 4), "b": jnp.ones(4)}
+
+    def update(before, gradient):
+        (params, moments), same, *_ = before
+        both = same + 1
+        return adam_update((params, moments), gradient), same, both, both, jnp.float32(7)
+
+    before = (params, optax.adam(1e-2).init(params)), jnp.ones(2), jnp.zeros(2), jnp.full(2, 3.0), jnp.float32(1)
+    step = jax.jit(lambda skipped, before, gradient: guard.unless(skipped, update, before, gradient))
+    for gradient in (jnp.full((3, 4), 0.1), jnp.full((3, 4), jnp.nan)):
+        expected = {False: jax.jit(update)(before, gradient), True: before}
+        for skipped, wanted in expected.items():
+            jax.tree.map(np.testing.assert_array_equal, step(skipped, before, gradient), wanted)
+        several = jax.vmap(step, in_axes=(0, None, None))(jnp.array([False, True]), before, gradient)
+        wanted = jax.tree.map(lambda *rows: np.stack(rows), expected[False], expected[True])
+        jax.tree.map(np.testing.assert_array_equal, several, wanted)
+
+
+def test_a_choice_copies_nothing():
+    """The program on one CPU: moments and parameters are written where they are, as without a guard."""
+    params = {"w": jnp.zeros((512, 512)), "b": jnp.zeros(512)}
+    state = (params, optax.adam(1e-2).init(params))
+    given = (jnp.bool_(False), state, jnp.ones((512, 512)))
+    copied = lambda text: text.count(" = f32[512,512]{1,0} copy(")
+    program = jax.jit(lambda *given: guard.unless(given[0], adam_update, *given[1:]), donate_argnums=1)
+    late = jax.jit(lambda *given: guard.chosen(given[0], adam_update(*given[1:]), given[1]), donate_argnums=1)
+    assert copied(program.lower(*given).compile().as_text()) == 0
+    assert jax.default_backend() != "cpu" or copied(late.lower(*given).compile().as_text())  # what is avoided
+
+
 def test_stop_skips_nothing():
     values = losses(300)
     values[200:] = np.nan
@@ -523,11 +563,12 @@ def test_runs_of_one_program_refuse_to_wait_for_one_another(make, tmp_path):
 def test_islands_skip_nothing_and_take_the_outer_state(make, tmp_path):
     """Virtual ones; `test_islands_processes` has those of real processes."""
     config = make(islands__virtual=2, islands__round_steps=8, train__steps=16)
-    rows_of, calls = Dataset.rows, itertools.count(1)
+    rows_of, calls, here = Dataset.rows, itertools.count(1), threading.get_ident()
 
-    def broken_once(self, numbers):
+    def broken_once(self, numbers):  # threads that read ahead, as those of a run before this one, do not count
         found, nan = rows_of(self, numbers), np.float32(np.nan)
-        return found._replace(loss_mask_BT=found.loss_mask_BT * nan) if next(calls) == 8 else found
+        is_broken = threading.get_ident() == here and next(calls) == 8
+        return found._replace(loss_mask_BT=found.loss_mask_BT * nan) if is_broken else found
 
     Dataset.rows = broken_once
     try:

@@ -38,7 +38,7 @@ from islands_processes import (
     until,
     vectors,
 )
-from runs import write_text
+from runs import figures, write_text
 from s3_server import s3_server
 from test_islands_rounds import SIZES, check_accounts, make_rules
 
@@ -76,7 +76,8 @@ def test_a_kill_between_any_two_operations_changes_nothing(room, slow_disk, fiel
     """All of a run of two rounds, from the agreement to the last sign of life; the same command then goes on."""
     fields = {"steps": 6, "snapshot_rounds": 2} | PATIENT | fields
     start = lambda place, k: place.start(vectors, 0.0, 0.0, slow_disk, k)
-    check_kills(room, start, fields, make_rules(**fields), lambda count: range(1, count + 1))
+    killed = check_kills(room, start, fields, make_rules(**fields), lambda count: range(1, count + 1))
+    figures("F25 SIGKILL of an island between any two operations", len(killed), len(killed))
 
 
 @pytest.mark.slow
@@ -97,6 +98,7 @@ def test_random_kills_joins_leaves_and_freezes_keep_the_accounts(room):
     found = disturber.run(islands=2, faults=6, freeze=3.0)
     assert len(found.faults) == 6 and found.complete
     check(disturber, make_rules(**fields))
+    figures("F25 islands are killed, freeze, leave and join", len(found.faults), len(found.faults))
 
 
 def test_islands_that_are_killed_and_go_on_end_as_if_nothing_had_been(room):
@@ -107,6 +109,7 @@ def test_islands_that_are_killed_and_go_on_end_as_if_nothing_had_been(room):
     clean, disturbed = (check(run, make_rules(**fields)) for run in runs)
     assert [commit.outer for commit in clean] == [commit.outer for commit in disturbed]
     assert [commit.members for commit in clean] == [commit.members for commit in disturbed]
+    figures("F25 islands are killed, to the bits of a calm run", len(results[1].faults), len(results[1].faults))
 
 
 @pytest.mark.slow
@@ -322,6 +325,7 @@ def test_contributions_that_are_none_are_left_out_and_the_others_go_on(room):
     assert [c.island for c in commit.merged] == ["a"] and set(commit.left_out) == set(names)
     assert "no sha256 of a blob" in commit.left_out["leaves"] and "(7,)" in commit.left_out["shapes"]
     assert all("\n" not in why for why in commit.left_out.values()), commit.left_out
+    figures("F25 an island hands in what is no contribution", len(names), len(commit.left_out))
 
 
 # ---------------------------------------------------------------- a store that cannot be reached for a while

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import command, config_file, rows, without_times, write_text
+from runs import command, config_file, figures, rows, without_times, write_text
 
 from frugalmoe.errors import UserError
 from frugalmoe.train import checksums, distributed
@@ -178,6 +178,8 @@ def test_killed_it_goes_on_in_any_number_of_processes(place, undisturbed, killed
     assert "nats per token" in said(place, name, 0)
     assert all("nats per token" not in said(place, name, i) for i in range(1, processes))
     assert_same_run(place[0] / name, undisturbed)
+    lost = max(logged(place[0] / "run")) - step
+    figures(f"F19 two processes with 4 devices, then {processes} with {devices}", 1, 1, lost)
     assert len(list((place[0] / name / "tensorboard").iterdir())) == 3, "one process writes, at each of three starts"
 
 
@@ -206,6 +208,7 @@ def test_the_first_process_does_not_wait_for_a_dead_one(killed):
 
 PARTS = """
 import sys
+import time
 import jax, numpy as np
 from frugalmoe import sharding
 from frugalmoe.config import default, override, resolve
@@ -224,12 +227,14 @@ for sizes in eval(sys.argv[3]):
     for ours, column in zip(sharding.fetch(put_rows(mesh, read, "ABT", config)), whole):
         np.testing.assert_array_equal(ours, column.reshape(2, 8, 8))
     print("rows", len(rows))
+began = time.monotonic()
 try:
     with distributed.together():
         if jax.process_index() == 1:
             raise UserError("no such file")
 except UserError as e:
     print("error", e)
+print("seconds", time.monotonic() - began)
 """
 ROWS = {(8, 1, 1, 1, 1): 8, (2, 2, 1, 1, 2): 8, (1, 1, 2, 2, 2): 8, (1, 1, 1, 8, 1): 16, (1, 1, 1, 1, 8): 16}
 
@@ -249,6 +254,9 @@ def test_each_process_reads_its_rows_and_errors_are_shared(place):
     for out, error in zip(outs, ("process 1: no such file", "no such file"), strict=True):
         assert [int(n) for n in re.findall(r"rows (\d+)", out)] == [*ROWS.values()]
         assert f"error {error}\n" in out
+    took = [float(re.search(r"seconds (.*)", out)[1]) for out in outs]
+    assert max(took) < 15, "none waits for one that has failed"
+    figures("F16 an error in one of two processes is one in both", 1, 1, seconds=[max(took)])
 
 
 def refused(place, workdir: str, processes: int, by, own, *texts: str) -> None:

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from runs import config_file, run, write_text
+from runs import config_file, figures, run, write_text
 
 from frugalmoe.cli import main
 from frugalmoe.errors import UserError
@@ -125,6 +125,7 @@ def test_a_run_under_faults_ends_as_the_calm_one(tmp_path):
     assert of_run["starts"] == of_run["goodput"]["starts"] == 4
     assert of_run["goodput"]["seconds"].keys() >= {"restart", "step"} and 0 < found["useful"] < 1
     assert found["median_seconds_to_recover"] > 0 and "restart" not in found["calm"]["goodput"]["seconds"]
+    figures("F26 soak: kill, damage, term", 3, 3, seconds=[found["median_seconds_to_recover"]])
 
 
 @pytest.mark.slow

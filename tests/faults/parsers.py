@@ -26,14 +26,14 @@ from frugalmoe.ablate.plan import read_study
 from frugalmoe.ablate.progress import last_logged
 from frugalmoe.ablate.report import markdown
 from frugalmoe.ablate.study import flatten
-from frugalmoe.analysis.pages.report import _opening, _results, _starts
+from frugalmoe.analysis.pages.report import _events, _opening, _results, _starts
 from frugalmoe.analysis.stored.listing import list_runs
 from frugalmoe.analysis.stored.runs import load_run
 from frugalmoe.analysis.stored.trace import fingerprints, load_trace
 from frugalmoe.config import default, override, resolve
 from frugalmoe.config.load import asked, load, opened, record
 from frugalmoe.convert import from_hf, to_hf
-from frugalmoe.data import open_data
+from frugalmoe.data import open_data, quarantine
 from frugalmoe.data.cache import digest
 from frugalmoe.data.chat import find
 from frugalmoe.data.prepare import prepare
@@ -46,7 +46,7 @@ from frugalmoe.generate import prompts
 from frugalmoe.islands import blobs, records, status
 from frugalmoe.islands.store import open_store
 from frugalmoe.schema import Data, Source
-from frugalmoe.train import best, checksums, rundir, saved
+from frugalmoe.train import best, checksums, events, goodput, rollbacks, rundir, saved
 from frugalmoe.train.loop import train
 from frugalmoe.train.weights import load_model
 
@@ -262,6 +262,53 @@ def _read_resumed(run: Path, changed: Sequence[str]) -> None:
         train_tokens = validation_tokens = remainder = 1
 
     rundir.check_data(run, Opened, force=True)
+
+
+# What befell a run: the rows that it writes beside its metrics, each as the product does.
+_LOGS = {
+    events.FILE: [{"step": 1, "kind": "skipped", "what": "the batch at position 1: loss/total=nan", "seconds": 0.5}],
+    goodput.FILE: [
+        {
+            "step": n,
+            "start": n,
+            "time": 9.0 + 9 * n,
+            "elapsed": 3.0,
+            "seconds": {"step": 1.5, "setup": 1.5},
+            "first_step": 2.0,
+        }
+        for n in range(3)
+    ],
+    rollbacks.FILE: [rollbacks.Rollback(1, 2, 1, 2, None, 9, "trouble since step 1")._asdict()],
+    quarantine.FILE: [{"record": "a/shard-00000.array_record 3", "why": "damaged"}],
+    "rounds.jsonl": [
+        {"step": n, "round": n, "merged": True, "islands": 2, "tokens": 9, "tokens_of_all": 18, "bytes/written": 9}
+        | {"bytes/read": 9, "seconds/trained": 1.0, "seconds/waited": 0.5}
+        for n in range(2)
+    ],
+    "island_load.jsonl": [{"round": 1, "step": 1, "layers": [0], "loads": [["a", [[1, 2]]]]}],
+}
+
+
+def _seeds_logs(folder: Path) -> Mapping[str, str]:
+    _copied("run", RUN)(folder)
+    for name, made_rows in _LOGS.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in made_rows))
+    return dict.fromkeys(_LOGS, "rows")
+
+
+def _read_logs(run: Path, changed: Sequence[str]) -> None:
+    """What a report, a start that goes on and a supervisor make of these rows."""
+    loaded = load_run(run)
+    _events(loaded)
+    if loaded.goodput:
+        goodput.table(loaded.goodput)
+        loaded.goodput.summary()
+    rollbacks.read(run)
+    left_out = quarantine.Quarantine(9)
+    left_out.begin(run / quarantine.FILE)
+    len(left_out)
+    events.append(run / events.FILE, 1, "restart", "again", 1.0)
+    assert load_run(run).events[-1]["kind"] == "restart"
 
 
 def _seeds_sources(folder: Path) -> Mapping[str, str]:
@@ -586,6 +633,8 @@ PARSERS = (
     Parser("a run, by report and listing", _copied("run", RUN), _read_report, share=2),
     Parser("a run, by a start that goes on", _copied("run", RUN), _read_resumed,
            writes=("metrics.jsonl", "expert_load.jsonl"), share=1),
+    Parser("what befell a run: events, goodput, rollbacks, rounds", _seeds_logs, _read_logs,
+           writes=tuple(_LOGS), share=2),
     Parser("a run's trace", _seeds_trace, _read_trace),
     Parser("sources: jsonl, gz, zst, parquet, txt, json, csv", _seeds_sources, _read_sources, share=9),
     Parser("sources of conversations", _seeds_chats, _read_chats),

@@ -87,16 +87,17 @@ def test_a_damaged_record_ends_the_run_or_is_left_out_for_good(prepared, make, t
     assert [list(row) for row in rows(tmp_path / "run", FILE)] == [["record", "why"]]
     ours = bits(tmp_path / "run")
 
-    # Stopped half way, and the file mended meanwhile: what was left out stays so.
+    # Stopped half way, and the file mended meanwhile: what was left out stays so, for the checkpoint has it.
     half = config(data__quarantine=3, train__steps=STEPS // 2, optim__schedule="constant")
     full = config(data__quarantine=3, optim__schedule="constant")
     train(full, tmp_path / "calm", progress=Heard())
     train(half, tmp_path / "half", progress=Heard())
-    if (tmp_path / "half" / FILE).is_file():
-        path.write_bytes(whole)
+    (tmp_path / "half" / FILE).unlink()
+    path.write_bytes(whole)
     train(full, tmp_path / "half", resume="force", progress=Heard())
     log = lambda workdir: [row for row in bits(tmp_path / workdir)["metrics.jsonl"] if "loss/ce" in row]
     assert log("half") == log("calm") and log("half") != ours["metrics.jsonl"]
+    assert rows(tmp_path / "half", FILE) == rows(tmp_path / "calm", FILE)
     ours, calm = bits(tmp_path / "half"), bits(tmp_path / "calm")
     assert not [name for name in ours if name.startswith("params") and ours[name] != calm[name]]
     figures("F9 a bit flipped in a record of data", 2, 2, 0)

@@ -1,5 +1,7 @@
 """The short form of `fuzz`: some cases of each parser, and the guard itself, which must see what it is there for."""
 
+import gc
+import mmap
 import os
 import pickle
 import subprocess
@@ -10,6 +12,7 @@ import fuzz
 import numpy as np
 import pytest
 from fuzz import PARSERS, Bench, Finding, Parser, case, prepared, trials
+from runs import figures
 
 CASES = 25  # of each parser, times its share
 
@@ -28,6 +31,8 @@ def test_what_is_read_is_accepted_or_refused_in_one_line(parser, place, tmp_path
     said = trials(Bench(parser, tmp_path), CASES * parser.share)
     assert len(said) >= CASES * parser.share // 2  # hypothesis leaves out what it has had
     assert any(said) or parser.name == "checksums of a checkpoint"  # whose faults are returned
+    if parser.name in ("overrides of a config", "a config file"):
+        figures("F23 fuzzed: overrides and files of configs", len(said), len(said))
 
 
 def _write_outside(folder: Path, changed: list) -> None:
@@ -47,7 +52,6 @@ def _load_pickle(folder: Path, changed: list) -> None:
         (lambda folder, changed: subprocess.run(["true"]), "subprocess.Popen"),
         (lambda folder, changed: os.rename(folder / "a", folder.parent / "b"), "writes"),
         (lambda folder, changed: {}["x"], "KeyError"),
-        (lambda folder, changed: np.ones(1 << 24), "takes 0.1 GB"),
         (lambda folder, changed: _loop(), "takes more than 0.2 s"),
         (lambda folder, changed: time.sleep(5), "takes more than 0.2 s"),
     ],
@@ -60,6 +64,29 @@ def test_the_guard_sees(read, said, tmp_path, monkeypatch):
     (tmp_path / "case/a").write_text("")
     with pytest.raises(Finding, match=said):
         case(Parser("own", lambda folder: {}, read), tmp_path / "case")
+
+
+def test_the_guard_sees_memory(tmp_path, monkeypatch):
+    """Eight times as much as is allowed: what else the process gives back meanwhile does not hide it."""
+    monkeypatch.setattr(fuzz, "MEMORY", 1 << 26)
+    gc.collect()
+    with pytest.raises(Finding, match=r"takes 0\.[4-6] GB"):
+        case(Parser("own", lambda folder: {}, lambda folder, changed: np.ones(1 << 26)), tmp_path)
+
+
+def test_memory_that_the_system_takes_away_makes_no_room(tmp_path, monkeypatch):
+    """The pages of a file that the process had read are gone after the case, as where memory is short."""
+    (tmp_path / "file").write_bytes(bytes(1 << 28))
+    monkeypatch.setattr(fuzz, "MEMORY", 1 << 27)
+    with (tmp_path / "file").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        sum(mapped[:: mmap.PAGESIZE])  # now they are the process's
+
+        def read(folder: Path, changed: list) -> None:
+            mapped.madvise(mmap.MADV_DONTNEED)
+            np.ones(1 << 25)
+
+        with pytest.raises(Finding, match=r"takes 0\.[23] GB"):
+            case(Parser("own", lambda folder: {}, read), tmp_path)
 
 
 def _loop() -> None:

@@ -1,7 +1,8 @@
 """Records of prepared data that cannot be read and are left out: their tokens are in the rows, but nothing is predicted
 there, so that all other rows stay as they are.
 
-What a run left out is a part of it, `quarantine.jsonl`: when it goes on it leaves the same out, be it readable then.
+What a run left out is a part of it, `quarantine.jsonl`, and a copy of that a part of each checkpoint: when the run goes
+on it leaves the same out, be it readable then.
 """
 
 import contextlib
@@ -26,11 +27,18 @@ class Quarantine:
     def is_on(self) -> bool:
         return self._limit > 0
 
-    def begin(self, path: Path) -> None:
-        """Takes up what earlier starts of a run left out; what is found from here on is written there too."""
+    def begin(self, path: Path, of_checkpoint: Path | None = None) -> None:
+        """Takes up what earlier starts of a run left out; what is found from here on is written there too.
+
+        of_checkpoint: the file of the checkpoint that the run goes on from; what it alone has is written to `path`.
+        """
         with self._lock:
             self._path = path
-            self._found |= _read(path)
+            self._found |= (there := _read(path))
+            for name, why in (_read(of_checkpoint) if of_checkpoint else {}).items():
+                if name not in there:
+                    self._found[name] = why
+                    self._write(name, why)
 
     def __contains__(self, name: str) -> bool:
         return name in self._found
@@ -50,9 +58,12 @@ class Quarantine:
                 raise UserError(f"{error}; {more}") from error
             self._found[name] = str(error)
             self._news.append(f"left out, {len(self._found)} of at most {self._limit} records: {error}")
-            if self._path:
-                with self._path.open("a") as file:
-                    file.write(json.dumps({"record": name, "why": str(error)}) + "\n")
+            self._write(name, str(error))
+
+    def _write(self, name: str, why: str) -> None:
+        if self._path:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"record": name, "why": why}) + "\n")
 
     def news(self) -> list[str]:
         """What to tell of records that were left out since this was asked last."""

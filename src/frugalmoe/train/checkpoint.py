@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from frugalmoe.data import quarantine
 from frugalmoe.errors import UserError
 from frugalmoe.schema import Checkpoint
 from frugalmoe.train import checksums, distributed, guard, memory, saved
@@ -57,8 +58,9 @@ class _These(policies.PreservationPolicy):
 
 
 class _Summed(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """A directory that gets its name when all is written: that of a step, after its checksums. The thread that saves
-    calls it in process 0, once all processes have written; training goes on meanwhile.
+    """A directory that gets its name when all is written: that of a step, after the records of data that the run left
+    out, and its checksums. The thread that saves calls it in process 0, once all processes have written; training goes
+    on meanwhile.
     """
 
     async def finalize(self) -> None:
@@ -67,6 +69,9 @@ class _Summed(ocp.path.atomicity.AtomicRenameTemporaryPath):
             return
         if self._checkpoint_metadata_store:
             await asyncio.to_thread(self._checkpoint_metadata_store.wait_until_finished)
+        left_out = Path(self.get_final()).parents[1] / quarantine.FILE
+        if left_out.is_file():
+            await asyncio.to_thread(shutil.copyfile, left_out, Path(self.get()) / quarantine.FILE)
         await asyncio.to_thread(checksums.write, Path(self.get()))
         self.get().rename(self.get_final())
 

@@ -13,13 +13,14 @@ are of the updates that were made, the newest weighing most, without spikes.
 docs/guard.md has what was measured.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.extend.core import Literal
 
 from frugalmoe.errors import UserError
 from frugalmoe.schema import Guard as Section
@@ -173,6 +174,29 @@ def _moved(
 def chosen(skipped: Array, after: Any, before: Any) -> Any:
     """Returns a tree of arrays after an update, or as it was before where that is skipped; no copy of it is made."""
     return jax.tree.map(lambda new, old: jnp.where(skipped, old, new), after, before)
+
+
+def unless(skipped: Array, update: Callable[..., Any], before: Any, *given: Any) -> Any:
+    """Returns `update(before, *given)`, a tree like `before`, or `before` where that is skipped.
+
+    It is `chosen`, but each array is chosen as soon as it is made, and what else the update makes of it, as parameters
+    of an optimizer's moments, it makes of what was chosen. So nothing needs an array from before its own update was
+    made, which takes its memory: XLA for CPUs would copy all moments, and make them twice. The bits are the same.
+    """
+    program, shape = jax.make_jaxpr(update, return_shape=True)(before, *given)
+    jaxpr, old = program.jaxpr, jax.tree.leaves(before)
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*program.consts, *jax.tree.leaves((before, *given))]))
+    read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]
+    made = [id(atom) for atom in jaxpr.outvars if not isinstance(atom, Literal) and atom not in values]
+    at_once = {id(atom): array for atom, array in zip(jaxpr.outvars, old, strict=True) if made.count(id(atom)) == 1}
+    for equation in jaxpr.eqns:
+        with equation.ctx.manager:
+            parameters = equation.primitive.get_bind_params(equation.params)
+            found = equation.primitive.bind(*map(read, equation.invars), **parameters)
+        for var, value in zip(equation.outvars, found if equation.primitive.multiple_results else [found]):
+            values[var] = jnp.where(skipped, at_once[id(var)], value) if id(var) in at_once else value
+    last = lambda atom, array: read(atom) if id(atom) in at_once else jnp.where(skipped, array, read(atom))
+    return jax.tree.unflatten(jax.tree.structure(shape), map(last, jaxpr.outvars, old))
 
 
 def why(verdict: Verdict, metrics: Mapping[str, Any]) -> str:

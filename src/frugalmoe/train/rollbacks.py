@@ -4,14 +4,16 @@ rollbacks.jsonl is written before anything else of a rollback is done. So a kill
 has not gone back yet, or one whose next start sees that it is to, and does.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
+from frugalmoe.errors import UserError
 from frugalmoe.train import distributed
-from frugalmoe.train.rundir import read_rows, write_rows
+from frugalmoe.train.rundir import write_rows
 from frugalmoe.train.step import State
 
 FILE = "rollbacks.jsonl"
@@ -47,17 +49,42 @@ class Rollback(NamedTuple):
 
 
 def read(workdir: Path) -> list[Rollback]:
-    """Returns the rollbacks of a run, the same in all processes."""
-    path = workdir / FILE
-    rows = read_rows(path) if distributed.is_main() and path.is_file() else []
-    rows = distributed.exchange(rows)[0]
-    return [Rollback(**row) for row in rows]
+    """Returns the rollbacks of a run, the same in all processes. Raises `UserError` for a line that is none: no kill
+    left it, for the file is written as a whole, and where the run is to go on is not known.
+    """
+    with distributed.together():
+        found = _read(workdir / FILE) if distributed.is_main() else []
+    return [Rollback(*row) for row in distributed.exchange([list(row) for row in found])[0]]
+
+
+def _read(path: Path) -> list[Rollback]:
+    rows = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return [_row(line, f"{path} line {number}") for number, line in enumerate(rows, 1)]
+
+
+def _row(line: str, where: str) -> Rollback:
+    try:
+        row = Rollback(**json.loads(line))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{where}: no row of a rollback ({type(error).__name__}); --fresh starts over") from error
+    kinds = Rollback.__annotations__
+    for name, value in row._asdict().items():
+        if (
+            not isinstance(value, kinds[name])
+            or isinstance(value, bool)
+            or (isinstance(value, int) and not _fits(value))
+        ):
+            raise UserError(f"{where}: {name} is not as a run writes it; --fresh starts over")
+    return row
+
+
+def _fits(number: int) -> bool:
+    """Whether it is a step or a position, int32."""
+    return 0 <= number < 2**31
 
 
 def add(workdir: Path, rollback: Rollback) -> None:
-    path = workdir / FILE
-    rows = read_rows(path) if path.is_file() else []
-    write_rows(path, [*rows, rollback._asdict()])
+    write_rows(workdir / FILE, [row._asdict() for row in [*_read(workdir / FILE), rollback]])
 
 
 def unfinished(workdir: Path, state: State) -> Rollback | None:

@@ -67,7 +67,7 @@ class Run:
         self.saves.logs = lambda: (self.metrics_log, self.load_log)
         self._open_logs(self.start)
         self.eval_step = compiled_eval_step(config)
-        data.quarantine.begin(workdir / quarantine.FILE)
+        data.quarantine.begin(workdir / quarantine.FILE, saved.place(workdir, self.start) / quarantine.FILE)
         self._rows, self._ramp = own_rows(mesh, config), ramp.of(to_dict(config.train))
         self._read_from(self.state)
         self.tokens_per_second: list[float] = []

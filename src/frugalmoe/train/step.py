@@ -94,16 +94,17 @@ def make_train_step(config: Config) -> Callable[..., tuple[State, StepReport]]:
         grads, sums, of_step = gradient(state.params, state.router_state, batch, state.step, knobs)
         norm = optax.tree.norm(grads)
         verdict, remembered = guard.judge(state.guard, knobs.limits, state.step, sums.total, norm, knobs.taken > 0)
-        kept = lambda after, before: guard.chosen(verdict.skipped, after, before)
         trained, frozen = optim.split(state.params, config)
-        updates, opt_state = optim.optimizer(config, verdict.rate).update(grads, state.opt_state, trained)
+        update = lambda before, *given: updated(*before, *given, config)
+        before = (trained, state.opt_state)
+        trained, opt_state = guard.unless(verdict.skipped, update, before, grads, verdict.rate)
         router_state = update_router_state(state.router_state, sums.stats, config)
         new_state = State(
             step=state.step + jnp.where(verdict.skipped, 0, 1),
             position=state.position + knobs.taken,
-            params=optim.joined(kept(optax.apply_updates(trained, updates), trained), frozen),
-            router_state=kept(router_state, state.router_state),
-            opt_state=kept(opt_state, state.opt_state),
+            params=optim.joined(trained, frozen),
+            router_state=guard.chosen(verdict.skipped, router_state, state.router_state),
+            opt_state=opt_state,
             guard=remembered,
         )
         metrics = objective.metrics(sums, of_step, config)
@@ -123,6 +124,12 @@ def make_train_step(config: Config) -> Callable[..., tuple[State, StepReport]]:
         return new_state, report
 
     return train_step
+
+
+def updated(trained: dict, opt_state: optax.OptState, grads: dict, rate: Array, config: Config) -> tuple[dict, Any]:
+    """Returns the trained parameters and the optimizer's state after an update. rate: factor on the learning rate."""
+    updates, opt_state = optim.optimizer(config, rate).update(grads, opt_state, trained)
+    return optax.apply_updates(trained, updates), opt_state
 
 
 def finite(tree: Any) -> Array:
