@@ -24,7 +24,7 @@ from frugalmoe.routing.contract import TokenPlan
 from frugalmoe.schema import Config
 from frugalmoe.train import guard, objective, optim
 from frugalmoe.train.guard import Guard
-from frugalmoe.train.objective import Knobs, OfStep, StepReport, Sums, knobs, without_knobs
+from frugalmoe.train.objective import Knobs, OfStep, StepReport, Sums, without_knobs
 
 EVAL_SEED = 0  # the same for every run, so that runs compare and share a compiled program
 
@@ -47,8 +47,9 @@ class State(NamedTuple):
 
 def init(config: Config) -> State:
     """Returns the state before the first step, on the mesh in context."""
-    model = dataclasses.replace(without_knobs(config).model, remat="none")
-    of_parameters = dataclasses.replace(Config(), model=model, optim=config.optim)  # they depend on nothing else
+    same = without_knobs(config)
+    model = dataclasses.replace(same.model, remat="none")
+    of_parameters = dataclasses.replace(Config(), model=model, optim=same.optim)  # they depend on nothing else
     return _compiled_fresh(of_parameters)(np.uint32(config.train.seed))
 
 
@@ -65,7 +66,7 @@ def _compiled_fresh(config: Config) -> Callable[[Array], State]:
 
 def abstract(config: Config) -> State:
     """Returns shapes, dtypes and shardings of the state on the mesh in context; nothing is allocated."""
-    return _abstract(config, jax.sharding.get_mesh())
+    return _abstract(without_knobs(config), jax.sharding.get_mesh())
 
 
 @functools.lru_cache(4)  # a start asks several times, and each would be traced
@@ -86,17 +87,16 @@ def make_train_step(config: Config) -> Callable[..., tuple[State, StepReport]]:
 
     The step's third argument replaces the config's own `Knobs`.
     """
-    own = knobs(config)
     gradient = make_gradient(config)
-    rate = optim.schedule(config)
 
-    def train_step(state: State, batch: Batch, knobs: Knobs = own) -> tuple[State, StepReport]:
+    def train_step(state: State, batch: Batch, knobs: Knobs | None = None) -> tuple[State, StepReport]:
+        knobs = objective.knobs(config) if knobs is None else knobs
         grads, sums, of_step = gradient(state.params, state.router_state, batch, state.step, knobs)
         norm = optax.tree.norm(grads)
         verdict, remembered = guard.judge(state.guard, knobs.limits, state.step, sums.total, norm, knobs.taken > 0)
         kept = lambda after, before: guard.chosen(verdict.skipped, after, before)
         trained, frozen = optim.split(state.params, config)
-        updates, opt_state = optim.optimizer(config, verdict.rate).update(grads, state.opt_state, trained)
+        updates, opt_state = optim.optimizer(config, knobs.optim, verdict.rate).update(grads, state.opt_state, trained)
         router_state = update_router_state(state.router_state, sums.stats, config)
         new_state = State(
             step=state.step + jnp.where(verdict.skipped, 0, 1),
@@ -109,7 +109,7 @@ def make_train_step(config: Config) -> Callable[..., tuple[State, StepReport]]:
         metrics = objective.metrics(sums, of_step, config)
         metrics["optim/gradient_norm"] = norm
         metrics["optim/parameter_norm"] = optax.tree.norm(new_state.params)
-        metrics["optim/learning_rate"] = verdict.rate * rate(state.step)
+        metrics["optim/learning_rate"] = verdict.rate * knobs.optim.rates_S[state.step]
         report = StepReport(
             metrics=metrics,
             depths=objective.depth_metrics(sums),
