@@ -15,6 +15,8 @@ import pytest
 from runs import command, config_file, figures, rows, tiny, write_text
 
 from frugalmoe import sharding
+from frugalmoe.ablate import worktime
+from frugalmoe.ablate.worktime import WorkTime
 from frugalmoe.analysis import load_run, write_report
 from frugalmoe.config.checks import check_devices
 from frugalmoe.files import read_json
@@ -102,6 +104,39 @@ def test_the_imports_of_the_program_are_the_first_seconds(clock, tmp_path):
     clock.go(1)
     times.attach(tmp_path, 0)
     assert kept(times.account().seconds) == {"imports": 2.5, "setup": 1}
+
+
+def test_processes_of_a_study_account_for_all_of_their_time(clock, tmp_path):
+    """Two workers of 10 and 7 seconds, whose parent took 2 seconds before, waited 11, and reports for 1: 28 seconds of
+    two processes. A process that trained nothing says nothing.
+    """
+    lead = WorkTime(tmp_path, Ledger(began=clock.now - 2.0))
+    workers = [WorkTime(tmp_path, Ledger()) for _ in range(3)]
+    for number, worker in enumerate(workers):
+        worker._name = f"worker {number}"
+    clock.go(10.0)
+    workers[0].times.take({"step": 9.0, "compiling": 0.5})
+    workers[0].write()
+    workers[1].times._since += 3.0  # it began later
+    workers[1].times.take({"step": 6.0, "evaluation": 1.0})
+    workers[1].write()
+    workers[2].write()
+    found = worktime.processes(tmp_path)
+    assert kept(found["worker 0"]) == {"setup": 0.5, "step": 9.0, "compiling": 0.5}
+    assert kept(found["worker 1"]) == {"setup": 0.0, "step": 6.0, "evaluation": 1.0} and len(found) == 2
+    lead.times._seconds, lead.times._since, lead.times._kind = {"imports": 2.0, "idle": 11.0}, clock.now, "report"
+    clock.go(1.0)
+    lead.write_lead(jobs=2)
+    (own,) = (of for name, of in worktime.processes(tmp_path).items() if name not in found)
+    assert kept(own) == {"imports": 4.0, "report": 2.0, "idle": 5.0}
+    assert worktime.line(tmp_path) == (
+        "53.6% of 0.467 minutes of wall time, added up over processes, was training steps; "
+        "idle 17.9%, imports 14.3%, report 7.1%, evaluation 3.6%"
+    )
+    (tmp_path / worktime.FILE).write_text('{"a": {"step": -1}, "b": 7, "c": {"step": 60, "setup": 0}, "d": {"x": 1}}')
+    assert worktime.line(tmp_path) == "100.0% of 1.00 minutes of wall time, added up over processes, was training steps"
+    (tmp_path / worktime.FILE).write_text('{"a": {"st')
+    assert worktime.line(tmp_path) == ""
 
 
 def test_rows_are_few_and_each_has_all_that_was(clock, tmp_path):

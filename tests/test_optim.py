@@ -14,7 +14,7 @@ from frugalmoe.model.transformer import declarations, structure
 from frugalmoe.optimizers import OPTIMIZERS, decay_mask
 from frugalmoe.schema import Config, Optim, Train
 from frugalmoe.sharding import AXES, ROLES, make_mesh
-from frugalmoe.train.optim import bytes_of, optimizer, schedule
+from frugalmoe.train.optim import bytes_of, numbers, optimizer, schedule, without_numbers
 
 STEPS, WARMUP, PEAK = 100, 10, 0.5
 BASE = {
@@ -288,3 +288,31 @@ def test_what_is_wrong_is_said(flag, line):
     with pytest.raises(UserError) as refused:
         resolve(override(default(), [flag]))
     assert line in str(refused.value)
+
+
+def test_the_numbers_of_a_step_are_those_of_its_config_to_the_last_bit():
+    """The table of rates is the schedule; an optimizer that is given the numbers makes the update of one that holds
+    them. Of cosine the table is computed many at a time, which rounds some rates otherwise.
+    """
+    fields = {"optim__warmup_steps": 3, "train__steps": 11, "optim__weight_decay": 0.03, "optim__drop_after": 0.5}
+    cosine = config_of(optim__schedule="cosine", train__steps=11, optim__warmup_steps=3)
+    each = jax.jit(schedule(cosine))
+    np.testing.assert_allclose(numbers(cosine).rates_S, [each(np.int32(i)) for i in range(11)], rtol=3e-7)
+    config = config_of(**fields, optim__clip_norm=0.3, optim__rates={"router": 0.7}, optim__learning_rate=2.7e-3)
+    found, each = numbers(config), jax.jit(schedule(config))
+    np.testing.assert_array_equal(found.rates_S, [each(np.int32(i)) for i in range(11)])
+    params = jax.tree.map(lambda a: np.full(a.shape, 0.5, np.float32), structure(config.model)[1])
+    grads = jax.tree.map(lambda a: np.linspace(-1, 1, a.size, dtype=np.float32).reshape(a.shape), params)
+    held, given = optimizer(config), lambda numbers: optimizer(without_numbers(config), numbers)
+    state = held.init(params)
+    one = jax.jit(held.update)(grads, state, params)
+    other = jax.jit(lambda numbers, *arrays: given(numbers).update(*arrays))(found, grads, state, params)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_only_what_no_program_depends_on_is_a_number():
+    same = without_numbers(config_of(optim__clip_norm=1.0))
+    for field, value in {"learning_rate": 1.0, "schedule": "constant", "weight_decay": 0.0, "clip_norm": 0.5}.items():
+        assert without_numbers(config_of(**{"optim__clip_norm": 1.0, f"optim__{field}": value})) == same, field
+    for field, value in {"clip_norm": 0.0, "b1": 0.8, "name": "sgd", "rates": {"router": 0.5}}.items():
+        assert without_numbers(config_of(**{"optim__clip_norm": 1.0, f"optim__{field}": value})) != same, field

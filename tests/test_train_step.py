@@ -225,6 +225,20 @@ def test_runs_share_a_program_only_with_the_losses_that_they_name():
     assert {"loss/importance", "loss/z"} <= report.metrics.keys()
 
 
+def test_runs_that_differ_in_numbers_have_one_program():
+    """No number of the schedule, the decay, the clipping, or a coefficient is a constant of the program that is
+    compiled: so the persistent cache gives the program of one run to another, in whatever process.
+    """
+    numbers = {"optim.learning_rate": 0.02, "optim.schedule": "cosine", "optim.weight_decay": 0.03}
+    numbers |= {"optim.clip_norm": 0.5, "optim.logit_z_loss": 0.1, "optim.warmup_steps": 1, "train.seed": 7}
+    numbers |= {"model.moe.losses.load_balance": 0.2, "guard.loss_deviations": 3.0}
+    configs, mesh = (config_of(), config_of(numbers)), mesh_of()
+    with jax.set_mesh(mesh):
+        on_mesh = put_batch(mesh, Batch(*(a[None] for a in batch(0))), "ABT")
+        lowered = [jax.jit(make_train_step(c)).lower(abstract(c), on_mesh, jax.device_get(knobs(c))) for c in configs]
+    assert lowered[0].as_text() == lowered[1].as_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sigmoid_bias", "quantile_balance"])
 def test_a_step_with_a_gate_far_out_leaves_all_parameters_finite(name: str) -> None:

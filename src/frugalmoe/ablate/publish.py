@@ -4,14 +4,14 @@
 |---|---|
 | RESULTS.md | the index: one row for each published study |
 | NAME/RESULTS.md, *.png | question, expectation, tables and pictures; what is written by hand stays |
-| NAME/study.json, results.parquet, fit.json | what they are made from; the fit where there is one |
+| NAME/study.json, results.parquet, fit.json, goodput.json | what they are made from; the last two where there are any |
 """
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from frugalmoe.ablate import scaling
+from frugalmoe.ablate import scaling, worktime
 from frugalmoe.ablate.comparison import Comparison, load_comparison
 from frugalmoe.ablate.grid import Grid
 from frugalmoe.ablate.plan import read_study
@@ -40,8 +40,9 @@ def publish_study(workdir: str | Path, root: str | Path) -> Path:
             raise UserError(f"--publish={root}: cannot be written ({e.strerror})") from e
         write_atomically(folder / "results.parquet", (c.workdir / "results.parquet").read_bytes())
         write_json(folder / "study.json", {**c.study, "workdir": str(workdir)})
-        if (c.workdir / scaling.FILE).is_file():
-            write_atomically(folder / scaling.FILE, (c.workdir / scaling.FILE).read_bytes())
+        for name in (scaling.FILE, worktime.FILE):
+            if (c.workdir / name).is_file():
+                write_atomically(folder / name, (c.workdir / name).read_bytes())
         c = load_comparison(folder)
     drawn = pictures(c)
     for name, data in drawn.items():

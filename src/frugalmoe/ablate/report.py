@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from frugalmoe.ablate import plots, scaling, statistics
+from frugalmoe.ablate import plots, scaling, statistics, worktime
 from frugalmoe.ablate.comparison import Comparison, load_comparison
 from frugalmoe.ablate.grid import Grid
 from frugalmoe.analysis.pages.page import Html, document, folded, join, picture, png, table, tag
@@ -189,6 +189,7 @@ def _page(c: Comparison, drawn: Mapping[str, bytes]) -> str:
     body = [
         tag("h1", study["name"]),
         tag("p", f"Report of a study: {state_line(c)}.", "lead"),
+        *(tag("p", f"Time: {line}.", "note") for line in filter(None, [worktime.line(c.workdir)])),
         tag("p", study["question"]),
         tag("p", join([tag("strong", "Expected:"), study["expectation"]], " ")),
         tag(
@@ -275,6 +276,7 @@ def markdown(c: Comparison, drawn: Iterable[str], report: str = "") -> str:
         study["question"],
         f"**Expected.** {study['expectation']}",
         f"**Run.** {state_line(c)[0].upper()}{state_line(c)[1:]}.",
+        *(f"**Time.** {line}." for line in filter(None, [worktime.line(c.workdir)])),
         f"**Found.** {summary_line(c)[0].upper()}{summary_line(c)[1:]}.\n\n"
         + "\n".join(f"- {line}" for line in verdict_lines(c)),
     ]

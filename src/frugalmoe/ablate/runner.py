@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import jax
 
 from frugalmoe import sharding
-from frugalmoe.ablate import results, suite
+from frugalmoe.ablate import results, suite, worktime
 from frugalmoe.ablate.cross import evaluate_under_others
 from frugalmoe.ablate.plan import Pair, Plan, check_claim, claim, make_plan, read_study
 from frugalmoe.ablate.progress import OfRun, StudyProgress
 from frugalmoe.ablate.study import Study
 from frugalmoe.ablate.together import groups
+from frugalmoe.ablate.worktime import WorkTime
 from frugalmoe.config import settle
 from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
@@ -30,7 +31,9 @@ from frugalmoe.islands import virtual
 from frugalmoe.train import preflight, rundir, trackers
 from frugalmoe.train.checkpoint import saved_steps
 from frugalmoe.train.guard import NotFinite
+from frugalmoe.train.ledger import Ledger
 from frugalmoe.train.loop import opened, train_runs
+from frugalmoe.train.run import Run
 
 
 class Outcome(NamedTuple):
@@ -92,20 +95,26 @@ def prepare(plan: Plan, workdir: Path, command: Sequence[str], fresh: bool = Fal
                 rundir.check_fresh(directory)
         claim(workdir, plan, command)
         if fresh:
-            (workdir / "results.parquet").unlink(missing_ok=True)
+            for name in ("results.parquet", worktime.FILE):
+                (workdir / name).unlink(missing_ok=True)
             for directory in directories:
                 rundir.start_over(directory)
 
 
-def train_plan(plan: Plan, workdir: Path, shown: StudyProgress, at_once: int | None = None) -> Outcome:
-    """Trains every run that no other process has; rewrites the table after each."""
+def train_plan(
+    plan: Plan, workdir: Path, shown: StudyProgress, at_once: int | None = None, work: WorkTime | None = None
+) -> Outcome:
+    """Trains every run that no other process has; rewrites the table after each. work: the time of this process, which
+    by default begins now.
+    """
+    work = work or WorkTime(workdir, Ledger())
     to_do = deque(groups(plan, at_once))
     while to_do:
         waiting = [pair for pair in to_do.popleft() if not _is_done(plan, pair, workdir)]
         if not waiting:
             continue
         try:
-            stopped = _train_group(plan, waiting, workdir, shown)
+            stopped = _train_group(plan, waiting, workdir, shown, work.times)
         except rundir.Busy:
             continue
         except NotFinite as e:
@@ -115,9 +124,11 @@ def train_plan(plan: Plan, workdir: Path, shown: StudyProgress, at_once: int | N
                 _record_divergence(waiting[0], workdir, e, shown)
             continue
         results.gather(workdir, read_study(workdir))
+        work.write()
         if stopped:
             return outcome(plan, workdir, stopped=True)
     results.gather(workdir, read_study(workdir))
+    work.write()
     return outcome(plan, workdir)
 
 
@@ -147,7 +158,7 @@ def _record_divergence(pair: Pair, workdir: Path, error: NotFinite, shown: Study
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
 
 
-def _train_group(plan: Plan, pairs: Sequence[Pair], workdir: Path, shown: StudyProgress) -> bool:
+def _train_group(plan: Plan, pairs: Sequence[Pair], workdir: Path, shown: StudyProgress, times: Ledger) -> bool:
     """Trains runs that share a program; True if a signal stopped them."""
     layout = settle(plan.config(pairs[0]), None, jax.device_count()).mesh
     with jax.set_mesh(sharding.make_mesh(to_dict(layout))), ExitStack() as stack:
@@ -159,14 +170,27 @@ def _train_group(plan: Plan, pairs: Sequence[Pair], workdir: Path, shown: StudyP
         # Those that an interruption left at different steps cannot share a program.
         for _, equal in groupby(sorted(runs, key=lambda run: run.start), key=lambda run: run.start):
             drive = virtual.drive if plan.config(pairs[0]).islands.virtual else train_runs
-            summaries = drive(list(equal), lambda config, start: OfRun(shown))
+            equal = list(equal)
+            try:
+                summaries = drive(equal, lambda config, start: OfRun(shown))
+            finally:
+                times.take(_spent(equal[0], alone=len(equal) == len(runs)))
             if any(summary["status"] == "stopped" for summary in summaries):
                 return True
-        if plan.study.evaluate_with:
-            for pair, run in zip(pairs, runs):
-                evaluate_under_others(plan, pair, run)
-        for run in runs if suite.wanted(plan.study.metrics) else ():
-            suite.grade_run(run, plan.study.metrics)
+        with times.phase("evaluation"):
+            if plan.study.evaluate_with:
+                for pair, run in zip(pairs, runs):
+                    evaluate_under_others(plan, pair, run)
+            for run in runs if suite.wanted(plan.study.metrics) else ():
+                suite.grade_run(run, plan.study.metrics)
     for pair in pairs if not plan.study.keep_checkpoints else ():
         shutil.rmtree(pair.directory(workdir) / "checkpoints", ignore_errors=True)
     return False
+
+
+def _spent(run: Run, alone: bool) -> dict[str, float]:
+    """Where the time of a run's start went, and of all that were trained in its program. Its setup is left out where
+    others were trained meanwhile.
+    """
+    spent = run.ledger.account_of_start().seconds
+    return {kind: seconds for kind, seconds in spent.items() if alone or kind != "setup"}

@@ -17,7 +17,8 @@ from frugalmoe.shipped import STUDIES
 # What every arm shares, so that seed s means the same start and the same batches in each of them.
 SHARED = ("name", "data", "mesh", "checkpoint", "train")
 LAPTOP_STEPS = 100
-BESIDE_ARMS = ("report", "slurm", "study.json", "fit.json", "results.parquet", "results.parquet.lock")
+BESIDE_ARMS = ("report", "slurm", "study.json", "fit.json", "results.parquet", "results.parquet.lock",
+               "goodput.json", "goodput.json.lock")  # fmt: skip
 METRICS = ("eval/loss/mean", "eval/bits_per_byte/mean", "router/max_violation", "router/entropy", "router/drop_rate")
 
 

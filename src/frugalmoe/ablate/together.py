@@ -34,7 +34,8 @@ LARGEST = 16  # beyond it a program gains little and takes long to compile
 
 
 def groups(plan: Plan, at_once: int | None = None) -> list[list[Pair]]:
-    """Returns the plan's runs in groups that share a program: equal configs up to name, seed and loss coefficients.
+    """Returns the plan's runs in groups that share a program: equal configs up to name, seed, loss coefficients,
+    learning rates, weight decay and what clips.
 
     A run that accumulates gradients is alone: it adds to them in place, which `jax.vmap` does not support; and so is
     one of virtual islands, which are several already.

@@ -119,7 +119,8 @@ def _abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:
 
 def _abstract_knobs(config: Config, mesh: jax.sharding.Mesh) -> Any:
     place = NamedSharding(mesh, sharding.spec("", mesh=mesh))
-    return jax.tree.map(lambda number: ShapeDtypeStruct((), number.dtype, sharding=place), knobs(config))
+    numbers = jax.eval_shape(lambda: knobs(config))
+    return jax.tree.map(lambda number: ShapeDtypeStruct(number.shape, number.dtype, sharding=place), numbers)
 
 
 def _bytes(tree: Any) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
@@ -58,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
     """Trains what is missing of the study; prints its table and writes its report."""
     from frugalmoe.ablate.plan import make_plan
     from frugalmoe.ablate.study import load_study, shrunk
+    from frugalmoe.train.ledger import Ledger
 
+    times = Ledger(args.began)
     for flag in ("jobs", "at_once"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')}={value}: must be at least 1")
@@ -79,22 +82,24 @@ def run(args: argparse.Namespace) -> int:
             print("".join(f"note: {note}\n" for note in notes), end="")
             return 0
     plan = make_plan(*chosen)
-    return _work(args, plan, workdir) if args.worker else _lead(args, plan, workdir)
+    return _work(args, plan, workdir, times) if args.worker else _lead(args, plan, workdir, times)
 
 
-def _work(args: argparse.Namespace, plan, workdir: Path) -> int:
+def _work(args: argparse.Namespace, plan, workdir: Path, times) -> int:
     from frugalmoe.ablate import workers
     from frugalmoe.ablate.progress import StudyProgress
     from frugalmoe.ablate.runner import train_plan
+    from frugalmoe.ablate.worktime import WorkTime
 
     if args.worker == "process":
         workers.end_with_parent()
     with StudyProgress(plan, workdir) as shown:
-        return EXIT_PREEMPTED if train_plan(plan, workdir, shown, args.at_once).stopped else 0
+        found = train_plan(plan, workdir, shown, args.at_once, WorkTime(workdir, times))
+    return EXIT_PREEMPTED if found.stopped else 0
 
 
-def _lead(args: argparse.Namespace, plan, workdir: Path) -> int:
-    from frugalmoe.ablate import results, runner, workers
+def _lead(args: argparse.Namespace, plan, workdir: Path, times) -> int:
+    from frugalmoe.ablate import results, runner, workers, worktime
     from frugalmoe.ablate.plan import read_study
     from frugalmoe.ablate.progress import StudyProgress
     from frugalmoe.ablate.report import write_study_report
@@ -103,22 +108,30 @@ def _lead(args: argparse.Namespace, plan, workdir: Path) -> int:
     parameters = workers.parse_parameters(args.slurm or "")
     jobs = min(args.jobs, len(plan.pairs))
     runner.prepare(plan, workdir, sys.argv, args.fresh)
+    work = worktime.WorkTime(workdir, times)
+    write = work.write if jobs == 1 else functools.partial(work.write_lead, jobs)
     with StudyProgress(plan, workdir) as shown:
         if args.slurm:
             workers.run_slurm(_worker_argv(args, workdir), jobs, workdir, shown, parameters)
             found = runner.outcome(plan, workdir)
         elif jobs > 1:
-            stopped = workers.run_processes(_worker_argv(args, workdir), jobs, workdir, shown)
+            with times.phase("idle"):
+                stopped = workers.run_processes(_worker_argv(args, workdir), jobs, workdir, shown)
+            write()
             found = runner.outcome(plan, workdir, stopped)
         else:
-            found = runner.train_plan(plan, workdir, shown, args.at_once)
+            found = runner.train_plan(plan, workdir, shown, args.at_once, work)
     if found.stopped:
         print(f"stopped with {len(found.missing)} of {len(plan.pairs)} runs to go; the same command continues")
         return EXIT_PREEMPTED
     described = read_study(workdir)
     if results.gather(workdir, described).num_rows:
-        _print(result_table(workdir))
-        print(f"report: {write_study_report(workdir)}")
+        with times.phase("report"):
+            _print(result_table(workdir))
+            print(f"report: {write_study_report(workdir)}")
+    if not args.slurm:  # the time of an array in its queue is nobody's work
+        write()
+        print(worktime.line(workdir))
     if found.missing:
         print(f"{len(found.missing)} of {len(plan.pairs)} runs are with other processes or were interrupted")
     if found.diverged:

@@ -30,7 +30,7 @@ def cross_entropy(
     weights_N: Array,
     *,
     bias_V: Array | None = None,
-    z_coefficient: float = 0.0,
+    z_coefficient: float | Array = 0.0,
     chunk: int = 512,
     axis: str | None = None,
 ) -> CrossEntropy:
@@ -49,7 +49,7 @@ def cross_entropy(
     targets_Gg, weights_Gg = targets_N.reshape(-1, chunk), weights_N.reshape(-1, chunk)
     h_GgD = h_ND.reshape(-1, chunk, D)
     head = Head(head_DV, bias_V)
-    loss, ce_Gg, lse_sq_sum = _over_chunks(z_coefficient, axis, h_GgD, head, targets_Gg, weights_Gg)
+    loss, ce_Gg, lse_sq_sum = _over_chunks(axis, jnp.float32(z_coefficient), h_GgD, head, targets_Gg, weights_Gg)
     return CrossEntropy(loss, jax.lax.stop_gradient(ce_Gg.reshape(-1)[:N]), jax.lax.stop_gradient(lse_sq_sum))
 
 
@@ -64,9 +64,9 @@ class Head(NamedTuple):
     bias_V: Array | None  # float32
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _over_chunks(
-    z: float, axis: str | None, h_GgD: Array, head: Head, targets_Gg: Array, weights_Gg: Array
+    axis: str | None, z: Array, h_GgD: Array, head: Head, targets_Gg: Array, weights_Gg: Array
 ) -> CrossEntropy:
     """G chunks of g tokens, one after the other."""
 
@@ -80,7 +80,7 @@ def _over_chunks(
     return CrossEntropy(loss, ce_Gg, lse_sq_sum)
 
 
-def _forward(z, axis, h_GgD, head, targets_Gg, weights_Gg):
+def _forward(axis, z, h_GgD, head, targets_Gg, weights_Gg):
     """The same, and the gradients of the loss in h and head."""
     head_DV, bias_V = head
 
@@ -103,9 +103,9 @@ def _forward(z, axis, h_GgD, head, targets_Gg, weights_Gg):
     return CrossEntropy(loss, ce_Gg, lse_sq_sum), (dh_GgD, Head(dhead_DV.astype(head_DV.dtype), dbias_V))
 
 
-def _backward(z, axis, saved, cotangent):
+def _backward(axis, saved, cotangent):
     dh_GgD, dhead = jax.tree.map(lambda a: a * cotangent.loss.astype(a.dtype), saved)
-    return dh_GgD, dhead, None, None
+    return None, dh_GgD, dhead, None, None
 
 
 _over_chunks.defvjp(_forward, _backward)
@@ -153,7 +153,7 @@ def _zeros() -> tuple[Array, Array]:
     return jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
 
 
-def _add(sums: tuple[Array, Array], z: float, p: _Probabilities, weights_g: Array) -> tuple[Array, Array]:
+def _add(sums: tuple[Array, Array], z: Array, p: _Probabilities, weights_g: Array) -> tuple[Array, Array]:
     loss, lse_sq_sum = sums
     lse_sq_g = jnp.square(p.lse_g)
     return loss + jnp.sum(weights_g * (p.ce_g + z * lse_sq_g)), lse_sq_sum + jnp.sum(weights_g * lse_sq_g)

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,17 @@ class Ledger:
             yield
         finally:
             self._switch(outer)
+
+    def take(self, seconds: Mapping[str, float]) -> None:
+        """Moves seconds from the open phase to their kinds, as those of a ledger that was at work in it."""
+        for kind, spent in seconds.items():
+            self._add(kind, spent)
+            self._taken += spent
+
+    def seconds(self) -> dict[str, float]:
+        """Returns the seconds until now by kind."""
+        self._switch(self._kind)
+        return {kind: max(0.0, spent) for kind, spent in self._seconds.items()}
 
     def rather(self, kind: str) -> None:
         """Makes the phase that is open one of another kind, from its beginning or from its last row on."""

@@ -28,7 +28,7 @@ from frugalmoe.routing import losses as aux_losses
 from frugalmoe.routing import stats as routing_stats
 from frugalmoe.routing.contract import Loss
 from frugalmoe.schema import Config, FrozenDict, Guard
-from frugalmoe.train import guard
+from frugalmoe.train import guard, optim
 
 
 class Knobs(NamedTuple):
@@ -37,15 +37,24 @@ class Knobs(NamedTuple):
     """
 
     seed: Array  # uint32 []
-    losses: Mapping[str, Array]  # float32 []: coefficient of each auxiliary loss
+    losses: Mapping[str, Array]  # float32 []: coefficient of each auxiliary loss of routers
+    terms: Mapping[str, Array]  # float32 []: of each other loss beside the next token's
+    optim: optim.Numbers
     limits: guard.Limits
     taken: Array  # int32 []: batches that the step takes from the data: 0 for one that comes again
 
 
 def knobs(config: Config) -> Knobs:
-    """Returns the config's own knobs, on the host."""
-    losses = {name: np.float32(value) for name, value in config.model.moe.losses.items()}
-    return Knobs(np.uint32(config.train.seed), losses, guard.limits(config.guard), np.int32(1))
+    """Returns the config's own knobs."""
+    model = config.model
+    losses = {name: np.float32(value) for name, value in model.moe.losses.items()}
+    terms = {
+        "logit_z": np.float32(config.optim.logit_z_loss),
+        "depth_predictor": np.float32(model.mixture_of_depths.predictor_loss),
+        "mtp": np.float32(model.multi_token_prediction.coefficient),
+    }
+    of_optim, limits = optim.numbers(config), guard.limits(config.guard)
+    return Knobs(np.uint32(config.train.seed), losses, terms, of_optim, limits, np.int32(1))
 
 
 def without_knobs(config: Config) -> Config:
@@ -53,10 +62,17 @@ def without_knobs(config: Config) -> Config:
 
     The names of losses that are computed only where a config names them stay in it.
     """
-    named = FrozenDict.fromkeys(config.model.moe.losses.keys() - aux_losses.REPORTED, 0.0)
-    moe = dataclasses.replace(config.model.moe, losses=named)
-    model, train = dataclasses.replace(config.model, moe=moe), dataclasses.replace(config.train, seed=0)
-    return dataclasses.replace(config, name="", model=model, train=train, guard=Guard())
+    model = config.model
+    named = FrozenDict.fromkeys(model.moe.losses.keys() - aux_losses.REPORTED, 0.0)
+    model = dataclasses.replace(
+        model,
+        moe=dataclasses.replace(model.moe, losses=named),
+        mixture_of_depths=dataclasses.replace(model.mixture_of_depths, predictor_loss=0.0),
+        multi_token_prediction=dataclasses.replace(model.multi_token_prediction, coefficient=0.0),
+    )
+    config = optim.without_numbers(config)
+    of_optim, train = dataclasses.replace(config.optim, logit_z_loss=0.0), dataclasses.replace(config.train, seed=0)
+    return dataclasses.replace(config, name="", model=model, optim=of_optim, train=train, guard=Guard())
 
 
 class OfStep(NamedTuple):
@@ -82,13 +98,13 @@ class Term(NamedTuple):
 
     `share(micro)` -> (the micro-batch's share of the step's loss, float32 [], coefficient included; a pytree of sums),
     or None where the model has nothing of the kind. The sums, added up over micro-batches, are what
-    `metrics(sums, of_step, config)` makes the values of metrics.jsonl from, by name. Of these, `coefficients(knobs,
-    config)` names the losses that `share` adds up, without `loss/`, and gives what each is multiplied with.
+    `metrics(sums, of_step, config)` makes the values of metrics.jsonl from, by name. Of these, `coefficients(knobs)`
+    names the losses that `share` adds up, without `loss/`, and gives what each is multiplied with.
     """
 
     share: Callable[[Micro], tuple[Array, Any] | None]
     metrics: Callable[[Any, OfStep, Config], dict[str, Array]]
-    coefficients: Callable[[Knobs, Config], Mapping[str, float | Array]]
+    coefficients: Callable[[Knobs], Mapping[str, float | Array]]
 
 
 def _language(micro: Micro) -> tuple[Array, dict[str, Array]]:
@@ -97,7 +113,8 @@ def _language(micro: Micro) -> tuple[Array, dict[str, Array]]:
     """
     batch = micro.batch
     targets = (batch.targets_BT, batch.loss_mask_BT)
-    loss, ce_BT, lse_sq = token_losses(micro.model, micro.out.hidden_BTD, *targets, micro.config)
+    z = micro.of_step.knobs.terms["logit_z"]
+    loss, ce_BT, lse_sq = token_losses(micro.model, micro.out.hidden_BTD, *targets, micro.config, z_coefficient=z)
     ce = jnp.sum(ce_BT * batch.loss_mask_BT)
     return loss / micro.of_step.units["target"], {"ce": ce, "lse_sq": lse_sq}
 
@@ -109,14 +126,14 @@ def _language_metrics(sums: Mapping[str, Array], of_step: OfStep, config: Config
 
 def _auxiliary(
     losses: Callable[[Output], Mapping[str, Loss] | None],
-    coefficients: Callable[[Knobs, Config], Mapping[str, float | Array]],
+    coefficients: Callable[[Knobs], Mapping[str, float | Array]],
 ) -> Term:
     """Returns a term of named losses that parts of the model give as sums, each with a coefficient: see
     `routing.losses.total`.
     """
 
     def total(sums: Mapping[str, Loss], of_step: OfStep, config: Config) -> aux_losses.Total:
-        return aux_losses.total(sums, coefficients(of_step.knobs, config), of_step.units)
+        return aux_losses.total(sums, coefficients(of_step.knobs), of_step.units)
 
     def share(micro: Micro) -> tuple[Array, Mapping[str, Loss]] | None:
         sums = losses(micro.out)
@@ -138,8 +155,8 @@ def _further(micro: Micro) -> tuple[Array, Array] | None:
     targets_LBT, mask_LBT = _targets_further(micro.batch, section.depth)
     weight_LBT = mask_LBT / (section.depth * targets_L[:, None, None])
     where = (micro.out.further_LBTD, targets_LBT, weight_LBT)
-    loss, ce_LBT, _ = token_losses(micro.model, *where, micro.config, z_coefficient=0.0)
-    return section.coefficient * loss, jnp.sum(ce_LBT * mask_LBT, axis=(1, 2))
+    loss, ce_LBT, _ = token_losses(micro.model, *where, micro.config)
+    return micro.of_step.knobs.terms["mtp"] * loss, jnp.sum(ce_LBT * mask_LBT, axis=(1, 2))
 
 
 def _further_metrics(ce_L: Array, of_step: OfStep, config: Config) -> dict[str, Array]:
@@ -156,24 +173,20 @@ def _targets_further(batch: Batch, depth: int) -> tuple[Array, Array]:
 
 
 TERMS = {
-    "language": Term(
-        _language, _language_metrics, lambda knobs, config: {"ce": 1.0, "logit_z": config.optim.logit_z_loss}
-    ),
-    "routers": _auxiliary(lambda out: out.routed and out.routed.losses, lambda knobs, config: knobs.losses),
+    "language": Term(_language, _language_metrics, lambda knobs: {"ce": 1.0, "logit_z": knobs.terms["logit_z"]}),
+    "routers": _auxiliary(lambda out: out.routed and out.routed.losses, lambda knobs: knobs.losses),
     "depths": _auxiliary(
         lambda out: out.depths and out.depths.losses,
-        lambda knobs, config: {"depth_predictor": config.model.mixture_of_depths.predictor_loss},
+        lambda knobs: {"depth_predictor": knobs.terms["depth_predictor"]},
     ),
-    "multi_token": Term(
-        _further, _further_metrics, lambda knobs, config: {"mtp": config.model.multi_token_prediction.coefficient}
-    ),
+    "multi_token": Term(_further, _further_metrics, lambda knobs: {"mtp": knobs.terms["mtp"]}),
 }
 
 
 def coefficients(config: Config) -> dict[str, float]:
     """Returns what the training loss multiplies each named loss with; a loss that is not in it is not trained on."""
     own = knobs(config)
-    return {name: float(c) for term in TERMS.values() for name, c in term.coefficients(own, config).items()}
+    return {name: float(c) for term in TERMS.values() for name, c in term.coefficients(own).items()}
 
 
 class Sums(NamedTuple):
@@ -291,17 +304,16 @@ def token_losses(
     targets_BT: Array,
     weights_BT: Array,
     config: Config,
-    z_coefficient: float | None = None,
+    z_coefficient: float | Array = 0.0,
 ) -> tuple[Array, Array, Array]:
     """Returns (weighted sum over tokens of ce + z-loss, ce of every token [B, T], weighted sum of squared
     log-normalizers).
 
-    All arrays may have the same axes before B. z_coefficient: by default `optim.logit_z_loss`.
+    All arrays may have the same axes before B.
     """
     chunk = config.train.loss_chunk
-    z_coefficient = config.optim.logit_z_loss if z_coefficient is None else z_coefficient
 
-    def on_shard(hidden_BTD, head_DV, bias_V, targets_BT, weights_BT):
+    def on_shard(hidden_BTD, head_DV, bias_V, targets_BT, weights_BT, z_coefficient):
         hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
         targets_N, weights_N = targets_BT.reshape(-1), weights_BT.reshape(-1).astype(jnp.float32)
         options = {"bias_V": bias_V, "z_coefficient": z_coefficient, "chunk": chunk, "axis": "tensor"}
@@ -310,5 +322,5 @@ def token_losses(
         return loss, out.ce_N.reshape(targets_BT.shape), lse_sq
 
     tokens = "." * (targets_BT.ndim - 2) + "BT"
-    apply = sharding.local(on_shard, (tokens + "D", "DV", "V", tokens, tokens), ("", tokens, ""))
-    return apply(hidden_BTD, model.head(), model.head_bias(), targets_BT, weights_BT)
+    apply = sharding.local(on_shard, (tokens + "D", "DV", "V", tokens, tokens, ""), ("", tokens, ""))
+    return apply(hidden_BTD, model.head(), model.head_bias(), targets_BT, weights_BT, jnp.float32(z_coefficient))

@@ -1,14 +1,23 @@
-"""Learning-rate schedules, a run's optimizer, which parameters it trains, and the bytes that it needs."""
+"""Learning-rate schedules, a run's optimizer, which parameters it trains, and the bytes that it needs.
 
+Letters: S updates of a run.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import Array
 
 from frugalmoe.config.checks import decaying_updates, dropped_at
 from frugalmoe.model.transformer import declarations, structure
 from frugalmoe.optimizers import OPTIMIZERS, trained, with_rates
-from frugalmoe.schema import Config
+from frugalmoe.schema import Config, FrozenDict
 
 
 def schedule(config: Config) -> optax.Schedule:
@@ -43,14 +52,61 @@ def schedule(config: Config) -> optax.Schedule:
     return optax.join_schedules(parts, boundaries)
 
 
-def optimizer(config: Config, factor: jax.Array | None = None) -> optax.GradientTransformation:
+class Numbers(NamedTuple):
+    """Numbers of the section `optim` that are arguments of a step: runs that differ in them alone share its program."""
+
+    rates_S: Array  # float32: the learning rate of each update
+    weight_decay: Array  # float32 []
+    clip_norm: Array  # float32 []
+    of_roles: Mapping[str, Array]  # float32 []: `rates`
+
+
+def numbers(config: Config) -> Numbers:
+    """Returns the config's own numbers."""
+    o = config.optim
+    rates_S = _compiled_schedule(_of_schedule(config))(np.arange(config.train.steps, dtype=np.int32))
+    of_roles = {role: np.float32(factor) for role, factor in o.rates.items()}
+    return Numbers(rates_S, np.float32(o.weight_decay), np.float32(o.clip_norm), of_roles)
+
+
+def _of_schedule(config: Config) -> Config:
+    """The config without what has no part in its learning rates."""
+    return dataclasses.replace(
+        Config(), optim=config.optim, train=dataclasses.replace(Config().train, steps=config.train.steps)
+    )
+
+
+@functools.lru_cache(64)
+def _compiled_schedule(config: Config) -> Any:
+    return jax.jit(lambda update_S: jnp.broadcast_to(schedule(config)(update_S), update_S.shape).astype(jnp.float32))
+
+
+def without_numbers(config: Config) -> Config:
+    """Returns a config that is equal for those that differ in `Numbers` only. Of no clipping the program is another."""
+    o, same = config.optim, Config().optim
+    others = {name: getattr(same, name) for name in ("learning_rate", "schedule", "warmup_steps", "decay_fraction")}
+    others |= {name: getattr(same, name) for name in ("final_fraction", "drop_after", "drop_factor", "weight_decay")}
+    clip_norm, rates = same.clip_norm if o.clip_norm else 0.0, FrozenDict.fromkeys(o.rates, 1.0)
+    return dataclasses.replace(config, optim=dataclasses.replace(o, **others, clip_norm=clip_norm, rates=rates))
+
+
+def optimizer(
+    config: Config, numbers: Numbers | None = None, factor: Array | None = None
+) -> optax.GradientTransformation:
     """Returns the optimizer of the trained parameters: the one that the config names, after clipping by the global norm
-    of their gradients, with the rates of each role. factor: on the learning rate of this update.
+    of their gradients, with the rates of each role.
+
+    numbers: in the place of the config's own. factor: on the learning rate of this update.
     """
     o, declared, rate = config.optim, declarations(config.model), schedule(config)
+    clips = bool(o.clip_norm)
+    if numbers is not None:
+        rate = lambda count: numbers.rates_S[count]
+        of_roles = {role: numbers.of_roles[role] for role in o.rates}
+        o = dataclasses.replace(o, weight_decay=numbers.weight_decay, clip_norm=numbers.clip_norm, rates=of_roles)
     # Of an update a factor would be rounded on its own, and 1.0 change bits: XLA adds what the rate multiplies at once.
     tx = OPTIMIZERS[o.name](o, rate if factor is None else lambda count: factor * rate(count), declared)
-    tx = optax.chain(optax.clip_by_global_norm(o.clip_norm), tx) if o.clip_norm else tx
+    tx = optax.chain(optax.clip_by_global_norm(o.clip_norm), tx) if clips else tx
     return with_rates(tx, o.rates, declared)
 
 

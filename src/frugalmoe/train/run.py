@@ -62,7 +62,7 @@ class Run:
         self.saves = Saves(workdir, config.checkpoint, self.kept, self.tell)
         self.start = self.step = int(self.state.step)
         self.best = self._best_before(self.start)
-        self.knobs = jax.tree.map(lambda number: sharding.put(mesh, number, ""), knobs(config))
+        self.knobs = jax.tree.map(lambda number: sharding.put(mesh, number, ""), jax.device_get(knobs(config)))
         self._logs: tuple[Any, ...] = ()
         self.saves.logs = lambda: (self.metrics_log, self.load_log)
         self._open_logs(self.start)

@@ -24,7 +24,7 @@ from frugalmoe.routing.contract import TokenPlan
 from frugalmoe.schema import Config
 from frugalmoe.train import guard, objective, optim
 from frugalmoe.train.guard import Guard
-from frugalmoe.train.objective import Knobs, OfStep, StepReport, Sums, knobs, without_knobs
+from frugalmoe.train.objective import Knobs, OfStep, StepReport, Sums, without_knobs
 
 EVAL_SEED = 0  # the same for every run, so that runs compare and share a compiled program
 
@@ -47,8 +47,9 @@ class State(NamedTuple):
 
 def init(config: Config) -> State:
     """Returns the state before the first step, on the mesh in context."""
-    model = dataclasses.replace(without_knobs(config).model, remat="none")
-    of_parameters = dataclasses.replace(Config(), model=model, optim=config.optim)  # they depend on nothing else
+    same = without_knobs(config)
+    model = dataclasses.replace(same.model, remat="none")
+    of_parameters = dataclasses.replace(Config(), model=model, optim=same.optim)  # they depend on nothing else
     return _compiled_fresh(of_parameters)(np.uint32(config.train.seed))
 
 
@@ -65,7 +66,7 @@ def _compiled_fresh(config: Config) -> Callable[[Array], State]:
 
 def abstract(config: Config) -> State:
     """Returns shapes, dtypes and shardings of the state on the mesh in context; nothing is allocated."""
-    return _abstract(config, jax.sharding.get_mesh())
+    return _abstract(without_knobs(config), jax.sharding.get_mesh())
 
 
 @functools.lru_cache(4)  # a start asks several times, and each would be traced
@@ -86,18 +87,17 @@ def make_train_step(config: Config) -> Callable[..., tuple[State, StepReport]]:
 
     The step's third argument replaces the config's own `Knobs`.
     """
-    own = knobs(config)
     gradient = make_gradient(config)
-    rate = optim.schedule(config)
 
-    def train_step(state: State, batch: Batch, knobs: Knobs = own) -> tuple[State, StepReport]:
+    def train_step(state: State, batch: Batch, knobs: Knobs | None = None) -> tuple[State, StepReport]:
+        knobs = objective.knobs(config) if knobs is None else knobs
         grads, sums, of_step = gradient(state.params, state.router_state, batch, state.step, knobs)
         norm = optax.tree.norm(grads)
         verdict, remembered = guard.judge(state.guard, knobs.limits, state.step, sums.total, norm, knobs.taken > 0)
         trained, frozen = optim.split(state.params, config)
         update = lambda before, *given: updated(*before, *given, config)
-        before = (trained, state.opt_state)
-        trained, opt_state = guard.unless(verdict.skipped, update, before, grads, verdict.rate)
+        before, given = (trained, state.opt_state), (grads, knobs.optim, verdict.rate)
+        trained, opt_state = guard.unless(verdict.skipped, update, before, *given)
         router_state = update_router_state(state.router_state, sums.stats, config)
         new_state = State(
             step=state.step + jnp.where(verdict.skipped, 0, 1),
@@ -110,7 +110,7 @@ def make_train_step(config: Config) -> Callable[..., tuple[State, StepReport]]:
         metrics = objective.metrics(sums, of_step, config)
         metrics["optim/gradient_norm"] = norm
         metrics["optim/parameter_norm"] = optax.tree.norm(new_state.params)
-        metrics["optim/learning_rate"] = verdict.rate * rate(state.step)
+        metrics["optim/learning_rate"] = verdict.rate * knobs.optim.rates_S[state.step]
         report = StepReport(
             metrics=metrics,
             depths=objective.depth_metrics(sums),
@@ -126,9 +126,11 @@ def make_train_step(config: Config) -> Callable[..., tuple[State, StepReport]]:
     return train_step
 
 
-def updated(trained: dict, opt_state: optax.OptState, grads: dict, rate: Array, config: Config) -> tuple[dict, Any]:
+def updated(
+    trained: dict, opt_state: optax.OptState, grads: dict, numbers: optim.Numbers, rate: Array, config: Config
+) -> tuple[dict, optax.OptState]:
     """Returns the trained parameters and the optimizer's state after an update. rate: factor on the learning rate."""
-    updates, opt_state = optim.optimizer(config, rate).update(grads, opt_state, trained)
+    updates, opt_state = optim.optimizer(config, numbers, rate).update(grads, opt_state, trained)
     return optax.apply_updates(trained, updates), opt_state
 
 
