@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Threads of OpenBLAS that wait for each other on a busy machine make a fit of a law take a hundred times as long.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before anything imports NumPy
+
 from frugalmoe.laws import xla_flags
 
 # A broken law shows its values: the modules of laws, and those of the folder `routing`.

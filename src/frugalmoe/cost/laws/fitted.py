@@ -16,7 +16,7 @@ for all arms at once, since they share its batches; no arm is ever left out whol
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize
@@ -28,6 +28,10 @@ DELTA = 1e-3  # of Huber's loss, in log loss: beyond it an error counts linearly
 DRAWS = 200
 BAND = (5.0, 95.0)  # percent
 NOT_OF_SIZE = ("head", "multi-token prediction")
+
+
+# constants -> (log losses of the points, their slopes [constants, points])
+Law = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 class Point(NamedTuple):
@@ -106,7 +110,7 @@ def fit_loss(points: Iterable[Point], form: str = "size and tokens", source: str
     if not (np.isfinite(best.x).all() and np.isfinite(best.fun)):
         raise UserError(f"{source or 'fit'}: no finite law goes through these {len(points)} points")
     rng = np.random.default_rng(0)
-    draws = [_minimize(best.x, x, y, _weights(points, rng)).x for _ in range(DRAWS)]
+    draws = [_minimize(best.x, x, y, draw_weights(points, rng)).x for _ in range(DRAWS)]
     errors = _predicted(best.x, x) - y
     return Fit(
         form=form,
@@ -173,30 +177,46 @@ def _starts(x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
     return found
 
 
+def _power_law(x: np.ndarray) -> Law:
+    """Returns the law of floor and powers at x as `minimize` takes it."""
+
+    def law(constants: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        logs = _logs(constants, x)
+        total = np.logaddexp.reduce(logs, axis=0)
+        share = np.exp(logs - total)  # of each term
+        slopes = np.empty((len(constants), x.shape[1]))
+        slopes[0], slopes[1::2], slopes[2::2] = share[0], share[1:], -share[1:] * x
+        return total, slopes
+
+    return law
+
+
 def _minimize(start: np.ndarray, x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> optimize.OptimizeResult:
-    """Minimizes the weighted mean of Huber's loss; exponents are at least 0, so that more is never worse."""
+    """Exponents are at least 0, so that more is never worse."""
+    bounds = [(-20.0, None), *([(-20.0, 20.0), (0.0, 10.0)] * len(x))]
+    return minimize(start, _power_law(x), y, weights, bounds)
+
+
+def minimize(
+    start: np.ndarray, law: Law, y: np.ndarray, weights: np.ndarray, bounds: Sequence[tuple[float, float | None]]
+) -> optimize.OptimizeResult:
+    """Minimizes the weighted mean of Huber's loss of a law of log losses `y`."""
     weights = weights / weights.sum()
 
     def objective(constants: np.ndarray) -> tuple[float, np.ndarray]:
-        logs = _logs(constants, x)
-        total = np.logaddexp.reduce(logs, axis=0)
-        error = total - y
+        predicted, slopes = law(constants)
+        error = predicted - y
         slope = np.clip(error, -DELTA, DELTA)
-        value = weights @ (slope * (error - slope / 2))
-        share = np.exp(logs - total) * (weights * slope)  # of each term
-        by_term = share.sum(axis=1)
-        gradient = np.empty_like(constants)
-        gradient[0], gradient[1::2] = by_term[0], by_term[1:]
-        gradient[2::2] = -(share[1:] * x).sum(axis=1)
-        return value / DELTA, gradient / DELTA
+        slope *= weights  # sums, not products of matrices, whose threads cost more than these few numbers
+        value = (slope * error - slope * np.clip(error, -DELTA, DELTA) / 2).sum()
+        return value / DELTA, (slopes * slope).sum(axis=1) / DELTA
 
-    bounds = [(-20.0, None), *([(-20.0, 20.0), (0.0, 10.0)] * len(x))]
     return optimize.minimize(
         objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 2000, "ftol": 1e-13}
     )
 
 
-def _weights(points: Sequence[Point], rng: np.random.Generator) -> np.ndarray:
+def draw_weights(points: Sequence[Any], rng: np.random.Generator) -> np.ndarray:
     """Returns a draw: an exponential weight for each arm times one for each seed."""
     arms = {arm: rng.exponential() for arm in sorted({p.arm for p in points})}
     seeds = {seed: rng.exponential() for seed in sorted({p.seed for p in points})}
