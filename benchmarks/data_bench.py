@@ -2,11 +2,11 @@
 
     python benchmarks/data_bench.py --peer-python /tmp/peer/bin/python [--megabytes 32] [--rounds 3] [--workers 1 2]
 
-The peer's Python needs `datasets` and `tokenizers`. The texts are the sources of Python's standard library, one document
-a file, as JSON lines; the tokenizer is a byte-level BPE of 4,096 tokens, trained on them. Each measurement is a process
-of its own, in rounds, and its time begins after its imports. Both read the JSON lines and leave tokens on the disk, as
-many as the other. Ours also splits off held-out documents by a hash of their texts, finds texts that repeat, notes how
-many bytes each token stands for, and hashes what it writes; for that it reads the texts twice.
+The peer's Python needs `datasets` and `tokenizers`. The texts are the sources of Python's standard library, one
+document a file, as JSON lines; the tokenizer is a byte-level BPE of 4,096 tokens, trained on them. Each measurement is
+a process of its own, in rounds, and its time begins after its imports. Both read the JSON lines and leave tokens on the
+disk, as many as the other. Ours also splits off held-out documents by a hash of their texts, finds texts that repeat,
+notes how many bytes each token stands for, and hashes what it writes; for that it reads the texts twice.
 """
 
 import argparse
@@ -54,6 +54,13 @@ def measure(command: list[str], log: Path) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def cells(size: int, runs: list[dict], ours: list[dict]) -> list[str]:
+    """MB/s and MB per CPU second, and how many times as fast ours is by both."""
+    kinds = ("seconds", "cpu_seconds")
+    speeds = [size / 1e6 / statistics.median(run[kind] for run in runs) for kind in kinds]
+    return [f"{n:.2f}" for n in (*speeds, *(statistics.median(a[k] / b[k] for a, b in zip(runs, ours)) for k in kinds))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=32.0, help="of text at most")
@@ -81,12 +88,7 @@ def main() -> None:
                     print(workers, name, one, flush=True)
     if len(tokens) > 1:
         raise SystemExit(f"not the same tokens: {sorted(tokens)}")
-    rows = []
-    for (workers, name), runs in found.items():
-        middle = lambda kind: statistics.median(run[kind] for run in runs)
-        ratio = lambda kind: statistics.median(a[kind] / b[kind] for a, b in zip(runs, found[workers, OURS]))
-        speeds = [f"{size / 1e6 / middle(kind):.2f}" for kind in ("seconds", "cpu_seconds")]
-        rows.append([str(workers), name, *speeds, f"{ratio('seconds'):.2f}", f"{ratio('cpu_seconds'):.2f}"])
+    rows = [[str(w), name, *cells(size, runs, found[w, OURS])] for (w, name), runs in found.items()]
     machine = report.machine(load_before, args.rounds, versions)
     machine["rounds"] = str(args.rounds)
     machine["texts"] = f"{size / 1e6:.1f} MB in {len(texts):,} documents, {tokens.pop():,} tokens"

@@ -1,4 +1,4 @@
-"""Tokenises a JSON-lines file with `datasets.map`: arguments TEXTS TOKENIZER PROCESSES DIRECTORY; prints one JSON object.
+"""Tokenises a JSON-lines file with `datasets.map`: arguments TEXTS TOKENIZER PROCESSES DIRECTORY; prints JSON.
 
 What is timed is reading the file into the library's own format and the map, whose result lies on the disk.
 """

@@ -1,4 +1,4 @@
-"""Prepares a JSON-lines file with frugalmoe: arguments TEXTS TOKENIZER WORKERS DIRECTORY; prints one JSON object."""
+"""Prepares a JSON-lines file with frugalmoe: arguments TEXTS TOKENIZER WORKERS DIRECTORY; prints JSON."""
 
 import dataclasses
 import json
