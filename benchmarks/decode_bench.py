@@ -1,9 +1,11 @@
-"""Tokens per second of generation beside transformers: the same published model, prefill and decoding apart.
+"""Tokens per second of generation and of scoring beside transformers: the same published model.
 
-    python benchmarks/decode_bench.py [--rounds 7] [--batches 1 8] [--dtypes float32] [--threads 2]
+    python benchmarks/decode_bench.py [--rounds 7] [--batches 1 16] [--dtypes float32] [--threads 2]
 
 A model of 99 M parameters (Qwen3-MoE with random weights) is written by transformers and converted. Prompts of 128
-tokens, then 16 tokens, greedy, each looked at as it comes. The experts of transformers are its `grouped_mm`, its
+tokens, then 16 tokens, greedy, each looked at as it comes: prefill and decoding apart. Scoring is what tasks of
+`frugalmoe evaluate` do with a text: its log-likelihood, and whether each of its tokens is the most likely one, from
+logits in float32. The experts of transformers are its `grouped_mm`, its
 attention is SDPA; its `eager` loop over experts is no peer here. Each is a process; in a
 round all take their turn, and a ratio is the median over rounds of the ratio within one. `--threads` are the peer's:
 where others use the machine too, two wait for each other, and one may be faster. Ours has a thread for each core. With
@@ -24,8 +26,8 @@ from measure import HERE, WARM_UP, Model, Worker
 from frugalmoe.files import write_generated
 
 SIZE = dict(experts=16, top_k=2, expert_dim=384, layers=8, dim=512, heads=8, kv_heads=4, head_dim=64, time=128)
-BATCHES = (1, 8)
-ACTIONS = ("prefill", "decode")
+BATCHES = (1, 16)
+ACTIONS = {"prefill": "prefill", "decode": "decoding", "score": "scoring"}  # of a worker -> as the table has it
 
 
 def measure(size: sizes.Size, dtype: str, args: argparse.Namespace, place: Path) -> tuple[dict, dict]:
@@ -54,7 +56,8 @@ def measure(size: sizes.Size, dtype: str, args: argparse.Namespace, place: Path)
 
 def rows(size: sizes.Size, dtype: str, seconds: dict) -> list[list[str]]:
     """One row for each framework: tokens per second, how many times as fast as it ours is, by wall and by CPU time."""
-    tokens = {"prefill": size.sequences * size.time, "decode": size.sequences * sizes.NEW}
+    given = size.sequences * size.time
+    tokens = {"prefill": given, "decode": size.sequences * sizes.NEW, "score": given}
     table = []
     ours = seconds["frugalmoe"]
     for label, theirs in seconds.items():
@@ -86,7 +89,7 @@ def main() -> None:
                 print(*table[-len(seconds) :], sep="\n", flush=True)
     machine = report.machine(load_before, args.rounds, versions)
     of_action = lambda name: [f"{name}, tokens/s", "ours is faster by", "by CPU time"]
-    header = ["dtype", "batch", "", *of_action("prefill"), *of_action("decoding")]
+    header = ["dtype", "batch", "", *(column for name in ACTIONS.values() for column in of_action(name))]
     text = "\n".join(f"- {name}: {value}" for name, value in machine.items()) + "\n\n" + report.table(header, table)
     print(text)
     if set(BATCHES) <= set(args.batches):

@@ -50,12 +50,24 @@ def main() -> None:
             token.tolist()  # a caller looks at each
         return {}
 
+    def texts() -> torch.Tensor:
+        return torch.randint(0, size.vocabulary, (size.sequences, size.time + 1))
+
+    @torch.no_grad()
+    def score(ids: torch.Tensor) -> dict[str, float]:
+        logits, targets = model(input_ids=ids[:, :-1], use_cache=False).logits.float(), ids[:, 1:]
+        greedy = (logits.argmax(-1) == targets).all(-1)
+        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        nats = nats.view(targets.shape).sum(-1)
+        return {"nats": float(nats.sum()), "greedy": float(greedy.sum())}
+
     about = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     prefilled = lambda tokens: {"token": float(prefill(tokens)[0][0])}
-    serve(about, {"prefill": Action(prompts, prefilled), "decode": Action(lambda: prefill(prompts()), decode)})
+    decoding = Action(lambda: prefill(prompts()), decode)
+    serve(about, {"prefill": Action(prompts, prefilled), "decode": decoding, "score": Action(texts, score)})
 
 
 if __name__ == "__main__":

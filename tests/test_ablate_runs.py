@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from runs import command, config_file, rows, run, without_times, write_text
 
-from frugalmoe.ablate import Study, load_comparison, load_study, results, run_study
+from frugalmoe.ablate import Study, load_comparison, load_study, results, run_study, worktime
 from frugalmoe.cli import main
 from frugalmoe.errors import UserError
 from frugalmoe.routing import strategies
@@ -104,6 +104,18 @@ def test_the_table_holds_every_run(alone):
     assert steps == {4, STEPS}
 
 
+def test_the_time_of_a_study_is_that_of_its_runs_and_what_is_between_them(alone):
+    """Runs are evaluated under other arms' routers after their summary, which is of no run's own time."""
+    (found,) = worktime.processes(alone).values()
+    own = [json.loads((alone / a / f"seed_{s}" / "summary.json").read_text())["goodput"]["seconds"] for a, s in RUNS]
+    assert found["step"] == pytest.approx(sum(of["step"] for of in own), abs=0.1)
+    assert found["compiling"] == pytest.approx(sum(of.get("compiling", 0) for of in own), abs=0.1)
+    assert found["evaluation"] > sum(of["evaluation"] for of in own)
+    assert sum(found.values()) > sum(sum(of.values()) for of in own)
+    later = [of.get("compiling", 0) for of in own[1:]]
+    assert own[0]["compiling"] > 2 * max(later), "arms that differ in a coefficient, and seeds, share all programs"
+
+
 def test_a_run_evaluated_with_its_own_router_gives_its_own_loss(alone):
     """The arms differ in a loss coefficient, which evaluation does not use: every entry is the run's own loss."""
     for arm, seed in RUNS:
@@ -187,6 +199,7 @@ def test_the_report_is_one_page_with_a_verdict(alone, capsys):
     assert main(["report", str(alone)]) == 0
     assert capsys.readouterr().out == f"{alone / 'report' / 'index.html'}\n"
     page = (alone / "report" / "index.html").read_text()
+    assert f"Time: {worktime.line(alone)}." in page and " of wall time, added up over processes, was " in page
     assert "none: not distinguishable at n=2" in page and "<b>balance" not in page and "&lt;b&gt;balance" in page
     words = re.sub(r"data:image/png;base64,[\w+/=]+", "picture", page)  # in whose letters any word may stand
     assert 'src="picture"' in words and "http" not in words

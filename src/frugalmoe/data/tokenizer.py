@@ -147,9 +147,7 @@ class JsonTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        with _of_library(f"{self._where}: a text cannot be encoded"):
-            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        return [np.array(encoding.ids, np.int32) for encoding in self._encoded(texts)]
 
     def document(self, text: str) -> Encoded:
         """Returns the tokens of a text, the bytes of it that each stands for, and whether decoding gives it back.
@@ -157,21 +155,30 @@ class JsonTokenizer:
         If the tokens' own bytes join to the text, these are counted. Otherwise a token stands for the text from the end
         of the token before it to its own end, and end-of-text for what no token stands for.
         """
-        with _of_library(f"{self._where}: a text cannot be encoded"):
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        tokens = np.array([*encoding.ids, self.eos], np.int32)
-        if self.eos in encoding.ids:
+        ids = self._encoded([text])[0].ids
+        if self.eos in ids:
             rule = "it must be no piece that a text can hold; name another"
             raise UserError(f"{self._where}: a text encodes to the end-of-text token {self._eos_token!r}; {rule}")
-        raw, joined = text.encode(), b"".join([self._pieces[i] for i in encoding.ids])
+        tokens = np.array([*ids, self.eos], np.int32)
+        raw, joined = text.encode(), b"".join([self._pieces[i] for i in ids])
         sizes = self.token_bytes[tokens]
         if joined == raw and (self._content.get("decoder") or {}).get("type") == "ByteLevel":
             return Encoded(tokens, sizes, True)  # this decoder only joins bytes; what others do is tried below
         if joined == b" " + raw:  # SentencePiece's dummy prefix
             sizes[0] -= 1
         elif joined != raw:
-            sizes = _sizes(text, len(raw), [end for _, end in encoding.offsets])
-        return Encoded(tokens, sizes, self.decode(encoding.ids) == text)
+            sizes = _sizes(text, len(raw), self._ends(text))
+        return Encoded(tokens, sizes, self.decode(ids) == text)
+
+    def _encoded(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        """Without the places of tokens in the text, which take a quarter of the time of the rest."""
+        with _of_library(f"{self._where}: a text cannot be encoded"):
+            return self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+
+    def _ends(self, text: str) -> list[int]:
+        """The number of characters of a text up to the end of each token."""
+        with _of_library(f"{self._where}: a text cannot be encoded"):
+            return [end for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets]
 
     def encode_chat(self, rendered: Rendered) -> Chat:
         with _of_library(f"{self._where}: a conversation cannot be encoded"):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import functools
 import json
 import math
 import os
@@ -384,6 +385,7 @@ def environment() -> dict[str, Any]:
     }
 
 
+@functools.cache  # of the code that this process has imported, whatever is committed since
 def _git_commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
