@@ -18,8 +18,10 @@ from frugalmoe.data.batches import Batch
 from frugalmoe.fields import to_dict
 from frugalmoe.train import optim
 from frugalmoe.train.allocator import keep_freed_memory
+from frugalmoe.train.objective import knobs
 from frugalmoe.train.placing import put_batch
-from frugalmoe.train.step import init, make_train_step
+from frugalmoe.train.program import compiled_train_step
+from frugalmoe.train.step import init
 
 
 def training_config(size: sizes.Size, dense: bool, overrides: Mapping[str, object] = {}) -> config.Config:
@@ -63,7 +65,7 @@ class Training:
         self.size, self.mesh, self.rng = size, mesh, np.random.default_rng(0)
         self.config = training_config(size, dense, overrides)
         self.state = init(self.config)
-        self.train_step = jax.jit(make_train_step(self.config), donate_argnums=0)
+        self.train_step, self.knobs = compiled_train_step(self.config), knobs(self.config)
         tx = optim.optimizer(self.config)
 
         def update(params, opt_state, grads):
@@ -77,7 +79,7 @@ class Training:
 
     def step(self, batch: Batch) -> dict[str, float]:
         began = time.perf_counter()
-        self.state, report = self.train_step(self.state, batch)
+        self.state, report = self.train_step(self.state, batch, self.knobs)
         dispatch = time.perf_counter() - began  # the call returned; the devices may still compute
         jax.block_until_ready((self.state, report))
         return {"dispatch_seconds": dispatch, "loss": float(report.metrics["loss/ce"])}

@@ -168,8 +168,9 @@ def test_steps_in_bfloat16_are_near_those_in_float32():
 
 
 def test_accumulation_needs_no_second_copy_of_the_gradients():
-    """Temporaries are the sums, which a backward pass adds to in place, and those of a layer and of its activations:
-    1.15 times the parameters. With a tree of each micro-batch's own gradients they are 2.02 times the parameters.
+    """Temporaries are those of a layer and of its activations, 0.57 times the parameters: a backward pass adds in place
+    to the sums. A tree of each micro-batch's own gradients is 0.87 times the parameters more; a copy of all layers'
+    weights, in the shape in which experts multiply, was 0.58.
     """
     fields = {"model.num_layers": 8, "model.dim": 64, "model.moe.expert_dim": 256, "train.accumulate_steps": 2}
     config, mesh = config_of(fields), mesh_of()
@@ -178,7 +179,7 @@ def test_accumulation_needs_no_second_copy_of_the_gradients():
         micro = put_batch(mesh, Batch(*(a[:, None] for a in batch(0, B=2))), "ABT")
         arguments = (state.params, state.router_state, micro, state.step, knobs(config))
         temporaries = step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
-    assert 1 < temporaries / sum(4 * leaf.size for leaf in jax.tree.leaves(state.params)) < 1.4
+    assert temporaries / sum(4 * leaf.size for leaf in jax.tree.leaves(state.params)) < 0.8
 
 
 @pytest.mark.slow

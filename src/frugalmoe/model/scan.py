@@ -54,7 +54,8 @@ class Segment:
     def __call__(self, stream: Stream) -> tuple[Stream, tuple]:
         """-> (stream, (routed, reports)), each with a leading axis over layers, or None."""
         of_runs = runs(self.segment)
-        stacks = {feed_forward: self._stacks(feed_forward) for feed_forward in self.segment.feed_forwards}
+        stacks = {name: self._stacks(name) for name in self.segment.feed_forwards}
+        stacks = {name: layers._replace(parts=sharding.alone(layers.parts)) for name, layers in stacks.items()}
         if len(of_runs) == 1:
             kind = of_runs[0].kind
             return jax.lax.scan(self._body(kind), stream, stacks[kind.feed_forward])

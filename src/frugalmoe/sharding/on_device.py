@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from frugalmoe.sharding.letters import spec
-from frugalmoe.sharding.mesh import axis_size
+from frugalmoe.sharding.mesh import AXES, axis_size
 
 
 def local(fn: Callable, in_letters: tuple, out_letters: Any) -> Callable:
@@ -57,8 +57,11 @@ def _with_value_gradient(a: Array) -> Array:
 
 
 def _typed(letters: str, array: Array) -> P:
-    """The spec of an argument of `local`: gathered parameters keep that their gradients are sums yet to be formed."""
-    return P(*spec(letters), reduced=jax.typeof(array).sharding.spec.reduced)
+    """The spec of an argument of `local`: gathered parameters keep that their gradients are sums yet to be formed, and
+    what `parameters.alone` made of some that all axes spread them.
+    """
+    own = jax.typeof(array).sharding.spec
+    return own if AXES in own else P(*spec(letters), reduced=own.reduced)
 
 
 def whole_sequences(tree: Any, letters: Any = "BT") -> Any:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from frugalmoe.errors import UserError
 from frugalmoe.sharding.letters import LETTERS, STORED, spec
-from frugalmoe.sharding.mesh import TOKEN_AXES, axis_size
+from frugalmoe.sharding.mesh import AXES, TOKEN_AXES, axis_size, platform
 
 GATHERED = "gathered"  # name of gathered parameters: a backward pass gathers them again
 
@@ -148,6 +148,23 @@ def _axes(entries: P) -> set[str]:
 def gathers() -> bool:
     """Whether parameters are spread over devices between their uses."""
     return axis_size(*STORED) > 1
+
+
+def alone(module: Any) -> Any:
+    """Inside jit: stacked parameters; on a mesh of one CPU all axes spread those of experts, over their experts.
+
+    Inside `local` the gradient of what an axis does not spread is a sum over the axis. Over one device that is the
+    gradient itself, but XLA for CPUs copies it, in every layer.
+    """
+    if platform() != "cpu" or axis_size(*AXES) > 1:
+        return module
+
+    def spread(leaf: Any) -> Any:
+        if not _is_parameter(leaf) or not declaration(leaf).axes.startswith("E"):
+            return leaf
+        return leaf.replace(jax.sharding.reshard(leaf[...], P(None, AXES)))
+
+    return jax.tree.map(spread, module, is_leaf=_is_parameter)
 
 
 def gather(module: Any, dtype: Any) -> Any:

@@ -27,6 +27,8 @@ PROGRAMS_KEPT = 4
 # Without this, XLA orders GPU programs for little memory, and runs shared experts before the exchange of rows instead
 # of meanwhile.
 _OVERLAP = (("xla_gpu_enable_latency_hiding_scheduler", True),)
+# Without this, XLA for CPUs copies both moments of every parameter before an update that could be made in place.
+_IN_PLACE = (("xla_cpu_copy_insertion_use_region_analysis", True),)
 
 
 @functools.lru_cache(PROGRAMS_KEPT)
@@ -50,8 +52,14 @@ def compiled_train_step(config: Config, together: bool = False) -> Callable:
 
     With `together` it steps several runs, whose arguments are stacked along a first axis.
     """
-    exchanges = platform() in GPUS and axis_size(*AXES) > 1
-    return _compiled_train_step(without_knobs(config), together, _OVERLAP if exchanges else ())
+    return _compiled_train_step(without_knobs(config), together, _options())
+
+
+def _options() -> tuple:
+    """What the compiler is told of the mesh in context."""
+    if platform() == "cpu":
+        return _IN_PLACE
+    return _OVERLAP if platform() in GPUS and axis_size(*AXES) > 1 else ()
 
 
 def _stack(*leaves: Any) -> Any:

@@ -110,12 +110,11 @@ def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
 
 def run(plan: Plan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, call: Call) -> tuple[Array, Array]:
     """-> (y[N, D] in x's dtype, dropped rows). Gradients for x, both weights and the plan's weights."""
-    num_experts, hidden, dim = down_EFD.shape
+    num_experts, hidden, _ = down_EFD.shape
     rows, dropped = held_rows(plan, num_experts, call.room)
     sizes = block_sizes(rows.token_R.size, num_experts, hidden)
-    gate_up_EDJ = gate_up_ED2F.reshape(num_experts, dim, 2 * hidden)
     form = _Form(sizes, call.activation)
-    return _blocks(form, call.biases, rows, x_ND, gate_up_EDJ, down_EFD), dropped
+    return _blocks(form, call.biases, rows, x_ND, gate_up_ED2F, down_EFD), dropped
 
 
 class _Form(NamedTuple):
@@ -133,9 +132,11 @@ def _hidden(x_gD: Array, gate_up_DJ: Array, biases: Biases | None, e: Array) -> 
     return jnp.split(h_gJ, 2, axis=1)
 
 
+# It takes the weights as they are: what the backward pass keeps of a layer is then the scan's own input, and not a copy
+# of all layers' weights in another shape.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocks(form: _Form, biases: Biases | None, rows: Rows, x_ND, gate_up_EDJ, down_EFD):
-    sizes = form.sizes
+def _blocks(form: _Form, biases: Biases | None, rows: Rows, x_ND, gate_up_ED2F, down_EFD):
+    sizes, gate_up_EDJ = form.sizes, _joined(gate_up_ED2F)
 
     def body(y_ND, e, start, token_g, weight_g):
         a_gF = form.activation.value(*_hidden(_take(x_ND, token_g), _of_expert(gate_up_EDJ, e), biases, e))
@@ -153,8 +154,8 @@ def _forward(form, *args):
 
 def _backward(form, args, dy_ND):
     """For y = w * (a @ down): da_raw = dy @ down', dw = sum(da_raw * a), da = w * da_raw; no output is needed."""
-    biases, given, x_ND, gate_up_EDJ, down_EFD = args
-    sizes, dtype = form.sizes, x_ND.dtype
+    biases, given, x_ND, gate_up_ED2F, down_EFD = args
+    sizes, dtype, gate_up_EDJ = form.sizes, x_ND.dtype, _joined(gate_up_ED2F)
 
     def body(carry, e, start, token_g, weight_g):
         dbiases, dweight_R, dx_ND, dgate_up_EDJ, ddown_EFD = carry
@@ -185,8 +186,14 @@ def _backward(form, args, dy_ND):
     rows = _pad(given, sizes[0])
     wanted = (biases, rows.weight_R, x_ND, gate_up_EDJ, down_EFD)
     grads = for_blocks(rows, sizes, body, jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), wanted))
-    dbiases, dweight_R, *others = jax.tree.map(lambda gradient, a: gradient.astype(a.dtype), grads, wanted)
-    return dbiases, Rows(None, dweight_R[: given.weight_R.size], None), *others
+    grads = jax.tree.map(lambda gradient, a: gradient.astype(a.dtype), grads, wanted)
+    dbiases, dweight_R, dx_ND, dgate_up_EDJ, ddown_EFD = grads
+    dweights = dgate_up_EDJ.reshape(gate_up_ED2F.shape), ddown_EFD
+    return dbiases, Rows(None, dweight_R[: given.weight_R.size], None), dx_ND, *dweights
+
+
+def _joined(gate_up_ED2F: Array) -> Array:
+    return gate_up_ED2F.reshape(*gate_up_ED2F.shape[:2], -1)
 
 
 def _add_at(total_EIJ: Array, e: Array, value_IJ: Array) -> Array:

@@ -1,0 +1,154 @@
+"""How often a compiled training step moves the experts' weights, their gradients and their moments through memory,
+beside how often it must. Arrays of the size of a layer's experts or of all layers' are counted, and slices of them;
+what is smaller (rows, one expert's matrices) stays in caches.
+
+Letters: E experts, D model, F expert hidden, L layers.
+"""
+
+import collections
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from sizes import Size
+
+# Passes over the parameters of the experts, each one reading or writing all of them once.
+IDEAL = {
+    "forward: weights read by the experts": 1,
+    "backward: weights read by the experts": 1,
+    "backward: gradients written by the experts": 1,
+    "update: gradients read for their norm, parameters for theirs": 1,
+    "update: parameters, gradients, two moments read; three written": 7,
+}
+READ, WRITTEN = "{}: weights read by the experts", "backward: gradients written by the experts"
+NORM, UPDATE = list(IDEAL)[-2:]
+
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+
+
+class Instruction(NamedTuple):
+    """One line of an HLO module."""
+
+    shape: str
+    opcode: str
+    operands: list[str]
+    rest: str
+    is_root: bool
+
+
+Computation = Mapping[str, Instruction]
+
+
+def parse(program: str) -> dict[str, dict[str, Instruction]]:
+    """The instructions of each computation, by names."""
+    found: dict[str, dict[str, Instruction]] = {}
+    for line in program.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
+            inside = found.setdefault(head[1], {})
+        elif made := _INSTRUCTION.match(line):
+            name, shape, opcode, rest = made.groups()
+            arguments = rest.split("), ")[0]
+            operands = re.findall(r"%([\w.\-]+)", arguments)
+            inside[name] = Instruction(shape, opcode, operands, rest, line.lstrip().startswith("ROOT"))
+    return found
+
+
+Dims = tuple[int, ...]
+
+
+def arrays(shape: str) -> list[Dims]:
+    """The axes of each array of a shape."""
+    return [tuple(int(n) for n in dims.split(",") if n) for dims in re.findall(r"\w+\[([\d,]*)\]", shape)]
+
+
+class Moved(NamedTuple):
+    """What one execution moves of large arrays, in elements."""
+
+    read: int
+    written: int
+    sliced: bool  # of an array a slice that is not large itself: one expert's
+
+
+def moved(
+    computations: Mapping[str, Computation], instruction: Instruction, inside: Computation, large: set[Dims]
+) -> Moved:
+    """`Moved` of an instruction."""
+    body = computations.get((re.search(r"calls=%?([\w.\-]+)", instruction.rest) or ["", ""])[1])
+    if body is None:
+        body = {
+            f"p{i}": inside[o]._replace(opcode="parameter", rest=f"{i})") for i, o in enumerate(instruction.operands)
+        }
+        body["root"] = instruction._replace(operands=list(body), is_root=True)
+    read, written, sliced = 0, 0, False
+
+    def uses(name: str) -> list[tuple[Instruction, int]]:
+        """Where an array is used, through what only renames it."""
+        found = []
+        for i in body.values():
+            for place in (n for n, operand in enumerate(i.operands) if operand == name):
+                renamed = i.opcode in ("bitcast", "reshape") and not i.is_root
+                own = next(n for n, other in body.items() if other is i)
+                found += uses(own) if renamed else [(i, place)]
+        return found
+
+    def of_slices(slices: list[Dims]) -> int:
+        nonlocal sliced
+        sliced |= any(dims[dims[0] == 1 :] not in large for dims in slices)
+        return sum(map(math.prod, slices))
+
+    for name, parameter in [(n, i) for n, i in body.items() if i.opcode == "parameter"]:
+        for dims in (dims for dims in arrays(parameter.shape) if dims in large):
+            seen = [(i, i.opcode == "dynamic-update-slice" and at == 0) for i, at in uses(name)]
+            if seen and all(i.opcode == "dynamic-slice" or in_place for i, in_place in seen):
+                read += of_slices([arrays(i.shape)[0] for i, in_place in seen if not in_place])
+            else:
+                read += math.prod(dims)
+    root = next(i for i in body.values() if i.is_root)
+    while root.opcode == "bitcast":
+        root = body[root.operands[0]]
+    for part in [body[o] for o in root.operands] if root.opcode == "tuple" else [root]:
+        for dims in (dims for dims in arrays(part.shape) if dims in large):
+            in_place = part.opcode == "dynamic-update-slice"
+            written += of_slices([arrays(body[part.operands[1]].shape)[0]]) if in_place else math.prod(dims)
+    return Moved(read, written, sliced)
+
+
+def passes(program: str, executions: Mapping[str, float], size: Size) -> dict[str, float]:
+    """How often a step reads or writes all parameters of the experts, by what it does it for.
+
+    executions: of each HLO operation in a step, as the profiler counted them.
+    """
+    e, d, f = size.experts, size.dim, size.expert_dim
+    of_layer = [(e, d, 2, f), (e, d, 2 * f), (e, f, d)]
+    large, all_of_them = (
+        {(*more, *dims) for dims in of_layer for more in ((), (size.layers,))},
+        size.layers * 3 * e * d * f,
+    )
+    computations, found = parse(program), collections.Counter()
+    for inside in computations.values():
+        for name, instruction in inside.items():
+            if count := executions.get(name, 0):
+                m = moved(computations, instruction, inside, large)
+                if m.read or m.written:
+                    found[_item(name, instruction, m)] += count * (m.read + m.written) / all_of_them
+    return {name: found.pop(name, 0.0) for name in IDEAL} | dict(found.most_common())
+
+
+def _item(name: str, instruction: Instruction, m: Moved) -> str:
+    source = (re.search(r'op_name="([^"]*)"', instruction.rest) or ["", ""])[1]
+    when = "backward" if "transpose" in source else "forward" if "jvp" in source else "update"
+    if m.sliced and m.written:
+        return WRITTEN
+    if m.sliced:
+        return "backward: gradients read, to be added to" if source.endswith("/add") else READ.format(when)
+    if not m.read:
+        return f"{when if source else 'backward'}: zeros written"
+    if instruction.opcode in ("all-reduce", "copy"):
+        return f"{when}: {instruction.opcode}"
+    if when != "update":
+        into = "dynamic-update-slice" in name or "dynamic_update_slice" in source
+        return f"{when}: {'into the stack of all layers' if into else 'out of the stack of all layers'}"
+    if not m.written:
+        return NORM
+    return "update: gradients divided by their norm" if "divide" in name and "select" not in name else UPDATE
