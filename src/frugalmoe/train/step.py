@@ -92,11 +92,13 @@ def make_train_step(config: Config) -> Callable[..., tuple[State, StepReport]]:
 
     def train_step(state: State, batch: Batch, knobs: Knobs = own) -> tuple[State, StepReport]:
         grads, sums, of_step = gradient(state.params, state.router_state, batch, state.step, knobs)
-        norm = optax.tree.norm(grads)
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(grads)
         verdict, remembered = guard.judge(state.guard, knobs.limits, state.step, sums.total, norm, knobs.taken > 0)
         kept = lambda after, before: guard.chosen(verdict.skipped, after, before)
         trained, frozen = optim.split(state.params, config)
-        updates, opt_state = optim.optimizer(config, verdict.rate).update(grads, state.opt_state, trained)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optim.optimizer(config, verdict.rate).update(grads, state.opt_state, trained)
         router_state = update_router_state(state.router_state, sums.stats, config)
         new_state = State(
             step=state.step + jnp.where(verdict.skipped, 0, 1),
