@@ -277,6 +277,7 @@ RESULT = program.Compiled(
     gradients=GIB,
     collectives=[hlo.Collective("all-gather", 1500, GIB // 2)],
     largest=[hlo.Value("f32[8,64]", GIB // 4, "jit(train_step)/jvp()/dot_general")],
+    text=None,
     seconds=7.4,
 )
 

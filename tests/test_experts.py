@@ -160,7 +160,7 @@ def run_blocks(plan, x, gate_up, down):
 
 
 def run_kernels(kernels, plan, x, gate_up, down):
-    return grouped.run(kernels, sort_rows(plan, down.shape[0]), x, gate_up, down, Call(MoE()))
+    return grouped.run(kernels, plan, sort_rows(plan, down.shape[0]), x, gate_up, down, Call(MoE()))
 
 
 def test_blocks_of_every_size_are_used_and_agree():
@@ -318,7 +318,7 @@ for device, dtype in ((device, dtype) for device in sys.argv[1:] for dtype in (j
         return jnp.sum(run_kernels(kernels, plan._replace(weight_NK=weight), *arrays).astype(jnp.float32))
     absent = AbstractDevice(kinds[device], 1, "tpu" if device == "tpu" else "gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=absent)):
-        step = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(plan.weight_NK, *arrays)
+        step = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3))).trace(plan.weight_NK, *arrays)
         text = step.lower(lowering_platforms=(platform,)).as_text()
     called = "tpu_custom_call" if device == "tpu" else "@triton_kernel_call"
     assert text.count(called) == 6, (device, dtype, text.count(called))
@@ -358,3 +358,35 @@ def test_gpu_kernels_refuse_widths_that_tensor_cores_cannot_tile():
     plan = random_plan(0, 2, 1)
     with pytest.raises(UserError, match="multiples of 16"):
         run_kernels(gpu.kernels(triton_interpreter.launch), plan, *weights(2, dim=24))
+
+
+@pytest.mark.parametrize("name", ["gpu", "tpu"])
+def test_weights_that_an_executor_casts_itself_are_those_that_come_cast(name):
+    """Bit for bit, in value and in gradients, which are float32 for float32 weights."""
+    executor, plan = executors.get(name), random_plan(4, 4, 2)
+    x, *matrices = weights(4)
+    x, call = x.astype(jnp.bfloat16), Call(MoE(num_experts=4))
+
+    def gradients(cast):
+        loss = lambda *given: jnp.sum(
+            jnp.sin(executor.interpreted(plan, x, *(cast(w) for w in given), call)[0].astype(jnp.float32))
+        )
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(*matrices)
+
+    assert executor.casts
+    own, given = gradients(lambda w: w), gradients(lambda w: w.astype(jnp.bfloat16))
+    jax.tree.map(np.testing.assert_array_equal, own, given)
+    assert own[1][0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["gpu", "tpu"])
+def test_what_an_executor_keeps_for_its_gradient(name):
+    """The rows that came and the products of gate and up; nothing else of R rows has the width of a model or an expert,
+    and nothing of that size is float32.
+    """
+    executor, plan = executors.get(name), random_plan(4, 4, 2)
+    arrays = [a.astype(jnp.bfloat16) for a in weights(4)]
+    _, pull = jax.vjp(lambda *given: executor.interpreted(plan, *given, Call(MoE(num_experts=4)))[0], *arrays)
+    rows = plan.expert_NK.size
+    wide = [a for a in jax.tree.leaves(pull) if a.ndim == 2 and a.shape[0] >= rows and a.shape[1] >= min(D, F)]
+    assert [(a.dtype, a.shape[1]) for a in wide] == [(jnp.bfloat16, 2 * F)]

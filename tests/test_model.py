@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from test_train_step import batch, config_of, mesh_of, trained
 
-from frugalmoe.model.layers import LayerNorm
+from frugalmoe.model.layers import NORMS, LayerNorm
 from frugalmoe.model.rotary import rotary, rotate
 from frugalmoe.model.transformer import Transformer, split, structure
 from frugalmoe.schema import RopeScaling
@@ -124,6 +124,21 @@ def test_layer_norm_is_its_definition(affine):
     np.testing.assert_allclose(norm(jnp.asarray(x_BD)), expected, rtol=1e-5, atol=1e-5)
     low = norm(jnp.asarray(x_BD, jnp.bfloat16))
     assert low.dtype == jnp.bfloat16 and np.allclose(np.asarray(low, np.float32), expected, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_norm_of_few_bits_keeps_its_input_alone(kind):
+    """No float32 array of the input's size is kept for the gradient, which is that of the norm as it is written."""
+    norm = NORMS[kind](8, 1e-2, "D")
+    x_BD = jnp.asarray(np.random.default_rng(0).normal(1, 2, (5, 8)), jnp.bfloat16)
+    dy_BD = jnp.cos(jnp.arange(40.0)).reshape(5, 8).astype(jnp.bfloat16)
+    y_BD, pull = jax.vjp(norm, x_BD)
+    kept = [a.dtype for a in jax.tree.leaves(pull) if a.shape == x_BD.shape]
+    assert kept and set(kept) == {jnp.dtype(jnp.bfloat16)}
+    as_written = lambda x_BD: norm(x_BD.astype(jnp.float32)).astype(jnp.bfloat16)
+    expected, pull_float32 = jax.vjp(as_written, x_BD)
+    np.testing.assert_array_equal(y_BD, expected)
+    np.testing.assert_array_equal(pull(dy_BD)[0], pull_float32(dy_BD)[0])
 
 
 def test_stacked_layers_start_different():

@@ -5,6 +5,8 @@ computations, those that start it, advance it and end it; they have a `chain_id`
 is printed as a computation of that name, with an all-reduce in it.
 """
 
+import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -54,32 +56,61 @@ class Value(NamedTuple):
     source: str  # the operation that made it, under the names of the functions around it
 
 
-class _Instruction(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """A line of a program."""
+
     name: str
     opcode: str
     operands: list[str]
     text: str  # behind the name
 
-    @property
+    @functools.cached_property
     def type(self) -> str:
         return self.text[: _CALL.search(self.text).start()]
 
+    @property
+    def source(self) -> str:
+        """The operation that it comes from, under the names of the functions and scopes around it; may be empty."""
+        found = _SOURCE.search(self.text)
+        return found[1] if found else ""
 
-class _Computation(NamedTuple):
+    @property
+    def called(self) -> list[str]:
+        """The computations that it calls; of a conditional, its branches. A loop's are not among them."""
+        called = _CALLED.findall(self.text)
+        if branches := _BRANCHES.search(self.text):
+            called += re.findall(r"[\w.-]+", branches[1].replace("%", ""))
+        return called
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """A function of a program."""
+
     name: str
-    instructions: dict[str, _Instruction]
+    instructions: dict[str, Instruction]
     root: str
+
+    @functools.cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        """What uses each value."""
+        found: dict[str, list[Instruction]] = {}
+        for instruction in self.instructions.values():
+            for name in dict.fromkeys(instruction.operands):
+                found.setdefault(name, []).append(instruction)
+        return found
 
 
 def collectives(text: str) -> list[Collective]:
     """Returns the collectives of a program in the order of `KINDS`. Raises ValueError where the text does not say how
     often a loop runs.
     """
-    computations, entry = _parse(text)
+    computations, entry = parse(text)
     count, sent = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
     seen: set[tuple[str, str]] = set()
     for times, computation, instruction in _executed(computations, entry):
-        if not (kind := _kind(instruction, computation)):
+        if not (kind := kind_of(instruction, computation)):
             continue
         if chain := _CHAIN.search(instruction.text):
             if (kind, chain[1]) in seen:
@@ -92,19 +123,18 @@ def collectives(text: str) -> list[Collective]:
 
 def largest(text: str, count: int = 6) -> list[Value]:
     """The largest arrays that a program makes, one of each type, with where in the source they come from."""
-    computations, _ = _parse(text)
+    computations, _ = parse(text)
     instructions = [i for computation in computations.values() for i in computation.instructions.values()]
-    fused = {name for i in instructions if i.opcode == "fusion" for name in _CALLED.findall(i.text)}
+    fused = {name for i in instructions if i.opcode == "fusion" for name in i.called}
     found: dict[str, Value] = {}
     for name, computation in computations.items():
         for i in computation.instructions.values() if name not in fused else ():
-            source = _SOURCE.search(i.text)
             for match in _ARRAY.finditer(i.type) if i.opcode not in _MADE_ELSEWHERE else ():
-                found.setdefault(match[0], Value(match[0], _bytes(match[0]), source[1] if source else i.name))
+                found.setdefault(match[0], Value(match[0], _bytes(match[0]), i.source or i.name))
     return sorted(found.values(), key=lambda value: -value.bytes)[:count]
 
 
-def _parse(text: str) -> tuple[dict[str, _Computation], str]:
+def parse(text: str) -> tuple[dict[str, Computation], str]:
     computations, entry, name = {}, "", ""
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
@@ -112,17 +142,17 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
             entry = name if match[1] else entry
             instructions, root = {}, ""
         elif name and _END.match(line):
-            computations[name], name = _Computation(name, instructions, root), ""
+            computations[name], name = Computation(name, instructions, root), ""
         elif name and (match := _INSTRUCTION.match(line)) and (call := _CALL.search(match[3])):
             operands = re.findall(r"%([\w.-]+)", call[2])
-            instructions[match[2]] = _Instruction(match[2], call[1], operands, match[3])
+            instructions[match[2]] = Instruction(match[2], call[1], operands, match[3])
             root = match[2] if match[1] else root
     return computations, entry
 
 
 def _executed(
-    computations: dict[str, _Computation], name: str, times: int = 1
-) -> Iterator[tuple[int, _Computation, _Instruction]]:
+    computations: dict[str, Computation], name: str, times: int = 1
+) -> Iterator[tuple[int, Computation, Instruction]]:
     """Every instruction that runs, with how often; each branch of a conditional as if it were taken."""
     if name not in computations:
         raise ValueError(f"computation {name} is not in the text")
@@ -132,18 +162,15 @@ def _executed(
         if instruction.opcode == "while":
             body = re.search(r"\bbody=%?([\w.-]+)", instruction.text)[1]
             inside = list(_executed(computations, body))
-            if any(_kind(i, where) for _, where, i in inside):
-                trips = times * _trips(instruction, computation, computations)
+            if any(kind_of(i, where) for _, where, i in inside):
+                trips = times * rounds(instruction, computation, computations)
                 yield from ((trips * inner, where, i) for inner, where, i in inside)
             continue
-        called = _CALLED.findall(instruction.text)
-        if branches := _BRANCHES.search(instruction.text):
-            called += re.findall(r"[\w.-]+", branches[1].replace("%", ""))
-        for other in called:
+        for other in instruction.called:
             yield from _executed(computations, other, times)
 
 
-def _kind(instruction: _Instruction, computation: _Computation) -> str | None:
+def kind_of(instruction: Instruction, computation: Computation) -> str | None:
     """Returns the kind of a collective; None for all other instructions."""
     if instruction.opcode == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
         return "reduce-scatter"
@@ -151,7 +178,7 @@ def _kind(instruction: _Instruction, computation: _Computation) -> str | None:
     return kind if kind in KINDS else None
 
 
-def _trips(loop: _Instruction, computation: _Computation, computations: dict[str, _Computation]) -> int:
+def rounds(loop: Instruction, computation: Computation, computations: dict[str, Computation]) -> int:
     """Rounds of a loop: as XLA notes them, or from a condition `i < constant` with i counting up from a constant."""
     if known := _TRIPS.search(loop.text):
         return int(known[1])
@@ -169,11 +196,11 @@ def _trips(loop: _Instruction, computation: _Computation, computations: dict[str
     raise ValueError(f"the rounds of loop {loop.name} are not known")
 
 
-def _constant(instruction: _Instruction) -> int:
+def _constant(instruction: Instruction) -> int:
     return int(re.search(r" constant\((-?\d+)\)", instruction.text)[1])
 
 
-def _sent(kind: str, instruction: _Instruction, computation: _Computation) -> int:
+def _sent(kind: str, instruction: Instruction, computation: Computation) -> int:
     """Bytes that a device of a group of n has to send, however clever the algorithm."""
     operands = instruction.operands[:1] if kind == "ragged-all-to-all" else instruction.operands
     size = sum(_bytes(computation.instructions[name].type) for name in operands)

@@ -49,6 +49,7 @@ class Compiled(NamedTuple):
     gradients: int  # those of all parameters that are trained: a part of the temporaries
     collectives: list[hlo.Collective] | None  # of a step; None: of a refused program, or its text cannot be read
     largest: list[hlo.Value] | None  # arrays that the program makes; None likewise
+    text: str | None  # of the optimized program; None likewise
     seconds: float  # that tracing and compiling took
 
 
@@ -79,10 +80,10 @@ def compile_step(config: Config, topology: Topology | None = None) -> Compiled:
             if not (needed := _needed(str(e))):
                 raise
     available = usable(topology.device) if topology else (devices[0].memory_stats() or {}).get("bytes_limit")
-    of_tpu, collectives, largest = devices[0].platform == "tpu", None, None
+    of_tpu, collectives, largest, text = devices[0].platform == "tpu", None, None, None
     if executable is not None:
         memory |= _rest(executable.memory_analysis(), sum(memory.values()), of_tpu)
-        needed, (collectives, largest) = sum(memory.values()), _read(executable)
+        needed, (collectives, largest, text) = sum(memory.values()), _read(executable)
     return Compiled(
         topology=topology,
         mesh=axes,
@@ -94,6 +95,7 @@ def compile_step(config: Config, topology: Topology | None = None) -> Compiled:
         gradients=_bytes(optim.split(state.params, config)[0]),
         collectives=collectives,
         largest=largest,
+        text=text,
         seconds=time.perf_counter() - began,
     )
 
@@ -152,10 +154,12 @@ def _rest(stats: Any, arguments: int, of_tpu: bool) -> dict[str, int]:
     }
 
 
-def _read(executable: jax.stages.Compiled) -> tuple[list[hlo.Collective] | None, list[hlo.Value] | None]:
-    """Its collectives and largest arrays. The text of some programs cannot be had: that is no reason to say nothing."""
+def _read(
+    executable: jax.stages.Compiled,
+) -> tuple[list[hlo.Collective] | None, list[hlo.Value] | None, str | None]:
+    """Its collectives, largest arrays and text. Some programs' cannot be had: that is no reason to say nothing."""
     try:
         text = executable.as_text()
-        return hlo.collectives(text), hlo.largest(text)
+        return hlo.collectives(text), hlo.largest(text), text
     except (jax.errors.JaxRuntimeError, ValueError):
-        return None, None
+        return None, None, None

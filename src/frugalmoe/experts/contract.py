@@ -72,6 +72,7 @@ class Executor:
     purpose: str  # one line
     platforms: tuple[str, ...] = ()  # where it runs; empty: everywhere
     default_on: tuple[str, ...] = ()  # platforms where `auto` and `grouped` mean it; "*": where they mean no other
+    casts: bool = False  # whether it takes float32 weights with rows of x's dtype; else they come in that
     keeps_room: bool = True  # whether it keeps to `Call.room`
     every_form: bool = False  # whether it adds `Call.biases` and computes every `Call.activation`; else it gets none
     drops: Drops | None = None  # None: it computes every row

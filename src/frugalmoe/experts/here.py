@@ -26,7 +26,7 @@ def execute_here(
 ) -> tuple[Array, Array]:
     """What the executor of the config makes of a plan with the experts that this device holds.
 
-    -> (y[N, D] in x's dtype, int32 [] dropped rows). Weights are float32 or of x's dtype.
+    -> (y[N, D] in x's dtype, int32 [] dropped rows). Weights are float32 or of x's dtype, in which they are multiplied.
 
     room: the most rows of a token-major plan that the executor holds.
     """
@@ -34,4 +34,6 @@ def execute_here(
     if executor.platforms and here not in executor.platforms:
         rule = f"runs on {', '.join(executor.platforms)}, and this is {here}; model.moe.executor=auto runs anywhere"
         raise UserError(f"model.moe.executor={config.executor!r}: {rule}")
+    if not executor.casts:
+        gate_up_ED2F, down_EFD = (w.astype(x_ND.dtype) for w in (gate_up_ED2F, down_EFD))
     return executor.run(plan, x_ND, gate_up_ED2F, down_EFD, Call(config, num_sequences, room, biases))

@@ -95,18 +95,21 @@ class Parts(NamedTuple):
     ) -> Branches:
         """`prepared`: what each kind of attention has of the positions."""
         seen, added = _norms(kind)
-        attended_BTD, cache = self.attention(
-            seen(self.attention_norm, stream.x_BTD),
-            prepared[kind.attention],
-            context.segment_ids_BT,
-            place.cache,
-            place.start,
-        )
-        attended_BTD = added(self.attention_norm, attended_BTD)
+        with jax.named_scope("attention"):
+            attended_BTD, cache = self.attention(
+                seen(self.attention_norm, stream.x_BTD),
+                prepared[kind.attention],
+                context.segment_ids_BT,
+                place.cache,
+                place.start,
+            )
+            attended_BTD = added(self.attention_norm, attended_BTD)
         hidden_BTD = stream.x_BTD + attended_BTD
-        apply, seen_BTD = FEED_FORWARDS[kind.feed_forward].apply, seen(self.ffn_norm, hidden_BTD)
-        y_BTD, routed, carry = apply(self.feed_forward, seen_BTD, context, place.layer, stream.carry)
-        return Branches(attended_BTD, hidden_BTD, added(self.ffn_norm, y_BTD), carry, routed, cache)
+        with jax.named_scope("feed_forward"):
+            apply, seen_BTD = FEED_FORWARDS[kind.feed_forward].apply, seen(self.ffn_norm, hidden_BTD)
+            y_BTD, routed, carry = apply(self.feed_forward, seen_BTD, context, place.layer, stream.carry)
+            added_BTD = added(self.ffn_norm, y_BTD)
+        return Branches(attended_BTD, hidden_BTD, added_BTD, carry, routed, cache)
 
 
 Normed = Callable[[Norm, Array], Array]

@@ -4,6 +4,7 @@ Letters: B batch, T time, D model, F hidden.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,13 @@ def over_rms(x: Array, eps: float) -> Array:
     return x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
 
 
+def _kept_as_it_is(function: Callable[..., Array], x: Array, *rest: Array) -> Array:
+    """function(x, ...), whose gradient keeps an x of 16 bits and no float32 array that was made of it: these cost more
+    to write and to read than to compute again.
+    """
+    return (jax.checkpoint(function, prevent_cse=False) if x.dtype.itemsize < 4 else function)(x, *rest)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
@@ -34,7 +42,8 @@ class RMSNorm(nnx.Module):
         self.scale = parameter(jnp.ones(size, jnp.float32), letter, "vector")
 
     def __call__(self, x: Array) -> Array:
-        return (over_rms(x, self.eps) * self.scale[...]).astype(x.dtype)
+        normed = lambda x, scale: (over_rms(x, self.eps) * scale).astype(x.dtype)
+        return _kept_as_it_is(normed, x, self.scale[...])
 
 
 class LayerNorm(nnx.Module):
@@ -50,10 +59,13 @@ class LayerNorm(nnx.Module):
         self.bias = parameter(jnp.zeros(size, jnp.float32), letter, "vector") if affine else None
 
     def __call__(self, x: Array) -> Array:
-        x32 = x.astype(jnp.float32)
-        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 if self.scale is None else x32 * self.scale[...] + self.bias[...]).astype(x.dtype)
+        def normed(x: Array, *affine: Array) -> Array:
+            x32 = x.astype(jnp.float32)
+            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+            x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+            return (x32 * affine[0] + affine[1] if affine else x32).astype(x.dtype)
+
+        return _kept_as_it_is(normed, x, *(() if self.scale is None else (self.scale[...], self.bias[...])))
 
 
 Norm = RMSNorm | LayerNorm

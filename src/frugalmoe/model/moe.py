@@ -19,7 +19,7 @@ from frugalmoe.model.layers import FeedForward, normal
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import Carry, Inputs, Loss, Plan, Routing, TokenPlan, selection_matrix, token_major
 from frugalmoe.schema import FrozenDict, Model, MoE
-from frugalmoe.sharding import BATCH_AXES, local, own_tokens, parameter, spec, whole_sequences
+from frugalmoe.sharding import AXES, BATCH_AXES, axis_size, local, own_tokens, parameter, spec, whole_sequences
 
 
 class RouterState(nnx.Variable):
@@ -78,16 +78,20 @@ def route_and_execute(shards: Shards, config: MoE, train: bool, trace: bool) -> 
     run_experts = lambda plan, x_RD: experts.execute_slots(plan, x_RD.astype(dtype), *fixed, config, biases)
     inputs = whole_sequences(shards.inputs, LETTERS.inputs)
     inputs = inputs._replace(train=train, axis_names=BATCH_AXES, run_experts=run_experts)
-    routing = strategies.get(config.router).route(shards.router, jax.lax.stop_gradient(shards.state), inputs, config)
+    with jax.named_scope("router"):
+        route = strategies.get(config.router).route
+        routing = route(shards.router, jax.lax.stop_gradient(shards.state), inputs, config)
     # A recomputed backward pass takes the saved plan, so that near-ties cannot be routed twice differently.
     plan = jax.tree.map(lambda a: checkpoint_name(a, "routing_plan"), routing.plan)
     if shards.intervention is not None:
         plan = shards.intervention(plan, inputs, config.num_experts, routing.added_BTD is not None)
     routing = routing._replace(plan=plan)
     rest = {"config": config, "biases": shards.biases}
-    y_BTD, dropped = apply_routing(routing, inputs.x_BTD, inputs.valid_BT, *weights, **rest)
-    stats = {**routing.stats, "dropped": dropped, **load_of_devices(plan, inputs.valid_BT, config)}
-    losses, stats = jax.lax.psum((routing.losses, stats), BATCH_AXES)
+    with jax.named_scope("experts"):
+        y_BTD, dropped = apply_routing(routing, inputs.x_BTD, inputs.valid_BT, *weights, **rest)
+    with jax.named_scope("router"):
+        stats = {**routing.stats, "dropped": dropped, **load_of_devices(plan, inputs.valid_BT, config)}
+        losses, stats = jax.lax.psum((routing.losses, stats), BATCH_AXES)
     seen = _trace(plan, inputs, config) if trace else (None, None)
     return y_BTD, Routed(losses, stats, *seen), own_tokens(routing.carry)
 
@@ -150,11 +154,14 @@ class MoELayer(nnx.Module):
         if self.config.expert_bias:
             biases = experts.Biases(*(b.astype(x_BTD.dtype) for b in (self.gate_up_bias_E2F, self.down_bias_ED)))
         letters = LETTERS if biases else LETTERS._replace(biases=None)
+        weights = self.gate_up_ED2F[...], self.down_EFD[...]
+        if axis_size(*AXES) > 1:  # what devices sum of gradients has the compute dtype
+            weights = tuple(w.astype(x_BTD.dtype) for w in weights)
         shards = Shards(
             router={k: v[...] for k, v in self.router.items()} | dict(context.shared_router),
             state={k: v[...] for k, v in self.router_state.items()},
-            gate_up_ED2F=self.gate_up_ED2F.astype(x_BTD.dtype),
-            down_EFD=self.down_EFD.astype(x_BTD.dtype),
+            gate_up_ED2F=weights[0],
+            down_EFD=weights[1],
             biases=biases,
             inputs=context.inputs(x_BTD, layer, carry),
             intervention=context.intervention,

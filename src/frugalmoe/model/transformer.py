@@ -153,7 +153,8 @@ class Transformer(nnx.Module):
     def _look_up(self) -> Callable[[Array], Array]:
         """ids [B, T] -> their embeddings in compute dtype."""
         dtype = self.config.compute_dtype
-        embed_VD = sharding.gather(self.embed_VD, dtype)[...].astype(dtype)
+        with jax.named_scope("embedding"):
+            embed_VD = sharding.gather(self.embed_VD, dtype)[...].astype(dtype)
         look_up = functools.partial(sharding.local(_look_up, ("VD", "BT"), "BTD"), embed_VD)
         multiplier = self.config.multipliers.embedding
         return look_up if multiplier == 1 else lambda ids_BT: look_up(ids_BT) * multiplier
@@ -223,10 +224,11 @@ def bytes_of_caches(config: Model, batch: int, slots: int) -> int:
 
 def _look_up(embed_VD: Array, token_ids_BT: Array) -> Array:
     """Rows of the embedding; a device of the tensor axis has those of a part of the vocabulary."""
-    first = jax.lax.axis_index("tensor") * embed_VD.shape[0]
-    own_BT = token_ids_BT - first
-    own_BT = jnp.where(own_BT < 0, embed_VD.shape[0], own_BT)
-    return jax.lax.psum(embed_VD.at[own_BT].get(mode="fill", fill_value=0), "tensor")
+    with jax.named_scope("embedding"):
+        first = jax.lax.axis_index("tensor") * embed_VD.shape[0]
+        own_BT = token_ids_BT - first
+        own_BT = jnp.where(own_BT < 0, embed_VD.shape[0], own_BT)
+        return jax.lax.psum(embed_VD.at[own_BT].get(mode="fill", fill_value=0), "tensor")
 
 
 def split(model: Transformer) -> tuple[nnx.GraphDef, dict, dict]:

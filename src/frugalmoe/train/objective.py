@@ -323,4 +323,5 @@ def token_losses(
 
     tokens = "." * (targets_BT.ndim - 2) + "BT"
     apply = sharding.local(on_shard, (tokens + "D", "DV", "V", tokens, tokens, ""), ("", tokens, ""))
-    return apply(hidden_BTD, model.head(), model.head_bias(), targets_BT, weights_BT, jnp.float32(z_coefficient))
+    with jax.named_scope("head"):
+        return apply(hidden_BTD, model.head(), model.head_bias(), targets_BT, weights_BT, jnp.float32(z_coefficient))

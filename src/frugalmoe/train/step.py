@@ -92,12 +92,14 @@ def make_train_step(config: Config) -> Callable[..., tuple[State, StepReport]]:
     def train_step(state: State, batch: Batch, knobs: Knobs | None = None) -> tuple[State, StepReport]:
         knobs = objective.knobs(config) if knobs is None else knobs
         grads, sums, of_step = gradient(state.params, state.router_state, batch, state.step, knobs)
-        norm = optax.tree.norm(grads)
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(grads)
         verdict, remembered = guard.judge(state.guard, knobs.limits, state.step, sums.total, norm, knobs.taken > 0)
         trained, frozen = optim.split(state.params, config)
         update = lambda before, *given: updated(*before, *given, config)
         before, given = (trained, state.opt_state), (grads, knobs.optim, verdict.rate)
-        trained, opt_state = guard.unless(verdict.skipped, update, before, *given)
+        with jax.named_scope("optimizer"):
+            trained, opt_state = guard.unless(verdict.skipped, update, before, *given)
         router_state = update_router_state(state.router_state, sums.stats, config)
         new_state = State(
             step=state.step + jnp.where(verdict.skipped, 0, 1),

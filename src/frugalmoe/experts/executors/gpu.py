@@ -143,6 +143,7 @@ EXECUTOR = Executor(
     work="1 (plus a partial tile per expert)",
     purpose="Triton kernels",
     platforms=sharding.GPUS,
+    casts=True,
     every_form=True,
     default_on=sharding.GPUS,
     interpreted=grouped.by(_interpreted),

@@ -39,6 +39,7 @@ EXECUTOR = Executor(
     work="1 (plus a partial tile per expert)",
     purpose="Pallas kernels",
     platforms=("tpu",),
+    casts=True,
     every_form=True,
     default_on=("tpu",),
     interpreted=grouped.by(partial(kernels, interpret=True)),
