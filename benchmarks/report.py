@@ -11,8 +11,10 @@ from typing import Any
 
 from measure import WARM_UP, Measured
 from sizes import Size
+from traffic import IDEAL
 
 Results = Mapping[Size, Mapping[str, Measured | str]]
+Moves = Mapping[str, float] | str  # of a step, by what for; or why it is not known
 
 
 def versions(compared: Results) -> dict[str, str]:
@@ -43,13 +45,31 @@ def machine(load_before: float, rounds: int, versions: Mapping[str, str]) -> dic
     }
 
 
-def markdown(machine: Mapping[str, str], compared: Results, grown: Results, ours: str) -> str:
+def markdown(
+    machine: Mapping[str, str], compared: Results, grown: Results, moved: Mapping[Size, Moves], ours: str
+) -> str:
     parts = ["\n".join(f"- {name}: {value}" for name, value in machine.items())]
     for size, models in compared.items():
         parts += [f"### {size.name}", _shape(size), _comparison(models, ours)]
     if grown:
-        parts += ["### Growth with the number of experts", _growth(grown), "### Dispatch", _dispatch(compared, ours)]
+        parts += ["### Growth with the number of experts", _growth(grown)]
+    parts += ["### Bytes that a step moves", _moves(moved), "### Dispatch", _dispatch(compared, ours)]
     return "\n\n".join(parts)
+
+
+def _moves(moved: Mapping[Size, Moves]) -> str:
+    """Passes over the parameters of all experts, each reading or writing all of them once."""
+    known = {size: m for size, m in moved.items() if not isinstance(m, str)}
+    names = dict.fromkeys([*IDEAL, *(name for m in known.values() for name in m)])
+    rows = [[n, str(IDEAL.get(n, 0)), *(f"{m.get(n, 0):.2f}" for m in known.values())] for n in names]
+    rows.append(["in all", str(sum(IDEAL.values())), *(f"{sum(m.values()):.2f}" for m in known.values())])
+    gigabytes = {size: 12 * size.layers * size.experts * size.dim * size.expert_dim / 1e9 for size in known}
+    ideal = [f"{sum(IDEAL.values()) * one:.2f}" for one in gigabytes.values()]
+    real = [f"{sum(known[size].values()) * one:.2f}" for size, one in gigabytes.items()]
+    rows += [["GB, at least", "", *ideal], ["GB", "", *real]]
+    failed = [f"{size.name}: {m}" for size, m in moved.items() if isinstance(m, str)]
+    header = ["passes over the experts' parameters", "at least", *(size.name for size in known)]
+    return "\n\n".join([table(header, rows), *failed])
 
 
 def _shape(size: Size) -> str:
@@ -88,8 +108,11 @@ def _growth(grown: Results) -> str:
     rows = []
     for size, models in grown.items():
         base, m = models["base"], models["grown"]
+        peers = [models[name] for name in ("peer base", "peer grown")]
+        broken = any(isinstance(peer, str) for peer in peers)
+        of_peer = ["-", "-"] if broken else [f"{peers[1].speed_of(peers[0]):.2f}", f"{peers[1].peak_mib:.0f}"]
         if isinstance(base, str) or isinstance(m, str):
-            rows.append([str(size.experts), *["-"] * 6, f"failed: {base if isinstance(base, str) else m}"])
+            rows.append([str(size.experts), *["-"] * 8, f"failed: {base if isinstance(base, str) else m}"])
             continue
         forward_backward = [(x.median("seconds") - x.update_seconds) * 1e3 for x in (base, m)]
         rows.append(
@@ -102,9 +125,11 @@ def _growth(grown: Results) -> str:
                 f"{m.update_seconds * 1e3:.0f} ({base.update_seconds * 1e3:.0f})",
                 f"{forward_backward[1] / forward_backward[0]:.2f}",
                 f"{m.peak_mib:.0f}",
+                *of_peer,
             ]
         )
     header = "experts|parameters, M|step with 8, ms|step, ms|growth|optimizer, ms (with 8)|growth without it|peak MiB"
+    header += "|growth of mixtral, grouped_mm|its peak MiB"
     return table(header.split("|"), rows)
 
 
@@ -125,11 +150,18 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def as_json(machine: Mapping[str, str], compared: Results, grown: Results) -> dict[str, Any]:
+def as_json(
+    machine: Mapping[str, str], compared: Results, grown: Results, moved: Mapping[Size, Moves]
+) -> dict[str, Any]:
     def plain(results: Results) -> dict:
         return {
             size.name: {label: m if isinstance(m, str) else m._asdict() for label, m in models.items()}
             for size, models in results.items()
         }
 
-    return {"machine": machine, "compared": plain(compared), "growth": plain(grown)}
+    return {
+        "machine": machine,
+        "compared": plain(compared),
+        "growth": plain(grown),
+        "passes": {s.name: m for s, m in moved.items()},
+    }

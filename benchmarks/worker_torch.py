@@ -1,4 +1,6 @@
-"""A worker that trains a Hugging Face transformers model: arguments SIZE_JSON FAMILY[:EXPERTS_IMPLEMENTATION].
+"""A worker that trains a Hugging Face transformers model: arguments SIZE_JSON FAMILY[:EXPERTS[:compiled]].
+
+EXPERTS is an implementation of transformers, eager or grouped_mm; "compiled" is torch.compile.
 
 Random weights, fused AdamW, clipping by the global norm. The models' auxiliary losses are off, their default.
 """
@@ -51,10 +53,11 @@ def build(size: sizes.Size, family: str, experts: str) -> torch.nn.Module:
 
 def main() -> None:
     size, model_name = sizes.from_arguments()
-    family, _, experts = model_name.partition(":")
+    family, experts, compiled = (*model_name.split(":"), "", "")[:3]
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count())
     model = build(size, family, experts)
+    forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=sizes.LEARNING_RATE,
@@ -68,18 +71,26 @@ def main() -> None:
         return torch.randint(0, size.vocabulary, (size.sequences, size.time))
 
     def step(tokens: torch.Tensor) -> dict[str, float]:
-        loss = model(input_ids=tokens, labels=tokens).loss
+        loss = forward(input_ids=tokens, labels=tokens).loss
         loss.backward()
+        update(None)
+        return {"loss": float(loss.detach())}
+
+    def gradients() -> None:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+
+    def update(_: None) -> dict[str, float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), sizes.CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return {"loss": float(loss.detach())}
+        return {}
 
     about = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    serve(about, {"step": Action(batch, step)})
+    serve(about, {"step": Action(batch, step), "update": Action(gradients, update)})
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ class Context(NamedTuple):
     keys_B: Array
     step: Array
     train: bool = False
+    accumulates: bool = False  # a gradient is added in place to that of other micro-batches
     trace: bool = False  # also return which expert got which token, and the plan
     # A pytree, for evaluation: (plan, inputs, num_experts, whether the router adds) -> the plan to execute instead.
     intervention: Callable[[Plan, Inputs, int, bool], Plan] | None = None

@@ -55,7 +55,8 @@ class Segment:
         """-> (stream, (routed, reports)), each with a leading axis over layers, or None."""
         of_runs = runs(self.segment)
         stacks = {name: self._stacks(name) for name in self.segment.feed_forwards}
-        stacks = {name: layers._replace(parts=sharding.alone(layers.parts)) for name, layers in stacks.items()}
+        if self.context.train and not self.context.accumulates:
+            stacks = {name: layers._replace(parts=sharding.alone(layers.parts)) for name, layers in stacks.items()}
         if len(of_runs) == 1:
             kind = of_runs[0].kind
             return jax.lax.scan(self._body(kind), stream, stacks[kind.feed_forward])

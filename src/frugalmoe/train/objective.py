@@ -219,7 +219,9 @@ def make_objective(config: Config) -> Callable[..., tuple[Array, Sums]]:
     def objective(params: dict, router_state: dict, batch: Batch, index: Array, of_step: OfStep) -> tuple[Array, Sums]:
         model = nnx.merge(graphdef, params, router_state)
         first_row = index * batch.tokens_BT.shape[0]
-        out = forward(model, batch, first_row, of_step.step, of_step.knobs.seed, train=True, further=True)
+        accumulates = config.train.accumulate_steps > 1
+        clock = (of_step.step, of_step.knobs.seed)
+        out = forward(model, batch, first_row, *clock, train=True, accumulates=accumulates, further=True)
         micro = Micro(model, out, batch, of_step, config)
         found = {name: term.share(micro) for name, term in TERMS.items()}
         found = {name: share for name, share in found.items() if share is not None}
@@ -267,12 +269,14 @@ def forward(
     seed: int | Array,
     *,
     train: bool,
+    accumulates: bool = False,
     trace: bool = False,
     intervention: Callable | None = None,
     further: bool = False,
 ) -> Output:
     """Returns what the model makes of a batch; with `further` its modules that predict further ahead run too."""
-    seen = context(batch, first_row, step, seed, train=train, trace=trace, intervention=intervention)
+    options = {"train": train, "accumulates": accumulates, "trace": trace, "intervention": intervention}
+    seen = context(batch, first_row, step, seed, **options)
     out = model(seen)
     return model.further(seen, out) if further else out
 
@@ -284,6 +288,7 @@ def context(
     seed: int | Array,
     *,
     train: bool,
+    accumulates: bool = False,
     trace: bool = False,
     intervention: Callable | None = None,
 ) -> Context:
@@ -295,7 +300,7 @@ def context(
     key = jax.random.fold_in(jax.random.key(seed), step)
     keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B + first_row)
     of_batch = (batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, keys_B)
-    return Context(*of_batch, step, train, trace, intervention)
+    return Context(*of_batch, step, train, accumulates, trace, intervention)
 
 
 def token_losses(
