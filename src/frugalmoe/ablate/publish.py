@@ -40,8 +40,9 @@ def publish_study(workdir: str | Path, root: str | Path) -> Path:
             raise UserError(f"--publish={root}: cannot be written ({e.strerror})") from e
         write_atomically(folder / "results.parquet", (c.workdir / "results.parquet").read_bytes())
         write_json(folder / "study.json", {**c.study, "workdir": str(workdir)})
-        if (c.workdir / scaling.FILE).is_file():
-            write_atomically(folder / scaling.FILE, (c.workdir / scaling.FILE).read_bytes())
+        for name in (scaling.FILE, scaling.LEVERAGE):
+            if (c.workdir / name).is_file():
+                write_atomically(folder / name, (c.workdir / name).read_bytes())
         c = load_comparison(folder)
     drawn = pictures(c)
     for name, data in drawn.items():
