@@ -1,12 +1,14 @@
 """A study as the points of a law: what it foretells of arms that are not trained, and never of those that are."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
 from frugalmoe.ablate import fit_study, load_comparison, publish_study, report, results, scaling
 from frugalmoe.cli import main
-from frugalmoe.cost.laws import fit_power, read_fit
+from frugalmoe.cost.laws import fit_power, leverage_of, read_fit, read_shaped, size_of
 from frugalmoe.errors import UserError
 from frugalmoe.files import write_json
 
@@ -140,3 +142,32 @@ def test_a_fit_is_read_where_the_study_is(foretold):
     assert read_fit(foretold / "fit.json").arms == SMALL
     with pytest.raises(UserError, match="not a study"):
         fit_study(foretold / "w1")
+
+
+LEVERAGE = Path(__file__).parent / "leverage_runs"  # ten runs of experiments/leverage.py, which is not trained whole
+
+
+def test_a_studys_runs_have_compute_activation_and_granularity():
+    """64 experts of which 2 are active, each as wide as the model: A = 1/32, G = 2; of 8 of 64, cut in four, G = 8."""
+    c = load_comparison(LEVERAGE)
+    found = {arm: scaling.shaped(c, [arm]) for arm in ("dense_48", "active_32th_48", "cut_8_48")}
+    shapes = {arm: {(p.activation, p.granularity) for p in of_arm} for arm, of_arm in found.items()}
+    assert shapes == {"dense_48": {(1.0, 1.0)}, "active_32th_48": {(2 / 64, 2.0)}, "cut_8_48": {(8 / 64, 8.0)}}
+    last = max(found["dense_48"], key=lambda p: p.compute)
+    assert last.compute == 3 * size_of(c.study["forward_flops"]["dense_48"]) * 500 * 2048
+    assert last.loss == c.final(c.metric, "dense_48")[0]
+
+
+def test_a_study_is_fitted_with_the_law_of_leverage(tmp_path):
+    """Of runs in this repository. What it says of Ling 2.0's shape is nothing, and it says so: a band of ten times."""
+    path = shutil.copytree(LEVERAGE, tmp_path / "leverage")
+    (path / "leverage.json").unlink()
+    fit = read_shaped(scaling.fit_study(path, "leverage"))
+    assert fit == read_shaped(LEVERAGE / "leverage.json") and len(fit.arms) == 10 and fit.seeds == (0,)
+    law, leverage = scaling.grids(load_comparison(path))
+    assert [row[0] for row in law.rows][2:5] == ["alpha", "base", "per_decade"]
+    assert leverage.rows[-1][0] == "as Ling 2.0" and "times the compute" in leverage.rows[-1][-1]
+    band = leverage_of(fit, 9 / 257, 8.0, 1e18)
+    assert band.high > 10 * band.low
+    with pytest.raises(UserError, match=r"--fit=other: must be one of size, leverage"):
+        scaling.fit_study(path, "other")

@@ -151,8 +151,8 @@ def test_failures_and_preemptions_cost(ask):
 def test_a_range_is_as_wide_as_its_reasons(ask):
     known = planning.plan(ask, [planning.part(ask, offer("h100", 64), 64)])
     unknown = planning.plan(ask, [planning.part(ask, offer("ling-a", 64), 64)])
-    assert any("network_gb_s" in reason for reason, _ in unknown.widths)
-    assert not any("network_gb_s" in reason for reason, _ in known.widths)
+    assert any("bandwidth_gb_s" in reason for reason, _ in unknown.widths)
+    assert not any("bandwidth_gb_s" in reason for reason, _ in known.widths)
     assert unknown.high / unknown.low > known.high / known.low > 1
 
 
@@ -196,7 +196,7 @@ def test_what_people_read_and_the_picture(tmp_path, capsys):
         (("--devices=h800:8,",), "must be NAME:COUNT"),
         (("--devices=h200:8",), "no price is known; give it as --prices=h200:PRICE"),
         (("--devices=h800:8", "--spot=0.01"), "no spot price is known"),
-        (("--devices=gb300:8",), "memory_gb is not known"),
+        (("--devices=l4:8",), "bf16_tflops is not known"),
         (("--devices=a100:64", "--precision=fp8"), "a100 has none"),
         (("--devices=l40s:1",), "does not fit"),
         (("--tokens=-1",), "must be a positive number"),

@@ -40,7 +40,7 @@ def publish_study(workdir: str | Path, root: str | Path) -> Path:
             raise UserError(f"--publish={root}: cannot be written ({e.strerror})") from e
         write_atomically(folder / "results.parquet", (c.workdir / "results.parquet").read_bytes())
         write_json(folder / "study.json", {**c.study, "workdir": str(workdir)})
-        for name in (scaling.FILE, worktime.FILE):
+        for name in (scaling.FILE, scaling.LEVERAGE, worktime.FILE):
             if (c.workdir / name).is_file():
                 write_atomically(folder / name, (c.workdir / name).read_bytes())
         c = load_comparison(folder)

@@ -2,6 +2,8 @@
 
 `fit.json` in the study's directory holds the fit and what was foretold, and is written once: an arm that has begun when
 it is written is not foretold, and a second fit needs the first to be moved away.
+
+`leverage.json` holds the law of compute, activation and granularity, which foretells nothing and is written each time.
 """
 
 import datetime
@@ -14,13 +16,33 @@ import numpy as np
 from frugalmoe.ablate.comparison import Comparison, load_comparison
 from frugalmoe.ablate.grid import Grid
 from frugalmoe.analysis.wording import count, number
+from frugalmoe.config import override, read, resolve
 from frugalmoe.cost import TRAIN_FACTOR
-from frugalmoe.cost.laws import Fit, Point, fit_loss, how_far, loss_at, read_fit, size_of, write_fit
+from frugalmoe.cost.laws import (
+    Fit,
+    Point,
+    Shaped,
+    ShapedFit,
+    fit_loss,
+    fit_shaped,
+    how_far,
+    how_far_of,
+    leverage_of,
+    loss_at,
+    published,
+    read_fit,
+    read_shaped,
+    size_of,
+    write_fit,
+    write_shaped,
+)
 from frugalmoe.cost.laws.fitted import Trial, best_size, profile
 from frugalmoe.errors import UserError
 from frugalmoe.files import read_json
+from frugalmoe.model import pattern
 
-FILE = "fit.json"
+FILE, LEVERAGE = "fit.json", "leverage.json"
+FITS = ("size", "leverage")  # laws that a study's runs are fitted with
 FROM = 0.3  # of the steps: what comes before is warmup and what no power describes
 AT_EQUAL_COMPUTE = (0.25, 1.0, 4.0)  # of the largest run of the fit
 
@@ -41,6 +63,19 @@ def points(c: Comparison, arms: Sequence[str]) -> list[Point]:
                     for step, value in zip(at, losses)
                     if FROM * steps <= step < steps
                 ]
+    return found
+
+
+def shaped(c: Comparison, arms: Sequence[str]) -> list[Shaped]:
+    """Returns the losses of `points` with compute C = 3 M D, activation and granularity: 1 and 1 for dense models."""
+    found = []
+    for arm in arms:
+        config = override(override(read(c.study["base"]), c.study["overrides"]), c.study["arms"][arm])
+        model = resolve(config).model
+        shape = (1.0, 1.0)
+        if pattern.has_experts(model):
+            shape = (published.activation_ratio(model), published.granularity(model))
+        found += [Shaped(arm, p.seed, TRAIN_FACTOR * p.size * p.tokens, *shape, p.loss) for p in points(c, [arm])]
     return found
 
 
@@ -66,19 +101,25 @@ def _value(study: dict[str, Any], arm: str, field: str) -> float | None:
     return study["arms"][arm].get(field, study["overrides"].get(field))
 
 
-def fit_study(workdir: str | Path) -> Path:
-    """Fits the law of size and tokens to the trained arms of a study, foretells the others, and writes `fit.json`.
+def fit_study(workdir: str | Path, law: str = FITS[0]) -> Path:
+    """Fits a law to the trained arms of a study and returns its file. size: that of size and tokens, which foretells
+    the other arms; leverage: that of compute, activation and granularity.
 
     Raises `UserError` before it writes: where there is one, for an arm that has begun and is not complete, and for too
     few sizes.
     """
+    if law not in FITS:
+        raise UserError(f"--fit={law}: must be one of {', '.join(FITS)}")
     c = load_comparison(workdir)
     path = c.workdir / FILE
-    if path.exists():
+    if law == "size" and path.exists():
         raise UserError(f"{path}: was made at {read_json(path).get('made', '?')}; move it away to fit again")
     if not c.metric.startswith(("eval/loss/", "validation/loss/")):
         raise UserError(f"{c.workdir}: metrics={c.metric!r}: a law is fitted to a loss in nats")
     trained = [arm for arm in c.arms if c.final(c.metric, arm)]
+    if law == "leverage":
+        write_shaped(c.workdir / LEVERAGE, fit_shaped(shaped(c, trained), source=c.study["name"]), metric=c.metric)
+        return c.workdir / LEVERAGE
     others = [arm for arm in c.arms if arm not in trained]
     for arm in others:
         if any((c.workdir / arm).glob("seed_*")):
@@ -97,12 +138,54 @@ def fit_study(workdir: str | Path) -> Path:
 
 def grids(c: Comparison) -> list[Grid]:
     """Returns what the report says of a study's fit; nothing where there is none."""
-    path = c.workdir / FILE
-    if not path.is_file():
-        return []
-    fit, beside = read_fit(path), read_json(path)
-    foretold = [_foretold(c, fit, beside)] if beside.get("foretold") else []
-    return [_law(fit), *foretold, *_profiles(c, fit), *_best(fit)]
+    path, found = c.workdir / FILE, []
+    if path.is_file():
+        fit, beside = read_fit(path), read_json(path)
+        foretold = [_foretold(c, fit, beside)] if beside.get("foretold") else []
+        found = [_law(fit), *foretold, *_profiles(c, fit), *_best(fit)]
+    if (path := c.workdir / LEVERAGE).is_file():
+        fit = read_shaped(path)
+        found += [_shaped_law(fit), _leverage(c, fit)]
+    return found
+
+
+def _shaped_law(fit: ShapedFit) -> Grid:
+    rows = []
+    for name in ("log_floor", "log_a", "alpha", "base", "per_decade", "curvature", "slope", "log_start"):
+        band = fit.constant(name)
+        shown = [np.exp(v) if name.startswith("log_") else v for v in band]
+        known = name in fit.free
+        width = f"{shown[1]:.3g} to {shown[2]:.3g}" if known else "not fitted"
+        rows.append([name.removeprefix("log_"), f"{shown[0]:.3g}", width])
+    note = (
+        "loss = floor + a (EL C / C0)^-alpha, EL = Ahat^(base + per_decade log10(C / C0) + curvature (log2 G)^2 + "
+        f"slope log2 G), Ahat = (A + start) / (1 + start), C0 = {fit.center:.3g} FLOPs; through {fit.points} losses of "
+        f"{len(fit.arms)} arms, {len(fit.seeds)} seed{'s' * (len(fit.seeds) > 1)}. Losses scatter about it by "
+        f"{fit.spread:.2%}. Bands of 90% weigh arms and seeds anew; with one seed they know nothing of others."
+    )
+    return Grid("Law of compute, activation and granularity", ["constant", "value", "90%"], rows, note)
+
+
+def _leverage(c: Comparison, fit: ShapedFit) -> Grid:
+    """Each shape at its largest compute, and one of Ling 2.0 at 1e18 FLOPs, which says how far that would be."""
+    shapes = {}
+    for p in shaped(c, fit.arms):
+        if p.activation < 1:
+            shapes[p.arm] = max(shapes.get(p.arm, (0.0, 0.0, 0.0)), (p.compute, p.activation, p.granularity))
+    rows = []
+    for arm, (compute, activation, cut) in [*shapes.items(), ("as Ling 2.0", (1e18, 9 / 257, 8.0))]:
+        band = leverage_of(fit, activation, cut, compute)
+        rows.append([
+            arm, f"{activation:.1%}", f"{cut:g}", f"{compute:.1e}", f"{band.value:.2f}",
+            f"{band.low:.2f} to {band.high:.2f}", f"{published.leverage(activation, cut, compute):.2f}",
+            how_far_of(fit, compute, activation, cut),
+        ])  # fmt: skip
+    note = (
+        "How many times as much compute a dense model needs for the same loss, by this fit, and by the law of arXiv "
+        "2507.17702 with its own constants, which were fitted at 3e18 to 3e20 FLOPs."
+    )
+    header = ["arm", "A", "G", "C", "leverage", "90%", "published law", "it"]
+    return Grid("Leverage over dense", header, rows, note)
 
 
 def _law(fit: Fit) -> Grid:

@@ -8,7 +8,8 @@ EXAMPLES = """\
   frugalmoe report runs/quickstart
   frugalmoe report runs/balance
   frugalmoe report runs/balance --publish=experiments
-  frugalmoe report runs/isoflop --fit"""
+  frugalmoe report runs/isoflop --fit
+  frugalmoe report runs/leverage --fit=leverage"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -19,8 +20,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--fit",
-        action="store_true",
-        help="fit the law of size and tokens to a study's trained arms, and foretell its other arms: PATH/fit.json",
+        nargs="?",
+        const="size",
+        metavar="LAW",
+        help="fit a law to a study's trained arms. size, the default: of size and tokens, which foretells its other "
+        "arms, PATH/fit.json; leverage: of compute, activation and granularity, PATH/leverage.json",
     )
 
 
@@ -29,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if args.fit:
         from frugalmoe import ablate
 
-        print(f"fit: {ablate.fit_study(args.path)}")
+        print(f"fit: {ablate.fit_study(args.path, args.fit)}")
     if args.publish or args.fit or (Path(args.path) / "study.json").is_file():
         from frugalmoe import ablate
 
