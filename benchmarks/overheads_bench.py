@@ -31,14 +31,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import optax
+from jax import Array
 
 from frugalmoe import sharding
 from frugalmoe.commands import set_up_training
 from frugalmoe.config import load
 from frugalmoe.config.checks import check_devices
-from frugalmoe.train import goodput, guard
+from frugalmoe.train import goodput, guard, optim, step
 from frugalmoe.train.loop import Run, Steps, opened
-from frugalmoe.train.step import make_train_step
+from frugalmoe.train.objective import Knobs
+from frugalmoe.train.step import State, make_train_step
 
 
 class Quiet:
@@ -85,6 +88,40 @@ def blocks(run: Run, steps: int) -> dict[str, Callable[[], None]]:
     return {"bare": lambda: alone("bare"), "whole": lambda: alone("whole"), "loop": in_loop}
 
 
+def updates(run: Run) -> dict[str, Callable[[], None]]:
+    """What makes one update of the optimizer from gradients that are there, by name: without a guard, with it, with it
+    and the norm of the parameters, which a step logs, and with a choice between all that was made and all that was.
+    """
+    config, grads = run.config, jax.tree.map(lambda array: 0.01 * array + 1e-3, run.state.params)
+    unless = {
+        "update": lambda skipped, update, before, *given: update(before, *given),
+        "guarded": guard.unless,
+        "with norm": guard.unless,
+        "choosing late": lambda skipped, update, before, *given: guard.chosen(skipped, update(before, *given), before),
+    }
+
+    def make(name: str) -> Callable[[], None]:
+        def updated(state: State, grads: dict, knobs: Knobs) -> tuple[State, Array | None]:
+            norm = optax.tree.norm(grads)
+            verdict, remembered = guard.judge(state.guard, knobs.limits, state.step, norm, norm)
+            trained, frozen = optim.split(state.params, config)
+            given = (lambda before, *given: step.updated(*before, *given, config)), (trained, state.opt_state)
+            trained, opt_state = unless[name](verdict.skipped, *given, grads, verdict.rate)
+            state = state._replace(params=optim.joined(trained, frozen), opt_state=opt_state, guard=remembered)
+            return state, optax.tree.norm(state.params) if name == "with norm" else None
+
+        program, held = jax.jit(updated, donate_argnums=0), [jax.tree.map(jax.numpy.copy, run.state)]
+
+        def act() -> None:
+            state, reported = program(held.pop(), grads, run.knobs)
+            held.append(state)
+            jax.block_until_ready((state, reported))
+
+        return act
+
+    return {name: make(name) for name in unless}
+
+
 def measure(made: dict[str, Callable[[], None]], rounds: int, steps: int) -> None:
     times: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for number in range(rounds + 2):
@@ -93,10 +130,11 @@ def measure(made: dict[str, Callable[[], None]], rounds: int, steps: int) -> Non
             act()
             if number >= 2:  # the first ones compile and warm up
                 times[name].append((time.perf_counter() - began, time.process_time() - cpu))
+    (first, *others), pairs = times, [("whole", "bare"), ("loop", "whole"), ("loop", "bare")]
     for kind, label in enumerate(("wall", "CPU")):
         of = {name: [pair[kind] for pair in pairs] for name, pairs in times.items()}
         print(f"{label}:", ", ".join(f"{name} {1e3 * min(v) / steps:.1f} ms" for name, v in of.items()), "(fastest)")
-        for above, below in (("whole", "bare"), ("loop", "whole"), ("loop", "bare")):
+        for above, below in pairs if first == "bare" else [(other, first) for other in others]:
             median = statistics.median(a / b for a, b in zip(of[above], of[below]))
             print(f"  {above} over {below}: median {median:.3f}, fastest {min(of[above]) / min(of[below]):.3f}")
 
@@ -152,6 +190,8 @@ def main() -> None:
             with jax.set_mesh(mesh), opened(config, Path(folder) / "run") as run:
                 print(f"{args.config}: blocks of {args.steps} steps, {args.rounds} rounds")
                 measure(blocks(run, args.steps), args.rounds, args.steps)
+                print("the update of the optimizer alone")
+                measure(updates(run), 10 * args.rounds, 1)
         if args.restarts:
             restarts(args.config, [f"--config.{each}" for each in given], Path(folder), args.restarts)
 
