@@ -9,11 +9,13 @@ of CPU time, which other programs disturb less. What saves and their checksums c
 Then, with a warm cache of compiled programs, a run that was killed is started again as a process of its own, until its
 first step has ended, `--restarts` times: seconds by kind, from the ledger of the run.
 
-2026-11-30, two cores, one of them also used by tests; 9 and 7 rounds. configs/quickstart.py, 4 steps of 0.32 s a block:
-the whole program takes 4.2% more wall time than the bare one in the median (CPU time 3.3%), and the loop 0.6% less than
-that, within its noise (CPU time 0.2% more): above the 2% that are wanted for checks, guard and statistics together.
-quickstart:laptop, blocks of 15 steps of 36 ms: 5.1% (CPU 10.6%) and 11.4% (CPU 18.4%): a step so short pays for the
-host's part of it. Restart to the end of the first step, laptop, 4 times: 3.26 s in the median, of which imports 1.05,
+2026-11-30, two cores with a load of 25 of other work, 20 rounds. configs/quickstart.py, 2 steps a block, CPU time: the
+whole program takes 2.3% more than the bare one in the median, 1.6% of the fastest blocks, and the loop 4.7% and 3.9%
+more than that; the clock told nothing. The update alone, 58 rounds: 11.2 ms of CPU time without a guard, 11.2 with it,
+12.4 with the parameters' norm, 16.5 with a late choice, as the guard made it before; wall 14.3, 11.9, 13.6, 29.6.
+Before that change, one core free, 9 and 7 rounds: quickstart 4.2% (CPU 3.3%), and the loop 0.6% less (CPU 0.2% more);
+quickstart:laptop, blocks of 15 steps of 36 ms, 5.1% (CPU 10.6%) and 11.4% (CPU 18.4%), as the host's part of a step
+weighs there. Restart to the end of the first step, laptop, 4 times: 3.26 s in the median, of which imports 1.05,
 setup 0.53, tracing 1.13, compiling (reading the cache) 0.34, the step 0.20.
 """
 
