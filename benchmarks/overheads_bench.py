@@ -9,11 +9,13 @@ of CPU time, which other programs disturb less. What saves and their checksums c
 Then, with a warm cache of compiled programs, a run that was killed is started again as a process of its own, until its
 first step has ended, `--restarts` times: seconds by kind, from the ledger of the run.
 
-2026-11-30, two cores, one of them also used by tests; 9 and 7 rounds. configs/quickstart.py, 4 steps of 0.32 s a block:
-the whole program takes 4.2% more wall time than the bare one in the median (CPU time 3.3%), and the loop 0.6% less than
-that, within its noise (CPU time 0.2% more): above the 2% that are wanted for checks, guard and statistics together.
-quickstart:laptop, blocks of 15 steps of 36 ms: 5.1% (CPU 10.6%) and 11.4% (CPU 18.4%): a step so short pays for the
-host's part of it. Restart to the end of the first step, laptop, 4 times: 3.26 s in the median, of which imports 1.05,
+2026-11-30, two cores with a load of 25 of other work, 20 rounds. configs/quickstart.py, 2 steps a block, CPU time: the
+whole program takes 2.3% more than the bare one in the median, 1.6% of the fastest blocks, and the loop 4.7% and 3.9%
+more than that; the clock told nothing. The update alone, 58 rounds: 11.2 ms of CPU time without a guard, 11.2 with it,
+12.4 with the parameters' norm, 16.5 with a late choice, as the guard made it before; wall 14.3, 11.9, 13.6, 29.6.
+Before that change, one core free, 9 and 7 rounds: quickstart 4.2% (CPU 3.3%), and the loop 0.6% less (CPU 0.2% more);
+quickstart:laptop, blocks of 15 steps of 36 ms, 5.1% (CPU 10.6%) and 11.4% (CPU 18.4%), as the host's part of a step
+weighs there. Restart to the end of the first step, laptop, 4 times: 3.26 s in the median, of which imports 1.05,
 setup 0.53, tracing 1.13, compiling (reading the cache) 0.34, the step 0.20.
 """
 
@@ -31,14 +33,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import optax
+from jax import Array
 
 from frugalmoe import sharding
 from frugalmoe.commands import set_up_training
 from frugalmoe.config import load
 from frugalmoe.config.checks import check_devices
-from frugalmoe.train import goodput, guard
+from frugalmoe.train import goodput, guard, optim, step
 from frugalmoe.train.loop import Run, Steps, opened
-from frugalmoe.train.step import make_train_step
+from frugalmoe.train.objective import Knobs
+from frugalmoe.train.step import State, make_train_step
 
 
 class Quiet:
@@ -85,6 +90,40 @@ def blocks(run: Run, steps: int) -> dict[str, Callable[[], None]]:
     return {"bare": lambda: alone("bare"), "whole": lambda: alone("whole"), "loop": in_loop}
 
 
+def updates(run: Run) -> dict[str, Callable[[], None]]:
+    """What makes one update of the optimizer from gradients that are there, by name: without a guard, with it, with it
+    and the norm of the parameters, which a step logs, and with a choice between all that was made and all that was.
+    """
+    config, grads = run.config, jax.tree.map(lambda array: 0.01 * array + 1e-3, run.state.params)
+    unless = {
+        "update": lambda skipped, update, before, *given: update(before, *given),
+        "guarded": guard.unless,
+        "with norm": guard.unless,
+        "choosing late": lambda skipped, update, before, *given: guard.chosen(skipped, update(before, *given), before),
+    }
+
+    def make(name: str) -> Callable[[], None]:
+        def updated(state: State, grads: dict, knobs: Knobs) -> tuple[State, Array | None]:
+            norm = optax.tree.norm(grads)
+            verdict, remembered = guard.judge(state.guard, knobs.limits, state.step, norm, norm)
+            trained, frozen = optim.split(state.params, config)
+            given = (lambda before, *given: step.updated(*before, *given, config)), (trained, state.opt_state)
+            trained, opt_state = unless[name](verdict.skipped, *given, grads, verdict.rate)
+            state = state._replace(params=optim.joined(trained, frozen), opt_state=opt_state, guard=remembered)
+            return state, optax.tree.norm(state.params) if name == "with norm" else None
+
+        program, held = jax.jit(updated, donate_argnums=0), [jax.tree.map(jax.numpy.copy, run.state)]
+
+        def act() -> None:
+            state, reported = program(held.pop(), grads, run.knobs)
+            held.append(state)
+            jax.block_until_ready((state, reported))
+
+        return act
+
+    return {name: make(name) for name in unless}
+
+
 def measure(made: dict[str, Callable[[], None]], rounds: int, steps: int) -> None:
     times: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for number in range(rounds + 2):
@@ -93,10 +132,11 @@ def measure(made: dict[str, Callable[[], None]], rounds: int, steps: int) -> Non
             act()
             if number >= 2:  # the first ones compile and warm up
                 times[name].append((time.perf_counter() - began, time.process_time() - cpu))
+    (first, *others), pairs = times, [("whole", "bare"), ("loop", "whole"), ("loop", "bare")]
     for kind, label in enumerate(("wall", "CPU")):
         of = {name: [pair[kind] for pair in pairs] for name, pairs in times.items()}
         print(f"{label}:", ", ".join(f"{name} {1e3 * min(v) / steps:.1f} ms" for name, v in of.items()), "(fastest)")
-        for above, below in (("whole", "bare"), ("loop", "whole"), ("loop", "bare")):
+        for above, below in pairs if first == "bare" else [(other, first) for other in others]:
             median = statistics.median(a / b for a, b in zip(of[above], of[below]))
             print(f"  {above} over {below}: median {median:.3f}, fastest {min(of[above]) / min(of[below]):.3f}")
 
@@ -152,6 +192,8 @@ def main() -> None:
             with jax.set_mesh(mesh), opened(config, Path(folder) / "run") as run:
                 print(f"{args.config}: blocks of {args.steps} steps, {args.rounds} rounds")
                 measure(blocks(run, args.steps), args.rounds, args.steps)
+                print("the update of the optimizer alone")
+                measure(updates(run), 10 * args.rounds, 1)
         if args.restarts:
             restarts(args.config, [f"--config.{each}" for each in given], Path(folder), args.restarts)
 

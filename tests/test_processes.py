@@ -161,6 +161,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(place, stopped):
         "the first writes them, at last"
     )
     assert not checksums.faults(path)
+    figures("F3 SIGTERM to one of two processes", 1, 1, 0)
 
 
 @pytest.mark.parametrize("processes, devices", [(1, 8), (4, 2)])

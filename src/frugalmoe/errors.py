@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Iterable
 
+EXIT_PEER_LOST = 1  # another process of the run has ended
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # by Ctrl-C, before anything was saved
 EXIT_READER_GONE = 141  # whoever read the output, as `head` in a pipe, has ended

@@ -32,7 +32,7 @@ GUARD = ("test_guard*.py", "faults/test_guard*.py")
 FAULTS = {
     "F1": ("SIGKILL at a random moment", {KILL: "killed"}),
     "F2": ("SIGKILL inside a save", {KILL: "killed_at"}),
-    "F3": ("SIGTERM", {KILL: "asked", "test_run_faults.py": "signal"}),
+    "F3": ("SIGTERM", {KILL: "asked", "test_run_faults.py": "signal", "test_processes.py": "a_signal"}),
     "F4": ("second SIGTERM, grace over", {KILL: "grace"}),
     "F5": ("disk full", {DISK: ""}),
     "F6": ("checkpoint file cut off, empty, deleted", {"test_damaged.py": "harm or gives_way"}),
@@ -44,7 +44,10 @@ FAULTS = {
     "F12": ("loss spike, narrow and wide", {path: "spike or noise or trouble" for path in GUARD}),
     "F13": ("rollback, then a crash", {path: "go_back or killed_amid or way_back" for path in GUARD}),
     "F14": ("silent error of one replica", {"test_*replica*.py": "", "faults/test_*replica*.py": ""}),
-    "F15": ("death of one of several processes", {STUCK: "back", "test_processes.py": "killed or dead"}),
+    "F15": (
+        "death of one of several processes",
+        {STUCK: "back or first_process", "test_processes.py": "killed or dead"},
+    ),
     "F16": ("error in one of several processes", {"test_processes.py": "shared"}),
     "F17": ("hang", {STUCK: "sleep or slow or frozen or signal", "test_supervise.py": "frozen or no_step"}),
     "F18": ("clock set by an hour", {STUCK: "clock"}),

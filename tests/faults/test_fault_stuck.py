@@ -272,6 +272,21 @@ def test_a_loader_that_sleeps_in_one_of_two_is_named(place, config):
     figures("F17 a loader that sleeps in one of two processes", 1, 1, seconds=[seconds])
 
 
+def test_where_the_first_process_is_killed_the_other_says_so(place, config):
+    """JAX's coordination service dies with it; of JAX's page about that nothing is seen."""
+    workdir = place / "first"
+    started = start_two(config, workdir, "--config.train.steps=100000")
+    wait_until(lambda: logged(workdir) >= 4, started[0])
+    os.kill(started[0].pid, signal.SIGKILL)
+    began = time.monotonic()
+    code = started[1].wait(60)
+    took = time.monotonic() - began
+    started[0].wait()
+    (line,) = errors_of(place / "first-1").splitlines()
+    assert code == 1 and line.startswith("frugalmoe: ") and "another process has ended" in line
+    figures("F15 process 0 of two killed: the other ends with a line", 1, 1, seconds=[took])
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_frozen_process_is_named_and_the_other_ends_with_a_line(place, config, victim):
     workdir = place / f"frozen{victim}"

@@ -77,8 +77,8 @@ class Quarantine:
 def _read(path: Path) -> dict[str, str]:
     """Lines that are none, as the last after a kill, are left out: the record is found again."""
     found = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             row = json.loads(line)
             found[str(row["record"])] = str(row["why"])
     return found

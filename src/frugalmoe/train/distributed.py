@@ -19,11 +19,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from frugalmoe.errors import EXIT_USER_ERROR, UserError, one_line
+from frugalmoe.errors import EXIT_PEER_LOST, EXIT_USER_ERROR, UserError, one_line
 from frugalmoe.interrupts import is_watched, may_speak
+from frugalmoe.train import link
 from frugalmoe.train.rundir import differences
 
-EXIT_PEER_LOST = 1
 # After these a process counts as dead, and JAX ends those that wait for it, with a page. `train.watch` is earlier, and
 # says who.
 _SECONDS_OF_SILENCE = 300
@@ -44,7 +44,8 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     if num_processes == 1 or not told_by:
         return
     # With flags nothing is looked up: all devices that the process sees are its own.
-    flags = dict(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)
+    at = link.through_here(coordinator) if given and process_id else coordinator
+    flags = dict(coordinator_address=at, num_processes=num_processes, process_id=process_id)
     where = flags | {"cluster_detection_method": "deactivate"} if given else {}
     with _time_limit(timeout, f"{told_by}: the processes did not all meet within {timeout} s (--connect-timeout)"):
         try:

@@ -63,9 +63,9 @@ def _row(line: str) -> Row | None:
         row = Row(**found)
         numbers = [row.time, row.elapsed, row.first_step or 0.0, *row.seconds.values()]
         counts = [row.step, row.start, row.back_to or 0]
-    except (ValueError, TypeError, AttributeError, RecursionError):
+        whole = all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
-    whole = all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
     whole = whole and all(type(n) is int for n in counts) and row.seconds.keys() <= KINDS.keys()
     return row if whole and isinstance(row.ended, str) else None
 

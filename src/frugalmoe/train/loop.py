@@ -279,7 +279,8 @@ class Steps:
         if self._pending is None:
             return False
         (logged, tried, report), self._pending = self._pending, None
-        reports = self.program.of_each_run(jax.device_get(report))
+        wanted = report if self.runs[0].logs(logged) else report.essentials()
+        reports = self.program.of_each_run(jax.device_get(wanted))
         seconds = self._clock.tick()
         watch.stepped(seconds)
         if any(own.verdict.skipped for own in reports):

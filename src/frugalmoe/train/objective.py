@@ -209,6 +209,13 @@ class StepReport(NamedTuple):
     finite: dict[str, Array]  # bool []: whether what no metric shows is finite
     verdict: guard.Verdict  # on the batch
 
+    def essentials(self) -> "StepReport":
+        """What is looked at of each step. A copy to the host costs by the array, and the others are only logged."""
+        return self._replace(metrics={name: self.metrics[name] for name in EACH_STEP}, depths={})
+
+
+EACH_STEP = ("loss/ce", "loss/total", "optim/gradient_norm", "optim/parameter_norm")  # of metrics
+
 
 def make_objective(config: Config) -> Callable[..., tuple[Array, Sums]]:
     """Returns `objective(params, router_state, batch[B, T], index, of_step)`, which gives a micro-batch's share of the

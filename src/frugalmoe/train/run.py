@@ -256,11 +256,17 @@ class Run:
         self._read_from(state)
         self.ledger.write(step, back_to=step)
 
+    def logs(self, step: int) -> bool:
+        """Whether a step has a row of metrics."""
+        return step % self.config.train.log_every == 0 or step == self.config.train.steps
+
     def log(self, step: int, report: StepReport, seconds: float) -> None:
-        """Logs the host's copy of a step's report; `seconds` is 0 for a step without a time."""
+        """Logs the host's copy of a step's report; `seconds` is 0 for a step without a time. Where the step has no row
+        its essentials suffice.
+        """
         if report.counts_LE is not None:
             self.counts_LE = self.counts_LE + report.counts_LE
-        if step % self.config.train.log_every and step != self.config.train.steps:
+        if not self.logs(step):
             return
         row = _flatten(report.metrics, self.trained_layers) | _flatten(report.depths, self.routed_blocks)
         if report.position != step:

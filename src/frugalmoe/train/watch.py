@@ -189,6 +189,11 @@ def watching(seconds: float, workdir: Path) -> Iterator[None]:
         _current = None
 
 
+def is_on() -> bool:
+    """Whether the process holds a run that is watched."""
+    return _current is not None
+
+
 def doing(phase: Phase | None, step: int = 0) -> None:
     """Says what the process begins to do now, at which step; None: what may take any time. Only one that is watched
     hears it.
