@@ -297,10 +297,12 @@ def test_the_numbers_of_a_step_are_those_of_its_config_to_the_last_bit():
     fields = {"optim__warmup_steps": 3, "train__steps": 11, "optim__weight_decay": 0.03, "optim__drop_after": 0.5}
     cosine = config_of(optim__schedule="cosine", train__steps=11, optim__warmup_steps=3)
     each = jax.jit(schedule(cosine))
-    np.testing.assert_allclose(numbers(cosine).rates_S, [each(np.int32(i)) for i in range(11)], rtol=3e-7)
+    np.testing.assert_allclose(numbers(cosine).rates_S[:11], [each(np.int32(i)) for i in range(11)], rtol=3e-7)
     config = config_of(**fields, optim__clip_norm=0.3, optim__rates={"router": 0.7}, optim__learning_rate=2.7e-3)
     found, each = numbers(config), jax.jit(schedule(config))
-    np.testing.assert_array_equal(found.rates_S, [each(np.int32(i)) for i in range(11)])
+    np.testing.assert_array_equal(found.rates_S[:11], [each(np.int32(i)) for i in range(11)])
+    assert len(found.rates_S) == 1024 and set(np.asarray(found.rates_S[11:]).tolist()) == {float(found.rates_S[10])}
+    assert len(numbers(config_of(train__steps=1025)).rates_S) == 2048
     params = jax.tree.map(lambda a: np.full(a.shape, 0.5, np.float32), structure(config.model)[1])
     grads = jax.tree.map(lambda a: np.linspace(-1, 1, a.size, dtype=np.float32).reshape(a.shape), params)
     held, given = optimizer(config), lambda numbers: optimizer(without_numbers(config), numbers)

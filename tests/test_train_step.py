@@ -232,6 +232,7 @@ def test_runs_that_differ_in_numbers_have_one_program():
     """
     numbers = {"optim.learning_rate": 0.02, "optim.schedule": "cosine", "optim.weight_decay": 0.03}
     numbers |= {"optim.clip_norm": 0.5, "optim.logit_z_loss": 0.1, "optim.warmup_steps": 1, "train.seed": 7}
+    numbers |= {"train.steps": 77}
     numbers |= {"model.moe.losses.load_balance": 0.2, "guard.loss_deviations": 3.0}
     configs, mesh = (config_of(), config_of(numbers)), mesh_of()
     with jax.set_mesh(mesh):

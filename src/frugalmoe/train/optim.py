@@ -1,6 +1,6 @@
 """Learning-rate schedules, a run's optimizer, which parameters it trains, and the bytes that it needs.
 
-Letters: S updates of a run.
+Letters: S updates, at least those of a run.
 """
 
 import dataclasses
@@ -52,6 +52,9 @@ def schedule(config: Config) -> optax.Schedule:
     return optax.join_schedules(parts, boundaries)
 
 
+LEAST_RATES = 1024  # of a table of rates, whose length is a power of two
+
+
 class Numbers(NamedTuple):
     """Numbers of the section `optim` that are arguments of a step: runs that differ in them alone share its program."""
 
@@ -62,9 +65,12 @@ class Numbers(NamedTuple):
 
 
 def numbers(config: Config) -> Numbers:
-    """Returns the config's own numbers."""
-    o = config.optim
-    rates_S = _compiled_schedule(_of_schedule(config))(np.arange(config.train.steps, dtype=np.int32))
+    """Returns the config's own numbers. The table of rates is longer than the run, by its last rate again and again, so
+    that runs of other lengths share its program too.
+    """
+    o, last = config.optim, config.train.steps - 1
+    length = max(LEAST_RATES, 1 << last.bit_length())
+    rates_S = _compiled_schedule(_of_schedule(config))(np.minimum(np.arange(length, dtype=np.int32), last))
     of_roles = {role: np.float32(factor) for role, factor in o.rates.items()}
     return Numbers(rates_S, np.float32(o.weight_decay), np.float32(o.clip_norm), of_roles)
 
