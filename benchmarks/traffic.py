@@ -108,7 +108,7 @@ def moved(
     while root.opcode == "bitcast":
         root = body[root.operands[0]]
     for part in [body[o] for o in root.operands] if root.opcode == "tuple" else [root]:
-        for dims in (dims for dims in arrays(part.shape) if dims in large):
+        for dims in (dims for dims in arrays(part.shape) if dims[dims[:1] == (1,) :] in large):
             in_place = part.opcode == "dynamic-update-slice"
             written += of_slices([arrays(body[part.operands[1]].shape)[0]]) if in_place else math.prod(dims)
     return Moved(read, written, sliced)
@@ -141,7 +141,7 @@ def _item(name: str, instruction: Instruction, m: Moved) -> str:
     if m.sliced and m.written:
         return WRITTEN
     if m.sliced:
-        return "backward: gradients read, to be added to" if source.endswith("/add") else READ.format(when)
+        return "backward: gradients read, to be added to" if "dynamic_index_in_dim" in source else READ.format(when)
     if not m.read:
         return f"{when if source else 'backward'}: zeros written"
     if instruction.opcode in ("all-reduce", "copy"):

@@ -20,6 +20,7 @@ from frugalmoe.schema import MoE
 from frugalmoe.train import objective
 from frugalmoe.train.objective import knobs, without_knobs
 from frugalmoe.train.placing import put_batch
+from frugalmoe.train.program import compiled_train_step
 from frugalmoe.train.step import abstract, init, make_eval_step, make_gradient, make_train_step
 
 # Adam with a small eps forgets the gradient's size and blows rounding up where a gradient is near zero. With eps near a
@@ -180,6 +181,21 @@ def test_accumulation_needs_no_second_copy_of_the_gradients():
         arguments = (state.params, state.router_state, micro, state.step, knobs(config))
         temporaries = step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
     assert temporaries / sum(4 * leaf.size for leaf in jax.tree.leaves(state.params)) < 0.8
+
+
+def test_a_step_on_one_cpu_sums_no_gradients_of_experts_over_devices():
+    config, mesh = config_of({"model.num_layers": 3, "model.moe.num_experts": 5, "model.moe.expert_dim": 24}), mesh_of()
+    with jax.set_mesh(mesh):
+        on_mesh = put_batch(mesh, Batch(*(a[None] for a in batch(0, B=2))), "ABT")
+        program = compiled_train_step(config).lower(abstract(config), on_mesh, knobs(config)).compile().as_text()
+    dim = config.model.dim
+    of_layer = (f"[5,{dim},2,24]", f"[5,{dim},48]", f"[5,24,{dim}]")
+    of_experts = (*of_layer, *(dims.replace("[", "[3,") for dims in of_layer))
+    lines = [line.split("metadata=")[0] for line in program.splitlines()]
+    assert any(dims in line for dims in of_experts for line in lines)
+    summing = [line for line in lines if " all-reduce(" in line]
+    assert summing
+    assert not [line for line in summing for dims in of_experts if dims in line]
 
 
 @pytest.mark.slow
