@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from frugalmoe.aot import items, traffic
+from frugalmoe.aot import traffic
 from frugalmoe.aot.program import as_expected
 from frugalmoe.config import Config, load
+from frugalmoe.cost import items
 from frugalmoe.files import write_generated
 
 PAGE = Path(__file__).parent / "DEVICES.md"
