@@ -1,6 +1,6 @@
 """What a training step moves on devices that are not there, beside the least that it must: DEVICES.md.
 
-    python benchmarks/devices_bench.py --texts DIR [--before DIR] [--cases small] [--devices h100 v5p]
+    python benchmarks/devices_bench.py --texts DIR [--before DIR] [--no-compile] [--cases small] [--devices h100 v5p]
 
 Each case is compiled for each device by `frugalmoe compile --text`, into DIR/CASE.DEVICE.hlo, which takes minutes and
 the packages that this command names; a text that is there is taken as it is. With --before the tables also say what
@@ -46,10 +46,10 @@ CASES = {
 }
 
 
-def compiled(case: str, device: str, directory: Path) -> Path | None:
+def compiled(case: str, device: str, args: argparse.Namespace) -> Path | None:
     """The text of a program; None, with a line on stderr, where it cannot be compiled."""
-    path = directory / f"{case}.{device}.hlo"
-    if not path.exists():
+    path = args.texts / f"{case}.{device}.hlo"
+    if not path.exists() and not args.no_compile:
         config, overrides = CASES[case]
         flags = [f"--config={config}", f"--topology={DEVICES[device]}", *(f"--config.{o}" for o in overrides)]
         done = subprocess.run([sys.executable, "-m", "frugalmoe", "compile", *flags, f"--text={path}"], check=False)
@@ -78,9 +78,10 @@ def settled(case: Case) -> Config:
     return as_expected(load(case.config, list(case.overrides)), 1)
 
 
-def table(case: str, devices: list[str], texts: Path, before: Path | None) -> list[str]:
+def table(case: str, args: argparse.Namespace) -> list[str]:
     """The lines of a case's table: GB and kernels of each item."""
-    programs = {device: of_text(compiled(case, device, texts)) for device in devices}
+    before = args.before
+    programs = {device: of_text(compiled(case, device, args)) for device in args.devices}
     programs = {device: found for device, found in programs.items() if found}
     earlier = {device: of_text(before / f"{case}.{device}.hlo") if before else None for device in programs}
     least, columns = with_sum(items.ideal(settled(CASES[case]))), ["item", "least"]
@@ -108,11 +109,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, required=True, metavar="DIR", help="where texts of programs are kept")
     parser.add_argument("--before", type=Path, metavar="DIR", help="texts of an earlier state of the code")
+    parser.add_argument("--no-compile", action="store_true", help="take the texts that are there, and no others")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--devices", nargs="+", choices=DEVICES, default=list(DEVICES))
     args = parser.parse_args()
     args.texts.mkdir(parents=True, exist_ok=True)
-    lines = [line for case in args.cases for line in table(case, args.devices, args.texts, args.before)]
+    lines = [line for case in args.cases for line in table(case, args)]
     write_generated(PAGE, "\n".join(["GB of main memory / kernels, of one step.", "", *lines]))
 
 

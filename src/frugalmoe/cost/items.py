@@ -19,7 +19,7 @@ FLOPs are those of `cost.flops`, three times the forward pass: what is computed 
 product is one, forward and twice backward, with one more for norm, rotation, choice, sort, combine, residual sum and
 the like where they stand between products; an update for each parameter array.
 
-Letters: A micro-batches of a step, N tokens of one, D model, F expert hidden, E experts, K choices, V vocabulary.
+Letters: A micro-batches of a step, N tokens, D model, F expert hidden, E experts, K choices, V vocabulary.
 """
 
 import functools

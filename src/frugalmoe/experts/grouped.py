@@ -11,8 +11,8 @@ weights that were cast: they are cast again from the parameters, which are there
 their places among the sorted ones, not added into zeros: no float32 row is written, and sums have one order.
 benchmarks/DEVICES.md has what that spares.
 
-Letters: N tokens, D model, E experts, F expert hidden, K choices, R sorted rows; J is 2F, gate, then up; I and J in
-`Kernels` any two axes of a matrix.
+Letters: N tokens, D model, E experts, F expert hidden, K choices, R sorted rows; I and J any two axes of a matrix
+(J is 2F: gate, then up).
 """
 
 from collections.abc import Callable
