@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 from runs import TINY
 
-from frugalmoe.aot import items, traffic
-from frugalmoe.aot.table import items_rows
+from frugalmoe.aot import traffic
 from frugalmoe.config import default, override, resolve, settle
+from frugalmoe.cost import items
 from frugalmoe.cost.flops import forward_flops
 from frugalmoe.model.transformer import count_parameters
 
@@ -145,5 +145,5 @@ def test_the_ideal_step():
     assert least["optimizer"].bytes == 28 * count_parameters(config.model)["total"]
     flops = sum(forward_flops(config.model, 32).values())
     assert sum(item.flops for item in least.values()) == pytest.approx(3 * 2 * tokens * flops)
-    (*_, (name, cells)) = items_rows(dict.fromkeys(items.ITEMS, items.Item(1, 2e12, 3e9)), least)
-    assert name == "all" and cells[:3] == [f"{n * len(items.ITEMS):,.{d}f}" for n, d in ((1, 0), (2, 2), (3, 2))]
+    (*_, (name, row)) = items.cells(dict.fromkeys(items.ITEMS, items.Item(1, 2e12, 3e9)), least)
+    assert name == "all" and row[:3] == [f"{n * len(items.ITEMS):,.{d}f}" for n, d in ((1, 0), (2, 2), (3, 2))]

@@ -1,16 +1,12 @@
 """What `frugalmoe compile` and a dry run print of a compiled step."""
 
 import datetime
-import functools
 import importlib.metadata
 import math
-from collections.abc import Mapping
 
 from rich import box
 from rich.table import Table
 
-from frugalmoe.aot import items, traffic
-from frugalmoe.config import Config
 from frugalmoe.devices import GIB
 
 _PACKAGES = {"tpu": ("libtpu",), "cuda": ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")}
@@ -84,34 +80,6 @@ def tables(result) -> list:
     elif result.fits:
         parts.append("collectives: unknown, for the text of this program cannot be read")
     return [*parts, f"this layout: {_overrides(result)}"]
-
-
-def of_items(text: str, config: Config) -> list:
-    """Returns what people read of a program's traffic: its items beside the least that they need, its largest kernels.
-
-    Raises ValueError where the text does not say how often a loop runs.
-    """
-    kernels = traffic.kernels(text)
-    found, least = items.of_program(kernels), items.ideal(config)
-    columns = ("kernels", "TFLOP", "GB")
-    table = Table("item of a step", *columns, *(f"least {name}" for name in columns), box=box.SIMPLE_HEAD)
-    for name, cells in items_rows(found, least):
-        table.add_row(name, *cells)
-    largest = Table("largest kernels", "times", "GB read", "GB written", "for", box=box.SIMPLE_HEAD)
-    for kernel in sorted(kernels, key=lambda kernel: -kernel.bytes)[:16]:
-        source = kernel.source.removeprefix("jit(train_step)/")[-60:]
-        sizes = (f"{size / 1e9:.2f}" for size in (kernel.read, kernel.written))
-        largest.add_row(kernel.name, f"{kernel.launches:,}", *sizes, source)
-    return [table, largest]
-
-
-def items_rows(found: Mapping[str, items.Item], least: Mapping[str, items.Item]) -> list[tuple[str, list[str]]]:
-    """Returns the cells of a table of items: kernels, TFLOP and GB, as they are and at least; a sum at the end."""
-    sides = [dict(side) for side in (found, least)]
-    for side in sides:
-        side["all"] = functools.reduce(items.Item.plus, side.values())
-    cells = lambda item: [f"{item.kernels:,.0f}", f"{item.flops / 1e12:,.2f}", f"{item.bytes / 1e9:,.2f}"]
-    return [(name, cells(sides[0][name]) + cells(sides[1][name])) for name in sides[0] if any(sides[0][name])]
 
 
 def markdown(results: list) -> str:

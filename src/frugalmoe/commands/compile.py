@@ -83,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
 def _program(args: argparse.Namespace, config, result) -> None:
     """Writes the text of a program and prints its items, as the flags say."""
     from frugalmoe.aot.program import as_expected
-    from frugalmoe.aot.table import of_items
     from frugalmoe.console import Console
+    from frugalmoe.cost.items import tables
     from frugalmoe.files import write_atomically
 
     if result.text is None:
@@ -93,4 +93,4 @@ def _program(args: argparse.Namespace, config, result) -> None:
         write_atomically(Path(args.text), result.text.encode())
     if args.items:
         of_one = as_expected(config, result.topology.num_devices)
-        Console(width=None if sys.stdout.isatty() else 140).print(*of_items(result.text, of_one), sep="\n")
+        Console(width=None if sys.stdout.isatty() else 140).print(*tables(result.text, of_one), sep="\n")

@@ -11,8 +11,8 @@ weights that were cast: they are cast again from the parameters, which are there
 their places among the sorted ones, not added into zeros: no float32 row is written, and sums have one order.
 benchmarks/DEVICES.md has what that spares.
 
-Letters: N tokens, D model, E experts, F expert hidden, K choices, R sorted rows; J is 2F, gate, then up; I and J in
-`Kernels` any two axes of a matrix.
+Letters: N tokens, D model, E experts, F expert hidden, K choices, R sorted rows; I and J any two axes of a matrix
+(J is 2F: gate, then up).
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from jax import Array
 
 from frugalmoe.experts.activations import Activation
 from frugalmoe.experts.contract import Biases, Call, Run
-from frugalmoe.experts.rows import Rows, held_rows, places
+from frugalmoe.experts.rows import held_rows, places
 from frugalmoe.routing.contract import Plan, TokenPlan
 
 
@@ -62,12 +62,22 @@ class _Layout(NamedTuple):
 
 
 def run(
-    kernels: Kernels, plan: Plan, rows: Rows, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, call: Call
-) -> Array:
-    """y[N, D] in x's dtype. `rows` are those of the plan. Biases are no part of the kernels: rows gather theirs."""
+    kernels_for: Callable[[int], Kernels],
+    plan: Plan,
+    x_ND: Array,
+    gate_up_ED2F: Array,
+    down_EFD: Array,
+    call: Call,
+) -> tuple[Array, Array]:
+    """-> (y[N, D] in x's dtype, dropped rows). kernels_for: of a number of rows.
+
+    Biases are no part of the kernels: rows gather theirs.
+    """
     num_experts, hidden, dim = down_EFD.shape
-    spare = kernels.row_multiple + -rows.token_R.size % kernels.row_multiple
     with jax.named_scope("dispatch"):
+        rows, dropped = held_rows(plan, num_experts, call.room)
+        kernels = kernels_for(rows.token_R.size)
+        spare = kernels.row_multiple + -rows.token_R.size % kernels.row_multiple
         token_R = jnp.pad(rows.token_R, (0, spare), constant_values=x_ND.shape[0])
         weight_R = jax.lax.stop_gradient(jnp.pad(rows.weight_R, (0, spare)))
         place_NK = places(plan) if isinstance(plan, TokenPlan) else None
@@ -75,15 +85,18 @@ def run(
             place_NK = jnp.where(place_NK < jnp.sum(rows.group_sizes_E), place_NK, token_R.size)
     layout = _Layout(token_R, weight_R, rows.group_sizes_E, place_NK)
     matrices = gate_up_ED2F.reshape(num_experts, dim, 2 * hidden), down_EFD
-    return _experts(_Form(kernels, call.activation), layout, plan.weights, call.biases, x_ND, *matrices)
+    form = _Form(kernels, call.activation)
+    return _experts(form, layout, plan.weights, call.biases, x_ND, matrices), dropped
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _experts(form: _Form, layout: _Layout, weights: Array, biases: Biases | None, x_ND, gate_up_EDJ, down_EFD):
-    return _forward(form, layout, weights, biases, x_ND, gate_up_EDJ, down_EFD)[0]
+def _experts(form: _Form, layout: _Layout, weights: Array, biases: Biases | None, x_ND: Array, matrices: tuple):
+    """y[N, D]. matrices: gate and up [E, D, J], down [E, F, D]."""
+    return _forward(form, layout, weights, biases, x_ND, matrices)[0]
 
 
-def _forward(form, layout, weights, biases, x_ND, gate_up_EDJ, down_EFD):
+def _forward(form, layout, weights, biases, x_ND, matrices):
+    gate_up_EDJ, down_EFD = matrices
     product, sizes_E = form.kernels.rows_by_weights, layout.group_sizes_E
     h_RJ = product(_take(x_ND, layout), gate_up_EDJ.astype(x_ND.dtype), sizes_E, False)
     a_RF = form.activation.value(*_halves(h_RJ, layout, biases)).astype(x_ND.dtype)
@@ -92,11 +105,11 @@ def _forward(form, layout, weights, biases, x_ND, gate_up_EDJ, down_EFD):
         y_RD = y_RD.astype(jnp.float32) + _of_rows(biases.down_ED, layout)
     with jax.named_scope("combine"):
         y_ND = _sum_of_rows(y_RD, layout, x_ND, weighted=True, weights=weights)
-    return y_ND, (layout, weights, biases, x_ND, gate_up_EDJ, down_EFD, h_RJ)
+    return y_ND, (layout, weights, biases, x_ND, matrices, h_RJ)
 
 
 def _backward(form, saved, dy_ND):
-    layout, weights, biases, x_ND, gate_up_EDJ, down_EFD, h_RJ = saved
+    layout, weights, biases, x_ND, (gate_up_EDJ, down_EFD), h_RJ = saved
     kernels, sizes_E, dtype = form.kernels, layout.group_sizes_E, x_ND.dtype
     weight_R1 = layout.weight_R[:, None]
     dy_RD = _take(dy_ND, layout)
@@ -123,7 +136,7 @@ def _backward(form, saved, dy_ND):
     else:
         dweights = dweight_R.at[layout.place_NK].get(mode="fill", fill_value=0)
     of_matrices = dgate_up_EDJ.astype(gate_up_EDJ.dtype), ddown_EFD.astype(down_EFD.dtype)
-    return None, dweights.astype(weights.dtype), dbiases, dx_ND, *of_matrices
+    return None, dweights.astype(weights.dtype), dbiases, dx_ND, of_matrices
 
 
 _experts.defvjp(_forward, _backward)
@@ -167,12 +180,6 @@ def _sum_of_rows(rows_RD: Array, layout: _Layout, like_ND: Array, *, weighted: b
     return jnp.zeros(like_ND.shape, jnp.float32).at[layout.token_R].add(rows_RD, mode="drop").astype(like_ND.dtype)
 
 
-def by(kernels: Callable[[int], Kernels]) -> Run:
+def by(kernels_for: Callable[[int], Kernels]) -> Run:
     """An executor's `run` by the kernels for a number of rows."""
-
-    def with_kernels(plan: Plan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, call: Call) -> tuple[Array, Array]:
-        with jax.named_scope("dispatch"):
-            rows, dropped = held_rows(plan, down_EFD.shape[0], call.room)
-        return run(kernels(rows.token_R.size), plan, rows, x_ND, gate_up_ED2F, down_EFD, call), dropped
-
-    return with_kernels
+    return partial(run, kernels_for)

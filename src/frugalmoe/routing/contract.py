@@ -309,7 +309,10 @@ def linear_logits(params: Params, inputs: Inputs) -> Array:
     A wrapper's `inputs.logit_map` applies here: a strategy that calls this once can be wrapped. A parameter `bias_E` is
     added, where there is one.
     """
-    logits_BTE = project(clean(inputs), params["kernel_DE"])
+    projected = lambda x_BTD, kernel_DE: project(clean(inputs._replace(x_BTD=x_BTD)), kernel_DE)
+    if inputs.x_BTD.dtype.itemsize < 4:  # else float32 activations would be kept for the gradient
+        projected = jax.checkpoint(projected, prevent_cse=False)
+    logits_BTE = projected(inputs.x_BTD, params["kernel_DE"])
     if "bias_E" in params:
         logits_BTE = logits_BTE + params["bias_E"]
     return logits_BTE if inputs.logit_map is None else inputs.logit_map(logits_BTE)

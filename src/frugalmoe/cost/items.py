@@ -19,14 +19,18 @@ FLOPs are those of `cost.flops`, three times the forward pass: what is computed 
 product is one, forward and twice backward, with one more for norm, rotation, choice, sort, combine, residual sum and
 the like where they stand between products; an update for each parameter array.
 
-Letters: A micro-batches of a step, N tokens of one, D model, F expert hidden, E experts, K choices, V vocabulary.
+Letters: A micro-batches of a step, N tokens, D model, F expert hidden, E experts, K choices, V vocabulary.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+from rich import box
+from rich.table import Table
 
+from frugalmoe.aot import traffic
 from frugalmoe.aot.traffic import Kernel
 from frugalmoe.cost.flops import TRAIN_FACTOR, forward_flops
 from frugalmoe.model import pattern
@@ -140,6 +144,34 @@ def ideal(config: Config) -> dict[str, Item]:
         "optimizer": Item(weights["arrays"], 0, 28 * weights["all"]),
     }
     return {name: found.get(name, Item()) for name in ITEMS}
+
+
+def tables(text: str, config: Config) -> list:
+    """Returns what people read of a program's traffic: its items beside the least that they need, its largest kernels.
+
+    Raises ValueError where the text does not say how often a loop runs.
+    """
+    kernels = traffic.kernels(text)
+    found, least = of_program(kernels), ideal(config)
+    columns = ("kernels", "TFLOP", "GB")
+    table = Table("item of a step", *columns, *(f"least {name}" for name in columns), box=box.SIMPLE_HEAD)
+    for name, row in cells(found, least):
+        table.add_row(name, *row)
+    largest = Table("largest kernels", "times", "GB read", "GB written", "for", box=box.SIMPLE_HEAD)
+    for kernel in sorted(kernels, key=lambda kernel: -kernel.bytes)[:16]:
+        source = kernel.source.removeprefix("jit(train_step)/")[-60:]
+        sizes = (f"{size / 1e9:.2f}" for size in (kernel.read, kernel.written))
+        largest.add_row(kernel.name, f"{kernel.launches:,}", *sizes, source)
+    return [table, largest]
+
+
+def cells(found: Mapping[str, Item], least: Mapping[str, Item]) -> list[tuple[str, list[str]]]:
+    """Returns the cells of a table of items: kernels, TFLOP and GB, as they are and at least; a sum at the end."""
+    sides = [dict(side) for side in (found, least)]
+    for side in sides:
+        side["all"] = functools.reduce(Item.plus, side.values())
+    shown = lambda item: [f"{item.kernels:,.0f}", f"{item.flops / 1e12:,.2f}", f"{item.bytes / 1e9:,.2f}"]
+    return [(name, shown(sides[0][name]) + shown(sides[1][name])) for name in sides[0] if any(sides[0][name])]
 
 
 def _weights(config: Config) -> Mapping[str, int]:
