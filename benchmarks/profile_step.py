@@ -20,8 +20,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from passes import IDEAL, passes
 from sizes import Size
-from traffic import IDEAL, passes
 from worker_frugalmoe import Training, training_config
 
 from frugalmoe import config, sharding

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from measure import WARM_UP, Measured
+from passes import IDEAL
 from sizes import Size
-from traffic import IDEAL
 
 Results = Mapping[Size, Mapping[str, Measured | str]]
 Moves = Mapping[str, float] | str  # of a step, by what for; or why it is not known

@@ -61,7 +61,7 @@ def growth(size: Size, base: Size, torch_python: str, rounds: int) -> dict[str, 
 
 
 def traffic(size: Size) -> dict[str, float] | str:
-    """How often a step of ours moves the experts' parameters, by what for: see traffic.py; or why it is not known."""
+    """How often a step of ours moves the experts' parameters, by what for: see passes.py; or why it is not known."""
     command = [sys.executable, str(HERE / "profile_step.py"), "moe", size.to_json(), "--passes"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stderr.strip()[-200:] if done.returncode else json.loads(done.stdout)

@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 from sizes import Size
 
+from frugalmoe.aot import hlo
+from frugalmoe.aot.hlo import Computation, Instruction
+
 # Passes over the parameters of the experts, each one reading or writing all of them once.
 IDEAL = {
     "forward: weights read by the experts": 1,
@@ -23,36 +26,6 @@ IDEAL = {
 }
 READ, WRITTEN = "{}: weights read by the experts", "backward: gradients written by the experts"
 NORM, UPDATE = list(IDEAL)[-2:]
-
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
-
-
-class Instruction(NamedTuple):
-    """One line of an HLO module."""
-
-    shape: str
-    opcode: str
-    operands: list[str]
-    rest: str
-    is_root: bool
-
-
-Computation = Mapping[str, Instruction]
-
-
-def parse(program: str) -> dict[str, dict[str, Instruction]]:
-    """The instructions of each computation, by names."""
-    found: dict[str, dict[str, Instruction]] = {}
-    for line in program.splitlines():
-        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
-            inside = found.setdefault(head[1], {})
-        elif made := _INSTRUCTION.match(line):
-            name, shape, opcode, rest = made.groups()
-            arguments = rest.split("), ")[0]
-            operands = re.findall(r"%([\w.\-]+)", arguments)
-            inside[name] = Instruction(shape, opcode, operands, rest, line.lstrip().startswith("ROOT"))
-    return found
-
 
 Dims = tuple[int, ...]
 
@@ -74,22 +47,21 @@ def moved(
     computations: Mapping[str, Computation], instruction: Instruction, inside: Computation, large: set[Dims]
 ) -> Moved:
     """`Moved` of an instruction."""
-    body = computations.get((re.search(r"calls=%?([\w.\-]+)", instruction.rest) or ["", ""])[1])
+    body = next((computations[name] for name in instruction.called if instruction.opcode == "fusion"), None)
     if body is None:
-        body = {
-            f"p{i}": inside[o]._replace(opcode="parameter", rest=f"{i})") for i, o in enumerate(instruction.operands)
+        given = {
+            name: Instruction(name, "parameter", [], inside.instructions[name].text) for name in instruction.operands
         }
-        body["root"] = instruction._replace(operands=list(body), is_root=True)
+        body = Computation("", given | {instruction.name: instruction}, instruction.name)
     read, written, sliced = 0, 0, False
 
     def uses(name: str) -> list[tuple[Instruction, int]]:
         """Where an array is used, through what only renames it."""
         found = []
-        for i in body.values():
-            for place in (n for n, operand in enumerate(i.operands) if operand == name):
-                renamed = i.opcode in ("bitcast", "reshape") and not i.is_root
-                own = next(n for n, other in body.items() if other is i)
-                found += uses(own) if renamed else [(i, place)]
+        for i in body.users.get(name, ()):
+            renamed = i.opcode in ("bitcast", "reshape") and i.name != body.root
+            places = [n for n, operand in enumerate(i.operands) if operand == name]
+            found += uses(i.name) if renamed else [(i, place) for place in places]
         return found
 
     def of_slices(slices: list[Dims]) -> int:
@@ -97,20 +69,22 @@ def moved(
         sliced |= any(dims[dims[0] == 1 :] not in large for dims in slices)
         return sum(map(math.prod, slices))
 
-    for name, parameter in [(n, i) for n, i in body.items() if i.opcode == "parameter"]:
-        for dims in (dims for dims in arrays(parameter.shape) if dims in large):
+    for name, parameter in body.instructions.items():
+        for dims in arrays(parameter.type) if parameter.opcode == "parameter" else ():
+            if dims not in large:
+                continue
             seen = [(i, i.opcode == "dynamic-update-slice" and at == 0) for i, at in uses(name)]
             if seen and all(i.opcode == "dynamic-slice" or in_place for i, in_place in seen):
-                read += of_slices([arrays(i.shape)[0] for i, in_place in seen if not in_place])
+                read += of_slices([arrays(i.type)[0] for i, in_place in seen if not in_place])
             else:
                 read += math.prod(dims)
-    root = next(i for i in body.values() if i.is_root)
+    root = body.instructions[body.root]
     while root.opcode == "bitcast":
-        root = body[root.operands[0]]
-    for part in [body[o] for o in root.operands] if root.opcode == "tuple" else [root]:
-        for dims in (dims for dims in arrays(part.shape) if dims[dims[:1] == (1,) :] in large):
+        root = body.instructions[root.operands[0]]
+    for part in [body.instructions[o] for o in root.operands] if root.opcode == "tuple" else [root]:
+        for dims in (dims for dims in arrays(part.type) if dims[dims[:1] == (1,) :] in large):
             in_place = part.opcode == "dynamic-update-slice"
-            written += of_slices([arrays(body[part.operands[1]].shape)[0]]) if in_place else math.prod(dims)
+            written += of_slices([arrays(body.instructions[part.operands[1]].type)[0]]) if in_place else math.prod(dims)
     return Moved(read, written, sliced)
 
 
@@ -125,18 +99,18 @@ def passes(program: str, executions: Mapping[str, float], size: Size) -> dict[st
         {(*more, *dims) for dims in of_layer for more in ((), (size.layers,))},
         size.layers * 3 * e * d * f,
     )
-    computations, found = parse(program), collections.Counter()
+    computations, found = hlo.parse(program)[0], collections.Counter()
     for inside in computations.values():
-        for name, instruction in inside.items():
+        for name, instruction in inside.instructions.items():
             if count := executions.get(name, 0):
                 m = moved(computations, instruction, inside, large)
                 if m.read or m.written:
-                    found[_item(name, instruction, m)] += count * (m.read + m.written) / all_of_them
+                    found[_item(instruction, m)] += count * (m.read + m.written) / all_of_them
     return {name: found.pop(name, 0.0) for name in IDEAL} | dict(found.most_common())
 
 
-def _item(name: str, instruction: Instruction, m: Moved) -> str:
-    source = (re.search(r'op_name="([^"]*)"', instruction.rest) or ["", ""])[1]
+def _item(instruction: Instruction, m: Moved) -> str:
+    name, source = instruction.name, instruction.source
     when = "backward" if "transpose" in source else "forward" if "jvp" in source else "update"
     if m.sliced and m.written:
         return WRITTEN
