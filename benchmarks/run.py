@@ -28,6 +28,7 @@ SIZES = (
 GROWTH = tuple(Size(experts=e, top_k=2, expert_dim=512) for e in (16, 32, 64, 128))  # each beside 8 experts
 FAMILIES = ("mixtral", "olmoe", "qwen3_moe")
 IMPLEMENTATIONS = ("eager", "grouped_mm")
+LARGE = 50_000_000  # parameters of experts from which on one peer is compared: all models are in memory at one time
 COMPILED = "mixtral:grouped_mm:compiled", "llama::compiled"  # by torch.compile
 PEER = "mixtral:grouped_mm"  # whose growth is beside ours
 OURS, DENSE = "frugalmoe", "frugalmoe, dense"
@@ -39,15 +40,10 @@ def ours(size: Size, dense: bool = False, label: str = "") -> Model:
 
 
 def peers(size: Size, torch_python: str) -> list[Model]:
-    moe = [
-        Model(f"{family}, {how}", torch_python, "worker_torch.py", f"{family}:{how}", size)
-        for family in FAMILIES
-        for how in IMPLEMENTATIONS
-    ]
-    compiled = [
-        Model(n.replace("::", ":").replace(":", ", "), torch_python, "worker_torch.py", n, size) for n in COMPILED
-    ]
-    return [*moe, Model("llama (dense)", torch_python, "worker_torch.py", "llama", size), *compiled]
+    large = size.layers * size.experts * 3 * size.dim * size.expert_dim >= LARGE
+    moe = [PEER] if large else [f"{family}:{how}" for family in FAMILIES for how in IMPLEMENTATIONS]
+    label = lambda name: "llama (dense)" if name == "llama" else name.replace("::", ":").replace(":", ", ")
+    return [Model(label(name), torch_python, "worker_torch.py", name, size) for name in (*moe, "llama", *COMPILED)]
 
 
 def compare(size: Size, torch_python: str, rounds: int) -> dict[str, Measured | str]:
