@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import report
 from measure import HERE, Measured, Model, measure
@@ -39,15 +40,15 @@ def ours(size: Size, dense: bool = False, label: str = "") -> Model:
     return Model(label, sys.executable, "worker_frugalmoe.py", "dense" if dense else "moe", size)
 
 
-def peers(size: Size, torch_python: str) -> list[Model]:
+def peers(size: Size, torch_python: str, compiled: Sequence[str]) -> list[Model]:
     large = size.layers * size.experts * 3 * size.dim * size.expert_dim >= LARGE
     moe = [PEER] if large else [f"{family}:{how}" for family in FAMILIES for how in IMPLEMENTATIONS]
     label = lambda name: "llama (dense)" if name == "llama" else name.replace("::", ":").replace(":", ", ")
-    return [Model(label(name), torch_python, "worker_torch.py", name, size) for name in (*moe, "llama", *COMPILED)]
+    return [Model(label(name), torch_python, "worker_torch.py", name, size) for name in (*moe, "llama", *compiled)]
 
 
-def compare(size: Size, torch_python: str, rounds: int) -> dict[str, Measured | str]:
-    return measure([ours(size), ours(size, dense=True), *peers(size, torch_python)], rounds)
+def compare(size: Size, torch_python: str, rounds: int, compiled: Sequence[str]) -> dict[str, Measured | str]:
+    return measure([ours(size), ours(size, dense=True), *peers(size, torch_python, compiled)], rounds)
 
 
 def growth(size: Size, base: Size, torch_python: str, rounds: int) -> dict[str, Measured | str]:
@@ -92,7 +93,7 @@ def main() -> None:
     of_growth = () if args.sizes else GROWTH[:1] if args.quick else GROWTH
     for size in map(shrink, args.sizes or (SIZES[:1] if args.quick else SIZES)):
         print(f"comparing {size.name}", flush=True)
-        compared[size] = compare(size, args.torch_python, rounds)
+        compared[size] = compare(size, args.torch_python, rounds, COMPILED[1:] if args.quick else COMPILED)
         moved[size] = traffic(size)
     for size in map(shrink, of_growth):
         print(f"growth to {size.name}", flush=True)

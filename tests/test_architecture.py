@@ -200,7 +200,7 @@ def _size(micro):
 
 
 TERMS = {
-    "size": Term(_size, lambda size, of_step, config: {"loss/size": size}, lambda knobs, config: {"size": 1e-4}),
+    "size": Term(_size, lambda size, of_step, config: {"loss/size": size}, lambda knobs: {"size": 1e-4}),
 """
 PEAK = """
 

@@ -321,7 +321,7 @@ def test_a_new_term_of_the_loss_is_one_entry(monkeypatch):
         state = init(config)
         data = put_batch(mesh_of(), Batch(*(x.reshape(2, -1, *x.shape[1:]) for x in batch(0))), "ABT")
         _, plain = jax.device_get(jax.jit(make_train_step(config))(state, data))
-        term = objective.Term(share, metrics, lambda knobs, config: {"squares": 0.5})
+        term = objective.Term(share, metrics, lambda knobs: {"squares": 0.5})
         monkeypatch.setitem(objective.TERMS, "squares", term)
         _, more = jax.device_get(jax.jit(make_train_step(config))(state, data))
         assert objective.coefficients(config)["squares"] == 0.5  # what a report says of it

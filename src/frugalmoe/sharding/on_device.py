@@ -61,7 +61,7 @@ def _typed(letters: str, array: Array) -> P:
     what `parameters.alone` made of some that all axes spread them.
     """
     own = jax.typeof(array).sharding.spec
-    return own if AXES in own else P(*spec(letters), reduced=own.reduced)
+    return own if AXES in own.partitions else P(*spec(letters), reduced=own.reduced)
 
 
 def whole_sequences(tree: Any, letters: Any = "BT") -> Any:

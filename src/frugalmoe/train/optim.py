@@ -1,6 +1,6 @@
 """Learning-rate schedules, a run's optimizer, which parameters it trains, and the bytes that it needs.
 
-Letters: S updates, at least those of a run.
+Letters: S steps of a run.
 """
 
 import dataclasses
