@@ -9,14 +9,14 @@ of CPU time, which other programs disturb less. What saves and their checksums c
 Then, with a warm cache of compiled programs, a run that was killed is started again as a process of its own, until its
 first step has ended, `--restarts` times: seconds by kind, from the ledger of the run.
 
-2026-11-30, two cores with a load of 25 of other work, 20 rounds. configs/quickstart.py, 2 steps a block, CPU time: the
-whole program takes 2.3% more than the bare one in the median, 1.6% of the fastest blocks, and the loop 4.7% and 3.9%
-more than that; the clock told nothing. The update alone, 58 rounds: 11.2 ms of CPU time without a guard, 11.2 with it,
-12.4 with the parameters' norm, 16.5 with a late choice, as the guard made it before; wall 14.3, 11.9, 13.6, 29.6.
-Before that change, one core free, 9 and 7 rounds: quickstart 4.2% (CPU 3.3%), and the loop 0.6% less (CPU 0.2% more);
-quickstart:laptop, blocks of 15 steps of 36 ms, 5.1% (CPU 10.6%) and 11.4% (CPU 18.4%), as the host's part of a step
-weighs there. Restart to the end of the first step, laptop, 4 times: 3.26 s in the median, of which imports 1.05,
-setup 0.53, tracing 1.13, compiling (reading the cache) 0.34, the step 0.20.
+2026-11-30, two cores. configs/quickstart.py, 2 steps a block, 7 rounds with no other work, twice: CPU time of the
+whole program over the bare one 1.015 and 1.005 in the median, the loop over that 1.020 and 0.982; the clock told
+nothing. The update alone, the fastest: wall 8.4 ms without a guard, 8.6 with it, 9.3 with the parameters' norm, 12.4
+with a late choice, as the guard made it before. quickstart:laptop, blocks of 20 steps of 33 ms, 9 rounds: 1.138 (CPU
+1.101) and 1.119 (CPU 1.145). Before that change, one core free, 9 and 7 rounds: quickstart 4.2% (CPU 3.3%), and the
+loop 0.6% less (CPU 0.2% more); quickstart:laptop, blocks of 15 steps of 36 ms, 5.1% (CPU 10.6%) and 11.4% (CPU
+18.4%), as the host's part of a step weighs there. Restart to the end of the first step, laptop, 4 times: 3.26 s in
+the median, of which imports 1.05, setup 0.53, tracing 1.13, compiling (reading the cache) 0.34, the step 0.20.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def updates(run: Run) -> dict[str, Callable[[], None]]:
             verdict, remembered = guard.judge(state.guard, knobs.limits, state.step, norm, norm)
             trained, frozen = optim.split(state.params, config)
             given = (lambda before, *given: step.updated(*before, *given, config)), (trained, state.opt_state)
-            trained, opt_state = unless[name](verdict.skipped, *given, grads, verdict.rate)
+            trained, opt_state = unless[name](verdict.skipped, *given, grads, run.knobs.optim, verdict.rate)
             state = state._replace(params=optim.joined(trained, frozen), opt_state=opt_state, guard=remembered)
             return state, optax.tree.norm(state.params) if name == "with norm" else None
 
