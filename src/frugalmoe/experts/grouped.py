@@ -104,7 +104,7 @@ def _forward(form, layout, weights, biases, x_ND, matrices):
     if biases is not None:
         y_RD = y_RD.astype(jnp.float32) + _of_rows(biases.down_ED, layout)
     with jax.named_scope("combine"):
-        y_ND = _sum_of_rows(y_RD, layout, x_ND, weighted=True, weights=weights)
+        y_ND = _sum_of_rows(y_RD, layout, x_ND, weights)
     return y_ND, (layout, weights, biases, x_ND, matrices, h_RJ)
 
 
@@ -130,7 +130,7 @@ def _backward(form, saved, dy_ND):
     dgate_up_EDJ = kernels.rows_by_rows(_take(x_ND, layout), dh_RJ, sizes_E, dtype)
     dx_RD = kernels.rows_by_weights(dh_RJ, gate_up_EDJ.astype(dtype), sizes_E, True)
     with jax.named_scope("dispatch"):
-        dx_ND = _sum_of_rows(dx_RD, layout, x_ND, weighted=False, weights=weights)
+        dx_ND = _sum_of_rows(dx_RD, layout, x_ND)
     if layout.place_NK is None:
         dweights = dweight_R[: weights.size].reshape(weights.shape)
     else:
@@ -168,15 +168,15 @@ def _sum_of_experts(rows_RJ: Array, layout: _Layout, bias: Array) -> Array:
     return total_EJ.reshape(bias.shape).astype(bias.dtype)
 
 
-def _sum_of_rows(rows_RD: Array, layout: _Layout, like_ND: Array, *, weighted: bool, weights: Array) -> Array:
-    """Sums over each token's rows in float32, in the shape and dtype of `like_ND`. An expert-major plan does not say
-    how many rows a token has: they are added into zeros.
+def _sum_of_rows(rows_RD: Array, layout: _Layout, like_ND: Array, weights: Array | None = None) -> Array:
+    """Sums over each token's rows, times the plan's weights, in float32, in the shape and dtype of `like_ND`. An
+    expert-major plan does not say how many rows a token has: they are added into zeros.
     """
     if layout.place_NK is not None:
         rows_NKD = rows_RD.at[layout.place_NK].get(mode="fill", fill_value=0).astype(jnp.float32)
-        rows_NKD = rows_NKD * weights[..., None] if weighted else rows_NKD
+        rows_NKD = rows_NKD if weights is None else rows_NKD * weights[..., None]
         return jnp.sum(rows_NKD, axis=1).astype(like_ND.dtype)
-    rows_RD = rows_RD.astype(jnp.float32) * (layout.weight_R[:, None] if weighted else 1)
+    rows_RD = rows_RD.astype(jnp.float32) * (1 if weights is None else layout.weight_R[:, None])
     return jnp.zeros(like_ND.shape, jnp.float32).at[layout.token_R].add(rows_RD, mode="drop").astype(like_ND.dtype)
 
 
