@@ -8,18 +8,19 @@ a process of its own, in rounds, and its time begins after its imports. Both rea
 disk, as many as the other. Ours also splits off held-out documents by a hash of their texts, finds texts that repeat,
 notes how many bytes each token stands for, and hashes what it writes; for that it reads the texts twice.
 
-2026-11-30, two cores at a load of 26 of other work, so that MB per CPU second says more than MB/s; 3 rounds, 8.1 MB in
-690 documents, 2,388,095 tokens on both sides; tokenizers 0.23.3, datasets 4.8.5:
+2026-11-30, two cores with no other work, 3 rounds, 8.1 MB in 690 documents (--megabytes 8), 2,388,095 tokens on both
+sides; tokenizers 0.23.3, datasets 4.8.5:
 
 | workers |  | MB/s | MB per CPU second | ours is faster by | by CPU time |
 | --- | ---: | ---: | ---: | ---: | ---: |
-| 1 | frugalmoe data prepare | 0.35 | 2.12 | 1.00 | 1.00 |
-| 1 | datasets.map | 0.37 | 2.23 | 0.95 | 0.95 |
-| 2 | frugalmoe data prepare | 0.64 | 2.26 | 1.00 | 1.00 |
-| 2 | datasets.map | 0.44 | 2.00 | 1.58 | 1.11 |
+| 1 | frugalmoe data prepare | 2.94 | 2.93 | 1.00 | 1.00 |
+| 1 | datasets.map | 3.26 | 3.26 | 0.92 | 0.91 |
+| 2 | frugalmoe data prepare | 5.16 | 3.03 | 1.00 | 1.00 |
+| 2 | datasets.map | 4.93 | 3.04 | 1.05 | 0.95 |
 
-Before, a document was encoded with the place of each token in it, which few tokenizers need: 1.76 MB per CPU second
-with one worker (0.87 times the peer, in one round), 1.74 with two (0.90). Most of the time is the tokenizer's own.
+At a load of 26 of other work it was 0.95 times as fast by CPU time with one worker and 1.11 with two. Before that, a
+document was encoded with the place of each token in it, which few tokenizers need: 0.87 and 0.90 times the peer, in one
+round under such load. Most of the time is the tokenizer's own.
 """
 
 import argparse

@@ -5,7 +5,6 @@ What is timed is reading the file into the library's own format and the map, who
 
 import json
 import os
-import resource
 import sys
 import time
 from importlib.metadata import version
@@ -15,6 +14,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallel
 
 import datasets
 import tokenizers
+from serve import cpu_seconds
 
 BATCH = 1000  # the library's default
 
@@ -38,11 +38,6 @@ def main() -> None:
     counted = sum(len(row) - 1 for row in done["input_ids"])
     about = {"tokens": counted, "versions": {"datasets": version("datasets"), "tokenizers": version("tokenizers")}}
     print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, **about}))
-
-
-def cpu_seconds() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 if __name__ == "__main__":

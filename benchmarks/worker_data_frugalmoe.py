@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-import resource
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+
+from serve import cpu_seconds
 
 from frugalmoe.data.prepare import prepare
 from frugalmoe.data.shards import read_manifest
@@ -23,11 +24,6 @@ def main() -> None:
     tokens = sum(side["tokens"] - side["documents"] for side in sides)  # without those that end documents
     about = {"tokens": tokens, "versions": {"tokenizers": version("tokenizers")}}
     print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, **about}))
-
-
-def cpu_seconds() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 if __name__ == "__main__":
