@@ -151,10 +151,13 @@ def rounds(run: Run, width: float = WIDE) -> Figure | None:
     for label, seconds_R, color in parts:
         times.stairs(base_R + seconds_R, edges, baseline=base_R, fill=True, color=color, label=label)
         base_R = base_R + seconds_R
-    for label, bytes_R, color in (("written", found.written_R, OKABE_ITO[2]), ("read", found.read_R, OKABE_ITO[3])):
-        traffic.plot(found.round_R, bytes_R / 1e6, color=color, marker="o", markersize=3, label=label)
-    for axes, y_label in ((times, "seconds"), (traffic, "MB")):
-        axes.set_ylim(0)
+    of_traffic = ("written", found.written_R, OKABE_ITO[2], 4), ("read", found.read_R, OKABE_ITO[3], 1.5)
+    for label, bytes_R, color, thick in of_traffic:  # seen below the other where both are equal
+        style = {"color": color, "marker": "o", "markersize": 2 + thick, "linewidth": thick}
+        traffic.plot(found.round_R, bytes_R / 1e6, label=label, **style)
+    most_MB = max(found.written_R.max(), found.read_R.max()) / 1e6
+    for axes, y_label, most in ((times, "seconds", base_R.max()), (traffic, "MB", most_MB)):
+        axes.set_ylim(0, 1.05 * most or 1)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         lines(axes, "round", y_label)
     legend(figure, (times, traffic))
