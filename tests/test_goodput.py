@@ -168,7 +168,10 @@ JUNK = ["5", "[]", '{"step": 1}', '{"st', "\x00\xff", '{"step": 1, "start": 0, "
         '{"step": 1, "start": 0, "time": NaN, "elapsed": 1, "seconds": {}}',
         '{"step": 1, "start": 0, "time": 1, "elapsed": 1, "seconds": {"sleep": 3}}',
         '{"step": 1, "start": 0, "time": 1, "elapsed": 1, "seconds": {"step": null}}',
-        '{"step": 1, "start": 0, "time": 1, "elapsed": 1, "seconds": {}, "ended": 3}']  # fmt: skip
+        '{"step": 1, "start": 0, "time": 1, "elapsed": 1, "seconds": {}, "ended": 3}',
+        '{"step": 1, "start": 0, "time": 1, "elapsed": 1, "seconds": {}, "first_step": []}',
+        '{"step": 1, "start": 0, "time": 1, "elapsed": 1, "seconds": {}, "first_step": false}',
+        '{"step": 1, "start": 0, "time": 1, "elapsed": 1, "seconds": {}, "back_to": ""}']  # fmt: skip
 
 
 def test_lines_that_are_no_rows_are_left_out(clock, tmp_path):

@@ -61,8 +61,9 @@ def _row(line: str) -> Row | None:
     try:
         found = json.loads(line)
         row = Row(**found)
-        numbers = [row.time, row.elapsed, row.first_step or 0.0, *row.seconds.values()]
-        counts = [row.step, row.start, row.back_to or 0]
+        numbers = [row.time, row.elapsed, *row.seconds.values()]
+        numbers += [] if row.first_step is None else [row.first_step]
+        counts = [row.step, row.start, *([] if row.back_to is None else [row.back_to])]
         whole = all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
     except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
