@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import command, config_file, rows, tiny, write_text
+from runs import command, config_file, rows, tiny, without_times, write_text
 
 from frugalmoe import sharding
 from frugalmoe.analysis import load_run
@@ -321,6 +321,21 @@ def test_what_a_kill_at_the_beginning_leaves_is_no_dead_end(tmp_path, make):
         assert run.start == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
     assert sorted(path.name for path in (tmp_path / "run").glob(".*.tmp")) == sorted([ours, ".data.json.x.tmp"])
+
+
+def test_a_run_that_dies_between_its_last_save_and_its_summary_has_each_row_once(tmp_path, make):
+    def die(*ignored):
+        raise KeyboardInterrupt
+
+    config = make(train__trackers="tensorboard")
+    train(config, tmp_path / "calm", progress=Quiet)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run", progress=Quiet, sample=die)
+    assert (tmp_path / "run" / "checkpoints" / "4").is_dir() and not (tmp_path / "run" / "summary.json").exists()
+    train(config, tmp_path / "run", progress=Quiet)
+    assert without_times(rows(tmp_path / "run")) == without_times(rows(tmp_path / "calm"))
+    assert rows(tmp_path / "run", "expert_load.jsonl") == rows(tmp_path / "calm", "expert_load.jsonl")
 
 
 def test_processes_may_look_at_a_lock_together(tmp_path):

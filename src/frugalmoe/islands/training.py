@@ -327,7 +327,7 @@ def _identity(workdir: Path, name: str, store: Store) -> dict[str, Any]:
 
 
 @contextmanager
-def _log(run: Run, name: str, step: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+def _log(run: Run, name: str, step: int) -> Iterator[Callable[[Mapping[str, Any]], bool]]:
     """What writes rows to a log of the run; those after `step` are dropped."""
     log = rundir.Log(run.workdir / name, step)
     try:

@@ -283,8 +283,8 @@ class Run:
             self.tell("data", line)
 
     def _write(self, step: int, row: Mapping[str, float]) -> None:
-        self.metrics_log.write({"step": step, **row})
-        self.trackers.log(step, row)
+        if self.metrics_log.write({"step": step, **row}):
+            self.trackers.log(step, row)
 
     def _log_scores(self, what: str, scores: Scores) -> dict[str, float]:
         """Logs losses under `eval/`, or those of the validation set of one's own under `validation/`; returns them."""

@@ -395,22 +395,29 @@ def _git_commit() -> str:
 
 
 class Log:
-    """A JSON-lines file. Opening it for a resumed run drops the rows after the checkpoint, and a torn last line.
+    """A JSON-lines file. Opening it for a resumed run drops the rows after the checkpoint, and a torn last line; a row
+    of the checkpoint's own step is not written twice, for a run that was killed after its last save ends once more.
 
     Rows that the disk has no space for wait in memory until it has, the rest of one that was torn too; `trouble` says
     what is wrong meanwhile.
     """
 
     def __init__(self, path: Path, step: int):
+        rows = []
         if path.is_file():
             rows = [row for row in read_rows(path) if type(row.get("step")) is int and row["step"] <= step]
             write_rows(path, rows)
         self._path, self._file = path, path.open("ab", buffering=0)
         self._waiting, self.trouble = b"", ""
+        self._there = [to_json(row) for row in rows if row["step"] == step]
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        self._waiting += to_json(row).encode() + b"\n"
+    def write(self, row: Mapping[str, Any]) -> bool:
+        """Returns whether the row was not there before."""
+        if (line := to_json(row)) in self._there:
+            return False
+        self._waiting += line.encode() + b"\n"
         self.flush()
+        return True
 
     def flush(self) -> str:
         """Writes what waits; returns the trouble with it, "" for none."""
