@@ -122,7 +122,8 @@ def anything(folder: Path, pattern: str) -> Callable[[], bool]:
 
 def test_killed_at_any_moment_it_ends_as_if_nothing_had_been(place, forks, begin, calm):
     rng, (theirs, seconds) = random.Random(0), calm
-    number, kills, lost, times = 0, {"anywhere": 0, "in a save": 0, "as it writes its report": 0}, [0], []
+    moments = ("anywhere", "in a save", "after its last save", "as it writes its report")
+    number, kills, lost, times = 0, dict.fromkeys(moments, 0), [0], []
     while sum(kills.values()) < KILLS:
         name, number = f"run{number}", number + 1
         workdir, newest = place / name, 0
@@ -135,6 +136,8 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_been(place, forks, begin
                 hit = lambda end=end: time.monotonic() > end
             elif moment == "in a save":
                 hit = anything(workdir / "checkpoints", "*tmp*")
+            elif moment == "after its last save":
+                hit = lambda workdir=workdir: (workdir / "checkpoints" / str(STEPS)).is_dir()
             else:
                 hit = anything(workdir, "report/*")
             while not (hit() or done()):
@@ -150,7 +153,7 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_been(place, forks, begin
             assert there >= newest, "an older step than one that was there"
             lost.append(at - there)
             newest = there
-            if moment != "as it writes its report" and at < STEPS and sum(kills.values()) % 3 == 0:
+            if moment in ("anywhere", "in a save") and at < STEPS and sum(kills.values()) % 3 == 0:
                 times.append(recovered(forks, begin, name, workdir, at))
                 if forks.poll() == 0:
                     break
@@ -185,22 +188,27 @@ def test_killed_while_data_are_prepared_the_same_data_come_out(place, forks, tmp
     whole = prepare(data("whole"), progress=False)
     fields = FIELDS | {"data.path": str(tmp_path / "data.jsonl"), "data.cache_dir": str(tmp_path / "cache")}
     config = config_file(tmp_path, place, place, fields)
-    hits = 0
-    for _ in range(kills):
+    hits, cache = 0, tmp_path / "cache"
+    while hits < kills:
         forks.start("data", "prepare", f"--config={config}", said=tmp_path / "said")
-        under_way = anything(tmp_path / "cache", "prepared/*.partial/*")
+        under_way = anything(cache, "prepared/*.partial/*")
         while forks.poll() is None and not under_way():
             time.sleep(0.0005)
         time.sleep(rng.uniform(0, 0.5))
         forks.kill()
-        hits += forks.wait() != 0
-    again = prepare(data("cache"), progress=False)
+        hits += (code := forks.wait()) != 0
+        if code == 0 or hits == kills:
+            assert_same_data(whole, prepare(data("cache"), progress=False), cache)
+            shutil.rmtree(cache)
+    figures("F1 SIGKILL while data are prepared", hits, hits)
+
+
+def assert_same_data(whole: Path, again: Path, cache: Path) -> None:
     names = sorted(path.name for path in whole.iterdir())
-    assert names == sorted(path.name for path in again.iterdir()) and hits
-    assert not list((tmp_path / "cache").glob("prepared/*.partial"))
+    assert names == sorted(path.name for path in again.iterdir())
+    assert not list(cache.glob("prepared/*.partial"))
     for name in names:
         assert name.endswith(".array_record") or (whole / name).read_bytes() == (again / name).read_bytes(), name
-    figures("F1 SIGKILL while data are prepared", hits, hits)
 
 
 @pytest.mark.parametrize("grace", [0.0, 0.3])
