@@ -24,7 +24,7 @@ def quick(monkeypatch):
 class Supervisor:
     """One in a thread: meets, and says what came of it."""
 
-    def __init__(self, workdir, number, of, least=None, wait=0.5, fits=()):
+    def __init__(self, workdir, number, of, least=None, wait=1.5, fits=()):
         flags = Flags("127.0.0.1:4000", of, number)
         self.life = Gathering(workdir, flags, wait, least or of)
         self.life.__enter__()
@@ -68,6 +68,20 @@ def begin():
         yield begin
 
 
+def says(supervisor, line, seconds=20.0):
+    """Waits until that is the last thing that it said."""
+    until = time.monotonic() + seconds
+    while (not supervisor.said or line not in supervisor.said[-1]) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert line in supervisor.said[-1] and supervisor.came is None, supervisor.said
+
+
+def meet(begin, *given, numbers, **more):
+    """All are there before the first one looks for the others."""
+    found = [begin(given[0], number, *given[1:], **more) for number in numbers]
+    return [supervisor.meets() for supervisor in found]
+
+
 def places(supervisors):
     """[(process, processes)], of one coordinator."""
     found = [supervisor.place() for supervisor in supervisors]
@@ -77,7 +91,7 @@ def places(supervisors):
 
 
 def test_all_that_there_are_start_at_once(tmp_path, begin):
-    all_three = [begin(tmp_path, i, 3, wait=60).meets() for i in (2, 0, 1)]
+    all_three = meet(begin, tmp_path, 3, wait=60, numbers=(2, 0, 1))
     assert places(all_three) == [(2, 3), (0, 3), (1, 3)]
     first = all_three[1].came
     assert first.flags.coordinator.startswith("127.0.0.1:") and not first.again and not first.news
@@ -87,32 +101,28 @@ def test_all_that_there_are_start_at_once(tmp_path, begin):
 
 
 def test_those_that_remain_go_on_in_the_old_order_and_who_returns_is_taken_in(tmp_path, begin):
-    all_three = [begin(tmp_path, i, 3, least=1, fits=[1, 2, 3]).meets() for i in range(3)]
+    all_three = meet(begin, tmp_path, 3, least=1, fits=[1, 2, 3], numbers=range(3))
     assert places(all_three) == [(0, 3), (1, 3), (2, 3)]
     all_three[0].dies()
     rest = [supervisor.meets() for supervisor in all_three[1:]]
     assert places(rest) == [(0, 2), (1, 2)]
     assert rest[0].came.news == "the run goes on in processes 1, 2 of 3, without process 0" and not rest[1].came.news
     late = begin(tmp_path, 0, 3, least=1).meets()
-    time.sleep(1.5)
-    assert late.came is None and late.said == [
-        "the run goes on in processes 1, 2 of 3; process 0 joins it when it starts again"
-    ]
+    says(late, "the run goes on in processes 1, 2 of 3; process 0 joins it when it starts again")
     back = [late, *(supervisor.meets() for supervisor in rest)]
     assert places(back) == [(0, 3), (1, 3), (2, 3)]
     assert late.came.again and late.came.news == "the run goes on in all 3 processes"
 
 
 def test_without_being_told_that_fewer_may_go_on_one_waits_and_says_so(tmp_path, begin):
-    both = [begin(tmp_path, i, 2, fits=[1, 2]).meets() for i in range(2)]
+    both = meet(begin, tmp_path, 2, fits=[1, 2], numbers=range(2))
     assert places(both) == [(0, 2), (1, 2)]
     both[0].dies()
     left = both[1].meets()
+    line = f"waiting for process 0 of 2: no sign of life in {tmp_path}/supervisors; with --supervise.min-processes=N "
+    says(left, f"{line}the run would go on with N that are there")
     time.sleep(2.0)
-    assert left.came is None and left.said == [
-        f"waiting for process 0 of 2: no sign of life in {tmp_path}/supervisors; "
-        "with --supervise.min-processes=N the run would go on with N that are there"
-    ]
+    assert left.came is None and len(left.said) == 1
     left.asked.append(15)
     assert left.place() == EXIT_PREEMPTED
 
@@ -120,27 +130,28 @@ def test_without_being_told_that_fewer_may_go_on_one_waits_and_says_so(tmp_path,
 @pytest.mark.parametrize(("fits", "least", "starts"), [([1, 2, 4], 1, 2), ([4], 1, 0), ([1, 4], 2, 0), ([], 1, 0)])
 def test_as_many_go_on_as_the_config_allows(tmp_path, begin, fits, least, starts):
     """Of four processes one is gone: where three do not fit two start, and the third waits to be taken in."""
-    rest = [begin(tmp_path, i, 4, least=least, fits=fits).meets() for i in range(3)]
+    rest = meet(begin, tmp_path, 4, least=least, fits=fits, numbers=range(3))
     if starts:
         assert places(rest[:starts]) == [(i, starts) for i in range(starts)]
-    time.sleep(1.5)
-    waiting = rest[starts:]
-    assert all(supervisor.came is None for supervisor in waiting)
-    if starts:
-        assert waiting[0].said[-1] == "the run goes on in processes 0, 1 of 4; process 2 joins it when it starts again"
+        line = "the run goes on in processes 0, 1 of 4; process 2 joins it when it starts again"
     elif fits:
         do = ", ".join(str(n) for n in fits if n >= least)
-        assert f"the config goes on with {do} processes (--supervise.min-processes={least})" in waiting[0].said[-1]
+        line = f"the config goes on with {do} processes (--supervise.min-processes={least})"
     else:
-        assert "is known once it has begun" in waiting[0].said[-1]
+        line = "is known once it has begun"
+    for supervisor in rest[starts:]:
+        says(supervisor, line)
+    time.sleep(0 if starts else 2.0)
+    assert all(supervisor.came is None for supervisor in rest[starts:])
 
 
 def test_one_whose_run_has_not_ended_is_waited_for(tmp_path, begin):
-    both = [begin(tmp_path, i, 2, least=1, fits=[1, 2]).meets() for i in range(2)]
+    both = meet(begin, tmp_path, 2, least=1, fits=[1, 2], numbers=range(2))
     places(both)
     first = both[0].meets()
-    time.sleep(1.5)
-    assert first.came is None and first.said == ["waiting for the run of process 1 of 2 to end"]
+    says(first, "waiting for the run of process 1 of 2 to end")
+    time.sleep(2.0)
+    assert first.came is None and len(first.said) == 1
     assert places([first, both[1].meets()]) == [(0, 2), (1, 2)]
 
 
@@ -149,7 +160,7 @@ def test_one_whose_run_has_not_ended_is_waited_for(tmp_path, begin):
 )
 def test_who_ends_for_good_ends_the_others(tmp_path, begin, code, least, over):
     """A stop of one process ends a run that needs all of them; else the others go on."""
-    both = [begin(tmp_path, i, 2, least=least, fits=[1, 2]).meets() for i in range(2)]
+    both = meet(begin, tmp_path, 2, least=least, fits=[1, 2], numbers=range(2))
     places(both)
     both[0].life.ends(code)
     both[0].dies()
@@ -269,7 +280,7 @@ def test_forged_and_torn_files_in_the_folder_neither_start_nor_stop_anybody(tmp_
     for i, kind in enumerate(("folder", b"{torn")):
         garbage(folder / f"process-{2 + i}.json", kind, RECORD)
     (folder / "process-1.json").write_text(json.dumps(RECORD))
-    both = [begin(tmp_path, i, 4, least=1, fits=[1, 2], wait=2.0) for i in range(2)]
+    both = [begin(tmp_path, i, 4, least=1, fits=[1, 2], wait=3.0) for i in range(2)]
     assert places([supervisor.meets() for supervisor in both]) == [(0, 2), (1, 2)]
     assert (folder / "start-6.json").is_file()
 
