@@ -74,7 +74,7 @@ def supervise(
     check(limits)
     since = {} if began is None else {BEGAN: repr(began)}
     with _requests() as asked, others or contextlib.nullcontext():
-        code = _supervised(command, again, workdir, limits, since, asked, others)
+        code = _supervised(command, again, workdir, limits, since=since, asked=asked, others=others)
         if others:
             others.ends(code)
     return code
@@ -85,6 +85,7 @@ def _supervised(
     again: Sequence[str],
     workdir: Path,
     limits: Limits,
+    *,
     since: Mapping[str, str],
     asked: list[int],
     others: Gathering | None,
