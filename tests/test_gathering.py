@@ -159,8 +159,8 @@ def test_one_whose_run_has_not_ended_is_waited_for(tmp_path, begin):
     ("code", "least", "over"), [(0, 1, True), (2, 1, True), (75, 1, False), (75, 2, True), (1, 2, True)]
 )
 def test_who_ends_for_good_ends_the_others(tmp_path, begin, code, least, over):
-    """A stop of one process ends a run that needs all of them; else the others go on."""
-    both = meet(begin, tmp_path, 2, least=least, fits=[1, 2], numbers=range(2))
+    """A stop of one process ends a run that needs all of them; else the others go on, and wait for nobody who left."""
+    both = meet(begin, tmp_path, 2, least=least, fits=[1, 2], wait=600, numbers=range(2))
     places(both)
     both[0].life.ends(code)
     both[0].dies()

@@ -243,7 +243,10 @@ class Gathering:
         """The processes that start now; none where others are to be waited for."""
         if len(there) == self.of:
             return sorted(there)
-        if waited < max(self._wait, self._silence) or looks.alive(_RUNNING):
+        ended = {number: record.token for number, record in looks.records.items() if record.state == _ENDED}
+        left = [number for number, token in ended.items() if self._members.get(number) == token]
+        may_come = len(there) + len(left) < self.of and waited < max(self._wait, self._silence)
+        if not self.shrinks or may_come or looks.alive(_RUNNING):
             return []
         fits = _fits(there)
         numbers = [n for n in range(len(there), self._least - 1, -1) if n in fits]
