@@ -207,6 +207,54 @@ def test_the_first_process_does_not_wait_for_a_dead_one(killed):
     assert code not in (0, 2, 75)
 
 
+WAITS = """
+import sys, time
+from frugalmoe.train import distributed
+
+coordinator = sys.argv[1].partition("=")[2] if len(sys.argv) > 1 else None
+count, number = (int(flag.partition("=")[2]) for flag in sys.argv[2:4]) if coordinator else (None, None)
+distributed.start(coordinator, count, number, 60)
+print("met", flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("by", [by_flags, by_slurm, by_open_mpi])
+def test_where_the_first_is_killed_before_there_is_a_run_the_other_says_so(by):
+    """Whoever tells of the processes: of JAX's page nothing is seen, from when they have met."""
+    port, started = free_port(), []
+    for i in range(2):
+        flags, environment = by(i, 2, port)
+        line, pipes = [sys.executable, "-c", WAITS, *flags], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(line, env=os.environ | environment, text=True, **pipes))
+    try:
+        assert [process.stdout.readline() for process in started] == ["met\n"] * 2
+        started[0].kill()
+        began = time.monotonic()
+        error = started[1].communicate(timeout=60)[1]
+        took = time.monotonic() - began
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+    assert started[1].returncode == 1 and error.count("\n") == 1, error
+    assert error.startswith("frugalmoe: another process has ended: process 0, and with it the run; "), error
+    figures("F15 process 0 of two killed before there is a run: the other ends with a line", 1, 1, seconds=[took])
+
+
+def test_where_slurm_tells_of_processes_and_the_first_is_killed_the_other_says_so(place):
+    started = start(place, "slurm", 2, 4, by_slurm, lambda i: ("--config.train.steps=100000",))
+    wait_for_step(place, "slurm", 3)
+    started[0].kill()
+    began = time.monotonic()
+    code = started[1].wait(60)
+    took = time.monotonic() - began
+    end(started, timeout=0.1)
+    (line,) = said(place, "slurm", 1, "err").splitlines()
+    assert code == 1 and line.startswith("frugalmoe: ") and "another process has ended" in line
+    figures("F15 process 0 of two killed, as of SLURM: the other ends with a line", 1, 1, seconds=[took])
+
+
 PARTS = """
 import sys
 import time

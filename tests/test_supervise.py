@@ -1,21 +1,27 @@
 """A supervisor starts runs again that are killed, frozen or crash, and lets those be that cannot go on."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from runs import command, config_file, rows, run, without_times, write_text
 
+from frugalmoe.cli import main
 from frugalmoe.commands.train import _without
 from frugalmoe.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
-from frugalmoe.train import supervise
+from frugalmoe.train import gathering, supervise
+from frugalmoe.train.gathering import Flags, Gathering
 from frugalmoe.train.supervise import Limits
 
+OF_TWO = ("--coordinator=h:1", "--num-processes=2", "--process-id=0")
 FAKE = """
 import os, sys, time, signal
 workdir, pipe = sys.argv[1], int(os.environ["FRUGALMOE_SUPERVISED"])
@@ -95,8 +101,81 @@ def test_flags_of_supervision_are_taken_off_the_command() -> None:
     assert _without([*argv, "never"], "--fresh", "--resume")[-1] == "--config=x"
 
 
+BAD = [
+    (("--supervise.wait=9",), "--supervise.wait=9: needs --supervise"),
+    (
+        ("--supervise", "--supervise.min-processes=1"),
+        "--supervise.min-processes=1: needs --coordinator, --num-processes",
+    ),
+    (
+        ("--supervise", "--supervise.min-processes=0"),
+        "--supervise.min-processes=0: needs --coordinator, --num-processes",
+    ),
+    (("--supervise", "--supervise.min-processes=0", *OF_TWO), "--supervise.min-processes=0: must be from 1 to 2"),
+    (("--supervise", "--supervise.min-processes=3", *OF_TWO), "--supervise.min-processes=3: must be from 1 to 2"),
+    (("--supervise", "--supervise.wait=0", *OF_TWO), "--supervise.wait=0: must be positive, in seconds"),
+    (("--supervise", *OF_TWO[:2]), "--coordinator=h:1 --num-processes=2: needs --process-id too"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD, ids=str)
+def test_bad_flags_are_named_before_anything_is_written(tmp_path, capsys, flags, message) -> None:
+    argv = ["train", "--config=quickstart:laptop", f"--workdir={tmp_path / 'run'}", *flags]
+    assert main(argv) == EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert error.startswith(f"frugalmoe: {message}") and error.count("\n") == 1, error
+    assert not (tmp_path / "run").exists()
+
+
+def test_where_fewer_may_go_on_a_process_that_is_asked_to_stop_leaves_the_others(tmp_path, monkeypatch, capfd) -> None:
+    """The run tells with how many processes it can go on; its flags and its environment say in how many it does."""
+    monkeypatch.setattr(gathering, "_SECONDS", 0.05)
+    other = Gathering(tmp_path / "run", Flags("127.0.0.1:4000", 2, 1), 1.0, 1)
+
+    def leave() -> None:
+        with other:
+            assert other.meet([], print).flags.processes == 2
+            other.ends(EXIT_PREEMPTED)
+
+    body = """
+open(f"{workdir}/flags{starts}", "w").write(" ".join(sys.argv[2:] + [str("FRUGALMOE_STARTED_AGAIN" in os.environ)]))
+most = int(os.environ["FRUGALMOE_PROCESSES"])
+os.write(pipe, b"fits 1 2 junk 99\\n" if most == 2 else b""); tell(3)
+sys.exit(0 if starts else 75)
+"""
+    (tmp_path / "starts").mkdir()
+    program = [sys.executable, "-c", FAKE + body.replace("{starts}", "{min(starts, 1)}"), str(tmp_path / "starts")]
+    with ThreadPoolExecutor() as pool:
+        left = pool.submit(leave)
+        others = Gathering(tmp_path / "run", Flags("127.0.0.1:4000", 2, 0), 1.0, 1)
+        assert supervise.supervise(program, program, tmp_path / "run", Limits(), None, others) == 0
+        left.result()
+    first, second = ((tmp_path / "starts" / f"flags{i}").read_text().split() for i in range(2))
+    assert first[1:] == ["--num-processes=2", "--process-id=0", "False"]
+    assert second[1:] == ["--num-processes=1", "--process-id=0", "True"]
+    said = capfd.readouterr().err
+    assert "the run was asked to stop in another process after step 3, and saved; starting again in 0.05 s" in said
+    assert "frugalmoe: the run goes on in process 0 of 2, without process 1\n" in said
+    told = [row["what"] for row in rows(tmp_path / "run", "events.jsonl")]
+    assert told[1] == "the run goes on in process 0 of 2, without process 1"
+
+
+def test_the_lock_of_a_machine_that_is_gone_is_waited_for_by_a_run_that_goes_on(tmp_path, monkeypatch) -> None:
+    from frugalmoe.train import rundir
+
+    with contextlib.ExitStack() as holds:
+        holds.enter_context(rundir.locked(tmp_path))
+        with pytest.raises(rundir.Busy):
+            rundir.check_idle(tmp_path)
+        monkeypatch.setenv(supervise.AGAIN, "1")
+        threading.Timer(0.5, holds.pop_all().close).start()
+        began = time.monotonic()
+        rundir.check_idle(tmp_path)
+        assert time.monotonic() - began > 0.4
+
+
 def test_the_supervisor_imports_no_jax() -> None:
-    program = "import sys, frugalmoe.train.supervise; sys.exit('jax' in sys.modules)"
+    program = "import sys, frugalmoe.config, frugalmoe.train.supervise; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 

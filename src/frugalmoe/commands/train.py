@@ -1,6 +1,7 @@
 """`frugalmoe train`."""
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -19,7 +20,9 @@ EXAMPLES = """\
   frugalmoe train --from=models/Ling-mini --config=models/Ling-mini --config.data.path=talks/ --config.data.kind=chat
   frugalmoe train --config=configs/small.py --profile=5 --config.train.trackers=tensorboard,wandb
   frugalmoe train --config=configs/small.py --workdir=runs/a --islands=/shared/islands --config.islands.bits=8
-  frugalmoe train --config=configs/small.py --coordinator=node1:8476 --num-processes=4 --process-id=0"""
+  frugalmoe train --config=configs/small.py --coordinator=node1:8476 --num-processes=4 --process-id=0
+  frugalmoe train --config=configs/small.py --coordinator=node1:8476 --num-processes=4 --process-id=0 \\
+      --supervise --supervise.min-processes=2"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +74,20 @@ def _add_supervision(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SECONDS",
         help="to save in when it is asked to stop (default: 300)",
+    )
+    watched.add_argument(
+        "--supervise.min-processes",
+        dest="min_processes",
+        type=int,
+        metavar="N",
+        help="of those that --num-processes counts: as many that are there go on without the others (default: all)",
+    )
+    watched.add_argument(
+        "--supervise.wait",
+        dest="wait",
+        type=float,
+        metavar="SECONDS",
+        help="for the others, before fewer go on (default: 60)",
     )
 
 
@@ -150,6 +167,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--profile={args.profile}: must be at least 1")
     distributed.start(args.coordinator, args.num_processes, args.process_id, args.connect_timeout)
     distributed.check_same(to_dict(config))  # before anything else that may differ is looked at
+    supervise.tell_what_fits(functools.partial(_fits, config, jax.local_device_count()))
     how = {"resume": args.resume, "fresh": args.fresh, "origin": _origin(args)}
     with distributed.together():
         ready = preflight.check(config, workdir, num_devices=jax.device_count(), **how)
@@ -186,6 +204,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _fits(config, devices: int, processes: int) -> bool:
+    """Whether a config can be trained by so many processes of so many devices each."""
+    from frugalmoe.config import settle
+
+    try:
+        settle(config, None, devices * processes)
+    except UserError:
+        return False
+    return True
+
+
 def _sample(*given) -> dict[str, str]:
     """As `generate.sample_text`, which is needed when all is trained."""
     from frugalmoe.generate import sample_text
@@ -214,13 +243,22 @@ def _print_timings(args: argparse.Namespace, times) -> None:
 
 
 def _limits(args: argparse.Namespace):
-    """The limits of supervision that the flags name. Raises `UserError` for some without --supervise."""
+    """The limits of supervision that the flags name. Raises `UserError` for some without --supervise, or for those of
+    several processes where no flags name them.
+    """
     from frugalmoe.train import supervise
 
-    given = {name: getattr(args, name) for name in supervise.Limits._fields if getattr(args, name) is not None}
+    names = (*supervise.Limits._fields, "min_processes")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name, value in given.items():
+        flag = f"--supervise.{name.replace('_', '-')}={value:g}"
         if not args.supervise:
-            raise UserError(f"--supervise.{name}={value:g}: needs --supervise")
+            raise UserError(f"{flag}: needs --supervise")
+        if name in ("wait", "min_processes") and args.process_id is None:
+            raise UserError(f"{flag}: needs --coordinator, --num-processes and --process-id")
+    least, most = given.pop("min_processes", 1), args.num_processes
+    if most and not 1 <= least <= most:
+        raise UserError(f"--supervise.min-processes={least}: must be from 1 to {most} (--num-processes)")
     limits = supervise.Limits(**given)
     supervise.check(limits)
     return limits
@@ -228,13 +266,18 @@ def _limits(args: argparse.Namespace):
 
 def _supervise(args: argparse.Namespace, workdir: Path, limits) -> int:
     """Starts the same command without the flags of supervision, and watches it. --fresh and --resume are of the first
-    start only: later ones go on.
+    start only: later ones go on. The flags of several processes are new at each start.
     """
-    from frugalmoe.train import supervise
+    from frugalmoe.train import gathering, supervise
 
-    run = [sys.executable, "-m", "frugalmoe.cli", *_without(args.argv, "--supervise")]
+    run, others = [sys.executable, "-m", "frugalmoe.cli", *_without(args.argv, "--supervise")], None
+    flags = gathering.check_flags(args.coordinator, args.num_processes, args.process_id, args.connect_timeout)
+    if flags and flags.processes > 1:
+        least = args.min_processes or flags.processes
+        others = gathering.Gathering(workdir, flags, limits.wait, least)
+        run = _without(run, "--coordinator", "--num-processes", "--process-id")
     again = [*_without(run, "--fresh", "--resume"), "--resume=auto"]
-    return supervise.supervise(run, again, workdir, limits, args.began)
+    return supervise.supervise(run, again, workdir, limits, args.began, others)
 
 
 def _without(argv: list[str], *flags: str) -> list[str]:
@@ -260,8 +303,6 @@ def _island(args: argparse.Namespace, config, workdir: Path) -> dict:
 
         virtual.check(config)
         return {"drive": virtual.drive}
-    import functools
-
     from frugalmoe.islands import training
 
     if config.islands.virtual:

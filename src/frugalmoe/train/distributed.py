@@ -22,13 +22,16 @@ from jax.experimental import multihost_utils
 from frugalmoe.errors import EXIT_PEER_LOST, EXIT_USER_ERROR, UserError, one_line
 from frugalmoe.interrupts import is_watched, may_speak
 from frugalmoe.train import link
+from frugalmoe.train.gathering import check_flags
 from frugalmoe.train.rundir import differences
+from frugalmoe.train.supervise import AGAIN
 
 # After these a process counts as dead, and JAX ends those that wait for it, with a page. `train.watch` is earlier, and
 # says who.
 _SECONDS_OF_SILENCE = 300
 _SECONDS_TO_SPEAK = 2.0  # for the others to notice by themselves that one is gone, and to say so
 _FLAGS = "--coordinator=HOST:PORT --num-processes=N --process-id=I"
+_WHERE = ("coordinator_address", "num_processes", "process_id")  # as `jax.distributed.initialize` names them
 _PERHAPS_A_POD = "TPU VM"
 _ALONE = "--num-processes=1 trains in this process alone"
 
@@ -39,44 +42,49 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     To be called before JAX has made a device. The process ends with exit code 2 if they do not meet in `timeout`
     seconds.
     """
-    given = _check(coordinator, num_processes, process_id, timeout)
+    given = check_flags(coordinator, num_processes, process_id, timeout)
     told_by = f"--coordinator={coordinator}" if given else _told_by_environment()
     if num_processes == 1 or not told_by:
         return
-    # With flags nothing is looked up: all devices that the process sees are its own.
-    at = link.through_here(coordinator) if given and process_id else coordinator
-    flags = dict(coordinator_address=at, num_processes=num_processes, process_id=process_id)
-    where = flags | {"cluster_detection_method": "deactivate"} if given else {}
     with _time_limit(timeout, f"{told_by}: the processes did not all meet within {timeout} s (--connect-timeout)"):
         try:
             limits = dict(initialization_timeout=timeout + 60, heartbeat_timeout_seconds=_SECONDS_OF_SILENCE)
-            jax.distributed.initialize(**where, **limits)
+            # With flags nothing is looked up: all devices that the process sees are its own.
+            off = {"cluster_detection_method": "deactivate"} if given else {}
+            where = dict(zip(_WHERE, given)) if given else _looked_up(timeout + 60)
+            # A certificate would be of another host than this one.
+            if where.get("process_id") and not getattr(jax.config, "jax_mtls_cert_file", None):
+                where["coordinator_address"] = link.through_here(where["coordinator_address"])
+            jax.distributed.initialize(**where, **off, **limits)
         except Exception as e:
             if told_by == _PERHAPS_A_POD:
                 return
             rule = f"cannot join the other processes ({_first_line(e)}); give {_FLAGS}, or {_ALONE}"
+            if _is_again():
+                print(f"frugalmoe: {told_by}: {rule}", file=sys.stderr)
+                _leave(EXIT_PEER_LOST)
             raise UserError(f"{told_by}: {rule}") from e
+    link.hold()
 
 
-def _check(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> bool:
-    """Returns whether flags name the processes. Raises `UserError` where some of the three do and others do not."""
-    flags = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
-    given = [f"{name}={value}" for name, value in flags.items() if value is not None]
-    if timeout <= 0:
-        raise UserError(f"--connect-timeout={timeout}: must be positive, in seconds")
-    if not given or given == ["--num-processes=1"]:
-        return False
-    if len(given) < len(flags):
-        missing = ", ".join(name for name, value in flags.items() if value is None)
-        raise UserError(f"{' '.join(given)}: needs {missing} too; {_ALONE}")
-    host, _, port = coordinator.rpartition(":")
-    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
-        raise UserError(f"--coordinator={coordinator}: must be HOST:PORT, the host of process 0 and a port free there")
-    if num_processes < 1:
-        raise UserError(f"--num-processes={num_processes}: must be at least 1")
-    if not 0 <= process_id < num_processes:
-        raise UserError(f"--process-id={process_id}: must be from 0 to {num_processes - 1} (--num-processes - 1)")
-    return True
+def _is_again() -> bool:
+    """Whether a supervisor starts a run again, in the processes that are there: others than those may meet next."""
+    return AGAIN in os.environ
+
+
+def _looked_up(timeout: int) -> dict[str, Any]:
+    """What JAX finds in the environment of a scheduler; empty where its way to look is not the one known here.
+
+    `jax.distributed` has no public way to ask before it connects. What is given to it, it does not look up again.
+    """
+    try:
+        from jax._src.clusters import ClusterEnv
+
+        found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout)
+        where = dict(zip((*_WHERE, "local_device_ids"), found, strict=True))
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return {}
+    return {} if None in [where[name] for name in _WHERE] else where
 
 
 def _told_by_environment() -> str:
@@ -106,7 +114,7 @@ def _time_limit(seconds: int, message: str) -> Iterator[None]:
 
     def give_up() -> None:
         print(f"frugalmoe: {message}; is process 0 running, and its port open to the others?", file=sys.stderr)
-        _leave(EXIT_USER_ERROR)
+        _leave(EXIT_PEER_LOST if _is_again() else EXIT_USER_ERROR)
 
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True

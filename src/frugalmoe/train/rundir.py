@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -29,12 +30,13 @@ from frugalmoe.fields import to_dict
 from frugalmoe.files import is_temporary, read_json, remove_leftovers, to_json, write_atomically, write_json
 from frugalmoe.shapes import misshapen
 from frugalmoe.train.saved import DAMAGED, FOLDER, UNFINISHED, is_step
+from frugalmoe.train.supervise import AGAIN
 
 # What a run may write before config.json, which marks a directory as a run; then all that it writes.
 _BEGINNING = ("checkpoints", "metrics.jsonl", "expert_load.jsonl", "tensorboard", "tokenizer", "environment.json",
               "data.json", "history.jsonl", "trackers.json", "wandb", "outside", "outside.json", "events.jsonl",
               "rounds.jsonl", "rollbacks.jsonl", "island.json", "island", "goodput.jsonl",
-              "quarantine.jsonl")  # fmt: skip
+              "quarantine.jsonl", "supervisors")  # fmt: skip
 _OWN = ("config.json", "environment.json", "data.json", "history.jsonl", "metrics.jsonl", "expert_load.jsonl",
         "summary.json", "probe.npz", "cross.json", "suite.json", ".*.json.*.tmp", ".*.jsonl.*.tmp",
         "tensorboard/events.out.tfevents.*", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
@@ -329,6 +331,11 @@ def _changed_files(workdir: Path, config: Config) -> dict[str, tuple[str, str]]:
     return {f"{field} sha256": (before[field], now[field]) for field in changed}
 
 
+# Seconds that a run which goes on without a machine waits for the lock of that one: a file server cannot know at once
+# that a machine has lost its power, and keeps its locks for a while (NFS: 90 s).
+_LEASE = 150.0
+
+
 class Busy(UserError):
     """Another process has the run directory."""
 
@@ -342,11 +349,14 @@ def check_idle(workdir: Path) -> None:
 
 
 def _take(workdir: Path, lock: TextIO, kind: int = fcntl.LOCK_EX) -> None:
-    try:
-        fcntl.flock(lock, kind | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        raise Busy(f"--workdir={workdir}: process {lock.read().strip()} is training here") from None
+    until = time.monotonic() + (_LEASE if AGAIN in os.environ else 0.0)
+    while True:
+        with contextlib.suppress(OSError):
+            return fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        if time.monotonic() >= until:
+            lock.seek(0)
+            raise Busy(f"--workdir={workdir}: process {lock.read().strip()} is training here")
+        time.sleep(0.2)
 
 
 @contextmanager
