@@ -2,8 +2,11 @@
 
 Command:  frugalmoe train --config=configs/ling_1.py:lite \\
     --config.data.path=TEXTS --config.data.tokenizer=tokenizer.json
-Architecture and recipe: arXiv 2503.05139 sections 3.2-3.4 and the published configurations. The paper gives no learning
-rate and batch for lite: those below follow its scaling laws (figure 12) at 9T tokens.
+Architecture and recipe: arXiv 2503.05139 sections 3.2-3.4 and the published configurations. 9T tokens: batches grow
+from 2,560 to 8,960 sequences, and the rate is halved after about 60% of the tokens. How long they grow is not said
+there: taken are the about 500B tokens of Ling 2.0 (arXiv 2510.22115). Nor does it give a rate and a batch of lite:
+those below follow its scaling laws (figure 12) at 9T tokens, rounded to seven micro-batches, and grow as those of plus.
+Other batches need --config.train.ramp_from=0 --config.train.ramp_batches=0, or a ramp of their own.
 """
 
 from ml_collections import ConfigDict
@@ -22,8 +25,10 @@ SIZES = {
         "model.moe.expert_dim": 1408,
         "model.moe.num_shared_experts": 2,
         "optim.learning_rate": 3.5e-4,
-        "train.batch_size": 4432,
-        "train.steps": 496_000,
+        "train.batch_size": 4480,
+        "train.ramp_from": 1280,
+        "train.ramp_batches": 48_000,  # 503B tokens
+        "train.steps": 511_000,
     },
     "plus": {
         "name": "ling_plus",
@@ -37,7 +42,9 @@ SIZES = {
         "model.moe.num_shared_experts": 1,
         "optim.learning_rate": 2.4e-4,
         "train.batch_size": 8960,
-        "train.steps": 245_000,
+        "train.ramp_from": 2560,
+        "train.ramp_batches": 24_000,  # 503B tokens
+        "train.steps": 255_500,
     },
 }
 
@@ -58,5 +65,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.model.moe.losses = {"load_balance": 0.015, "z": 1e-4}
     c.model.moe.num_experts = 64
     c.optim.warmup_steps = 2000
+    c.optim.schedule = "constant"
+    c.optim.drop_after = 0.616  # of the updates: 5.4T tokens
+    c.train.accumulate_steps = 7
     c.checkpoint.every_steps = 500
     return with_size(c, SIZES, arg)

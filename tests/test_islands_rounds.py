@@ -28,7 +28,7 @@ ROWS = 4  # of a step
 class Vectors(VirtualLocal):
     """Rows pull the vectors in directions of their own, as a gradient does; momentum is the optimizer's state."""
 
-    rows_per_step, tokens_per_row, not_finite = ROWS, 10, FloatingPointError
+    tokens_per_row, not_finite = 10, FloatingPointError
 
     def __init__(self, seconds: float) -> None:
         self.seconds_of = lambda step: seconds
@@ -47,7 +47,10 @@ class Vectors(VirtualLocal):
     def put(self, params: Mapping, routers: Mapping, step: int, fresh_optimizer: bool = False) -> None:
         self.values, self.state, self.step = {**self.values, **params}, {**self.state, **routers}, step
 
-    def begin(self, numbers: Sequence[int]) -> None:
+    def rows_before(self, step: int) -> int:
+        return ROWS * step
+
+    def begin(self, numbers: Sequence[int], first: int) -> None:
         self._numbers = iter(numbers)
 
     def train(self, end: int, enough: Callable[[], bool]) -> Iterator[None]:
@@ -142,7 +145,7 @@ def test_one_island_that_takes_the_mean_with_rate_1_trains_as_if_alone() -> None
     (member,) = together(rules, [1.0])
     alone = Vectors(1.0)
     alone.member = member
-    alone.begin(streams.read(range(12), [0] * 12, 24 * ROWS))
+    alone.begin(streams.read(range(12), [0] * 12, 24 * ROWS), 0)
     list(alone.train(24, lambda: False))
     for name in SIZES:
         np.testing.assert_allclose(member.local.values[name], alone.values[name], atol=1e-6)

@@ -15,6 +15,9 @@ from frugalmoe.train.weights import load_model
 pytestmark = pytest.mark.slow
 FIELDS = {
     "train.batch_size": 4,
+    "train.accumulate_steps": 2,
+    "train.ramp_from": 2,  # batches grow amid the second round
+    "train.ramp_batches": 4,
     "train.trackers": "",
     "train.eval_rows": 8,
     "model.moe.router": "sigmoid_bias",
@@ -52,6 +55,7 @@ def test_two_islands_have_the_same_outer_parameters_after_every_round(two) -> No
     assert len(hashes[0]) == 4 and hashes[0] == hashes[1] and len(set(hashes[0])) == 4
     first, second = (flatten(load_model(workdir)[1].params) for workdir in two)
     assert all(first[name].tobytes() == second[name].tobytes() for name in first)
+    assert rows(two[0], "rounds.jsonl")[-1]["tokens_of_all"] == 2 * (4 * 2 + 8 * 4) * 32
     losses = [json.loads((workdir / "summary.json").read_text())["eval"]["loss"] for workdir in two]
     assert losses[0] == losses[1]
 
@@ -69,9 +73,9 @@ def test_records_have_the_expert_loads_of_all(two) -> None:
 
 
 def test_virtual_islands_are_those_of_real_processes(place, two) -> None:
-    """The same rounds bit for bit: two virtual islands share a batch of 8, the real ones have 4 each."""
+    """The same rounds bit for bit: two virtual islands share batches that grow to 8, the real ones have halves."""
     root, config = place
-    flags = ["--config.islands.virtual=2", "--config.train.batch_size=8"]
+    flags = ["--config.islands.virtual=2", "--config.train.batch_size=8", "--config.train.ramp_from=4"]
     done = run("train", f"--config={config}", f"--workdir={root / 'virtual'}", *flags)
     assert done.returncode == 0, done.stderr
     summary = json.loads((root / "virtual" / "summary.json").read_text())

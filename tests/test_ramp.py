@@ -11,12 +11,12 @@ from runs import rows, tiny, without_times, write_text
 
 from frugalmoe.analysis.pages.table import tokens_seen
 from frugalmoe.analysis.stored.runs import load_run
-from frugalmoe.config import default, override, resolve
+from frugalmoe.config import default, load, override, resolve
 from frugalmoe.data import open_data
 from frugalmoe.data.ramp import Ramp, of
 from frugalmoe.errors import UserError
 from frugalmoe.fields import to_dict
-from frugalmoe.islands import training
+from frugalmoe.islands import virtual
 from frugalmoe.train import optim, saved
 from frugalmoe.train.loop import train
 from frugalmoe.train.weights import load_model
@@ -40,6 +40,9 @@ def test_batches_grow_evenly_and_follow_each_other(unit, first, stages, more, po
     assert sizes[0] == ramp.first and all(size % unit == 0 for size in sizes)
     assert all(b - a in (0, unit) for a, b in itertools.pairwise(sizes))
     assert ramp.size(ramp.batches) == ramp.last > ramp.size(ramp.batches - 1)
+    numbers = range(sum(sizes[position // 2 :]))
+    assert [len(rows) for rows in ramp.cut(position // 2, numbers)] == sizes[position // 2 :]
+    assert list(itertools.chain(*ramp.cut(position // 2, numbers))) == list(numbers)
 
 
 def test_without_a_ramp_all_batches_have_one_size():
@@ -119,7 +122,6 @@ def jax_leaves(tree) -> list:
         ),
         ({"train.ramp_batches": 7}, r"train\.ramp_batches=7"),
         ({"train.accumulate_steps": 1}, r"train\.ramp_from=8: must be a multiple of a micro-batch of 16"),
-        ({"islands.virtual": 2}, r"islands\.virtual=2: needs train\.ramp_from=0, not 8"),
     ],
 )
 def test_a_ramp_that_cannot_be_is_one_line(make, fields, said):
@@ -127,9 +129,27 @@ def test_a_ramp_that_cannot_be_is_one_line(make, fields, said):
         make(RAMP | fields)
 
 
-def test_islands_have_no_ramp(make):
-    with pytest.raises(UserError, match=r"train\.ramp_from=8: islands share batches of one size"):
-        training.rules_of(make(RAMP))
+def test_islands_share_batches_that_grow(make, tmp_path):
+    """Each has half of each: `test_islands_runs` compares them with real ones."""
+    config = make(RAMP | {"islands.virtual": 2, "islands.round_steps": 4, "train.accumulate_steps": 2})
+    summary = train(config, tmp_path / "run", drive=virtual.drive)
+    assert summary["islands"]["tokens"] == 32 * (8 + 8 + 8 + 8 + 16 + 16)
+    loads = [np.array(row["counts"]).sum() for row in rows(tmp_path / "run", "expert_load.jsonl")]
+    assert loads == [32 * size for size in (8, 8, 8, 8, 16, 16)]  # two experts for each token of a half
+
+
+@pytest.mark.parametrize("size", ["lite", "plus"])
+def test_ling_grows_and_halves_its_rate_as_its_report_says(size):
+    """9T tokens, the rate halved after 60% of them; 500B in the ramp, as the report of Ling 2.0 has it."""
+    config = load(f"ling_1:{size}")
+    ramp, tokens = of(to_dict(config.train)), config.data.sequence_length
+    assert ramp.before(config.train.steps) * tokens == pytest.approx(9e12, rel=1e-3)
+    assert ramp.before(ramp.batches) * tokens == pytest.approx(5e11, rel=1e-2)
+    halved = round(config.optim.drop_after * config.train.steps)
+    assert ramp.before(halved) * tokens == pytest.approx(0.6 * 9e12, rel=1e-3)
+    rate = optim.schedule(config)
+    assert float(rate(halved)) == pytest.approx(0.5 * float(rate(halved - 1))) == 0.5 * config.optim.learning_rate
+    assert (ramp.first, ramp.last) == (2560, 8960) or size == "lite"
 
 
 def rates(**fields) -> list[float]:

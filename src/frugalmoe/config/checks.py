@@ -348,13 +348,11 @@ def _ramp(config: Config) -> None:
         return
     unit = t.batch_size // t.accumulate_steps
     rule = f"must be a multiple of a micro-batch of {unit}, train.batch_size / train.accumulate_steps, and below"
-    rule = f"{rule} train.batch_size={t.batch_size}"
+    rule = f"{rule} train.batch_size={t.batch_size}; with train.ramp_batches it may be 0: no ramp"
     _require(t.ramp_from % unit == 0 and t.ramp_from < t.batch_size, "train.ramp_from", t.ramp_from, rule)
     rule = "must not be above train.steps, and give each size a batch"
     stages = (t.batch_size - t.ramp_from) // unit
     _require(stages <= t.ramp_batches <= t.steps, "train.ramp_batches", t.ramp_batches, rule)
-    rule = f"needs train.ramp_from=0, not {t.ramp_from}: islands share batches of one size"
-    _require(not config.islands.virtual, "islands.virtual", config.islands.virtual, rule)
 
 
 def _train(config: Config) -> None:

@@ -44,6 +44,8 @@ def with_mode(c: ConfigDict, arg: str | None) -> ConfigDict:
     c.data.tokenizer, c.data.sequence_length = "bytes", 128
     c.optim.learning_rate, c.optim.warmup_steps = 3e-3, 20
     c.train.steps, c.train.batch_size, c.train.accumulate_steps = 100, 16, 1
+    if c.train.ramp_from:  # a size more, which is a program more
+        c.train.accumulate_steps, c.train.ramp_from, c.train.ramp_batches = 2, 8, 20
     c.train.eval_every, c.train.eval_rows = 0, 64
     c.checkpoint.every_steps = 0
     return c

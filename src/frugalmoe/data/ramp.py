@@ -3,7 +3,7 @@
 A batch is still a function of (config, seed, position): its size is one of its position, and so is its first row.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -33,6 +33,14 @@ class Ramp(NamedTuple):
             begins = -(-stage * self.batches // self._stages)
             grown += max(inside - begins, 0)
         return inside * self.first + self.unit * grown + (position - inside) * self.last
+
+    def cut(self, first: int, rows: Sequence[int]) -> list[list[int]]:
+        """Returns rows as those of the batches at positions `first`, `first` + 1, ..., as many as they are for."""
+        begins, batches, position = self.before(first), [], first
+        while (begin := self.before(position) - begins) < len(rows):
+            batches.append(list(rows[begin : begin + self.size(position)]))
+            position += 1
+        return batches
 
     @property
     def _stages(self) -> int:

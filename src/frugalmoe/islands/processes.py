@@ -21,15 +21,14 @@ class Leader(Local):
 
     def __init__(self, local: Local, timed: bool) -> None:
         self.local, self._timed = local, timed
-        self.rows_per_step, self.tokens_per_row, self.not_finite = (
-            local.rows_per_step,
-            local.tokens_per_row,
-            local.not_finite,
-        )
+        self.tokens_per_row, self.not_finite = local.tokens_per_row, local.not_finite
 
     @property
     def step(self) -> int:
         return self.local.step
+
+    def rows_before(self, step: int) -> int:
+        return self.local.rows_before(step)
 
     def tensors(self) -> dict[str, np.ndarray]:
         _say("tensors")
@@ -50,9 +49,9 @@ class Leader(Local):
         _say("put", shapes, step, fresh_optimizer)
         self.local.put(*(_sent(arrays) for arrays in (params, routers)), step, fresh_optimizer)
 
-    def begin(self, numbers: Sequence[int]) -> None:
-        _say("begin", [int(number) for number in numbers])
-        self.local.begin(numbers)
+    def begin(self, numbers: Sequence[int], first: int) -> None:
+        _say("begin", [int(number) for number in numbers], first)
+        self.local.begin(numbers, first)
 
     def train(self, end: int, enough: Callable[[], bool]) -> Iterator[None]:
         _say("train", end)

@@ -27,9 +27,11 @@ class Local(Protocol):
     """A model that an island trains by itself, at a step of the schedule."""
 
     step: int
-    rows_per_step: int
     tokens_per_row: int
     not_finite: type[Exception]  # what `train` raises of a loss or a state that is not finite
+
+    def rows_before(self, step: int) -> int:
+        """The rows that an island reads in all steps of the schedule before one, if it makes them all."""
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The parameters, as `tensors.flatten` names them."""
@@ -40,8 +42,8 @@ class Local(Protocol):
     def put(self, params: Arrays, routers: Arrays, step: int, fresh_optimizer: bool = False) -> None:
         """Goes on from these parameters, which may be some of all, and from these states unless empty, at a step."""
 
-    def begin(self, numbers: Sequence[int]) -> None:
-        """The rows that the next steps read."""
+    def begin(self, numbers: Sequence[int], first: int) -> None:
+        """The rows that the steps from `first` on read."""
 
     def train(self, end: int, enough: Callable[[], bool]) -> Iterator[None]:
         """Makes steps up to `end`, or until there is enough, or somebody asks to stop."""
@@ -211,14 +213,18 @@ class Rounds:
 
     def _begin(self, round: int) -> None:
         first = self.begin_of(round)
-        self.plan = streams.read(self.leased, self.counters, (self._end_of(round) - first) * self.local.rows_per_step)
+        self.plan = streams.read(self.leased, self.counters, self._rows(first, self._end_of(round)))
         self._began, self.timing = self.clock(), Timing()
-        self.local.begin(self.plan)
+        self.local.begin(self.plan, first)
         if self.local.step != first:
             self.local.put({}, {}, first)
 
     def _end_of(self, round: int, steps: int | None = None) -> int:
         return min(self.begin_of(round) + (steps or self.section.round_steps), self.rules.steps)
+
+    def _rows(self, first: int, end: int) -> int:
+        """The rows of the steps from one of the schedule up to another."""
+        return self.local.rows_before(end) - self.local.rows_before(first)
 
     def _train(self, round: int, steps: int, until: Callable[[], bool] | None = None) -> Iterator[float]:
         """Trains up to so many steps of a round, or until its time is over; given `until`, only until that holds."""
@@ -242,8 +248,7 @@ class Rounds:
         spent = self.clock() - began - (self._handed_in.waited - waited)
         self.timing.trained += spent
         if spent > 0 and self.local.step > first:
-            tokens = (self.local.step - first) * self.local.rows_per_step * self.local.tokens_per_row
-            self.speed = tokens / spent
+            self.speed = self._rows(first, self.local.step) * self.local.tokens_per_row / spent
 
     def _recover(self, why: str) -> Iterator[float]:
         """Takes the outer state where this island's own is not finite."""
@@ -260,10 +265,10 @@ class Rounds:
 
     def _hand_in(self, round: int) -> Iterator[float]:
         """Saves the state and hands in what was found since the round began."""
-        steps = self.local.step - self.begin_of(round)
-        if steps <= 0:
+        first = self.begin_of(round)
+        if self.local.step <= first:
             return
-        numbers = tuple(self.plan[: steps * self.local.rows_per_step])
+        numbers = tuple(self.plan[: self._rows(first, self.local.step)])
         loads = tuple(map(tuple, self.local.loads()))
         found = Found(round, self.local.step, numbers, self.timing.trained, self.stopped, loads)
         try:

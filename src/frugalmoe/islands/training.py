@@ -14,8 +14,9 @@ import numpy as np
 import optax
 
 from frugalmoe import sharding
-from frugalmoe.data import Dataset
+from frugalmoe.data import Dataset, ramp
 from frugalmoe.errors import UserError
+from frugalmoe.fields import to_dict
 from frugalmoe.files import check_name, read_json, write_atomically, write_json
 from frugalmoe.islands import agreements, blobs, merges, processes, routers, tensors
 from frugalmoe.islands.directory import Rules
@@ -41,8 +42,6 @@ _PATIENCE = 10  # times lapse_seconds that a step may take while signs of life a
 def rules_of(config: Config) -> Rules:
     """Returns what all islands of a config do alike. Raises `UserError` for a merge rule that is none."""
     section, described = config.islands, tensors.describe(config.model)
-    if config.train.ramp_from:
-        raise UserError(f"train.ramp_from={config.train.ramp_from}: islands share batches of one size, so it must be 0")
     merge = merges.get(section.merge)
     merge.options_of(section.merge_options)
     if metric := config.checkpoint.keep_best:
@@ -175,6 +174,10 @@ class OfState(Local):
 
     not_finite = NotFinite
     run: Run
+    ramp: ramp.Ramp  # how this island's batches grow
+
+    def rows_before(self, step: int) -> int:
+        return self.ramp.before(step)
 
     @property
     def state(self) -> State:
@@ -206,7 +209,7 @@ class RunLocal(OfState):
 
     def __init__(self, run: Run, steps: Steps) -> None:
         self.run, self._steps = run, steps
-        self.rows_per_step, self.tokens_per_row = run.config.train.batch_size, run.config.data.sequence_length
+        self.ramp, self.tokens_per_row = ramp.of(to_dict(run.config.train)), run.config.data.sequence_length
         self._counted = run.counts_LE
 
     @property
@@ -220,10 +223,9 @@ class RunLocal(OfState):
     def go_on(self, state: State) -> None:
         self._steps.take([state], int(state.step))
 
-    def begin(self, numbers: Sequence[int]) -> None:
-        own, size = own_rows(self.run.mesh, self.run.config), self.rows_per_step
-        rows = np.asarray(numbers, np.int64).reshape(-1, size)[:, own]
-        self.run.batches = self.run.data.batches_of([row.tolist() for row in rows])
+    def begin(self, numbers: Sequence[int], first: int) -> None:
+        own, batches = own_rows(self.run.mesh, self.run.config), self.ramp.cut(first, [int(n) for n in numbers])
+        self.run.batches = self.run.data.batches_of([[rows[i] for i in own if i < len(rows)] for rows in batches])
         self._counted = self.run.counts_LE
 
     def train(self, end: int, enough: Callable[[], bool]) -> Iterator[None]:

@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from frugalmoe.data import ramp
 from frugalmoe.errors import UserError
+from frugalmoe.fields import to_dict
 from frugalmoe.islands import agreements
 from frugalmoe.islands.directory import Rules
 from frugalmoe.islands.island import Island
@@ -24,8 +26,8 @@ from frugalmoe.islands.store import Store, open_store
 from frugalmoe.islands.training import OfState, advice, rules_of
 from frugalmoe.schema import Config
 from frugalmoe.train import distributed
-from frugalmoe.train.placing import put_rows
-from frugalmoe.train.program import compiled_train_step
+from frugalmoe.train.placing import micro_batch, put_rows
+from frugalmoe.train.program import compiled_train_step, of_micro_batches
 from frugalmoe.train.run import Run
 from frugalmoe.train.step import State, init
 
@@ -117,8 +119,7 @@ class StateLocal(VirtualLocal, OfState):
         self, run: Run, config: Config, seconds: float, shown: Callable[[int, Any], None] = lambda step, report: None
     ) -> None:
         self.run, self.config, self.seconds, self._shown = run, config, seconds, shown
-        self.rows_per_step, self.tokens_per_row = config.train.batch_size, config.data.sequence_length
-        self._step = compiled_train_step(config)
+        self.ramp, self.tokens_per_row = ramp.of(to_dict(config.train)), config.data.sequence_length
         self._state = _copy(run.state) if run.start == 0 else init(run.config)
         self._saved = _copy(self.state)
 
@@ -133,19 +134,18 @@ class StateLocal(VirtualLocal, OfState):
     def go_on(self, state: State) -> None:
         self._state = state
 
-    def begin(self, numbers: Sequence[int]) -> None:
-        config, size = self.config, self.rows_per_step
-        rows = [list(numbers[i : i + size]) for i in range(0, len(numbers), size)]
-        self._batches = (self.run.data.rows(row) for row in rows)
-        self._shape = config.train.accumulate_steps, size // config.train.accumulate_steps
+    def begin(self, numbers: Sequence[int], first: int) -> None:
+        config = self.config
+        self._batches = (self.run.data.rows(rows) for rows in self.ramp.cut(first, numbers))
         self._counts_LE = np.zeros((len(self.run.trained_layers), config.model.moe.num_experts), np.int64)
 
     def train(self, end: int, enough: Callable[[], bool]) -> Iterator[None]:
         run = self.run
         while self.step < end and not enough() and not self.stopping:
             batch = next(self._batches)
-            cut = type(batch)(*(x.reshape(*self._shape, *x.shape[1:]) for x in batch))
-            self._state, report = self._step(self.state, put_rows(run.mesh, cut, "ABT", self.config), run.knobs)
+            cut = type(batch)(*(x.reshape(-1, micro_batch(self.config), *x.shape[1:]) for x in batch))
+            step = compiled_train_step(of_micro_batches(self.config, len(cut.tokens_BT)))
+            self._state, report = step(self.state, put_rows(run.mesh, cut, "ABT", self.config), run.knobs)
             report = jax.device_get(report)
             run.check(self.step, report)
             self._shown(self.step, report)
@@ -168,9 +168,10 @@ def _copy(state: State) -> State:
 
 
 def of_island(config: Config) -> Config:
-    """Returns the config of one virtual island: its share of the batch."""
-    size = config.train.batch_size // config.islands.virtual
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
+    """Returns the config of one virtual island: its share of each batch."""
+    train, count = config.train, config.islands.virtual
+    shares = {"batch_size": train.batch_size // count, "ramp_from": train.ramp_from // count}
+    return dataclasses.replace(config, train=dataclasses.replace(train, **shares))
 
 
 def check(config: Config) -> None:

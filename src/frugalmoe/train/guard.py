@@ -30,7 +30,7 @@ EMPTY = -1
 NEVER = -(2**30)
 # A deviation counts as at least this: in nats, and of the logarithm of the norm. What a model has learned by heart has
 # next to none.
-_LEAST_LOSS, _LEAST_GRADIENT = 0.02, 0.25
+LEAST_LOSS, LEAST_GRADIENT = 0.02, 0.25
 _MEAN_FASTER = 10  # than the variance: else the fall of a loss counts as its noise
 _MOST_LOSS = 1e6  # so that its square is finite
 _LEAST_NORM = 1e-30
@@ -121,8 +121,8 @@ def judge(
     log_norm = jnp.log(jnp.maximum(norm, _LEAST_NORM))
     watched = jnp.where(step < guard.watched_until, limits.watchful, jnp.float32(1))
     of_loss, of_gradient = watched * limits.loss_deviations, watched * limits.gradient_deviations
-    loss_limit = _limit(limits, of_loss, guard, guard.loss_mean, guard.loss_variance, _LEAST_LOSS)
-    log_limit = _limit(limits, of_gradient, guard, guard.gradient_mean, guard.gradient_variance, _LEAST_GRADIENT)
+    loss_limit = _limit(limits, of_loss, guard, guard.loss_mean, guard.loss_variance, LEAST_LOSS)
+    log_limit = _limit(limits, of_gradient, guard, guard.gradient_mean, guard.gradient_variance, LEAST_GRADIENT)
     is_finite, high = jnp.isfinite(loss) & jnp.isfinite(norm), (loss > loss_limit) | (log_norm > log_limit)
     in_phase = step < guard.lowered_until
     skipped = limits.skips & (~is_finite | (high & ~in_phase))

@@ -62,6 +62,14 @@ def _options() -> tuple:
     return _OVERLAP if platform() in GPUS and axis_size(*AXES) > 1 else ()
 
 
+def of_micro_batches(config: Config, count: int) -> Config:
+    """Returns the config of a step of so many micro-batches: in a ramp there are several, and each is a program."""
+    train = config.train
+    size = train.batch_size // train.accumulate_steps * count
+    of_step = {"batch_size": size, "accumulate_steps": count, "ramp_from": 0, "ramp_batches": 0}
+    return dataclasses.replace(config, train=dataclasses.replace(train, **of_step))
+
+
 def _stack(*leaves: Any) -> Any:
     return jnp.stack(leaves)
 
@@ -106,14 +114,9 @@ class Program:
         return self._train_step(batch.tokens_BT.shape[-3])(state, batch, self.knobs_again if again else self.knobs)
 
     def _train_step(self, micro_batches: int) -> Callable:
-        """The step of batches of so many micro-batches: in a ramp there are several, and each is a program."""
+        """The step of batches of so many micro-batches."""
         if micro_batches not in self._steps:
-            train = self.runs[0].config.train
-            size = train.batch_size // train.accumulate_steps * micro_batches
-            train = dataclasses.replace(
-                train, batch_size=size, accumulate_steps=micro_batches, ramp_from=0, ramp_batches=0
-            )
-            step = compiled_train_step(dataclasses.replace(self.runs[0].config, train=train), self.together)
+            step = compiled_train_step(of_micro_batches(self.runs[0].config, micro_batches), self.together)
             self._steps[micro_batches] = step, step._cache_size()
         return self._steps[micro_batches][0]
 
