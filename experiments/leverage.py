@@ -2,9 +2,9 @@
 
 Commands:  frugalmoe ablate experiments/leverage.py
            frugalmoe report runs/leverage --fit=leverage    (fits L(C, A, G), and the leverage over dense)
-Cost:      45 runs of 0.41 M tokens: some half an hour of a CPU core with no other work. Not trained whole: on 2026-11-30,
-           beside six others' work on two cores, three runs and a part of the fourth took 103 s of CPU time in ten
-           minutes of the clock, and the rest was to take 103 minutes.
+Cost:      45 runs of 0.41 M tokens: some half an hour of a CPU core with no other work. Not trained whole: beside other
+           work (2026-11-30) three runs and a part of the fourth took 103 s of CPU time in ten minutes of the clock, and
+           the rest was to take 103 minutes.
 
 All arms see as many tokens, to the end of one decay, and compute differs by width alone: points along a run, or of two
 widths at their own numbers of tokens, do not lie on one curve of compute. Ten runs of an earlier form of this study, in
