@@ -144,7 +144,7 @@ def test_a_fit_is_read_where_the_study_is(foretold):
         fit_study(foretold / "w1")
 
 
-LEVERAGE = Path(__file__).parent / "leverage_runs"  # ten runs of experiments/leverage.py, which is not trained whole
+LEVERAGE = Path(__file__).parent / "leverage_runs"  # ten runs of an earlier experiments/leverage.py
 
 
 def test_a_studys_runs_have_compute_activation_and_granularity():

@@ -110,25 +110,27 @@ def compiled_for_pods():
 
 @pytest.mark.parametrize("name, kind, axes, needed", list(compiled_for_pods()))
 def test_memory_is_what_compilers_of_accelerators_say(name, kind, axes, needed):
-    """Within 15% in each of the 21 programs of the Ling models, on 4 to 256 devices of four kinds."""
+    """Within 12% in each of the 18 programs of the Ling models, on 4 to 256 devices of four kinds."""
     c = load(f"configs/{name}", ["model.moe.exchange_room=2"])
     ours = formulas.memory(c, Layout(**axes), "gpu" if kind == "h100" else "tpu")
-    assert ours.total / 2**30 == pytest.approx(needed, rel=0.15)
+    assert ours.total / 2**30 == pytest.approx(needed, rel=0.12)
 
 
 def test_there_are_rows_of_pods():
-    assert len(list(compiled_for_pods())) == 21
+    assert len(list(compiled_for_pods())) == 18
 
 
 def test_what_a_layer_keeps_by_hand():
     """2 bytes of D = 4096, and 8 of each of 8 choices; queries 4096, keys and values 1024, added 4096, 256 logits."""
     model = load("configs/ling_2.py:flash").model
     moe = formulas.pattern.layers(model)[-1]
-    keeps = lambda remat: formulas.kept_of_layer(model, moe, Layout(remat=remat), 4096)
+    keeps = lambda remat, platform="gpu": formulas.kept_of_layer(model, moe, Layout(remat=remat), platform)
     assert keeps("full") == 2 * 4096 + 64
     # The shared expert of 1024 has gate and up, and adds 4096 once more.
     assert keeps("dots") == 2 * (4096 + 4096 + 1024 + 2048 + 2 * 4096) + 4 * 256 + 64
     assert keeps("none") > keeps("dots") > keeps("full")
+    # Each of 8 rows has gate and up of 1024, which a CPU computes again.
+    assert keeps("none") - keeps("none", "cpu") == 2 * 2 * 1024 * 8 and keeps("full") == keeps("full", "cpu")
 
 
 def test_traffic_by_hand():

@@ -21,6 +21,8 @@ from frugalmoe import sharding
 from frugalmoe.config.checks import check_devices
 from frugalmoe.data import Batch
 from frugalmoe.laws import xla_flags
+from frugalmoe.sharding.mesh import AXES
+from frugalmoe.sharding.parameters import Declaration, gather_array, parameter_spec
 from frugalmoe.train import checkpoint
 from frugalmoe.train.step import State, abstract, init, make_train_step
 
@@ -261,6 +263,23 @@ def test_eight_devices_equal_one(form):
 @pytest.mark.slow
 def test_a_state_is_the_same_on_every_layout_and_moves_between_them(tmp_path):
     assert on_eight_devices("moved", tmp_path) == {"12212": True, "21141": True, "11111": True}
+
+
+@pytest.mark.parametrize("platform, constrained", [("gpu", True), ("tpu", False)])
+def test_gpus_keep_parameters_as_they_are_stored(platform, constrained):
+    """What is gathered is row-major, so that XLA turns around one layer and not a copy of all. Before this a step of
+    Ling-mini on 4 H100 took 80.3 GiB, now 65.4 (docs/pods.md).
+    """
+    absent, sizes = jax.sharding.AbstractDevice("a device", 1, platform), tuple(2 * (a == "fsdp") or 1 for a in AXES)
+    mesh = jax.sharding.AbstractMesh(sizes, AXES, (jax.sharding.AxisType.Explicit,) * len(AXES), abstract_device=absent)
+    declared = Declaration("ED->F", "matrix")
+    loss = lambda a_EDF: gather_array(a_EDF, declared, jax.numpy.bfloat16).astype(jax.numpy.float32).sum()
+    with jax.sharding.use_abstract_mesh(mesh):
+        kept = jax.sharding.NamedSharding(mesh, parameter_spec(declared, 3, True))
+        text = str(jax.make_jaxpr(jax.grad(loss))(jax.ShapeDtypeStruct((4, 8, 6), np.float32, sharding=kept)))
+    before, gathered, _ = text.partition("all_gather[")
+    assert gathered and ("layout_constraint" in before) == constrained
+    assert not constrained or "major_to_minor=(0, 1, 2)" in before
 
 
 def test_nothing_sorts_by_jnp_argsort():

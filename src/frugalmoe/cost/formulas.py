@@ -231,7 +231,8 @@ def memory(config: Config, layout: Layout, platform: str) -> Memory:
     Where only that is spread, it has the float32 parameters too, and a device holds what it uses in the compute dtype.
 
     Activations: `kept_of_layer` for each token and layer; with a pipeline its first device keeps as many micro-batches
-    as it has stages, each of 1 / pipeline of the layers: as much as one device would of one micro-batch.
+    as it has stages, each of 1 / pipeline of the layers: as much as one device would of one micro-batch. In v pieces
+    it begins more before its first backward pass: 1 + (p - 1) / (p v) times as much (2205.05198, section 4.2.3).
 
     Vocabulary: where parameters are spread, a device gathers the D V numbers of embedding and head before their use and
     forms gradients as large, in the compute dtype, and that of the head in float32 while it is summed over chunks of
@@ -240,16 +241,17 @@ def memory(config: Config, layout: Layout, platform: str) -> Memory:
     A layer at work: weights whole along `fsdp` and their gradients, in the compute dtype; the rows that experts
     compute (`rows`), and what one layer would keep without remat.
 
-    XLA for GPUs has all of these at one time, and so has XLA for CPUs, with four copies more of gate and up of a dense
-    feed-forward, for their gradients and for what products take turned around. For TPUs it orders a program so that it
-    fits: vocabulary and layers are not at work together, nor are embedding and head, which leaves 3 b + 4 bytes. It
-    keeps there a copy of the experts that a device holds, in the compute dtype (docs/pods.md).
+    On accelerators the head and a layer are not at work at one time: the larger of the two counts. On TPUs the order is
+    such that embedding and head are not either, which leaves 3 b + 4 bytes, and XLA keeps there a copy of the experts
+    that a device holds, in the compute dtype (docs/pods.md). XLA for CPUs has all at one time, with four copies more of
+    gate and up of a dense feed-forward, for their gradients and for what products take turned around.
     """
     model, count, b = config.model, parameters(config.model), bytes_of_number(config.model)
     state = _state(model, config.optim)
     tokens = layout.sequences * config.data.sequence_length / layout.context
-    kept = lambda kind, layout: kept_of_layer(model, kind, layout, config.data.sequence_length)
+    kept = lambda kind, layout: kept_of_layer(model, kind, layout, platform)
     of_layers = sum(times * kept(kind, layout) for kind, times in _kinds(model).items())
+    of_layers *= 1 + (layout.virtual > 1) * (layout.pipeline - 1) / layout.pipeline / layout.virtual
     everything = [kept(kind, layout._replace(remat="none")) for kind in _kinds(model)]
     vocabulary = _vocabulary(config, layout, platform, tokens)
     whole = (count.layer - count.layer_experts) / layout.tensor + count.layer_experts / layout.expert / layout.tensor
@@ -259,7 +261,7 @@ def memory(config: Config, layout: Layout, platform: str) -> Memory:
     if platform == "cpu":
         layer += tokens * 4 * b * max(2 * _hidden(model, kind) for kind in _kinds(model)) / layout.tensor
     copies = b * count.experts / layout.stored if platform == "tpu" and b < FLOAT32 else 0.0
-    if platform == "tpu":
+    if platform != "cpu":
         vocabulary, layer = (vocabulary, 0.0) if vocabulary > layer else (0.0, layer)
     if layout.gathered_once:
         used = held(model, layout)
@@ -288,17 +290,19 @@ def _kinds(model: Model) -> Mapping[pattern.BlockKind, int]:
     return collections.Counter([*pattern.layers(model), *modules])
 
 
-def kept_of_layer(model: Model, kind: pattern.BlockKind, layout: Layout, length: int) -> float:
+def kept_of_layer(model: Model, kind: pattern.BlockKind, layout: Layout, platform: str) -> float:
     """Returns the bytes that a layer keeps of each of a device's tokens until its backward pass.
 
     full: the layer's input, b D, and the routing plan, an expert and a weight for each choice, 8 K.
     dots: also the results of products without a batch axis: queries, keys, values, what attention adds, gate and up
     of dense and shared feed-forwards and what they add, and the router's logits in float32. hidden: not gate and up.
-    none: all that derivatives ask for. Of the width D: two norms keep the float32 input, the normalized and the scaled
-    one, and the sum between them, 7 float32 arrays in all, and attention's and the experts' input in the compute
-    dtype. Queries before and after rotation and the output of attention, H d each; keys and values; the log-sum-exp
-    of each head; scores and probabilities of the router; of each choice places in three orders; gate and up. The
-    products of routed experts are computed anew (executors `blocks`) or counted in `rows`.
+    none: all that derivatives ask for. Of the width D: attention's and the experts' input, and what two norms keep: of
+    16 bits their inputs alone, the rest is computed again (`model.layers`); of float32 also the normalized and the
+    scaled one, and the sum between them, 7 arrays in all. Queries before and after rotation and the output of
+    attention, H d each; keys and values; the log-sum-exp of each head; scores and probabilities of the router; of each
+    choice places in three orders; gate and up. Of routed experts accelerators keep the products of gate and up, 2 F of
+    each row that a device has room for (`experts.grouped`); CPUs compute them again (executors `blocks`). Other
+    codebases (`Layout.gathered_once`) keep what each product reads, a row's D and its activation F, too.
     """
     b, plan = bytes_of_number(model), 8 * model.moe.num_experts_per_token * (kind.feed_forward == "moe")
     if layout.remat == "full":
@@ -309,7 +313,11 @@ def kept_of_layer(model: Model, kind: pattern.BlockKind, layout: Layout, length:
     if layout.remat in ("dots", "hidden"):
         adds = model.dim * (1 + (hidden > 0))
         return b * (model.dim + queries + keys + hidden * (layout.remat == "dots") + adds) + scores + plan
-    own = 7 * FLOAT32 * model.dim + 2 * b * model.dim + b * (3 * queries + keys + 1.5 * hidden)
+    norms = 2 * b if b < FLOAT32 else 7 * FLOAT32
+    own = (norms + 2 * b) * model.dim + b * (3 * queries + keys + 1.5 * hidden)
+    if kind.feed_forward == "moe" and platform != "cpu":
+        of_row = (2 + layout.gathered_once) * model.moe.expert_dim / layout.tensor + layout.gathered_once * model.dim
+        own += b * of_row * _rows_of_token(model, layout)
     return own + FLOAT32 * model.num_heads / layout.tensor + 2 * scores + 3 * plan
 
 
@@ -346,10 +354,13 @@ def _vocabulary(config: Config, layout: Layout, platform: str, tokens: float) ->
 def rows(config: Config, layout: Layout, platform: str, tokens: float) -> float:
     """Returns the bytes of rows that a MoE layer has at one time.
 
-    On accelerators the kernels take R = K N rows (with an expert axis as many as `exchange_room` says, or all that
-    may come: M times as many): their inputs and outputs of width D in the compute dtype, outputs and their gradient in
-    float32, gate and up and their gradient in float32, and what goes into `down`. On CPUs a block of rows at a time is
-    computed, and only sums over tokens exist: input and output and their gradients, float32.
+    On accelerators the kernels take R = K N rows (with an expert axis as many as `exchange_room` says, or all that may
+    come: M times as many). Most exist where the backward pass (`experts.grouped`) has formed the gradient of gate and
+    up: of width D the gathered tokens and the gradient of the output, of F that of gate and up, that of the activation
+    and the weighted activation, 4 in all (gate and up count as kept); in the compute dtype, float32 only inside
+    kernels. Where rows are exchanged, a device also has the tokens of all M devices (gathered), or the K N rows that it
+    sends, their results and the gradients of these: 3 of width D. On CPUs a block of rows at a time is computed, and
+    only sums over tokens exist: input and output and their gradients, float32.
     """
     model, b = config.model, bytes_of_number(config.model)
     moe = model.moe
@@ -357,10 +368,16 @@ def rows(config: Config, layout: Layout, platform: str, tokens: float) -> float:
         return 0.0
     if platform == "cpu":
         return 4 * FLOAT32 * model.dim * tokens
+    count = tokens * _rows_of_token(model, layout)
+    sent = 3 * tokens * min(layout.expert, moe.num_experts_per_token) if layout.expert > 1 else 0.0
+    return b * (count * (2 * model.dim + 4 * moe.expert_dim / layout.tensor) + sent * model.dim)
+
+
+def _rows_of_token(model: Model, layout: Layout) -> float:
+    """Rows that a device has room for, for each of its tokens."""
+    moe = model.moe
     room = moe.exchange_room or min(layout.expert, moe.num_experts / moe.num_experts_per_token)
-    count = moe.num_experts_per_token * tokens * (max(room, 1.0) if layout.expert > 1 else 1.0)
-    hidden = moe.expert_dim / layout.tensor
-    return count * (2 * b * model.dim + 2 * FLOAT32 * model.dim + 2 * FLOAT32 * 2 * hidden + 2 * b * hidden)
+    return moe.num_experts_per_token * (max(room, 1.0) if layout.expert > 1 else 1.0)
 
 
 # Traffic.

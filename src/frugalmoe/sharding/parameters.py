@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from frugalmoe.errors import UserError
 from frugalmoe.sharding.letters import LETTERS, STORED, spec
-from frugalmoe.sharding.mesh import AXES, TOKEN_AXES, axis_size, platform
+from frugalmoe.sharding.mesh import AXES, GPUS, TOKEN_AXES, axis_size, platform
 
 GATHERED = "gathered"  # name of gathered parameters: a backward pass gathers them again
 
@@ -198,7 +199,12 @@ def gather_array(a: Array, declared: Declaration, dtype: Any) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gathered(kept: P, used: P, a: Array) -> Array:
+    on_gpu = platform() in GPUS
+
     def gather(a: Array) -> Array:
+        # XLA for GPUs wants the dimension that it gathers to come first. Left to itself it turns the parameters of all
+        # layers at once, and keeps that copy, in float32, beside them through a step; so it turns one layer at a time.
+        a = with_layout_constraint(a, Layout(tuple(range(a.ndim)))) if on_gpu else a
         for dim, axes in _spread(kept, used):
             a = jax.lax.all_gather(a, axes, axis=dim, tiled=True)
         return a
