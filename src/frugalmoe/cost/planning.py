@@ -423,6 +423,8 @@ def _infeasible(ask: Ask, every: Sequence[Plan]) -> str:
     if not in_time:
         days = fastest.hours / 24
         rule = f"the fastest plan, {fastest.name}, takes {days:.3g} days; nearest feasible: --deadline={_up(days):g}"
+        if ask.budget is not None and fastest.price is not None and fastest.price > ask.budget:
+            rule += f" with --budget={_up(fastest.price):.0f}"
         return f"--deadline={ask.deadline / 24:g}: binds: no plan is so fast: {rule}"
     if cheapest.price is None:
         return f"--budget={ask.budget:g}: no price is known of {cheapest.name}; give it by --prices"
