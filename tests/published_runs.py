@@ -341,8 +341,8 @@ layers.
 What the misses say: gpt-oss in bf16, on B200 to GB300 and H100 of release 26.04, is 47% to 92% too fast, in MXFP8 of
 26.08 4% to 19%: its experts have biases and limits, whose cost in the older release no formula here knows. The other
 models on GB200 and GB300 are within 13% in 26.04, but for one dense row, and 14% to 32% too slow in 26.08: constants
-are of the software of early 2026. Where no layout is published the search knows pipelines of powers of two only, which
-does not suit 2,016 devices."""
+are of the software of early 2026. Where no layout is published it is the fastest that fits, which says what devices
+could do rather than what was run."""
 
 
 def text() -> str:

@@ -168,6 +168,24 @@ def test_who_ends_for_good_ends_the_others(tmp_path, begin, code, least, over):
     assert came == code if over else places([both[1]]) == [(0, 1)]
 
 
+def test_of_bad_input_nothing_stays(tmp_path, begin):
+    """Nor is anything deleted that is not the supervisors' own."""
+    workdir = tmp_path / "run"
+    both = meet(begin, workdir, 2, numbers=range(2))
+    places(both)
+    both[0].life.ends(2)
+    assert (workdir / "supervisors" / "process-0.json").is_file(), "the other one is to read it"
+    both[1].life.ends(2)
+    assert not workdir.exists()
+    workdir.mkdir()
+    (workdir / "notes.txt").touch()
+    begin(workdir, 0, 2).life.ends(2)
+    assert [path.name for path in workdir.iterdir()] == ["notes.txt"]
+    (workdir / "config.json").touch()
+    begin(workdir, 0, 2).life.ends(2)
+    assert (workdir / "supervisors" / "process-0.json").is_file()
+
+
 def test_what_ended_before_one_began_does_not_end_it(tmp_path, begin):
     old = [begin(tmp_path, i, 2).meets() for i in range(2)]
     places(old)

@@ -131,6 +131,14 @@ def test_the_nearest_feasible_value_is_feasible(flags, capsys):
     assert refused(capsys, *MINI, devices, f"{flag}={float(value) * 0.9}", *rest)
 
 
+def test_a_deadline_that_costs_more_than_the_budget_says_both(capsys):
+    devices = "--devices=h800:64"
+    said = refused(capsys, *MINI, devices, "--deadline=1", "--budget=10")
+    flags = re.findall(r"--\w+=[\d.e+]+", said.partition("nearest feasible: ")[2])
+    assert [flag.partition("=")[0] for flag in flags] == ["--deadline", "--budget"]
+    assert found(capsys, *MINI, devices, *flags)["price"] > 10
+
+
 def test_speeds_of_islands_add_up_but_for_meeting(ask):
     parts = [planning.part(ask, offer(name, 256, price), 256) for name, price in (("h800", 2.0), ("h20", 0.8))]
     alone = [planning.plan(ask, [part]) for part in parts]
@@ -206,8 +214,9 @@ def test_what_people_read_and_the_picture(tmp_path, capsys):
         (("--budget=much",), "must be a positive number"),
         (("--batch=1.5",), "must be a whole number"),
         (("--currency=DM",), "unknown currency"),
-        (("--prices=h800:free",), "must be a positive number"),
-        (("--prices=x:1",), "unknown device"),
+        (("--prices=h800:free",), "--prices=h800:free: must be a positive number"),
+        (("--prices=x:1",), "--prices=x: unknown device"),
+        (("--prices=h800",), "--prices=h800: must be NAME:PRICE"),
         (("--catalogue=none.toml",), "No such file"),
         (("--hf=config.json",), "--config or --hf: give one of them"),
         (("--picture=cost.gif", "--devices=h800:8"), "must end in .png"),

@@ -193,7 +193,8 @@ def _number(flag: str, text: str | None, most: float) -> float | None:
     except ValueError:
         value = math.nan
     if not 0 < value <= most:
-        raise UserError(f"{flag}={text}: must be a positive number, up to {most:g}")
+        end = "" if flag.endswith(":") else "="
+        raise UserError(f"{flag}{end}{text}: must be a positive number, up to {most:g}")
     return value
 
 
@@ -254,10 +255,12 @@ def _named(text: str | None) -> dict[str, int | None]:
 
 def _prices(args: argparse.Namespace, catalogue) -> dict[str, float]:
     found = {}
-    for part in (args.prices or "").split(",") if args.prices is not None else []:
-        name, _, price = part.strip().partition(":")
-        catalogue.get(name)
-        found[name] = 0.0 if price == "0" else _number(f"--prices={name}", price, 1000)
+    for part in args.prices.split(",") if args.prices is not None else []:
+        name, colon, price = part.strip().partition(":")
+        if not (name and colon):
+            raise UserError(f"--prices={args.prices}: must be NAME:PRICE,NAME:PRICE")
+        catalogue.get(name, "--prices")
+        found[name] = 0.0 if price == "0" else _number(f"--prices={name}:", price, 1000)
     return found
 
 

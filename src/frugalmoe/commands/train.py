@@ -80,7 +80,7 @@ def _add_supervision(parser: argparse.ArgumentParser) -> None:
         dest="min_processes",
         type=int,
         metavar="N",
-        help="of those that --num-processes counts: as many that are there go on without the others (default: all)",
+        help="go on without those of --num-processes that are gone, in at least so many (default: wait for all)",
     )
     watched.add_argument(
         "--supervise.wait",

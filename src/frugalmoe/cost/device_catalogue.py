@@ -98,9 +98,10 @@ class Catalogue(NamedTuple):
     entries: Mapping[str, Entry]
     currencies: Mapping[str, float]  # units for one US dollar
 
-    def get(self, name: str) -> Entry:
+    def get(self, name: str, flag: str = "--devices") -> Entry:
+        """`flag`: what the user wrote the name in."""
         if name not in self.entries:
-            raise UserError(f"--devices={name}: unknown device; {did_you_mean(name, self.entries)}")
+            raise UserError(f"{flag}={name}: unknown device; {did_you_mean(name, self.entries)}")
         return self.entries[name]
 
     def convert(self, amount: float, currency: str, wanted: str) -> float:

@@ -158,14 +158,15 @@ def _valid(model, mesh: Mesh, shards: int, length: int) -> bool:
 def with_pipelines(config: Config, devices: int, node: int) -> Iterator[Layout]:
     """Yields layouts of codebases that have pipelines, as Megatron-Core's, to compare their runs with: not ours.
 
-    The optimizer's state alone is spread over the devices that split a batch; a pipeline has up to 16 stages, each in
-    up to 8 pieces; a token's rows go once to each node.
+    The optimizer's state alone is spread over the devices that split a batch; a pipeline has up to 16 stages, of any
+    number that divides the devices, each in up to 8 pieces; a token's rows go once to each node.
     """
     model, batch = config.model, config.train.batch_size
     few = lambda most: [1 << i for i in range(4) if 1 << i <= most]
-    for pipeline, tensor in itertools.product((1, 2, 4, 8, 16), few(min(8, node, model.num_kv_heads))):
+    stages = [p for p in range(1, min(16, model.num_layers) + 1) if devices % p == 0]
+    for pipeline, tensor in itertools.product(stages, few(min(8, node, model.num_kv_heads))):
         rest, left = divmod(devices, pipeline * tensor)
-        if left or pipeline > model.num_layers or rest > batch:
+        if left or rest > batch:
             continue
         most = math.gcd(rest, model.moe.num_experts) if formulas.pattern.has_experts(model) else 1
         for expert in (1 << i for i in range(most.bit_length()) if most % (1 << i) == 0):
@@ -423,6 +424,8 @@ def _infeasible(ask: Ask, every: Sequence[Plan]) -> str:
     if not in_time:
         days = fastest.hours / 24
         rule = f"the fastest plan, {fastest.name}, takes {days:.3g} days; nearest feasible: --deadline={_up(days):g}"
+        if ask.budget is not None and fastest.price is not None and fastest.price > ask.budget:
+            rule += f" with --budget={_up(fastest.price):.0f}"
         return f"--deadline={ask.deadline / 24:g}: binds: no plan is so fast: {rule}"
     if cheapest.price is None:
         return f"--budget={ask.budget:g}: no price is known of {cheapest.name}; give it by --prices"

@@ -167,8 +167,20 @@ class Gathering:
         self._be(fits=sorted(n for n in set(fits) if 0 < n <= self.of)[:8192])
 
     def ends(self, code: int) -> None:
-        """Tells the others that this supervisor ends, and with which exit code."""
+        """Tells the others that this supervisor ends, and with which exit code. Where that is for bad input, and there
+        is no run, the last one that ends takes away what they have written.
+        """
         self._be(state=_ENDED, code=max(code, 0))
+        self._over.set()
+        workdir, others = self._folder.parent, [_record(self._path(number)) for number in range(self.of)]
+        if code != EXIT_USER_ERROR or (workdir / "config.json").exists():
+            return
+        if all(record is None or record.state == _ENDED for record in others):
+            with self._writing, contextlib.suppress(OSError):  # what is not ours stays
+                for path in (*self._folder.glob("process-*.json"), *self._folder.glob("start-*.json")):
+                    path.unlink(missing_ok=True)
+                self._folder.rmdir()
+                workdir.rmdir()
 
     # ------------------------------------------------------------ its own record
 
