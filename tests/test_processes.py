@@ -164,24 +164,40 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(place, stopped):
     figures("F3 SIGTERM to one of two processes", 1, 1, 0)
 
 
-@pytest.mark.parametrize("processes, devices", [(1, 8), (4, 2)])
-def test_killed_it_goes_on_in_any_number_of_processes(place, undisturbed, killed, processes, devices):
-    """From the last whole checkpoint, with the same batches, to the same losses: nothing is lost or done twice."""
-    name = f"continued{processes}"
+@pytest.mark.parametrize("layouts", [[(1, 8)], [(4, 2), (2, 4)], [(4, 2), (1, 8)]], ids=str)
+def test_killed_it_goes_on_in_any_number_of_processes(place, undisturbed, killed, layouts):
+    """From the last whole checkpoint, with the same batches, to the same losses: nothing is lost or done twice. All but
+    the last of these layouts, (processes, devices of each), are killed in all processes at once.
+    """
+    name, lost = "continued" + "".join(f"_{processes}" for processes, _ in layouts), []
     shutil.copytree(place[0] / "run", place[0] / name)
-    step = max(saved(place[0] / name))
     (place[0] / name / "checkpoints" / "99").mkdir()
+    step = max(saved(place[0] / "run"))
+    for processes, devices in layouts[:-1]:
+        lost.append(max(logged(place[0] / name)) - step)
+        started = start(place, name, processes, devices)
+        wait_for_step(place, name, STEPS - 2)
+        for process in started:
+            process.kill()
+        assert end(started) == [-signal.SIGKILL] * processes
+        assert (place[0] / name / "checkpoints" / "99.damaged").is_dir()
+        step = max(
+            step for step in saved(place[0] / name) if not checksums.faults(place[0] / name / f"checkpoints/{step}")
+        )
+    lost.append(max(logged(place[0] / name)) - step)
+    (processes, devices), first = layouts[-1], len(layouts) == 1
     codes = end(start(place, name, processes, devices))
     assert codes == [0] * processes, said(place, name, processes - 1, "err")
-    assert "checkpoints/99: a damaged checkpoint (params, step: missing)" in said(place, name, 0)
+    assert ("checkpoints/99: a damaged checkpoint (params, step: missing)" in said(place, name, 0)) == first
     assert (place[0] / name / "checkpoints" / "99.damaged").is_dir()
     assert f"resuming at step {step} of {STEPS}" in said(place, name, 0) and SAVE_EVERY <= step < STEPS
     assert "nats per token" in said(place, name, 0)
     assert all("nats per token" not in said(place, name, i) for i in range(1, processes))
     assert_same_run(place[0] / name, undisturbed)
-    lost = max(logged(place[0] / "run")) - step
-    figures(f"F19 two processes with 4 devices, then {processes} with {devices}", 1, 1, lost)
-    assert len(list((place[0] / name / "tensorboard").iterdir())) == 3, "one process writes, at each of three starts"
+    spoken = ", then ".join(f"{processes} with {devices}" for processes, devices in layouts)
+    figures(f"F19 two processes with 4 devices, then {spoken}", len(layouts), len(layouts), max(lost))
+    starts = 2 + len(layouts)
+    assert len(list((place[0] / name / "tensorboard").iterdir())) == starts, "one process writes, at each start"
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:

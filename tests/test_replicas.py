@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from runs import config_file, rows, without_times, write_text
+from runs import config_file, figures, rows, without_times, write_text
 from test_processes import by_flags, free_port
 
 from frugalmoe import cli, sharding
@@ -213,6 +213,7 @@ def test_a_bit_that_flips_in_one_replica_is_found_and_the_supervisor_starts_agai
     assert found["what"].startswith("replicas of params differ after step 6: process 0 device 5 (unlike most)")
     assert f"ended with {EXIT_HARDWARE}" in again["what"]
     assert without_times(rows(workdir)) == without_times(rows(clean)), "from step 4 on it was made anew"
+    figures("F14 a bit that flips in one of eight replicas, supervised", 1, 1, found["step"] - 4)
 
 
 @pytest.mark.slow
@@ -222,6 +223,7 @@ def test_a_gradient_that_one_replica_scales_is_found(root):
     (found,) = rows(root / "scaled", "events.jsonl")
     assert "replicas of params differ after step 6: process 0 device 2 (unlike most)" in found["what"]
     assert saved.saved_steps(root / "scaled") == [4]
+    figures("F14 a gradient that one of eight replicas scales", 1, 1, found["step"] - 4)
 
 
 @pytest.mark.slow
@@ -233,6 +235,7 @@ def test_a_step_that_does_not_repeat_is_found_where_all_replicas_are_alike(root)
     assert saved.saved_steps(root / "replayed") == [4]
     said = ended.stderr.splitlines()[-1]
     assert "step 5, made twice, gave other results (loss/total" in said and "on all devices" in said
+    figures("F14 a step that does not repeat, alike on eight devices", 1, 1, WHEN - 4)
 
 
 @pytest.mark.slow
@@ -251,3 +254,4 @@ def test_of_two_processes_the_one_is_named_and_both_end(root):
     (found,) = rows(root / "two", "events.jsonl")
     assert found["kind"] == "hardware" and "params differ after step 8: process 1 device" in found["what"]
     assert found["what"].count("device") == 1 and saved.saved_steps(root / "two") == [4]
+    figures("F14 a bit that flips in one of two processes", 1, 1, found["step"] - 4)

@@ -33,6 +33,8 @@ def test_what_is_read_is_accepted_or_refused_in_one_line(parser, place, tmp_path
     assert any(said) or parser.name == "checksums of a checkpoint"  # whose faults are returned
     if parser.name in ("overrides of a config", "a config file"):
         figures("F23 fuzzed: overrides and files of configs", len(said), len(said))
+    else:
+        figures("F22 fuzzed: all other parsers of outside bytes", len(said), len(said))
 
 
 def _write_outside(folder: Path, changed: list) -> None:

@@ -7,7 +7,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import pytest
-from runs import tiny, write_text
+from runs import config_file, figures, run, tiny, write_text
 
 from frugalmoe import sharding
 from frugalmoe.config.checks import check_devices
@@ -103,6 +103,23 @@ def test_the_same_environment_is_not_spoken_of(good, config, tmp_path, content):
     assert resumed(config, tmp_path / "run") == []
 
 
+@pytest.mark.slow
+def test_the_command_says_what_changed_and_refuses_another_type_of_numbers(place, tmp_path):
+    """Real commands: other flags of XLA are told, another dtype of the arithmetic is refused unless it is forced."""
+    config = config_file(tmp_path, place / "text", place / "cache", FIELDS)
+    flags = os.environ.get("XLA_FLAGS", "")
+    begin = ("train", f"--config={config}", f"--workdir={tmp_path / 'run'}")
+    assert run(*begin).returncode == 0
+    more = (*begin, "--resume=force", "--config.train.steps=3")
+    told = run(*more, XLA_FLAGS=f"{flags} --xla_cpu_enable_fast_math=true", JAX_ENABLE_CHECKS="1")
+    assert told.returncode == 0, told.stderr
+    (line,) = (line for line in told.stdout.splitlines() if "another environment" in line)
+    assert "xla_flags" in line
+    refused = run(*begin, "--config.train.steps=3", "--config.model.compute_dtype=bfloat16")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "model.compute_dtype" in refused.stderr
+    figures("F20 other flags, and another dtype of the arithmetic, at resume", 2, 2)
+
+
 @pytest.mark.parametrize("item", ["params", "opt_state"])
 def test_a_checkpoint_in_another_dtype_is_refused(config, tmp_path, item):
     """Orbax reads bfloat16 into float32, and float32 into bfloat16, without a word."""
@@ -115,3 +132,4 @@ def test_a_checkpoint_in_another_dtype_is_refused(config, tmp_path, item):
             manager.wait_until_finished()
             with pytest.raises(UserError, match=rf"{item}\[.* has dtype bfloat16 there and float32 in this config"):
                 checkpoint.restore(manager, 1, abstract(settings))
+    figures("F20 a checkpoint in another dtype", 1, 1)
