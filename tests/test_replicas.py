@@ -127,8 +127,8 @@ def fault(kind: str, place: int, when: int = WHEN):
             self.state = spoiled(self.state, place) if now and kind == "after" else self.state
         return report
 
-    def make_gradient(config):
-        gradient = made_gradient(config)
+    def make_gradient(*of_step):
+        gradient = made_gradient(*of_step)
 
         def scaled(params, router_state, batch, number, knobs):
             grads, *rest = gradient(params, router_state, batch, number, knobs)

@@ -15,6 +15,7 @@ from frugalmoe import sharding
 from frugalmoe.config import default, override, resolve
 from frugalmoe.data import Batch
 from frugalmoe.errors import UserError
+from frugalmoe.model import pattern
 from frugalmoe.routing import strategies
 from frugalmoe.schema import MoE
 from frugalmoe.train import objective
@@ -183,19 +184,22 @@ def test_accumulation_needs_no_second_copy_of_the_gradients():
     assert temporaries / sum(4 * leaf.size for leaf in jax.tree.leaves(state.params)) < 0.8
 
 
-def test_a_step_on_one_cpu_sums_no_gradients_of_experts_over_devices():
+def test_a_step_on_one_cpu_moves_no_layer_of_experts_and_sums_no_gradients_of_them_over_devices():
+    """Weights are read where those of all layers are, and gradients written there: of one layer no array is made."""
     config, mesh = config_of({"model.num_layers": 3, "model.moe.num_experts": 5, "model.moe.expert_dim": 24}), mesh_of()
     with jax.set_mesh(mesh):
         on_mesh = put_batch(mesh, Batch(*(a[None] for a in batch(0, B=2))), "ABT")
         program = compiled_train_step(config).lower(abstract(config), on_mesh, knobs(config)).compile().as_text()
     dim = config.model.dim
     of_layer = (f"[5,{dim},2,24]", f"[5,{dim},48]", f"[5,24,{dim}]")
-    of_experts = (*of_layer, *(dims.replace("[", "[3,") for dims in of_layer))
+    layers = len(pattern.moe_layers(config.model))
+    of_all_layers = [dims.replace("[", f"[{layers},") for dims in of_layer]
     lines = [line.split("metadata=")[0] for line in program.splitlines()]
-    assert any(dims in line for dims in of_experts for line in lines)
+    assert any(dims in line for dims in of_all_layers for line in lines)
+    assert not [line for line in lines for dims in of_layer if dims in line]
     summing = [line for line in lines if " all-reduce(" in line]
     assert summing
-    assert not [line for line in summing for dims in of_experts if dims in line]
+    assert not [line for line in summing for dims in of_all_layers if dims in line]
 
 
 @pytest.mark.slow

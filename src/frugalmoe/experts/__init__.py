@@ -5,20 +5,23 @@
 
 from frugalmoe.experts import executors
 from frugalmoe.experts.activations import ACTIVATIONS
-from frugalmoe.experts.contract import Biases, refusal
+from frugalmoe.experts.contract import Biases, Stack, refusal
 from frugalmoe.experts.exchange import execute, execute_slots
 from frugalmoe.experts.executors import pick
 from frugalmoe.experts.executors.capacity import ORDERS
-from frugalmoe.experts.here import execute_here
+from frugalmoe.experts.here import execute_here, execute_in_stack, takes_stacks
 
 __all__ = [
     "ACTIVATIONS",
     "ORDERS",
     "Biases",
+    "Stack",
     "execute",
     "execute_here",
+    "execute_in_stack",
     "execute_slots",
     "executors",
     "pick",
     "refusal",
+    "takes_stacks",
 ]

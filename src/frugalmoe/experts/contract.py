@@ -33,6 +33,24 @@ class Biases(NamedTuple):
     down_ED: Array
 
 
+class Stack(NamedTuple):
+    """The weights of a layer's experts among those of all layers, which nobody has to copy a layer out of.
+
+    The gradient, too, is never a layer's own. `sums` are the weights again, as a value that every layer hands on as it
+    is: what comes back to a layer as its gradient is that of all layers behind it, and the layer puts its own there, in
+    place. The weights that are read have no gradient.
+    """
+
+    gate_up_LED2F: Array
+    down_LEFD: Array
+    sums: tuple[Array, Array]
+    layer: Array  # int32 []: no other layer of the same sums has it
+
+    def of_layer(self) -> tuple[Array, Array]:
+        """The layer's own weights, a copy, without gradients."""
+        return self.gate_up_LED2F[self.layer], self.down_LEFD[self.layer]
+
+
 class Call(NamedTuple):
     """What an executor may look at beside plan, rows and weights; all but the biases is static."""
 
@@ -48,6 +66,7 @@ class Call(NamedTuple):
 
 
 Run = Callable[[Plan, Array, Array, Array, Call], tuple[Array, Array]]
+RunInStack = Callable[[Plan, Array, Stack, Call], tuple[Array, Array, tuple[Array, Array]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +93,7 @@ class Executor:
     default_on: tuple[str, ...] = ()  # platforms where `auto` and `grouped` mean it; "*": where they mean no other
     casts: bool = False  # whether it takes float32 weights with rows of x's dtype; else they come in that
     keeps_room: bool = True  # whether it keeps to `Call.room`
+    in_stack: RunInStack | None = None  # the same, and `Stack.sums`, of weights of all layers; float32 whatever x is
     every_form: bool = False  # whether it adds `Call.biases` and computes every `Call.activation`; else it gets none
     drops: Drops | None = None  # None: it computes every row
     interpreted: Run | None = None  # the same on any platform, slowly, for tests; needed where `platforms` are named
@@ -89,4 +109,4 @@ def refusal(executor: Executor, config: MoE) -> str | None:
     return f"computes SwiGLU without biases alone (its EXECUTOR declares no every_form), not {', '.join(fields)}"
 
 
-__all__ = ["Biases", "Call", "Drops", "Executor", "Run", "refusal", "swiglu"]
+__all__ = ["Biases", "Call", "Drops", "Executor", "Run", "RunInStack", "Stack", "refusal", "swiglu"]

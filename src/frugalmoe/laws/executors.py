@@ -17,7 +17,7 @@ from jax import Array
 
 from frugalmoe.experts import executors
 from frugalmoe.experts.activations import ACTIVATIONS
-from frugalmoe.experts.contract import Biases, Call, Executor, Run
+from frugalmoe.experts.contract import Biases, Call, Executor, Run, Stack
 from frugalmoe.routing.contract import ExpertPlan, Plan, TokenPlan, combine_matrix
 from frugalmoe.schema import MoE
 from frugalmoe.sharding import platform
@@ -197,6 +197,30 @@ def biases(num_experts: int) -> Biases:
     """As long as what they are added to; some gates and ups lie beyond every bound."""
     keys = jax.random.split(jax.random.key(2), 2)
     return Biases(5 * jax.random.normal(keys[0], (num_experts, 2, F)), jax.random.normal(keys[1], (num_experts, D)))
+
+
+def law_stack(executor: Executor) -> None:
+    """Two layers one after the other, whose weights are among those of all layers, equal the oracle's in output and in
+    every gradient; that of other layers is zero. `in_stack` may deny it.
+    """
+    if executor.in_stack is None:
+        return
+    num_experts, plan = plans()["uneven, two experts empty"]
+    x_ND, *of_layer = weights(num_experts)
+    stacks = [jnp.stack([w * scale for scale in jnp.linspace(-1.0, 1.0, num_experts)]) for w in of_layer]
+    call = _call(executor, num_experts)
+
+    def run(plan: Plan, x_ND: Array, *stacks: Array) -> Array:
+        fixed, sums = jax.lax.stop_gradient(stacks), stacks
+        for layer in (6, 0):
+            x_ND, dropped, sums = executor.in_stack(plan, x_ND, Stack(*fixed, sums, jnp.int32(layer)), call)
+            x_ND = jnp.where(dropped == 0, x_ND, jnp.nan)
+        return x_ND
+
+    def expected(plan: Plan, x_ND: Array, *stacks: Array) -> Array:
+        return run_dense(plan, run_dense(plan, x_ND, *(w[6] for w in stacks)), *(w[0] for w in stacks))
+
+    assert_close(*(value_and_gradients(f, plan, x_ND, *stacks) for f in (run, expected)), 1e-5)
 
 
 def law_room(executor: Executor) -> None:

@@ -5,7 +5,7 @@ Letters: B batch, T time, N tokens (B*T), D model, F expert hidden, E experts.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,17 @@ from frugalmoe.model.layers import FeedForward, normal
 from frugalmoe.routing import strategies
 from frugalmoe.routing.contract import Carry, Inputs, Loss, Plan, Routing, TokenPlan, selection_matrix, token_major
 from frugalmoe.schema import FrozenDict, Model, MoE
-from frugalmoe.sharding import AXES, BATCH_AXES, axis_size, local, own_tokens, parameter, spec, whole_sequences
+from frugalmoe.sharding import (
+    AXES,
+    BATCH_AXES,
+    EXPERTS_ALONE,
+    axis_size,
+    local,
+    own_tokens,
+    parameter,
+    spec,
+    whole_sequences,
+)
 
 
 class RouterState(nnx.Variable):
@@ -36,10 +46,12 @@ class Context(NamedTuple):
     step: Array
     train: bool = False
     accumulates: bool = False  # a gradient is added in place to that of other micro-batches
+    together: bool = False  # under a `jax.vmap` over runs
     trace: bool = False  # also return which expert got which token, and the plan
     # A pytree, for evaluation: (plan, inputs, num_experts, whether the router adds) -> the plan to execute instead.
     intervention: Callable[[Plan, Inputs, int, bool], Plan] | None = None
     shared_router: Mapping[str, Array] = FrozenDict()  # the router's parameters that all layers share
+    stack: tuple[Array, Array] | None = None  # gate and up, down of the experts of all layers; None: each has its own
 
     def inputs(self, x_BTD: Array, layer: Array, carry: Carry) -> Inputs:
         """What a layer's router may look at: the arrays of it; what is no array is added on the device."""
@@ -56,6 +68,13 @@ class Routed(NamedTuple):
     plan: TokenPlan | None  # token-major [B, T, K], with `trace`
 
 
+class Through(NamedTuple):
+    """What goes from MoE layer to MoE layer where `Context.stack` is one."""
+
+    carry: Carry  # of routers
+    sums: tuple[Array, Array]  # see `experts.Stack`
+
+
 class Shards(NamedTuple):
     """What a device has of a layer's parameters and of its inputs; `LETTERS` says how each is spread."""
 
@@ -66,17 +85,24 @@ class Shards(NamedTuple):
     biases: experts.Biases | None  # of the experts
     inputs: Inputs
     intervention: Callable | None  # of `Context`
+    stack: experts.Stack | None  # in place of the layer's own weights
 
 
 _OF_INPUTS = Inputs("BTD", "BT", "BT", "BT", "B", "", "", train=None, carry="BT")
-LETTERS = Shards("", "", "ED2F", "EFD", experts.Biases("E2F", "ED"), _OF_INPUTS, "")
+LETTERS = Shards("", "", "ED2F", "EFD", experts.Biases("E2F", "ED"), _OF_INPUTS, "", "")
 
 
-def route_and_execute(shards: Shards, config: MoE, train: bool, trace: bool) -> tuple[Array, Routed, Carry]:
-    """One device's part of the layer -> (y[B, T, D] of its tokens, the layer's report, its tokens' carry)."""
-    weights = (shards.gate_up_ED2F, shards.down_EFD)
-    (*fixed, biases), dtype = jax.lax.stop_gradient((*weights, shards.biases)), shards.inputs.x_BTD.dtype
-    run_experts = lambda plan, x_RD: experts.execute_slots(plan, x_RD.astype(dtype), *fixed, config, biases)
+def route_and_execute(shards: Shards, config: MoE, train: bool, trace: bool) -> tuple[Array, Routed, Carry, Any]:
+    """One device's part of the layer -> (y[B, T, D] of its tokens, the layer's report, its tokens' carry, the stack's
+    sums).
+    """
+    stack, weights = shards.stack, (shards.gate_up_ED2F, shards.down_EFD)
+    biases, dtype = jax.lax.stop_gradient(shards.biases), shards.inputs.x_BTD.dtype
+
+    def run_experts(plan: Plan, x_RD: Array) -> Array:
+        fixed = jax.lax.stop_gradient(weights) if stack is None else stack.of_layer()
+        return experts.execute_slots(plan, x_RD.astype(dtype), *fixed, config, biases)
+
     inputs = whole_sequences(shards.inputs, LETTERS.inputs)
     inputs = inputs._replace(train=train, axis_names=BATCH_AXES, run_experts=run_experts)
     with jax.named_scope("router"):
@@ -87,14 +113,16 @@ def route_and_execute(shards: Shards, config: MoE, train: bool, trace: bool) -> 
     if shards.intervention is not None:
         plan = shards.intervention(plan, inputs, config.num_experts, routing.added_BTD is not None)
     routing = routing._replace(plan=plan)
-    rest = {"config": config, "biases": shards.biases}
+    execute = lambda x_BTD: experts.execute(plan, x_BTD, *weights, config, shards.biases)
+    if stack is not None:
+        execute = lambda x_BTD: experts.execute_in_stack(plan, x_BTD, stack, config, shards.biases)
     with jax.named_scope("experts"):
-        y_BTD, dropped = apply_routing(routing, inputs.x_BTD, inputs.valid_BT, *weights, **rest)
+        y_BTD, dropped, *sums = _applied(routing, inputs.x_BTD, inputs.valid_BT, execute)
     with jax.named_scope("router"):
         stats = {**routing.stats, "dropped": dropped, **load_of_devices(plan, inputs.valid_BT, config)}
         losses, stats = jax.lax.psum((routing.losses, stats), BATCH_AXES)
     seen = _trace(plan, inputs, config) if trace else (None, None)
-    return y_BTD, Routed(losses, stats, *seen), own_tokens(routing.carry)
+    return y_BTD, Routed(losses, stats, *seen), own_tokens(routing.carry), *(sums or [None])
 
 
 def apply_routing(
@@ -111,13 +139,19 @@ def apply_routing(
 
     Arguments are of whole sequences, the result is of this device's tokens.
     """
+    execute = lambda x_BTD: experts.execute(routing.plan, x_BTD, gate_up_ED2F, down_EFD, config, biases)
+    return _applied(routing, x_BTD, valid_BT, execute)
+
+
+def _applied(routing: Routing, x_BTD: Array, valid_BT: Array, execute: Callable[[Array], tuple]) -> tuple:
+    """What `execute` makes of the input as the routing scales it; its first result with what the routing adds."""
     scaled_BTD = x_BTD
     if routing.input_scale_BT is not None:
         scale_BT1 = routing.input_scale_BT[..., None].astype(x_BTD.dtype)
         scaled_BTD = jnp.where(valid_BT[..., None], x_BTD, 0) * scale_BT1
-    y_BTD, dropped = experts.execute(routing.plan, scaled_BTD, gate_up_ED2F, down_EFD, config, biases)
+    y_BTD, *rest = execute(scaled_BTD)
     added_BTD = own_tokens(routing.added_BTD)
-    return y_BTD if added_BTD is None else y_BTD + added_BTD.astype(y_BTD.dtype), dropped
+    return y_BTD if added_BTD is None else y_BTD + added_BTD.astype(y_BTD.dtype), *rest
 
 
 def _trace(plan: Plan, inputs: Inputs, config: MoE) -> tuple[Array, TokenPlan]:
@@ -150,7 +184,8 @@ class MoELayer(nnx.Module):
         if moe.shared_gate:
             self.shared_gate_D = parameter(jnp.zeros(config.dim), "D", "vector")
 
-    def __call__(self, x_BTD: Array, context: Context, layer: Array, carry: Carry) -> tuple[Array, Routed, Carry]:
+    def __call__(self, x_BTD: Array, context: Context, layer: Array, carry: Any) -> tuple[Array, Routed, Any]:
+        """carry: of routers, or `Through` where the context has a stack."""
         biases = None
         if self.config.expert_bias:
             biases = experts.Biases(*(b.astype(x_BTD.dtype) for b in (self.gate_up_bias_E2F, self.down_bias_ED)))
@@ -158,6 +193,10 @@ class MoELayer(nnx.Module):
         weights = self.gate_up_ED2F[...], self.down_EFD[...]
         if axis_size(*AXES) > 1:  # what devices sum of gradients has the compute dtype
             weights = tuple(w.astype(x_BTD.dtype) for w in weights)
+        stack = None
+        if context.stack is not None:
+            carry, sums = carry
+            stack = experts.Stack(*context.stack, sums, layer)
         shards = Shards(
             router={k: v[...] for k, v in self.router.items()} | dict(context.shared_router),
             state={k: v[...] for k, v in self.router_state.items()},
@@ -166,9 +205,13 @@ class MoELayer(nnx.Module):
             biases=biases,
             inputs=context.inputs(x_BTD, layer, carry),
             intervention=context.intervention,
+            stack=stack,
         )
         on_device = functools.partial(route_and_execute, config=self.config, train=context.train, trace=context.trace)
-        y_BTD, routed, carry = local(on_device, (letters,), ("BTD", Routed("", "", "BT", "BT"), "BT"))(shards)
+        letters_out = ("BTD", Routed("", "", "BT", "BT"), "BT", EXPERTS_ALONE)
+        y_BTD, routed, carry, sums = local(on_device, (letters,), letters_out)(shards)
+        if stack is not None:
+            carry = Through(carry, sums)
         if self.config.num_shared_experts:
             y_BTD = y_BTD + self._shared(x_BTD)
         return y_BTD, routed, carry

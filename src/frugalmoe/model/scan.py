@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from frugalmoe import sharding
+from frugalmoe import experts, sharding
 from frugalmoe.model import pattern
 from frugalmoe.model.block import Layer, Parts, Place, Stream, apply_layer
-from frugalmoe.model.moe import Context
+from frugalmoe.model.moe import Context, Through
 
 
 class Run(NamedTuple):
@@ -53,8 +53,11 @@ class Segment:
 
     def __call__(self, stream: Stream) -> tuple[Stream, tuple]:
         """-> (stream, (routed, reports)), each with a leading axis over layers, or None."""
-        of_runs = runs(self.segment)
+        of_runs, (stream, whole) = runs(self.segment), self._in_stack(stream)
         stacks = {name: self._stacks(name) for name in self.segment.feed_forwards}
+        if whole is not None:
+            stacks["moe"] = stacks["moe"]._replace(parts=_without_experts(stacks["moe"].parts))
+            self.context = self.context._replace(stack=whole)
         if self.context.train and not self.context.accumulates:
             stacks = {name: layers._replace(parts=sharding.alone(layers.parts)) for name, layers in stacks.items()}
         if len(of_runs) == 1:
@@ -74,6 +77,19 @@ class Segment:
         )
         stream, found = jax.lax.scan(unit, stream, stacks)
         return stream, jax.tree.map(lambda a: _reshape(a, (a.shape[0] * a.shape[1],), 2), found)
+
+    def _in_stack(self, stream: Stream) -> tuple[Stream, tuple[Array, Array] | None]:
+        """The stream, and the weights of the experts of all layers where `experts.Stack` is how layers have them."""
+        config, context, name = self.model.config, self.context, pattern.NAMES["moe", ""]
+        one_step = context.train and not context.accumulates and not context.together
+        wrapped = any(kind.wrapper for kind in pattern.layers(config))
+        able = one_step and not wrapped and config.remat == "none" and experts.takes_stacks(config.moe)
+        if not able or "moe" not in self.segment.feed_forwards:
+            return stream, None
+        layer = getattr(self.model, name).parts.feed_forward
+        sums = tuple(jax.sharding.reshard(w[...], sharding.EXPERTS_ALONE) for w in (layer.gate_up_ED2F, layer.down_EFD))
+        carry = stream.carry if isinstance(stream.carry, Through) else Through(stream.carry, sums)
+        return stream._replace(carry=carry), jax.lax.stop_gradient(sums)
 
     def _run(self, run: Run, stream: Stream, layers: Layers) -> tuple[Stream, tuple]:
         """The same of the blocks of a run."""
@@ -127,6 +143,15 @@ class Segment:
         }
         first = sum(i < segment.first for i in same)
         return Layers(parts, wrappers, jnp.arange(first, first + len(own), dtype=jnp.int32))
+
+
+def _without_experts(parts: Parts) -> Parts:
+    """Parts of layers with experts whose weights are of no experts."""
+    layer = parts.feed_forward
+    for name in ("gate_up_ED2F", "down_EFD"):
+        weights = getattr(layer, name)
+        setattr(layer, name, weights.replace(jax.lax.stop_gradient(weights[:, :0])))
+    return parts
 
 
 def _split(stacks: Mapping[str, Layers], of_runs: Sequence[Run]) -> list[Layers]:

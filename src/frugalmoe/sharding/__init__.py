@@ -13,6 +13,7 @@ from frugalmoe.sharding.mesh import (
 )
 from frugalmoe.sharding.on_device import local, own_part, own_tokens, whole_sequences
 from frugalmoe.sharding.parameters import (
+    EXPERTS_ALONE,
     GATHERED,
     ROLES,
     Declaration,
@@ -33,6 +34,7 @@ from frugalmoe.sharding.parameters import (
 __all__ = [
     "AXES",
     "BATCH_AXES",
+    "EXPERTS_ALONE",
     "GATHERED",
     "GPUS",
     "ROLES",

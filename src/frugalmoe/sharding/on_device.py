@@ -20,11 +20,11 @@ def local(fn: Callable, in_letters: tuple, out_letters: Any) -> Callable:
     """`fn` as seen by one device: its arguments are local shards, and collectives are allowed in it.
 
     in_letters: an entry per argument. An argument may be a structure of arrays (a NamedTuple, a dict), and its letters
-    the same structure of strings; a string may stand for all arrays inside. out_letters: likewise, of the result.
+    the same structure of strings; one string may stand for many arrays. out_letters: likewise, or a spec, for results.
     Kernels (sorting, loops, Pallas) run inside this, where every shape is static and local. An output must be equal on
     all devices of the axes that its letters do not name.
     """
-    out = jax.tree.map(spec, out_letters)
+    out = jax.tree.map(lambda letters: letters if isinstance(letters, P) else spec(letters), out_letters)
 
     def apply(*args):
         args = jax.tree.map(_with_value_gradient, args)

@@ -151,6 +151,9 @@ def gathers() -> bool:
     return axis_size(*STORED) > 1
 
 
+EXPERTS_ALONE = P(None, AXES)  # of stacked parameters of experts on a mesh of one device: see `alone`
+
+
 def alone(module: Any) -> Any:
     """Inside jit: stacked parameters; on a mesh of one CPU all axes spread those of experts, over their experts.
 
@@ -163,7 +166,7 @@ def alone(module: Any) -> Any:
     def spread(leaf: Any) -> Any:
         if not _is_parameter(leaf) or not declaration(leaf).axes.startswith("E"):
             return leaf
-        return leaf.replace(jax.sharding.reshard(leaf[...], P(None, AXES)))
+        return leaf.replace(jax.sharding.reshard(leaf[...], EXPERTS_ALONE))
 
     return jax.tree.map(spread, module, is_leaf=_is_parameter)
 

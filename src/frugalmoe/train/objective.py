@@ -217,18 +217,18 @@ class StepReport(NamedTuple):
 EACH_STEP = ("loss/ce", "loss/total", "optim/gradient_norm", "optim/parameter_norm")  # of metrics
 
 
-def make_objective(config: Config) -> Callable[..., tuple[Array, Sums]]:
+def make_objective(config: Config, together: bool = False) -> Callable[..., tuple[Array, Sums]]:
     """Returns `objective(params, router_state, batch[B, T], index, of_step)`, which gives a micro-batch's share of the
-    step's loss, and its `Sums`. `index` is the micro-batch's number in the step.
+    step's loss, and its `Sums`. `index` is the micro-batch's number in the step. together: under `jax.vmap`, over runs.
     """
     graphdef, _, _ = structure(config.model)
 
     def objective(params: dict, router_state: dict, batch: Batch, index: Array, of_step: OfStep) -> tuple[Array, Sums]:
         model = nnx.merge(graphdef, params, router_state)
         first_row = index * batch.tokens_BT.shape[0]
-        accumulates = config.train.accumulate_steps > 1
+        alone = {"accumulates": config.train.accumulate_steps > 1, "together": together}
         clock = (of_step.step, of_step.knobs.seed)
-        out = forward(model, batch, first_row, *clock, train=True, accumulates=accumulates, further=True)
+        out = forward(model, batch, first_row, *clock, train=True, **alone, further=True)
         micro = Micro(model, out, batch, of_step, config)
         found = {name: term.share(micro) for name, term in TERMS.items()}
         found = {name: share for name, share in found.items() if share is not None}
@@ -277,12 +277,14 @@ def forward(
     *,
     train: bool,
     accumulates: bool = False,
+    together: bool = False,
     trace: bool = False,
     intervention: Callable | None = None,
     further: bool = False,
 ) -> Output:
     """Returns what the model makes of a batch; with `further` its modules that predict further ahead run too."""
-    options = {"train": train, "accumulates": accumulates, "trace": trace, "intervention": intervention}
+    options = {"train": train, "accumulates": accumulates, "together": together}
+    options |= {"trace": trace, "intervention": intervention}
     seen = context(batch, first_row, step, seed, **options)
     out = model(seen)
     return model.further(seen, out) if further else out
@@ -296,6 +298,7 @@ def context(
     *,
     train: bool,
     accumulates: bool = False,
+    together: bool = False,
     trace: bool = False,
     intervention: Callable | None = None,
 ) -> Context:
@@ -307,7 +310,7 @@ def context(
     key = jax.random.fold_in(jax.random.key(seed), step)
     keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B + first_row)
     of_batch = (batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, keys_B)
-    return Context(*of_batch, step, train, accumulates, trace, intervention)
+    return Context(*of_batch, step, train, accumulates, together, trace, intervention)
 
 
 def token_losses(

@@ -33,7 +33,7 @@ _IN_PLACE = (("xla_cpu_copy_insertion_use_region_analysis", True),)
 
 @functools.lru_cache(PROGRAMS_KEPT)
 def _compiled_train_step(config: Config, together: bool, options: tuple) -> Callable:
-    step = make_train_step(config)
+    step = make_train_step(config, together)
     return jax.jit(jax.vmap(step) if together else step, donate_argnums=0, compiler_options=dict(options))
 
 

@@ -81,13 +81,13 @@ def _fresh(config: Config, seed: int | Array) -> State:
     return State(jnp.int32(0), jnp.int32(0), params, router_state, opt_state, guard.fresh())
 
 
-def make_train_step(config: Config) -> Callable[..., tuple[State, StepReport]]:
+def make_train_step(config: Config, together: bool = False) -> Callable[..., tuple[State, StepReport]]:
     """Returns the step for batches [A, B, T]: it adds up the gradients of A micro-batches and makes one update, unless
     `guard.judge` says that it is to be skipped.
 
-    The step's third argument replaces the config's own `Knobs`.
+    The step's third argument replaces the config's own `Knobs`. together: it is to be called under `jax.vmap`, of runs.
     """
-    gradient = make_gradient(config)
+    gradient = make_gradient(config, together)
 
     def train_step(state: State, batch: Batch, knobs: Knobs | None = None) -> tuple[State, StepReport]:
         knobs = objective.knobs(config) if knobs is None else knobs
@@ -142,11 +142,12 @@ def finite(tree: Any) -> Array:
     return functools.reduce(jnp.logical_and, (jnp.all(jnp.isfinite(leaf)) for leaf in leaves), jnp.bool_(True))
 
 
-def make_gradient(config: Config) -> Callable[..., tuple[dict, Sums, OfStep]]:
+def make_gradient(config: Config, together: bool = False) -> Callable[..., tuple[dict, Sums, OfStep]]:
     """Returns `gradient(params, router_state, batch[A, B, T], step, knobs)`, which gives the gradient of a step's loss
     before clipping, of the parameters that `optim.train` chooses, and the sums and units that metrics are made of.
+    together: see `make_train_step`.
     """
-    share = objective.make_objective(config)
+    share = objective.make_objective(config, together)
 
     def gradient(
         params: dict, router_state: dict, batch: Batch, step: Array, knobs: Knobs
