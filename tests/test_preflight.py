@@ -118,8 +118,9 @@ def test_other_data_than_the_runs_is_refused(place):
     (place / "run").mkdir()
     (place / "run/config.json").write_text(json.dumps(to_dict(config)))
     (place / "run/data.json").write_text(json.dumps({"fingerprint": "another"}))
-    with pytest.raises(preflight.UserError, match="the run's data changed"):
+    with pytest.raises(preflight.UserError, match=r"the run's data changed .*--resume=force to go on with it"):
         preflight.check(config, place / "run")
+    preflight.check(config, place / "run", resume="force")
 
 
 def test_data_that_have_to_be_prepared_are_said_and_not_prepared(place):

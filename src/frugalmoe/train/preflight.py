@@ -65,7 +65,8 @@ def check(
     if workdir is None:
         return Ready(settled, notes)
     if not fresh:
-        _check_same_data(workdir, found)
+        if resume != "force":  # what goes on with other data tells of it as it starts
+            _check_same_data(workdir, found)
         if found.fingerprint is not None:  # without one the tokenizer may still become smaller
             rundir.check_config(workdir, settled, force=resume == "force")
     freed = rundir.size_of_run(workdir) if fresh else 0
@@ -165,4 +166,4 @@ def _check_same_data(workdir: Path, found: Look) -> None:
     before = rundir.read_data(workdir)["fingerprint"]
     if before != found.fingerprint:
         rule = f"the run's data changed (fingerprint {before} there, {found.fingerprint} now)"
-        raise UserError(f"--workdir={workdir}: {rule}")
+        raise UserError(f"--workdir={workdir}: {rule}; put it back, or --resume=force to go on with it as it is now")
