@@ -45,7 +45,7 @@ FAULTS = {
     "F14": ("silent error of one replica", {"test_replicas.py": "flips or scales or repeat or two_processes"}),
     "F15": (
         "death of one of several processes",
-        {STUCK: "back or first_process", "test_processes.py": "killed or dead"},
+        {STUCK: "back or first_process", "faults/test_fault_remaining.py": "", "test_processes.py": "killed or dead"},
     ),
     "F16": ("error in one of several processes", {"test_processes.py": "shared"}),
     "F17": ("hang", {STUCK: "sleep or slow or frozen or signal", "test_supervise.py": "frozen or no_step"}),
