@@ -11,6 +11,7 @@ from frugalmoe.cli import main
 from frugalmoe.config import load
 from frugalmoe.convert.from_hf import config_alone
 from frugalmoe.cost import device_catalogue, formulas, planning
+from frugalmoe.data import ramp
 from frugalmoe.errors import EXIT_USER_ERROR
 from frugalmoe.fields import to_dict
 
@@ -260,3 +261,12 @@ def test_what_meeting_takes_is_told(capsys):
     assert mix["slowest_line"] == "the store"
     good = list(mix["goodput_by_islands"].values())
     assert good == sorted(good) and good[0] < good[-1] < 1  # fewer devices fail less often
+
+
+def test_tokens_that_are_not_said_are_those_of_the_config_its_batch_ramp_too(capsys):
+    best = found(capsys, "plan", "--config=configs/ling_1.py:lite", "--devices=h800:512")
+    train = load("configs/ling_1.py:lite").train
+    assert train.ramp_from and best["tokens"] == ramp.of(to_dict(train)).before(train.steps) * 4096
+    assert best["tokens"] == pytest.approx(9e12, rel=1e-3)  # as the report has it (arXiv 2503.05139)
+    fixed = found(capsys, "plan", "--config=configs/ling_1.py:lite", "--devices=h800:512", "--batch=1280")
+    assert fixed["tokens"] == train.steps * 1280 * 4096

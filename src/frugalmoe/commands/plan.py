@@ -124,6 +124,8 @@ def asked(args: argparse.Namespace):
 def _config(args: argparse.Namespace):
     """The config with its vocabulary and batch, and the tokens of the run."""
     from frugalmoe.aot.program import as_expected
+    from frugalmoe.data import ramp
+    from frugalmoe.fields import to_dict
 
     if (args.config is None) == (args.hf is None):
         raise UserError("--config or --hf: give one of them: a config of ours, or config.json of a published model")
@@ -139,7 +141,9 @@ def _config(args: argparse.Namespace):
     batch = _integer("--batch", args.batch, 2**24) or (2048 if of_hf else config.train.batch_size)
     length = _integer("--sequence-length", args.sequence_length, 2**24)
     length = length or (4096 if of_hf else config.data.sequence_length)
-    train = dataclasses.replace(config.train, batch_size=batch, accumulate_steps=1)
+    ramped = config.train.ramp_from and args.batch is None
+    own = config.train.steps * batch if not ramped else ramp.of(to_dict(config.train)).before(config.train.steps)
+    train = dataclasses.replace(config.train, batch_size=batch, accumulate_steps=1, ramp_from=0, ramp_batches=0)
     config = dataclasses.replace(config, train=train, data=dataclasses.replace(config.data, sequence_length=length))
     tokens = _number("--tokens", args.tokens, LARGEST_TOKENS)
     if tokens is None and of_hf and args.target_loss is None:
@@ -147,7 +151,7 @@ def _config(args: argparse.Namespace):
     config = as_expected(config, None)
     if args.target_loss is not None:
         return config, _tokens_for(args, config)
-    return config, tokens or float(config.train.steps * batch * length)
+    return config, tokens or float(own * length)
 
 
 def _size(config) -> float:
