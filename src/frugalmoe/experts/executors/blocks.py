@@ -37,7 +37,8 @@ NOWHERE = 2**31 - 1  # a token id out of every range: gathers zeros, scatters no
 def block_sizes(num_rows: int, num_experts: int, hidden: int) -> tuple[int, ...]:
     """Rows of the blocks, ascending, from the mean group and the cache (tuned by benchmarks/experts_bench.py).
 
-    The largest has room for the mean group and a quarter more, where the cache has: then an expert is one block.
+    The largest has room for the mean group and a quarter more, where the cache has: then an expert is one block. Means
+    are often a power of two, and half of the groups a little larger: for these there is five quarters of one.
     Few rows take as long as reading their experts' weights: one size, that most groups fit (benchmarks/DECODING.md).
     """
     mean = max(num_rows // num_experts, 1)
@@ -46,8 +47,8 @@ def block_sizes(num_rows: int, num_experts: int, hidden: int) -> tuple[int, ...]
     limit = min(max(CACHED // hidden, 2 * SMALLEST), LARGEST)
     top = min(max(1 << (5 * mean // 4 - 1).bit_length(), 2 * SMALLEST), limit)
     top = 1 << (top.bit_length() - 1)
-    step = max(top // 4, SMALLEST)
-    return tuple(sorted({max(top // 8, SMALLEST), *range(step, top + 1, step)}))
+    above = 5 * top // 8 if top > 2 * SMALLEST else top
+    return tuple(sorted({max(top // 8, SMALLEST), max(top // 4, SMALLEST), top // 2, above, top}))
 
 
 def cover(group_sizes_E: Array, sizes: tuple[int, ...]) -> list[tuple[int, Array, Array]]:
