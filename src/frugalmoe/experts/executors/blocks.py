@@ -120,20 +120,28 @@ def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
 def run(plan: Plan, x_ND: Array, gate_up_ED2F: Array, down_EFD: Array, call: Call) -> tuple[Array, Array]:
     """-> (y[N, D] in x's dtype, dropped rows). Gradients for x, both weights and the plan's weights."""
     weights = gate_up_ED2F, down_EFD
-    return _run(plan, x_ND, weights, weights, None, call)[:2]
+    return _run(plan, x_ND, _Read(*weights), weights, call)[:2]
 
 
 def in_stack(plan: Plan, x_ND: Array, stack: Stack, call: Call) -> tuple[Array, Array, tuple[Array, Array]]:
     """The same of weights of all layers, and their `sums`, whose gradient has the layer's own from here on."""
-    return _run(plan, x_ND, (stack.gate_up_LED2F, stack.down_LEFD), stack.sums, stack.layer, call)
+    return _run(plan, x_ND, _Read(stack.gate_up_LED2F, stack.down_LEFD, stack.layer), stack.sums, call)
 
 
-def _run(plan, x_ND, weights, sums, layer, call):
-    num_experts, hidden, _ = weights[1].shape[-3:]
+def _run(plan, x_ND, read, sums, call):
+    num_experts, hidden, _ = read.down.shape[-3:]
     rows, dropped = held_rows(plan, num_experts, call.room)
     form = _Form(block_sizes(rows.token_R.size, num_experts, hidden), call.activation)
-    y_ND, sums = _blocks(form, call.biases, rows, x_ND, weights, sums, layer)
+    y_ND, sums = _blocks(form, call.biases, rows, x_ND, read, sums)
     return y_ND, dropped, sums
+
+
+class _Read(NamedTuple):
+    """The weights that are read: those of one layer, or of all layers and which of them."""
+
+    gate_up: Array  # [E, D, 2, F] or [L, E, D, 2, F]
+    down: Array  # [E, F, D] or [L, E, F, D]
+    layer: Array | None = None
 
 
 class _Form(NamedTuple):
@@ -155,9 +163,9 @@ def _hidden(x_gD: Array, gate_up_DJ: Array, biases: Biases | None, e: Array) -> 
 # of all layers' weights in another shape. Weights that are read have no gradient. That of `sums` is what comes back for
 # them, of other layers, and the gradient of these; without a `layer` nothing comes back.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocks(form: _Form, biases: Biases | None, rows: Rows, x_ND, weights, sums, layer):
-    sizes, dtype = form.sizes, weights[0].dtype if layer is None else x_ND.dtype
-    (gate_up_LEDJ, down_LEFD), layer = _stacked(weights, layer)
+def _blocks(form: _Form, biases: Biases | None, rows: Rows, x_ND, read: _Read, sums):
+    sizes, dtype = form.sizes, _dtype(read, x_ND)
+    (gate_up_LEDJ, down_LEFD), layer = _stacked(read[:2], read.layer)
 
     def body(y_ND, e, start, token_g, weight_g, first):
         a_gF = form.activation.value(
@@ -173,15 +181,14 @@ def _blocks(form: _Form, biases: Biases | None, rows: Rows, x_ND, weights, sums,
 
 
 def _forward(form, *args):
-    biases, rows, x_ND, weights, _, layer = args
-    return _blocks(form, *args), (biases, rows, x_ND, weights, layer)
+    return _blocks(form, *args), args[:-1]
 
 
 def _backward(form, args, gradients):
     """For y = w * (a @ down): da_raw = dy @ down', dw = sum(da_raw * a), da = w * da_raw; no output is needed."""
-    (biases, given, x_ND, weights, own), (dy_ND, behind) = args, gradients
-    sizes, dtype = form.sizes, weights[0].dtype if own is None else x_ND.dtype
-    (gate_up_LEDJ, down_LEFD), layer = _stacked(weights, own)
+    (biases, given, x_ND, read), (dy_ND, behind) = args, gradients
+    sizes, dtype = form.sizes, _dtype(read, x_ND)
+    (gate_up_LEDJ, down_LEFD), layer = _stacked(read[:2], read.layer)
 
     def body(carry, e, start, token_g, weight_g, first):
         (dbiases, dweight_R, dx_ND), (dgate_up_LEDJ, ddown_LEFD) = carry
@@ -210,11 +217,16 @@ def _backward(form, args, gradients):
     rows = _pad(given, sizes[-1])
     wanted = (biases, rows.weight_R, x_ND)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), wanted)
-    sums = [a.astype(jnp.float32) for a in _stacked(behind, own)[0]]
+    sums = [a.astype(jnp.float32) for a in _stacked(behind, read.layer)[0]]
     grads, sums = for_blocks(rows, sizes, body, (zeros, tuple(sums)))
     dbiases, dweight_R, dx_ND = jax.tree.map(lambda gradient, a: gradient.astype(a.dtype), grads, wanted)
     dsums = tuple(a.reshape(w.shape).astype(w.dtype) for a, w in zip(sums, behind))
-    return dbiases, Rows(None, dweight_R[: given.weight_R.size], None), dx_ND, None, dsums, None
+    return dbiases, Rows(None, dweight_R[: given.weight_R.size], None), dx_ND, None, dsums
+
+
+def _dtype(read: _Read, x_ND: Array) -> jnp.dtype:
+    """What products are of: weights of all layers are not cast before they are read."""
+    return read.down.dtype if read.layer is None else x_ND.dtype
 
 
 def _stacked(weights: tuple[Array, Array], layer: Array | None) -> tuple[tuple[Array, Array], Array | int]:
