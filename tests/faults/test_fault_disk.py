@@ -99,6 +99,8 @@ def test_the_last_save_waits_for_space(make, calm, disk: Disk, monkeypatch):
     train(make(), disk.path / "run", progress=heard)
     assert_same(bits(disk.path / "run"), calm)
     assert len(looks) == 3 and sum("the run waits up to 300 s for space" in line for line in heard.said) == 1
+    told = [row["what"] for row in events(disk.path / "run", "checkpoint")]  # they waited too, with nothing after them
+    assert sum("the run waits up to 300 s for space" in line for line in told) == 1
 
 
 def test_the_policy_stop_stops(make, calm, disk: Disk):

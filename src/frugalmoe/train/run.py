@@ -178,6 +178,7 @@ class Run:
 
     def close(self) -> None:
         self.ledger.died(self.step)
+        self.events.flush()
         for part in (*self._logs, self.saves):
             part.close()
 
@@ -214,6 +215,7 @@ class Run:
                 return self.saves.last(self.step, state) if last else self.saves.save(self.step, state, must)
         finally:
             self.ledger.write(self.step)
+            self.events.flush()
             watch.doing(None)
 
     def seek(self, position: int) -> None:
