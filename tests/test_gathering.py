@@ -18,7 +18,7 @@ from frugalmoe.train.gathering import Flags, Gathering, Place
 def quick(monkeypatch):
     monkeypatch.setattr(gathering, "_SECONDS", 0.05)
     monkeypatch.setattr(gathering, "_QUIET", 0.2)
-    monkeypatch.setattr(gathering, "_BEATS", 20)  # a machine with other work
+    monkeypatch.setattr(gathering, "_BEATS", 40)  # two seconds: a machine with other work
 
 
 class Supervisor:
@@ -121,7 +121,7 @@ def test_without_being_told_that_fewer_may_go_on_one_waits_and_says_so(tmp_path,
     left = both[1].meets()
     line = f"waiting for process 0 of 2: no sign of life in {tmp_path}/supervisors; with --supervise.min-processes=N "
     says(left, f"{line}the run would go on with N that are there")
-    time.sleep(2.0)
+    time.sleep(3.0)
     assert left.came is None and len(left.said) == 1
     left.asked.append(15)
     assert left.place() == EXIT_PREEMPTED
@@ -141,7 +141,7 @@ def test_as_many_go_on_as_the_config_allows(tmp_path, begin, fits, least, starts
         line = "is known once it has begun"
     for supervisor in rest[starts:]:
         says(supervisor, line)
-    time.sleep(0 if starts else 2.0)
+    time.sleep(0 if starts else 3.0)
     assert all(supervisor.came is None for supervisor in rest[starts:])
 
 
@@ -150,7 +150,7 @@ def test_one_whose_run_has_not_ended_is_waited_for(tmp_path, begin):
     places(both)
     first = both[0].meets()
     says(first, "waiting for the run of process 1 of 2 to end")
-    time.sleep(2.0)
+    time.sleep(3.0)
     assert first.came is None and len(first.said) == 1
     assert places([first, both[1].meets()]) == [(0, 2), (1, 2)]
 

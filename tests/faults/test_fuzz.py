@@ -69,10 +69,12 @@ def test_the_guard_sees(read, said, tmp_path, monkeypatch):
 
 
 def test_the_guard_sees_memory(tmp_path, monkeypatch):
-    """Eight times as much as is allowed: what else the process gives back meanwhile does not hide it."""
+    """Eight times as much as is allowed: what else the process gives back meanwhile does not hide it. Where memory is
+    short, pages of files that the system takes away count too.
+    """
     monkeypatch.setattr(fuzz, "MEMORY", 1 << 26)
     gc.collect()
-    with pytest.raises(Finding, match=r"takes 0\.[4-6] GB"):
+    with pytest.raises(Finding, match=r"takes (0\.[4-9]|1\.\d) GB"):
         case(Parser("own", lambda folder: {}, lambda folder, changed: np.ones(1 << 26)), tmp_path)
 
 
@@ -87,7 +89,7 @@ def test_memory_that_the_system_takes_away_makes_no_room(tmp_path, monkeypatch):
             mapped.madvise(mmap.MADV_DONTNEED)
             np.ones(1 << 25)
 
-        with pytest.raises(Finding, match=r"takes 0\.[23] GB"):
+        with pytest.raises(Finding, match=r"takes (0\.[2-9]|1\.\d) GB"):
             case(Parser("own", lambda folder: {}, read), tmp_path)
 
 
