@@ -6,7 +6,9 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,6 +61,58 @@ def saved(workdir: Path) -> list[int]:
 
 def events(workdir: Path, kind: str) -> list[dict]:
     return [row for row in rows(workdir, "events.jsonl") if row["kind"] == kind]
+
+
+class Forks:
+    """Commands of `frugalmoe`, each a process, one at a time; see forks.py."""
+
+    def __init__(self) -> None:
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._server = subprocess.Popen([sys.executable, Path(__file__).with_name("forks.py")], **pipes)
+        self.pid, self.code, self._reading = 0, None, threading.Thread()
+
+    def start(self, *argv: object, said: Path) -> None:
+        print(json.dumps([list(map(str, argv)), str(said)]), file=self._server.stdin, flush=True)
+        self.pid, self.code = json.loads(self._server.stdout.readline()), None
+        self._reading = threading.Thread(target=self._wait, args=(self.pid,), daemon=True)
+        self._reading.start()
+
+    def _wait(self, pid: int) -> None:
+        if line := self._server.stdout.readline():
+            assert json.loads(line)[0] == pid
+            self.code = json.loads(line)[1]
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def wait(self, timeout: float = 240) -> int:
+        end = time.monotonic() + timeout
+        while self.code is None:
+            if time.monotonic() > end:
+                self.kill()
+                raise TimeoutError
+            time.sleep(0.005)
+        return self.code
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def close(self) -> None:
+        self._server.stdin.close()
+        self._server.wait(30)
+        if self.pid:
+            self._reading.join()
+        self._server.stdout.close()
+
+
+def recovered(forks: Forks, begin, name: str, workdir: Path, at: int) -> float:
+    """Seconds from a new start to the first step beyond that at which the run was killed."""
+    began = time.monotonic()
+    begin(name)
+    while logged(workdir) <= at and forks.poll() is None:
+        time.sleep(0.005)
+    return time.monotonic() - began
 
 
 class Heard:

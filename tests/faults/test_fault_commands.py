@@ -5,9 +5,8 @@ import shutil
 import time
 
 import pytest
-from faulted import EVERY, FIELDS, LONG, STEPS, assert_same, bits, events, logged, saved, small_disk
+from faulted import EVERY, FIELDS, LONG, STEPS, Forks, assert_same, bits, events, logged, saved, small_disk
 from runs import config_file, figures, write_text
-from test_fault_kill import Forks
 
 pytestmark = pytest.mark.slow
 HARMS = 12 if LONG else 3

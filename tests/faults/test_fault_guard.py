@@ -8,9 +8,8 @@ import signal
 import time
 
 import pytest
-from faulted import LONG, bits, logged
+from faulted import LONG, Forks, bits, logged, recovered
 from runs import config_file, figures, rows, write_text
-from test_fault_kill import Forks, recovered
 from test_guard import FIELDS, TROUBLE, WIDE
 
 pytestmark = pytest.mark.slow

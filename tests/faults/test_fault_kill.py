@@ -2,19 +2,15 @@
 
 import contextlib
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faulted import FIELDS, LONG, assert_same, bits, logged
+from faulted import FIELDS, LONG, Forks, assert_same, bits, logged, recovered
 from runs import config_file, figures, tiny, write_text
 
 from frugalmoe.data import prepare
@@ -26,51 +22,8 @@ STEPS, EVERY = 96, 8
 KILLS = 24 if LONG else 6
 
 
-class Forks:
-    """Commands of `frugalmoe`, each a process, one at a time; see forks.py."""
-
-    def __init__(self) -> None:
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._server = subprocess.Popen([sys.executable, Path(__file__).with_name("forks.py")], **pipes)
-        self.pid, self.code, self._reading = 0, None, threading.Thread()
-
-    def start(self, *argv: object, said: Path) -> None:
-        print(json.dumps([list(map(str, argv)), str(said)]), file=self._server.stdin, flush=True)
-        self.pid, self.code = json.loads(self._server.stdout.readline()), None
-        self._reading = threading.Thread(target=self._wait, args=(self.pid,), daemon=True)
-        self._reading.start()
-
-    def _wait(self, pid: int) -> None:
-        if line := self._server.stdout.readline():
-            assert json.loads(line)[0] == pid
-            self.code = json.loads(line)[1]
-
-    def poll(self) -> int | None:
-        return self.code
-
-    def wait(self, timeout: float = 240) -> int:
-        end = time.monotonic() + timeout
-        while self.code is None:
-            if time.monotonic() > end:
-                self.kill()
-                raise TimeoutError
-            time.sleep(0.005)
-        return self.code
-
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
-
-    def close(self) -> None:
-        self._server.stdin.close()
-        self._server.wait(30)
-        if self.pid:
-            self._reading.join()
-        self._server.stdout.close()
-
-
 @pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
+def forks():
     forks = Forks()
     yield forks
     forks.close()
@@ -169,15 +122,6 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_been(place, forks, begin
         fault = "F2" if moment == "in a save" else "F1"
         figures(f"{fault} SIGKILL {moment}", count, count, max(lost), times if moment == "anywhere" else [])
     assert max(lost) <= 2 * EVERY, "an interval, and the steps while the save of the next one was being written"
-
-
-def recovered(forks: Forks, begin, name: str, workdir: Path, at: int) -> float:
-    """Seconds from a new start to the first step beyond that at which the run was killed."""
-    began = time.monotonic()
-    begin(name)
-    while logged(workdir) <= at and forks.poll() is None:
-        time.sleep(0.005)
-    return time.monotonic() - began
 
 
 def test_killed_while_data_are_prepared_the_same_data_come_out(place, forks, tmp_path):

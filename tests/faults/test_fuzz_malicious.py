@@ -14,9 +14,9 @@ import pyarrow.parquet
 import pytest
 import tensorstore
 import zstandard
+from faulted import Forks
 from fuzz import prepared
 from runs import config_file, figures
-from test_fault_kill import Forks
 
 from frugalmoe.analysis.pages.report import write_report
 from frugalmoe.analysis.stored.runs import load_run
