@@ -33,3 +33,13 @@ def room_for_programs():
         import jax  # after the flags above
 
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """What starts commands of `frugalmoe`, each a process, one at a time: for the tests of faults."""
+    from faulted import Forks
+
+    forks = Forks()
+    yield forks
+    forks.close()

@@ -5,7 +5,7 @@ import shutil
 import time
 
 import pytest
-from faulted import EVERY, FIELDS, LONG, STEPS, Forks, assert_same, bits, events, logged, saved, small_disk
+from faulted import EVERY, FIELDS, LONG, STEPS, assert_same, bits, events, logged, saved, small_disk
 from runs import config_file, figures, write_text
 
 pytestmark = pytest.mark.slow
@@ -18,13 +18,6 @@ def place(tmp_path_factory):
     write_text(root / "text")
     config_file(root, root / "text", root / "cache", FIELDS | {"checkpoint.keep_last": 3})
     return root
-
-
-@pytest.fixture(scope="module")
-def forks():
-    forks = Forks()
-    yield forks
-    forks.close()
 
 
 @pytest.fixture(scope="module")

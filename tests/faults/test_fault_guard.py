@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from faulted import LONG, Forks, bits, logged, recovered
+from faulted import LONG, bits, logged, recovered
 from runs import config_file, figures, rows, write_text
 from test_guard import FIELDS, TROUBLE, WIDE
 
@@ -66,13 +66,6 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("guarded")
     write_text(root / "text")
     return root
-
-
-@pytest.fixture(scope="module")
-def forks():
-    forks = Forks()
-    yield forks
-    forks.close()
 
 
 @pytest.fixture(scope="module")

@@ -23,13 +23,6 @@ KILLS = 24 if LONG else 6
 
 
 @pytest.fixture(scope="module")
-def forks():
-    forks = Forks()
-    yield forks
-    forks.close()
-
-
-@pytest.fixture(scope="module")
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("kill")
     write_text(root / "text")

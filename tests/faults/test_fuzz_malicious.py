@@ -14,7 +14,6 @@ import pyarrow.parquet
 import pytest
 import tensorstore
 import zstandard
-from faulted import Forks
 from fuzz import prepared
 from runs import config_file, figures
 
@@ -130,9 +129,9 @@ def test_a_run_s_name_is_no_way_out(made, tmp_path, monkeypatch, capsys, name):
 
 
 @pytest.mark.slow
-def test_commands_follow_no_link_and_no_name_out_of_a_run(run, made, tmp_path):
+def test_commands_follow_no_link_and_no_name_out_of_a_run(run, made, forks, tmp_path):
     """Each a process of its own, which ends with one line and has changed nothing anywhere."""
-    config, forks, links, names = config_file(tmp_path, made / "text", made / "cache"), Forks(), 0, 0
+    config, links, names = config_file(tmp_path, made / "text", made / "cache"), 0, 0
     victim, said = tmp_path / "victim", tmp_path / "said"
 
     def refused(*argv: object, line: str) -> None:
@@ -142,50 +141,44 @@ def test_commands_follow_no_link_and_no_name_out_of_a_run(run, made, tmp_path):
         assert forks.wait() == 2 and said.read_text().count("\n") == 1 and line in said.read_text(), said.read_text()
         assert (contents(victim), contents(run)) == before
 
-    try:
-        (victim / "7").mkdir(parents=True)
-        for inside in ("index.html", "7/x", "step_1.npz", "tokenizer.json", "a.py"):
-            (victim / inside).write_text("mine")
-        shutil.copytree(run, tmp_path / "whole")
-        for name in NAMES:
-            shutil.rmtree(run)
-            shutil.copytree(tmp_path / "whole", run)
-            path = run / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            path.parent.mkdir(exist_ok=True)
-            path.symlink_to(victim)
-            refused("train", f"--config={config}", f"--workdir={run}", "--fresh", line="is a symbolic link")
-            refused("train", f"--config={config}", f"--workdir={run}", "--resume=force", line="is a symbolic link")
-            links += 2
-        for name in ("../x", "/abs", "a/../../x", "..", "a b", ".hidden", "-flag", "a" * 300):
-            refused("train", f"--config={config}", f"--config.name={name}", line="name")
-            names += 1
-    finally:
-        forks.close()
+    (victim / "7").mkdir(parents=True)
+    for inside in ("index.html", "7/x", "step_1.npz", "tokenizer.json", "a.py"):
+        (victim / inside).write_text("mine")
+    shutil.copytree(run, tmp_path / "whole")
+    for name in NAMES:
+        shutil.rmtree(run)
+        shutil.copytree(tmp_path / "whole", run)
+        path = run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        path.parent.mkdir(exist_ok=True)
+        path.symlink_to(victim)
+        refused("train", f"--config={config}", f"--workdir={run}", "--fresh", line="is a symbolic link")
+        refused("train", f"--config={config}", f"--workdir={run}", "--resume=force", line="is a symbolic link")
+        links += 2
+    for name in ("../x", "/abs", "a/../../x", "..", "a b", ".hidden", "-flag", "a" * 300):
+        refused("train", f"--config={config}", f"--config.name={name}", line="name")
+        names += 1
     figures("F22 links out of a run's directory, in place of each thing in it", links, links)
     figures("F22 names of runs that lead out", names, names)
 
 
 @pytest.mark.slow
-def test_commands_load_no_pickle_and_no_array_that_memory_cannot_hold(run, tmp_path):
-    forks, said = Forks(), tmp_path / "said"
+def test_commands_load_no_pickle_and_no_array_that_memory_cannot_hold(run, forks, tmp_path):
+    said = tmp_path / "said"
 
     def told(*argv: object, code: int, line: str) -> None:
         said.unlink(missing_ok=True)
         forks.start(*argv, said=said)
         assert forks.wait() == code and line in said.read_text(), said.read_text()
 
-    try:
-        _huge(saved.place(run, 2))
-        told("checkpoints", run, "verify", code=1, line="more than there is memory")
-        told("generate", run, "--prompt=a", code=2, line="checkpoint of another model")
-        (run / "opened").mkdir()
-        columns = {"layers": np.array([Opened(run / "opened" / "by a pickle")], object)}
-        np.savez(run / "probe.npz", **columns, allow_pickle=True)
-        told("report", run, code=2, line="Python objects")
-        assert not list((run / "opened").iterdir())
-    finally:
-        forks.close()
+    _huge(saved.place(run, 2))
+    told("checkpoints", run, "verify", code=1, line="more than there is memory")
+    told("generate", run, "--prompt=a", code=2, line="checkpoint of another model")
+    (run / "opened").mkdir()
+    columns = {"layers": np.array([Opened(run / "opened" / "by a pickle")], object)}
+    np.savez(run / "probe.npz", **columns, allow_pickle=True)
+    told("report", run, code=2, line="Python objects")
+    assert not list((run / "opened").iterdir())
     figures("F22 a pickle, an array of 4 TB", 3, 3)
 
 
