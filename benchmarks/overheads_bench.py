@@ -17,6 +17,10 @@ with a late choice, as the guard made it before. quickstart:laptop, blocks of 20
 loop 0.6% less (CPU 0.2% more); quickstart:laptop, blocks of 15 steps of 36 ms, 5.1% (CPU 10.6%) and 11.4% (CPU
 18.4%), as the host's part of a step weighs there. Restart to the end of the first step, laptop, 4 times: 3.26 s in
 the median, of which imports 1.05, setup 0.53, tracing 1.13, compiling (reading the cache) 0.34, the step 0.20.
+2026-12-01, with the faster step: configs/quickstart.py, 2 steps a block, 9 rounds with no other work: 1.021 (CPU
+1.016), the loop over that 1.022 (CPU 1.013); quickstart:laptop, 7 rounds: 1.165 (CPU 1.126). Restart, laptop, 5
+times: 3.89 s, of which imports 1.14, setup 0.55, tracing 1.57, compiling 0.45, the step 0.19; quickstart, 4 times:
+5.28 s, of which tracing 1.90.
 """
 
 import argparse
